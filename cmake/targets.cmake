@@ -1,0 +1,51 @@
+# One library per folder, one test program per folder: a new file is built because it is there.
+
+# altiplano_library(NAME DIR sources' folder  DEPS ...)
+function(altiplano_library name)
+  cmake_parse_arguments(ARG "" "DIR" "DEPS;PRIVATE_DEPS;EXCLUDE" ${ARGN})
+  file(GLOB sources CONFIGURE_DEPENDS ${ARG_DIR}/*.cc)
+  foreach(pattern IN LISTS ARG_EXCLUDE)
+    list(FILTER sources EXCLUDE REGEX ${pattern})
+  endforeach()
+  if(sources)
+    add_library(${name} STATIC ${sources})
+    target_link_libraries(${name} PUBLIC altiplano_options ${ARG_DEPS} PRIVATE ${ARG_PRIVATE_DEPS})
+  else()
+    add_library(${name} INTERFACE)
+    target_link_libraries(${name} INTERFACE altiplano_options ${ARG_DEPS})
+  endif()
+endfunction()
+
+# altiplano_test(NAME  DIR folder  DEPS ...  [LABELS slow]): every *_test.cc of the folder in one gtest program.
+function(altiplano_test name)
+  cmake_parse_arguments(ARG "" "DIR;TIMEOUT" "DEPS;LABELS;ENVIRONMENT" ${ARGN})
+  file(GLOB sources CONFIGURE_DEPENDS ${ARG_DIR}/*_test.cc ${ARG_DIR}/*_testlib.cc)
+  if(NOT sources)
+    return()
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  add_executable(${name} ${sources})
+  target_link_libraries(${name} PRIVATE altiplano_options ${ARG_DEPS} GTest::gmock GTest::gtest_main)
+  target_compile_definitions(${name} PRIVATE
+    ALTIPLANO_SOURCE_DIR="${CMAKE_SOURCE_DIR}" ALTIPLANO_BINARY_DIR="${CMAKE_BINARY_DIR}"
+    ALTIPLANO_DATA_DIR="${ALTIPLANO_DATA_DIR}")
+  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENVIRONMENT}")
+endfunction()
+
+# altiplano_fuzzer(NAME  SOURCE file  CORPUS folder  DEPS ...): with libFuzzer when ALTIPLANO_FUZZ is on; otherwise a
+# program that replays the corpus once, as an ordinary test.
+function(altiplano_fuzzer name)
+  cmake_parse_arguments(ARG "" "SOURCE;CORPUS" "DEPS" ${ARGN})
+  if(ALTIPLANO_FUZZ)
+    add_executable(${name} ${ARG_SOURCE})
+    target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  else()
+    add_executable(${name} ${ARG_SOURCE} ${CMAKE_SOURCE_DIR}/tests/fuzz/replay_main.cc)
+    add_test(NAME ${name}_corpus COMMAND ${name} ${ARG_CORPUS})
+    set_tests_properties(${name}_corpus PROPERTIES TIMEOUT 120)
+  endif()
+  target_link_libraries(${name} PRIVATE altiplano_options ${ARG_DEPS})
+endfunction()

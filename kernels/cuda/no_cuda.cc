@@ -1,0 +1,1 @@
+// Stands in for kernels/cuda when the program is built without CUDA.

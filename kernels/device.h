@@ -1,0 +1,83 @@
+// Devices as the model sees them: streams that run ops in order, buffers that own memory, events that order streams.
+//
+// A CPU stream owns a fixed team of threads and runs each op to its end before returning. A CUDA stream returns at once.
+// Errors: what the operator can cause (no device, out of memory) is reported by value; a broken invariant dies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "kernels/tensor.h"
+
+namespace altiplano {
+
+class ThreadTeam;  // kernels/cpu/thread_team.h
+
+// Owner: one thread issues ops on a stream at a time.
+class Stream {
+ public:
+  // threads: the team that works on each op, the calling thread included. 0: one for each core this process may use.
+  static std::unique_ptr<Stream> Cpu(int threads = 0);
+  // Null with *error set when there is no usable GPU `ordinal`, or when the program was built without CUDA.
+  static std::unique_ptr<Stream> Cuda(int ordinal, std::string* error);
+  ~Stream();
+
+  Device device() const { return device_; }
+  ThreadTeam& team() const { return *team_; }      // CPU only
+  void* cuda_stream() const { return cuda_; }      // CUDA only: a cudaStream_t
+  // Waits until all ops issued so far are done. Empty string, or the device's (sticky) error.
+  std::string Synchronize();
+
+ private:
+  Stream(Device device, std::unique_ptr<ThreadTeam> team, void* cuda);
+  friend std::unique_ptr<Stream> MakeCudaStream(int, std::string*);
+
+  const Device device_;
+  const std::unique_ptr<ThreadTeam> team_;
+  void* const cuda_;
+};
+
+// Device memory, 64-byte aligned (CPU: huge pages where the system grants them), released on destruction. Contents start
+// undefined except on the CPU, where they are zero.
+class Buffer {
+ public:
+  Buffer() = default;
+  // An empty Buffer when the memory cannot be had.
+  static Buffer Allocate(Device device, size_t bytes);
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(device_, other.device_);
+    return *this;
+  }
+  ~Buffer();
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  Device device() const { return device_; }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+  Device device_ = Device::kCpu;
+};
+
+// Host <-> device or device <-> device, in stream order. Host memory must stay valid until Synchronize.
+void Copy(Stream& stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
+
+struct MemoryInfo {
+  size_t free_bytes = 0;   // CPU: what the system (or the cgroup) would still give
+  size_t total_bytes = 0;
+};
+MemoryInfo QueryMemory(Device device, int ordinal = 0);
+
+// One line for logs: "AMD EPYC 9B14, 2 threads, avx512_bf16" or "NVIDIA H200, sm_90, 141 GB".
+std::string Describe(const Stream& stream);
+
+}  // namespace altiplano

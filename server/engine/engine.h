@@ -1,0 +1,94 @@
+// Engine: accepts requests from any thread and runs plan / execute / apply on its own. docs/life_of_a_request.md.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+
+#include "server/base/clock.h"
+#include "server/base/status.h"
+#include "server/engine/executor.h"
+#include "server/scheduler/request.h"
+#include "server/scheduler/scheduler.h"
+
+namespace altiplano {
+
+// Where a request's events go. Engine thread: OnEvent must only append to a queue (no I/O, no lock held for long).
+class RequestSink {
+ public:
+  virtual ~RequestSink() = default;
+  virtual void OnEvent(Event event) = 0;
+};
+
+struct EngineOptions {
+  SchedulerOptions scheduler;
+  int32_t max_queued_requests = 512;
+  int64_t max_queued_tokens = 4 << 20;          // prompt tokens waiting
+  Duration step_deadline = std::chrono::seconds(30);  // a step that takes longer: the engine is unhealthy
+  const Clock* clock = &Clock::Real();
+};
+
+struct EngineLoad {
+  SchedulerLoad scheduler;
+  int32_t block_size = 0;
+  double tokens_per_second = 0;   // generated, over the last seconds
+  bool draining = false;
+  Duration last_step_age{};       // since the last step ended; zero before the first
+};
+
+class Engine;
+
+// Owns one live request: dropping it cancels the request. Movable.
+class RequestHandle {
+ public:
+  RequestHandle() = default;
+  RequestHandle(Engine* engine, RequestKey key) : engine_(engine), key_(key) {}
+  RequestHandle(RequestHandle&& other) noexcept { *this = std::move(other); }
+  RequestHandle& operator=(RequestHandle&& other) noexcept {
+    std::swap(engine_, other.engine_);
+    std::swap(key_, other.key_);
+    return *this;
+  }
+  ~RequestHandle();
+  void Cancel(Status why);               // idempotent; blocks are free within one step
+  void StopSequence(uint32_t sequence);  // a stop string matched: FinishReason::kStop
+  RequestKey key() const { return key_; }
+
+ private:
+  Engine* engine_ = nullptr;
+  RequestKey key_ = 0;
+};
+
+class Engine {
+ public:
+  // on_step runs on the engine thread after the events of a step have been handed out: wake the egress thread there.
+  static StatusOr<std::unique_ptr<Engine>> Start(EngineOptions options, std::unique_ptr<Executor> executor,
+                                                 std::function<void()> on_step = {});
+  // Stops at once: live requests end with UNAVAILABLE.
+  ~Engine();
+
+  // Any thread, never blocks. Errors, with details for the caller:
+  //   RESOURCE_EXHAUSTED QUEUE_FULL (retry_after from the drain rate), UNAVAILABLE DRAINING or ENGINE_DOWN,
+  //   FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER.
+  // On success the sink gets events until one kEnded; on error it gets none.
+  StatusOr<RequestHandle> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink);
+
+  void Drain();   // refuse new requests with UNAVAILABLE DRAINING; live ones go on
+  void Resume();
+  // Ends what is live with `why`. Any thread.
+  void CancelAll(Status why);
+
+  // Progress, not liveness: false when a step is overdue or the device failed. Any thread.
+  bool healthy() const;
+  EngineLoad load() const;
+  int32_t ResetPrefixCache();
+  int32_t max_servable_tokens() const;
+
+ private:
+  friend class RequestHandle;
+  class Impl;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace altiplano

@@ -1,0 +1,19 @@
+// Executor: runs planned steps on the ranks. The engine's only view of devices.
+#pragma once
+
+#include <memory>
+
+#include "server/scheduler/step_plan.h"
+
+namespace altiplano {
+
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // Starts a step and returns at once. At most one step may be waiting behind the running one. Engine thread.
+  virtual void Launch(std::shared_ptr<const StepPlan> plan) = 0;
+  // Blocks until the oldest launched step has ended. Engine thread.
+  virtual StepResult Wait() = 0;
+};
+
+}  // namespace altiplano
