@@ -28,6 +28,8 @@ class FakeClock : public Clock {
   std::atomic<Duration::rep> now_{0};
 };
 
-inline double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
+inline double Seconds(Duration d) {
+  return std::chrono::duration<double>(d).count();
+}
 
 }  // namespace altiplano

@@ -72,7 +72,9 @@ StatusOr<J> Parse(std::string_view text, int max_depth) {
 
 }  // namespace
 
-StatusOr<Json> ParseJson(std::string_view text, int max_depth) { return Parse<Json>(text, max_depth); }
+StatusOr<Json> ParseJson(std::string_view text, int max_depth) {
+  return Parse<Json>(text, max_depth);
+}
 StatusOr<OrderedJson> ParseOrderedJson(std::string_view text, int max_depth) {
   return Parse<OrderedJson>(text, max_depth);
 }

@@ -95,7 +95,9 @@ Status SetLevel(std::string_view name) {
   return OkStatus();
 }
 
-bool Enabled(Level level) { return level >= g_level.load(std::memory_order_relaxed); }
+bool Enabled(Level level) {
+  return level >= g_level.load(std::memory_order_relaxed);
+}
 
 void Write(Level level, std::string_view event, Fields fields) {
   if (!Enabled(level)) return;
@@ -129,6 +131,8 @@ void Write(Level level, std::string_view event, Fields fields) {
   Logger().log(spdlog::level::info, spdlog::string_view_t(line.data(), line.size()));
 }
 
-void Flush() { Logger().flush(); }
+void Flush() {
+  Logger().flush();
+}
 
 }  // namespace altiplano::log

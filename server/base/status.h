@@ -1,8 +1,8 @@
 // Status: how one operation ended. Errors are values; nothing in Altiplano throws across a boundary.
 //
-// Codes have the numbers and meanings of gRPC's, so that the front end maps them one to one. An error may carry what the
-// google.rpc details need (a machine-readable reason, offending fields, when to retry); the front end is the only place
-// that turns them into protobuf. Why not absl::Status: docs/adr/0002-own-status.md.
+// Codes have the numbers and meanings of gRPC's, so that the front end maps them one to one. An error may carry what
+// the google.rpc details need (a machine-readable reason, offending fields, when to retry); the front end is the only
+// place that turns them into protobuf. Why not absl::Status: docs/adr/0002-own-status.md.
 #pragma once
 
 #include <chrono>
@@ -75,15 +75,17 @@ class [[nodiscard]] Status {
   std::shared_ptr<const ErrorDetail> detail_;
 };
 
-inline Status OkStatus() { return Status(); }
+inline Status OkStatus() {
+  return Status();
+}
 
 // Either a value or the Status that says why there is none.
 template <typename T>
 class [[nodiscard]] StatusOr {
  public:
-  StatusOr(T value) : value_(std::move(value)) {}              // NOLINT(google-explicit-constructor)
-  StatusOr(Status status) : status_(std::move(status)) {       // NOLINT(google-explicit-constructor)
-    if (status_.ok()) std::abort();                            // an OK status without a value is a bug
+  StatusOr(T value) : value_(std::move(value)) {}         // NOLINT(google-explicit-constructor)
+  StatusOr(Status status) : status_(std::move(status)) {  // NOLINT(google-explicit-constructor)
+    if (status_.ok()) std::abort();                       // an OK status without a value is a bug
   }
 
   bool ok() const { return value_.has_value(); }
@@ -114,9 +116,9 @@ class [[nodiscard]] StatusOr {
 #define ALTIPLANO_CONCAT(a, b) ALTIPLANO_CONCAT_INNER(a, b)
 
 // Returns from the calling function when `expr` is an error.
-#define RETURN_IF_ERROR(expr)                                   \
-  do {                                                          \
-    if (auto status_ = (expr); !status_.ok()) return status_;   \
+#define RETURN_IF_ERROR(expr)                                 \
+  do {                                                        \
+    if (auto status_ = (expr); !status_.ok()) return status_; \
   } while (false)
 
 // ASSIGN_OR_RETURN(auto config, ParseConfig(text));

@@ -10,11 +10,21 @@
 namespace altiplano {
 
 namespace internal {
-inline void Append(std::string& out, std::string_view s) { out.append(s); }
-inline void Append(std::string& out, const char* s) { out.append(s); }
-inline void Append(std::string& out, const std::string& s) { out.append(s); }
-inline void Append(std::string& out, char c) { out.push_back(c); }
-inline void Append(std::string& out, bool b) { out.append(b ? "true" : "false"); }
+inline void Append(std::string& out, std::string_view s) {
+  out.append(s);
+}
+inline void Append(std::string& out, const char* s) {
+  out.append(s);
+}
+inline void Append(std::string& out, const std::string& s) {
+  out.append(s);
+}
+inline void Append(std::string& out, char c) {
+  out.push_back(c);
+}
+inline void Append(std::string& out, bool b) {
+  out.append(b ? "true" : "false");
+}
 template <std::integral T>
 void Append(std::string& out, T value) {
   char buffer[24];

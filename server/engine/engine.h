@@ -23,7 +23,7 @@ class RequestSink {
 struct EngineOptions {
   SchedulerOptions scheduler;
   int32_t max_queued_requests = 512;
-  int64_t max_queued_tokens = 4 << 20;          // prompt tokens waiting
+  int64_t max_queued_tokens = 4 << 20;                // prompt tokens waiting
   Duration step_deadline = std::chrono::seconds(30);  // a step that takes longer: the engine is unhealthy
   const Clock* clock = &Clock::Real();
 };
@@ -31,9 +31,9 @@ struct EngineOptions {
 struct EngineLoad {
   SchedulerLoad scheduler;
   int32_t block_size = 0;
-  double tokens_per_second = 0;   // generated, over the last seconds
+  double tokens_per_second = 0;  // generated, over the last seconds
   bool draining = false;
-  Duration last_step_age{};       // since the last step ended; zero before the first
+  Duration last_step_age{};  // since the last step ended; zero before the first
 };
 
 class Engine;
@@ -73,7 +73,7 @@ class Engine {
   // On success the sink gets events until one kEnded; on error it gets none.
   StatusOr<RequestHandle> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink);
 
-  void Drain();   // refuse new requests with UNAVAILABLE DRAINING; live ones go on
+  void Drain();  // refuse new requests with UNAVAILABLE DRAINING; live ones go on
   void Resume();
   // Ends what is live with `why`. Any thread.
   void CancelAll(Status why);

@@ -1,0 +1,487 @@
+#include "server/engine/engine.h"
+
+#include <algorithm>
+#include <array>
+#include <condition_variable>
+#include <future>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "server/base/check.h"
+#include "server/base/log.h"
+#include "server/base/strings.h"
+
+namespace altiplano {
+
+namespace {
+
+constexpr Duration kMaxNap = std::chrono::milliseconds(100);
+
+// Things per second over the last whole seconds. Engine thread writes; readers take a snapshot under the load mutex.
+class RateMeter {
+ public:
+  void Add(TimePoint now, uint64_t count) {
+    int64_t second = Second(now);
+    Bucket& bucket = buckets_[static_cast<size_t>(second) % kBuckets];
+    if (bucket.second != second) bucket = {second, 0};
+    bucket.count += count;
+  }
+  double PerSecond(TimePoint now) const {
+    int64_t second = Second(now);
+    uint64_t sum = 0;
+    for (const Bucket& bucket : buckets_) {
+      if (bucket.second < second && bucket.second >= second - kWindow) sum += bucket.count;
+    }
+    return static_cast<double>(sum) / kWindow;
+  }
+
+ private:
+  static constexpr size_t kBuckets = 8;
+  static constexpr int64_t kWindow = 5;
+  struct Bucket {
+    int64_t second = -1000;
+    uint64_t count = 0;
+  };
+  static int64_t Second(TimePoint t) { return t.time_since_epoch() / std::chrono::seconds(1); }
+  std::array<Bucket, kBuckets> buckets_;
+};
+
+Status Unavailable(std::string reason, std::string message) {
+  ErrorDetail detail;
+  detail.reason = std::move(reason);
+  detail.retry_after = std::chrono::seconds(1);
+  return Status(Code::kUnavailable, std::move(message), std::move(detail));
+}
+
+}  // namespace
+
+class Engine::Impl {
+ public:
+  Impl(EngineOptions options, std::unique_ptr<Scheduler> scheduler, std::unique_ptr<Executor> executor,
+       std::function<void()> on_step)
+      : options_(std::move(options)),
+        clock_(*options_.clock),
+        on_step_(std::move(on_step)),
+        max_servable_tokens_(scheduler->max_servable_tokens()),
+        scheduler_(std::move(scheduler)),
+        executor_(std::move(executor)) {
+    load_.scheduler = scheduler_->load();
+    load_.block_size = options_.scheduler.block_size;
+    thread_ = std::thread([this] { Loop(); });
+  }
+
+  ~Impl() {
+    {
+      std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_one();
+    thread_.join();
+  }
+
+  // --- Any thread
+  // -----------------------------------------------------------------------------------------------------
+
+  StatusOr<RequestKey> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) {
+    RETURN_IF_ERROR(CheckFits(*request));
+    auto prompt_tokens = static_cast<int64_t>(request->prompt.size());
+    RequestKey key;
+    {
+      std::lock_guard lock(mutex_);
+      if (failed_ || stop_) return Unavailable("ENGINE_DOWN", "the engine has stopped");
+      if (draining_) return Unavailable("DRAINING", "the server is draining");
+      if (queued_requests_ >= options_.max_queued_requests ||
+          (queued_requests_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens)) {
+        return QueueFull();
+      }
+      key = ++last_key_;
+      ++queued_requests_;
+      queued_tokens_ += prompt_tokens;
+      inbox_.arrivals.push_back({key, std::move(request), std::move(sink)});
+    }
+    wake_.notify_one();
+    return key;
+  }
+
+  void Cancel(RequestKey key, Status why) {
+    {
+      std::lock_guard lock(mutex_);
+      inbox_.cancels.emplace_back(key, std::move(why));
+    }
+    wake_.notify_one();
+  }
+
+  void StopSequence(RequestKey key, uint32_t sequence) {
+    {
+      std::lock_guard lock(mutex_);
+      inbox_.stops.emplace_back(key, sequence);
+    }
+    wake_.notify_one();
+  }
+
+  void CancelAll(Status why) {
+    {
+      std::lock_guard lock(mutex_);
+      inbox_.cancel_all = std::move(why);
+    }
+    wake_.notify_one();
+  }
+
+  void SetDraining(bool draining) {
+    std::lock_guard lock(mutex_);
+    draining_ = draining;
+  }
+
+  bool healthy() const {
+    if (down_.load(std::memory_order_acquire)) return false;
+    Duration::rep started = step_started_.load(std::memory_order_acquire);
+    return started == 0 || clock_.Now().time_since_epoch() - Duration(started) < options_.step_deadline;
+  }
+
+  EngineLoad load() const {
+    std::scoped_lock lock(load_mutex_, mutex_);
+    EngineLoad load = load_;
+    TimePoint now = clock_.Now();
+    load.draining = draining_;
+    load.tokens_per_second = tokens_.PerSecond(now);
+    if (last_step_end_ != TimePoint{}) load.last_step_age = now - last_step_end_;
+    // What the engine thread has not seen yet waits too.
+    load.scheduler.waiting_requests += static_cast<int32_t>(inbox_.arrivals.size());
+    for (const Arrival& arrival : inbox_.arrivals) {
+      load.scheduler.waiting_tokens += static_cast<int64_t>(arrival.request->prompt.size());
+    }
+    return load;
+  }
+
+  int32_t ResetPrefixCache() {
+    std::future<int32_t> answer;
+    {
+      std::lock_guard lock(mutex_);
+      if (stop_) return 0;
+      inbox_.cache_resets.emplace_back();
+      answer = inbox_.cache_resets.back().get_future();
+    }
+    wake_.notify_one();
+    return answer.get();
+  }
+
+  int32_t max_servable_tokens() const { return max_servable_tokens_; }
+
+ private:
+  struct Arrival {
+    RequestKey key;
+    std::shared_ptr<const Request> request;
+    std::shared_ptr<RequestSink> sink;
+  };
+  struct Inbox {
+    std::vector<Arrival> arrivals;
+    std::vector<std::pair<RequestKey, Status>> cancels;
+    std::vector<std::pair<RequestKey, uint32_t>> stops;
+    std::vector<std::promise<int32_t>> cache_resets;
+    Status cancel_all;  // not OK: end everything
+
+    bool empty() const {
+      return arrivals.empty() && cancels.empty() && stops.empty() && cache_resets.empty() && cancel_all.ok();
+    }
+  };
+  struct Live {
+    std::shared_ptr<RequestSink> sink;
+    int64_t queued_tokens = 0;  // counted in queued_tokens_ until admission
+    bool queued = true;
+  };
+
+  Status CheckFits(const Request& request) const {
+    CHECK(!request.prompt.empty());
+    auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
+    ErrorDetail detail;
+    detail.reason = "REQUEST_TOO_LARGE_FOR_SERVER";
+    if (prompt_tokens + 1 > max_servable_tokens_) {
+      detail.metadata = {{"limit", StrCat(max_servable_tokens_)}, {"actual", StrCat(prompt_tokens + 1)}};
+      return Status(Code::kFailedPrecondition,
+                    StrCat("the prompt's ", prompt_tokens, " tokens and one more do not fit this server's KV cache of ",
+                           max_servable_tokens_, " tokens for one sequence"),
+                    std::move(detail));
+    }
+    if (request.num_sequences > options_.scheduler.max_running) {
+      detail.metadata = {{"limit", StrCat(options_.scheduler.max_running)}, {"actual", StrCat(request.num_sequences)}};
+      return Status(Code::kFailedPrecondition,
+                    StrCat(request.num_sequences, " sequences were asked for, this server runs ",
+                           options_.scheduler.max_running, " at once"),
+                    std::move(detail));
+    }
+    return OkStatus();
+  }
+
+  // Under mutex_. The hint: how long the queue needs to drain at the rate at which requests were admitted lately.
+  Status QueueFull() const {
+    double rate = std::max(admission_rate_, 0.1);
+    double seconds = std::clamp(static_cast<double>(queued_requests_) / rate / 2, 0.1, 60.0);
+    ErrorDetail detail;
+    detail.reason = "QUEUE_FULL";
+    detail.retry_after = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
+    detail.metadata = {{"queued_requests", StrCat(queued_requests_)},
+                       {"max_queued_requests", StrCat(options_.max_queued_requests)},
+                       {"queued_tokens", StrCat(queued_tokens_)},
+                       {"max_queued_tokens", StrCat(options_.max_queued_tokens)}};
+    return Status(Code::kResourceExhausted,
+                  StrCat("the queue is full: ", queued_requests_, " requests with ", queued_tokens_,
+                         " prompt tokens are waiting"),
+                  std::move(detail));
+  }
+
+  // --- Engine thread
+  // --------------------------------------------------------------------------------------------------
+
+  void Loop() {
+    // The step being executed; while it runs, the one after it is planned.
+    std::shared_ptr<const StepPlan> running;
+    bool idle = true;  // nothing runs and nothing could be planned
+    for (;;) {
+      if (!TakeInbox(/*may_sleep=*/idle)) break;
+      std::shared_ptr<const StepPlan> next = scheduler_->Plan(clock_.Now(), &events_);
+      Deliver();
+      idle = running == nullptr && next == nullptr;
+      if (idle) continue;
+      if (running == nullptr) {
+        Launch(next);
+        running = std::move(next);
+        continue;
+      }
+      StepResult result = executor_->Wait();
+      if (!result.status.ok()) {
+        // The step already planned is never launched: its inputs are gone.
+        Fail(result.status);
+        running.reset();
+        break;
+      }
+      step_started_.store(0, std::memory_order_release);
+      if (next != nullptr) Launch(next);
+      // Cancels that came while the step ran take effect now, not a step later.
+      if (!TakeInbox(/*may_sleep=*/false)) {
+        running = std::move(next);
+        break;
+      }
+      TimePoint now = clock_.Now();
+      scheduler_->Apply(*running, result, now, &events_);
+      running = std::move(next);
+      FinishStep(now);
+    }
+    Stop(running != nullptr);
+  }
+
+  void Launch(std::shared_ptr<const StepPlan> plan) {
+    step_started_.store(std::max<Duration::rep>(1, clock_.Now().time_since_epoch().count()), std::memory_order_release);
+    executor_->Launch(std::move(plan));
+  }
+
+  // Moves what other threads left into the scheduler. False: stop. may_sleep: no step runs, so wait for something to
+  // do.
+  bool TakeInbox(bool may_sleep) {
+    Inbox inbox;
+    {
+      std::unique_lock lock(mutex_);
+      if (may_sleep) {
+        auto ready = [&] { return stop_ || !inbox_.empty(); };
+        if (scheduler_->idle()) {
+          wake_.wait(lock, ready);
+        } else {
+          // Live requests that wait for their deadline. The clock may be a fake one: never sleep long.
+          Duration left = kMaxNap;
+          if (TimePoint until = scheduler_->next_deadline(); until != kNever) {
+            left = std::clamp<Duration>(until - clock_.Now(), std::chrono::milliseconds(1), kMaxNap);
+          }
+          wake_.wait_for(lock, left, ready);
+        }
+      }
+      if (stop_) return false;
+      std::swap(inbox, inbox_);
+    }
+    for (Arrival& arrival : inbox.arrivals) {
+      auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
+      live_.emplace(arrival.key, Live{std::move(arrival.sink), tokens});
+      scheduler_->Add(arrival.key, std::move(arrival.request));
+    }
+    for (auto& [key, sequence] : inbox.stops) scheduler_->StopSequence(key, sequence);
+    for (auto& [key, why] : inbox.cancels) scheduler_->Cancel(key, std::move(why));
+    if (!inbox.cancel_all.ok()) {
+      for (const auto& [key, live] : live_) scheduler_->Cancel(key, inbox.cancel_all);
+    }
+    for (std::promise<int32_t>& reset : inbox.cache_resets) reset.set_value(scheduler_->ResetPrefixCache());
+    return true;
+  }
+
+  // Hands events to their owners.
+  void Deliver() {
+    if (events_.empty()) return;
+    int64_t left_requests = 0, left_tokens = 0;
+    uint64_t admitted = 0, generated = 0;
+    for (Event& event : events_) {
+      auto it = live_.find(event.request);
+      CHECK(it != live_.end());
+      Live& live = it->second;
+      if (live.queued && (event.kind == Event::Kind::kAdmitted || event.kind == Event::Kind::kEnded)) {
+        live.queued = false;
+        ++left_requests;
+        left_tokens += live.queued_tokens;
+      }
+      admitted += event.kind == Event::Kind::kAdmitted;
+      generated += event.kind == Event::Kind::kToken;
+      bool ended = event.kind == Event::Kind::kEnded;
+      live.sink->OnEvent(std::move(event));
+      if (ended) live_.erase(it);
+    }
+    events_.clear();
+    TimePoint now = clock_.Now();
+    {
+      std::scoped_lock lock(load_mutex_, mutex_);
+      queued_requests_ -= static_cast<int32_t>(left_requests);
+      queued_tokens_ -= left_tokens;
+      admissions_.Add(now, admitted);
+      admission_rate_ = admissions_.PerSecond(now);
+      tokens_.Add(now, generated);
+      load_.scheduler = scheduler_->load();
+    }
+    if (on_step_) on_step_();
+  }
+
+  void FinishStep(TimePoint now) {
+    {
+      std::lock_guard lock(load_mutex_);
+      last_step_end_ = now;
+      load_.scheduler = scheduler_->load();
+    }
+    Deliver();
+#ifndef NDEBUG
+    if (scheduler_->idle()) scheduler_->CheckInvariants();
+#endif
+  }
+
+  // The device failed: everything ends, nothing new is taken, health turns.
+  void Fail(const Status& status) {
+    log::Error("engine failed", {{"error", status.ToString()}});
+    down_.store(true, std::memory_order_release);
+    {
+      std::lock_guard lock(mutex_);
+      failed_ = true;
+    }
+    scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat("the engine failed: ", status.message())), clock_.Now(),
+                      &events_);
+    Deliver();
+  }
+
+  // Ends what is live and whatever still comes in until the destructor is called.
+  void Stop(bool step_in_flight) {
+    if (step_in_flight) executor_->Wait();
+    Status why = Unavailable("ENGINE_DOWN", "the engine has stopped");
+    for (;;) {
+      Inbox inbox;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return stop_ || !inbox_.empty(); });
+        std::swap(inbox, inbox_);
+        if (inbox.empty()) break;  // stop_, and nothing left
+      }
+      for (Arrival& arrival : inbox.arrivals) {
+        auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
+        live_.emplace(arrival.key, Live{std::move(arrival.sink), tokens});
+        scheduler_->Add(arrival.key, std::move(arrival.request));
+      }
+      for (std::promise<int32_t>& reset : inbox.cache_resets) reset.set_value(0);
+      scheduler_->Abort(why, clock_.Now(), &events_);
+      Deliver();
+    }
+    scheduler_->Abort(why, clock_.Now(), &events_);
+    Deliver();
+    CHECK(live_.empty());
+  }
+
+  // Constant after construction.
+  const EngineOptions options_;
+  const Clock& clock_;
+  const std::function<void()> on_step_;
+  const int32_t max_servable_tokens_;
+
+  // Engine thread only.
+  const std::unique_ptr<Scheduler> scheduler_;
+  const std::unique_ptr<Executor> executor_;
+  std::unordered_map<RequestKey, Live> live_;
+  std::vector<Event> events_;
+
+  // Guarded by mutex_.
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;
+  Inbox inbox_;
+  bool stop_ = false;
+  bool failed_ = false;
+  bool draining_ = false;
+  RequestKey last_key_ = 0;
+  int32_t queued_requests_ = 0;
+  int64_t queued_tokens_ = 0;
+  RateMeter admissions_;
+  double admission_rate_ = 0;
+
+  // Guarded by load_mutex_ (taken before mutex_ where both are held).
+  mutable std::mutex load_mutex_;
+  EngineLoad load_;
+  RateMeter tokens_;
+  TimePoint last_step_end_{};
+
+  std::atomic<Duration::rep> step_started_{0};  // 0: no step runs
+  std::atomic<bool> down_{false};
+
+  std::thread thread_;
+};
+
+RequestHandle::~RequestHandle() {
+  if (engine_ != nullptr) engine_->impl_->Cancel(key_, Status(Code::kCancelled, "the request was dropped"));
+}
+void RequestHandle::Cancel(Status why) {
+  if (engine_ != nullptr) engine_->impl_->Cancel(key_, std::move(why));
+}
+void RequestHandle::StopSequence(uint32_t sequence) {
+  if (engine_ != nullptr) engine_->impl_->StopSequence(key_, sequence);
+}
+
+StatusOr<std::unique_ptr<Engine>> Engine::Start(EngineOptions options, std::unique_ptr<Executor> executor,
+                                                std::function<void()> on_step) {
+  if (options.max_queued_requests < 1 || options.max_queued_tokens < 1 || options.step_deadline <= Duration(0)) {
+    return Status(Code::kInvalidArgument, "max_queued_requests, max_queued_tokens and step_deadline must be positive");
+  }
+  ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Scheduler::Create(options.scheduler));
+  return std::unique_ptr<Engine>(new Engine(
+      std::make_unique<Impl>(std::move(options), std::move(scheduler), std::move(executor), std::move(on_step))));
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::~Engine() = default;
+
+StatusOr<RequestHandle> Engine::Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) {
+  ASSIGN_OR_RETURN(RequestKey key, impl_->Submit(std::move(request), std::move(sink)));
+  return RequestHandle(this, key);
+}
+void Engine::Drain() {
+  impl_->SetDraining(true);
+}
+void Engine::Resume() {
+  impl_->SetDraining(false);
+}
+void Engine::CancelAll(Status why) {
+  impl_->CancelAll(std::move(why));
+}
+bool Engine::healthy() const {
+  return impl_->healthy();
+}
+EngineLoad Engine::load() const {
+  return impl_->load();
+}
+int32_t Engine::ResetPrefixCache() {
+  return impl_->ResetPrefixCache();
+}
+int32_t Engine::max_servable_tokens() const {
+  return impl_->max_servable_tokens();
+}
+
+}  // namespace altiplano
