@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Installs what Altiplano needs from the distribution's packages. Used by ./run, CI and the Dockerfiles alike.
+#   docker/install-deps.sh build      compiler, libraries and test tools
+#   docker/install-deps.sh runtime    only what the finished program links to
+# Prints nothing when everything is there. Debian 12 and Ubuntu 24.04.
+set -euo pipefail
+
+build_packages=(
+  g++ cmake ninja-build ccache pkg-config git ca-certificates
+  libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libspdlog-dev nlohmann-json3-dev
+  libgtest-dev libgmock-dev
+  python3 python3-venv python3-pip
+)
+# Names differ between releases (t64 suffixes): the runtime set is found from the program's own links when it is built.
+runtime_packages=(libgrpc++1.51 libprotobuf32 libspdlog1.10 ca-certificates)
+
+case "${1:-build}" in
+  build) wanted=("${build_packages[@]}") ;;
+  runtime) wanted=("${runtime_packages[@]}") ;;
+  *) echo "usage: $0 [build|runtime]" >&2; exit 64 ;;
+esac
+
+missing=()
+for package in "${wanted[@]}"; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' || missing+=("$package")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+  command -v sudo >/dev/null || { echo "Missing packages: ${missing[*]}. Install them as root, or install sudo." >&2; exit 69; }
+  as_root=(sudo)
+fi
+echo "Installing: ${missing[*]}" >&2
+export DEBIAN_FRONTEND=noninteractive
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if ! { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+  tail -n 20 "$log" >&2
+  echo "Could not install: ${missing[*]}" >&2
+  exit 69
+fi

@@ -1,0 +1,137 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <array>
+#include <fstream>
+#include <string>
+
+#include "server/base/clock.h"
+#include "server/base/json.h"
+#include "server/base/log.h"
+#include "server/base/status.h"
+#include "server/base/strings.h"
+
+namespace altiplano {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+TEST(Status, CarriesCodeMessageAndDetail) {
+  EXPECT_TRUE(OkStatus().ok());
+  ErrorDetail detail;
+  detail.reason = "QUEUE_FULL";
+  detail.retry_after = std::chrono::milliseconds(250);
+  Status status(Code::kResourceExhausted, "the queue is full", detail);
+  Status copy = status;
+  EXPECT_EQ(copy.ToString(), "RESOURCE_EXHAUSTED: the queue is full");
+  EXPECT_EQ(copy.reason(), "QUEUE_FULL");
+  EXPECT_EQ(copy.detail()->retry_after, std::chrono::milliseconds(250));
+  EXPECT_EQ(Status(Code::kInternal, "x").detail(), nullptr);
+}
+
+StatusOr<int> Half(int x) {
+  if (x % 2 != 0) return Status(Code::kInvalidArgument, StrCat(x, " is odd"));
+  return x / 2;
+}
+StatusOr<int> Quarter(int x) {
+  ASSIGN_OR_RETURN(int half, Half(x));
+  return Half(half);
+}
+
+TEST(Status, AssignOrReturnPassesTheFirstError) {
+  EXPECT_EQ(*Quarter(8), 2);
+  EXPECT_EQ(Quarter(7).status().message(), "7 is odd");
+  EXPECT_EQ(Quarter(6).status().message(), "3 is odd");
+}
+
+TEST(StatusDeathTest, ValueOfAnErrorDies) { EXPECT_DEATH((void)Half(3).value(), ""); }
+
+TEST(Strings, StrCatWritesNumbersShortest) {
+  EXPECT_EQ(StrCat("a", 1, ' ', -2L, " ", 0.1f, " ", true), "a1 -2 0.1 true");
+  EXPECT_EQ(HumanBytes(1023), "1023 B");
+  EXPECT_EQ(HumanBytes(16060522496), "14.96 GiB");
+}
+
+TEST(Strings, Utf8) {
+  EXPECT_TRUE(IsValidUtf8("a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"));
+  for (std::string_view bad : {"\x80", "\xC0\x80", "\xC3", "\xE0\x80\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xFF"}) {
+    EXPECT_FALSE(IsValidUtf8(bad));
+  }
+}
+
+TEST(Strings, NearestSuggestsOnlyWhatIsNear) {
+  std::array<std::string_view, 3> names = {"listen", "model", "max-running"};
+  EXPECT_EQ(Nearest("lisen", names), "listen");
+  EXPECT_EQ(Nearest("max-runing", names), "max-running");
+  EXPECT_EQ(Nearest("temperature", names), "");
+}
+
+TEST(ParseJson, RefusesWhatNlohmannLetsThrough) {
+  EXPECT_EQ((*ParseJson(R"({"a": [1, 2.5, "x"]})"))["a"][1], 2.5);
+  EXPECT_THAT(ParseJson(R"({"a": 1, "a": 2})").status().message(), HasSubstr("duplicate key \"a\""));
+  EXPECT_THAT(ParseJson(std::string(65, '[') + std::string(65, ']')).status().message(), HasSubstr("deeper than 64"));
+  EXPECT_THAT(ParseJson(std::string(1000000, '[')).status().message(), HasSubstr("deeper than 64"));
+  EXPECT_TRUE(ParseJson(std::string(64, '[') + std::string(64, ']')).ok());
+  for (std::string_view bad : {"", "{", "[1] x", "{\"a\" 1}", "\"\xFF\"", "nul", "[1,]"}) {
+    EXPECT_EQ(ParseJson(bad).status().code(), Code::kInvalidArgument) << bad;
+  }
+}
+
+TEST(ParseJson, OrderedKeepsTheOrderOfTheText) {
+  EXPECT_EQ(ParseOrderedJson(R"({"z": 1, "a": 2})")->dump(), R"({"z":1,"a":2})");
+}
+
+class LogLines : public ::testing::Test {
+ protected:
+  void TearDown() override { log::Init(log::Level::kInfo, log::Format::kAuto); }
+  template <typename F>
+  std::string Capture(log::Format format, F&& write) {
+    log::Init(log::Level::kInfo, format);
+    ::testing::internal::CaptureStderr();
+    write();
+    log::Flush();
+    return ::testing::internal::GetCapturedStderr();
+  }
+};
+
+TEST_F(LogLines, JsonIsOneObjectALine) {
+  std::string line = Capture(log::Format::kJson, [] {
+    log::Info("request finished", {{"request_id", "a\"b\nc"}, {"tokens", 12}, {"ttft", 0.25}, {"ok", true}});
+  });
+  auto parsed = ParseJson(line);
+  ASSERT_TRUE(parsed.ok()) << line;
+  EXPECT_EQ((*parsed)["event"], "request finished");
+  EXPECT_EQ((*parsed)["request_id"], "a\"b\nc");
+  EXPECT_EQ((*parsed)["tokens"], 12);
+  EXPECT_EQ((*parsed)["ok"], true);
+  EXPECT_EQ((*parsed)["level"], "info");
+}
+
+TEST_F(LogLines, TextCannotBeForged) {
+  std::string line = Capture(log::Format::kText, [] { log::Warn("odd id", {{"request_id", "x\nERROR fake"}}); });
+  EXPECT_THAT(line, HasSubstr("request_id=\"x\\nERROR fake\""));
+  EXPECT_EQ(std::count(line.begin(), line.end(), '\n'), 1);
+}
+
+TEST_F(LogLines, LevelFilters) {
+  std::string text = Capture(log::Format::kText, [] {
+    log::Debug("hidden");
+    ASSERT_TRUE(log::SetLevel("error").ok());
+    log::Warn("hidden too");
+    log::Error("seen");
+  });
+  EXPECT_THAT(text, Not(HasSubstr("hidden")));
+  EXPECT_THAT(text, HasSubstr("seen"));
+  EXPECT_THAT(log::SetLevel("loud").message(), HasSubstr("must be one of"));
+}
+
+TEST(FakeClock, MovesOnlyWhenTold) {
+  FakeClock clock;
+  TimePoint before = clock.Now();
+  clock.Advance(std::chrono::seconds(2));
+  EXPECT_EQ(clock.Now() - before, std::chrono::seconds(2));
+}
+
+}  // namespace
+}  // namespace altiplano
