@@ -10,23 +10,17 @@ case "${1:-}" in
   *) echo "usage: ./run demo [--keep]" >&2; exit 64 ;;
 esac
 
-echo "1/4 packages"
-docker/install-deps.sh build
-echo "2/4 build (minutes the first time, seconds after that)"
-# The demo needs no tests and no CUDA; its build folder is its own, so that ./run build keeps its settings.
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-cmake --preset release -B build/demo -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=OFF -Wno-dev >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
-ninja -C build/demo altiplano
-program=build/demo/altiplano
+echo "1/3 packages and build (minutes the first time, seconds after that)"
+./run build release altiplano
+program=build/release/altiplano
 
-echo "3/4 model"
+echo "2/3 model"
 if ! model=$(docker/fetch-demo-model.sh); then
   model=tests/data/tiny
   echo "Falling back to the committed tiny model, $model: 4 million parameters, good for formats and serving, not for sense."
 fi
 
-echo "4/4 serve"
+echo "3/3 serve"
 out=$(mktemp)
 "$program" serve --model "$model" --listen 127.0.0.1:0 --log-level warn >"$out" &
 server=$!
@@ -35,7 +29,7 @@ stop() {
     kill -TERM "$server"
     wait "$server" && echo "Server drained and left with exit code 0." || echo "Server left with exit code $?." >&2
   fi
-  rm -f "$out" "$log"
+  rm -f "$out"
 }
 trap stop EXIT
 trap 'exit 130' INT TERM
