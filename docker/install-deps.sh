@@ -11,8 +11,8 @@ build_packages=(
   libgtest-dev libgmock-dev
   python3 python3-venv python3-pip
 )
-# Names differ between releases (t64 suffixes): the runtime set is found from the program's own links when it is built.
-runtime_packages=(libgrpc++1.51 libprotobuf32 libspdlog1.10 ca-certificates)
+# Debian 12's name, then Ubuntu 24.04's.
+runtime_packages=("libgrpc++1.51|libgrpc++1.51t64" "libprotobuf32|libprotobuf32t64" "libspdlog1.10|libspdlog1.12" ca-certificates)
 
 case "${1:-build}" in
   build) wanted=("${build_packages[@]}") ;;
@@ -20,9 +20,12 @@ case "${1:-build}" in
   *) echo "usage: $0 [build|runtime]" >&2; exit 64 ;;
 esac
 
+installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q '^install ok installed$'; }
 missing=()
-for package in "${wanted[@]}"; do
-  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' || missing+=("$package")
+for names in "${wanted[@]}"; do
+  IFS='|' read -r -a alternatives <<<"$names"
+  for name in "${alternatives[@]}"; do installed "$name" && continue 2; done
+  missing+=("$names")
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
 
@@ -35,7 +38,19 @@ echo "Installing: ${missing[*]}" >&2
 export DEBIAN_FRONTEND=noninteractive
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-if ! { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+install() {
+  "${as_root[@]}" apt-get update -qq
+  local chosen=() names alternatives name
+  for names in "${missing[@]}"; do
+    IFS='|' read -r -a alternatives <<<"$names"
+    for name in "${alternatives[@]}"; do
+      if apt-cache show "$name" >/dev/null 2>&1; then chosen+=("$name"); continue 2; fi
+    done
+    echo "no package: $names"; return 1
+  done
+  "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${chosen[@]}"
+}
+if ! install >"$log" 2>&1; then
   tail -n 20 "$log" >&2
   echo "Could not install: ${missing[*]}" >&2
   exit 69
