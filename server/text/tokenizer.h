@@ -1,5 +1,5 @@
-// Tokenizer: byte-pair encoding of text, exact with the checkpoint's own (tiktoken ranks, or merges with ignore_merges).
-// Immutable after construction; any thread.
+// Tokenizer: byte-pair encoding of text, exact with the checkpoint's own (tiktoken ranks, or merges with
+// ignore_merges). Immutable after construction; any thread.
 #pragma once
 
 #include <memory>
@@ -42,7 +42,7 @@ class Tokenizer {
   virtual bool IsSpecial(TokenId id) const = 0;
   virtual std::optional<TokenId> Special(std::string_view name) const = 0;
 
-  virtual int32_t vocab_size() const = 0;      // ids are [0, vocab_size)
+  virtual int32_t vocab_size() const = 0;          // ids are [0, vocab_size)
   virtual std::optional<TokenId> bos() const = 0;  // put before plain-text prompts; nullopt: the model wants none
 };
 
