@@ -34,7 +34,7 @@ class Calls {
   explicit Calls(std::span<const std::string> offered) : offered_(offered) {}
 
   bool Add(std::string_view name, const PyValue& arguments) {
-    if (name.empty() || !arguments.is_dict()) return false;
+    if (name.empty() || !IsValidUtf8(name) || !arguments.is_dict()) return false;
     if (!offered_.empty() && std::find(offered_.begin(), offered_.end(), name) == offered_.end()) return false;
     ToolCall call;
     call.id = StrCat("call_", calls_.size());

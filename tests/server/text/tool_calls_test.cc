@@ -184,6 +184,7 @@ TEST(ToolCallsTest, LimitsDepth) {
 TEST(ToolCallsTest, InvalidUtf8IsText) {
   EXPECT_EQ(Llama("{\"name\": \"f\", \"parameters\": {\"a\": \"\xff\"}}"), "");
   EXPECT_EQ(Llama("[f(a='\xff')]"), "");
+  EXPECT_EQ(Llama("<function=\xff>{}</function>"), "");
   EXPECT_EQ(Llama("<|python_tag|>print('\xff')"), "");
 }
 
