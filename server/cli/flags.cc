@@ -1,0 +1,233 @@
+#include "server/cli/flags.h"
+
+#include <algorithm>
+
+#include "server/base/check.h"
+#include "server/base/strings.h"
+#include "server/cli/units.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+Status Invalid(std::string message) {
+  return Status(Code::kInvalidArgument, std::move(message));
+}
+
+const Flag* FindFlag(std::span<const Flag> flags, std::string_view name) {
+  for (const Flag& flag : flags) {
+    if (flag.name == name || (!flag.alias.empty() && flag.alias == name)) return &flag;
+  }
+  return nullptr;
+}
+
+Status UnknownFlag(const Command& command, std::string_view name) {
+  std::vector<std::string_view> names = {"help"};
+  for (const Flag& flag : command.flags) {
+    names.push_back(flag.name);
+    if (!flag.alias.empty()) names.push_back(flag.alias);
+  }
+  std::string_view nearest = Nearest(name, names);
+  std::string hint =
+      nearest.empty() ? StrCat("see altiplano ", command.name, " --help") : StrCat("did you mean --", nearest, "?");
+  return Invalid(StrCat("unknown flag --", name, "; ", hint));
+}
+
+std::string_view Placeholder(const Flag& flag) {
+  switch (flag.type) {
+    case FlagType::kText:
+      return "TEXT";
+    case FlagType::kPath:
+      return "PATH";
+    case FlagType::kAddress:
+      return "HOST:PORT";
+    case FlagType::kBool:
+      return "";
+    case FlagType::kCount:
+      return "N";
+    case FlagType::kReal:
+      return "X";
+    case FlagType::kBytes:
+      return "SIZE";
+    case FlagType::kDuration:
+      return "TIME";
+    case FlagType::kChoice:
+      return flag.choices;
+  }
+  return "";
+}
+
+void AppendWrapped(std::string& out, std::string_view text, size_t indent, size_t width) {
+  size_t column = 0;
+  while (!text.empty()) {
+    size_t space = text.find(' ');
+    std::string_view word = text.substr(0, space);
+    text.remove_prefix(space == std::string_view::npos ? text.size() : space + 1);
+    if (column > 0 && column + 1 + word.size() > width - indent) {
+      out += '\n';
+      column = 0;
+    }
+    out += column == 0 ? std::string(indent, ' ') : " ";
+    column += word.size() + (column == 0 ? 0 : 1);
+    out += word;
+  }
+  out += '\n';
+}
+
+void AppendFlag(std::string& out, const Flag& flag) {
+  std::string head =
+      StrCat("  --", flag.type == FlagType::kBool && flag.default_value == "true" ? "[no-]" : "", flag.name);
+  if (auto placeholder = Placeholder(flag); !placeholder.empty()) head += StrCat(" ", placeholder);
+  if (!flag.alias.empty()) head += StrCat("   (also --", flag.alias, ")");
+  out += head + "\n";
+  AppendWrapped(out, flag.meaning, 6, 100);
+  std::string facts;
+  auto fact = [&facts](std::string_view key, std::string_view value) {
+    facts += StrCat(facts.empty() ? "" : "   ", key, " ", value);
+  };
+  if (flag.type != FlagType::kBool || flag.default_value == "true") {
+    fact("default", flag.default_value.empty() ? "none" : flag.default_value);
+  }
+  if (!flag.example.empty()) fact("example", StrCat("--", flag.name, " ", flag.example));
+  if (flag.repeated) fact("may be", "repeated");
+  if (!flag.field.empty()) fact("config", flag.field);
+  if (!facts.empty()) out += StrCat("      ", facts, "\n");
+}
+
+}  // namespace
+
+Status CheckValue(const Flag& flag, std::string_view value) {
+  switch (flag.type) {
+    case FlagType::kText:
+      return IsValidUtf8(value) ? OkStatus() : Invalid("is not valid UTF-8");
+    case FlagType::kPath:
+      return value.find('\0') == std::string_view::npos ? OkStatus() : Invalid("has a NUL byte");
+    case FlagType::kAddress:
+      return value.empty() ? OkStatus() : CheckAddress(value);
+    case FlagType::kBool:
+      return ParseBool(value).status();
+    case FlagType::kCount:
+      return ParseCount(value, flag.min, flag.max).status();
+    case FlagType::kReal:
+      return ParseReal(value).status();
+    case FlagType::kBytes:
+      return ParseBytes(value).status();
+    case FlagType::kDuration:
+      return ParseDuration(value).status();
+    case FlagType::kChoice:
+      break;
+  }
+  std::vector<std::string_view> names;
+  for (std::string_view rest = flag.choices; !rest.empty();) {
+    size_t bar = std::min(rest.find('|'), rest.size());
+    names.push_back(rest.substr(0, bar));
+    rest.remove_prefix(std::min(bar + 1, rest.size()));
+  }
+  if (std::find(names.begin(), names.end(), value) != names.end()) return OkStatus();
+  std::string_view nearest = Nearest(value, names);
+  return Invalid(
+      StrCat("must be one of ", flag.choices, nearest.empty() ? "" : StrCat("; did you mean ", nearest, "?")));
+}
+
+StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const std::string_view> arguments) {
+  ParsedFlags parsed;
+  parsed.flags_ = command.flags;
+  bool flags_ended = false;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    std::string_view argument = arguments[i];
+    if (flags_ended || !argument.starts_with('-') || argument == "-") {
+      if (parsed.positional_.size() == command.max_positional) {
+        return Invalid(StrCat("unexpected argument \"", argument, "\"; see altiplano ", command.name, " --help"));
+      }
+      parsed.positional_.emplace_back(argument);
+      continue;
+    }
+    if (argument == "--") {
+      flags_ended = true;
+      continue;
+    }
+    if (argument == "--help" || argument == "-h") {
+      parsed.help_ = true;
+      continue;
+    }
+    std::string_view name = argument.substr(argument.starts_with("--") ? 2 : 1);
+    size_t equals = name.find('=');
+    bool has_value = equals != std::string_view::npos;
+    std::string value(has_value ? name.substr(equals + 1) : "");
+    name = name.substr(0, equals);
+    const Flag* flag = argument.starts_with("--") ? FindFlag(parsed.flags_, name) : nullptr;
+    if (flag == nullptr && name.starts_with("no-") && argument.starts_with("--") && !has_value) {
+      flag = FindFlag(parsed.flags_, name.substr(3));
+      if (flag != nullptr && flag->type != FlagType::kBool) flag = nullptr;
+      if (flag != nullptr) value = "false", has_value = true;
+    }
+    if (flag == nullptr) return UnknownFlag(command, name);
+    if (!has_value && flag->type == FlagType::kBool) {
+      value = "true";
+    } else if (!has_value) {
+      if (++i == arguments.size()) return Invalid(StrCat("--", name, " needs a value (", Placeholder(*flag), ")"));
+      value = arguments[i];
+    }
+    if (Status bad = CheckValue(*flag, value); !bad.ok()) {
+      return Invalid(StrCat("--", name, " is \"", value, "\", ", bad.message()));
+    }
+    auto& values = parsed.values_[flag->name];
+    if (!values.empty() && !flag->repeated) return Invalid(StrCat("--", flag->name, " is given twice"));
+    values.push_back(std::move(value));
+  }
+  return parsed;
+}
+
+bool ParsedFlags::has(std::string_view name) const {
+  return FindFlag(flags_, name) != nullptr;
+}
+
+const Flag& ParsedFlags::Find(std::string_view name) const {
+  const Flag* flag = FindFlag(flags_, name);
+  CHECK(flag != nullptr);
+  return *flag;
+}
+
+std::string ParsedFlags::text(std::string_view name) const {
+  const Flag& flag = Find(name);
+  auto found = values_.find(flag.name);
+  return found == values_.end() ? std::string(flag.default_value) : found->second.back();
+}
+
+std::vector<std::string> ParsedFlags::all(std::string_view name) const {
+  auto found = values_.find(Find(name).name);
+  return found == values_.end() ? std::vector<std::string>() : found->second;
+}
+
+int64_t ParsedFlags::count(std::string_view name) const {
+  const Flag& flag = Find(name);
+  return ParseCount(text(name), flag.min, flag.max).value();
+}
+double ParsedFlags::real(std::string_view name) const {
+  return ParseReal(text(name)).value();
+}
+bool ParsedFlags::boolean(std::string_view name) const {
+  return ParseBool(text(name)).value();
+}
+uint64_t ParsedFlags::bytes(std::string_view name) const {
+  return ParseBytes(text(name)).value();
+}
+Duration ParsedFlags::duration(std::string_view name) const {
+  return ParseDuration(text(name)).value();
+}
+
+std::string HelpText(const Command& command) {
+  std::string out = StrCat("altiplano ", command.name, ": ", command.summary, "\n\n  ", command.synopsis, "\n");
+  std::string_view group = "\n";
+  for (const Flag& flag : command.flags) {
+    if (flag.group != group) {
+      group = flag.group;
+      out += StrCat("\n", group.empty() ? "Flags" : group, "\n");
+    }
+    AppendFlag(out, flag);
+  }
+  if (!command.notes.empty()) out += StrCat("\n", command.notes, "\n");
+  return out;
+}
+
+}  // namespace altiplano::cli

@@ -1,0 +1,29 @@
+// Values with units, as flags and config files write them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "server/base/clock.h"
+#include "server/base/status.h"
+
+namespace altiplano::cli {
+
+// "16GiB", "1.5 GB", "4096" (bytes). KiB, MiB, GiB, TiB are powers of 1024; kB, KB, MB, GB, TB of 1000.
+StatusOr<uint64_t> ParseBytes(std::string_view text);
+
+// "30s", "1.5m", "250ms", "2h"; "0". Any other number without a unit is an error. At most 1000 days.
+StatusOr<Duration> ParseDuration(std::string_view text);
+
+// A decimal integer within [min, max], underscores and commas not allowed.
+StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max);
+
+StatusOr<double> ParseReal(std::string_view text);
+
+StatusOr<bool> ParseBool(std::string_view text);  // true, false, yes, no, on, off, 1, 0
+
+// "127.0.0.1:50051", "[::1]:0", "localhost:80", "unix:/run/altiplano.sock".
+Status CheckAddress(std::string_view text);
+
+}  // namespace altiplano::cli
