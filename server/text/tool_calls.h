@@ -20,7 +20,7 @@ struct ToolCall {
 // How a chat format's models write calls.
 enum class ToolDialect : uint8_t {
   kNone,      // never: any answer is text
-  kLlama,     // any form of Llama 3.1 to 3.3, told apart by how the answer begins (docs/chat_formats.md)
+  kLlama,     // any form of Llama 3.1 to 3.3, told apart by what they begin with (docs/chat_formats.md)
   kPythonic,  // only a Python list of calls: [f(a=1), g()]
 };
 
