@@ -113,21 +113,6 @@ std::string Get(ServerConfig* config, const Flag& flag) {
   }
 }
 
-std::string Quoted(std::string_view text) {
-  std::string out = "\"";
-  for (char c : text) {
-    auto byte = static_cast<unsigned char>(c);
-    if (c == '"' || c == '\\') {
-      out += StrCat('\\', c);
-    } else if (byte < 0x20 || byte == 0x7F) {
-      out += StrFormat("\\%03o", byte);
-    } else {
-      out += c;
-    }
-  }
-  return out + '"';
-}
-
 void CollectPlaces(const pb::Message& message, pb::TextFormat::ParseInfoTree& tree, const std::string& prefix,
                    const std::string& file, std::map<std::string, std::string>* places) {
   std::vector<const pb::FieldDescriptor*> set;
@@ -168,7 +153,7 @@ StatusOr<ConfigFile> ParseConfig(std::string_view text, const std::string& file_
     std::string value = Get(&file.values, flag);
     if (Status bad = CheckValue(flag, value); !bad.ok()) {
       return Status(Code::kInvalidArgument,
-                    StrCat(place->second, ": ", flag.field, " is \"", value, "\", ", bad.message()));
+                    StrCat(place->second, ": ", flag.field, " is ", Quote(value), ", ", bad.message()));
     }
   }
   return file;
@@ -223,7 +208,7 @@ std::string PrintConfig(const EffectiveConfig& config) {
     }
     std::string value = Get(&values, flag);
     bool quoted = Locate(&values, flag.field).field->cpp_type() == pb::FieldDescriptor::CPPTYPE_STRING;
-    if (quoted) value = Quoted(value);
+    if (quoted) value = Quote(value);
     std::string line = StrCat(open.empty() ? "" : "  ",
                               dot == std::string_view::npos ? flag.field : flag.field.substr(dot + 1), ": ", value);
     if (line.size() < 44) line.resize(44, ' ');

@@ -101,7 +101,8 @@ Status CheckValue(const Flag& flag, std::string_view value) {
     case FlagType::kText:
       return IsValidUtf8(value) ? OkStatus() : Invalid("is not valid UTF-8");
     case FlagType::kPath:
-      return value.find('\0') == std::string_view::npos ? OkStatus() : Invalid("has a NUL byte");
+      if (value.find('\0') != std::string_view::npos) return Invalid("has a NUL byte");
+      return IsValidUtf8(value) ? OkStatus() : Invalid("is not valid UTF-8");
     case FlagType::kAddress:
       return value.empty() ? OkStatus() : CheckAddress(value);
     case FlagType::kBool:
@@ -137,7 +138,7 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
     std::string_view argument = arguments[i];
     if (flags_ended || !argument.starts_with('-') || argument == "-") {
       if (parsed.positional_.size() == command.max_positional) {
-        return Invalid(StrCat("unexpected argument \"", argument, "\"; see altiplano ", command.name, " --help"));
+        return Invalid(StrCat("unexpected argument ", Quote(argument), "; see altiplano ", command.name, " --help"));
       }
       parsed.positional_.emplace_back(argument);
       continue;
@@ -169,7 +170,7 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
       value = arguments[i];
     }
     if (Status bad = CheckValue(*flag, value); !bad.ok()) {
-      return Invalid(StrCat("--", name, " is \"", value, "\", ", bad.message()));
+      return Invalid(StrCat("--", name, " is ", Quote(value), ", ", bad.message()));
     }
     auto& values = parsed.values_[flag->name];
     if (!values.empty() && !flag->repeated) return Invalid(StrCat("--", flag->name, " is given twice"));

@@ -64,7 +64,7 @@ StatusOr<uint64_t> ParseBytes(std::string_view text) {
     if (bytes != std::floor(bytes)) return Invalid("is not a whole number of bytes");
     return static_cast<uint64_t>(bytes);
   }
-  return Invalid(StrCat("has the unit \"", unit, "\", must be one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB"));
+  return Invalid(StrCat("has the unit ", Quote(unit), ", must be one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB"));
 }
 
 StatusOr<Duration> ParseDuration(std::string_view text) {
@@ -81,7 +81,7 @@ StatusOr<Duration> ParseDuration(std::string_view text) {
     if (nanoseconds > 1000.0 * 86400e9) return Invalid("is more than 1000 days");
     return Duration(static_cast<Duration::rep>(std::llround(nanoseconds)));
   }
-  return Invalid(StrCat("has the unit \"", unit, "\", must be one of ns, us, ms, s, m, h"));
+  return Invalid(StrCat("has the unit ", Quote(unit), ", must be one of ns, us, ms, s, m, h"));
 }
 
 StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max) {
@@ -128,6 +128,21 @@ Status CheckAddress(std::string_view text) {
     return Invalid("must end with a port from 0 to 65535 (0: any free one)");
   }
   return OkStatus();
+}
+
+std::string Quote(std::string_view text) {
+  std::string out = "\"";
+  for (char c : text) {
+    auto byte = static_cast<unsigned char>(c);
+    if (c == '"' || c == '\\') {
+      out += StrCat('\\', c);
+    } else if (byte < 0x20 || byte == 0x7F) {
+      out += StrFormat("\\%03o", byte);
+    } else {
+      out += c;
+    }
+  }
+  return out + '"';
 }
 
 }  // namespace altiplano::cli

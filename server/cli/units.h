@@ -26,4 +26,7 @@ StatusOr<bool> ParseBool(std::string_view text);  // true, false, yes, no, on, o
 // "127.0.0.1:50051", "[::1]:0", "localhost:80", "unix:/run/altiplano.sock".
 Status CheckAddress(std::string_view text);
 
+// In double quotes and on one line: quotes, backslashes and control bytes escaped as textproto reads them.
+std::string Quote(std::string_view text);
+
 }  // namespace altiplano::cli
