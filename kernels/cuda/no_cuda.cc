@@ -1,1 +1,79 @@
-// Stands in for kernels/cuda when the program is built without CUDA.
+// Stands in for kernels/cuda when the program is built without CUDA. No CUDA stream can exist then, so only the ways to
+// ask for one answer; reaching anything else is a bug.
+#include <cstdio>
+#include <cstdlib>
+
+#include "kernels/cuda/backend.h"
+
+namespace altiplano {
+
+std::unique_ptr<Stream> MakeCudaStream(int, std::string* error) {
+  *error = "built without CUDA";
+  return nullptr;
+}
+
+namespace cuda {
+
+namespace {
+[[noreturn]] void Die() {
+  std::fputs("a CUDA op was reached in a program built without CUDA\n", stderr);
+  std::abort();
+}
+}  // namespace
+
+void* Allocate(size_t) {
+  return nullptr;
+}
+MemoryInfo QueryMemory(int) {
+  return {};
+}
+
+void DestroyStream(void*) {
+  Die();
+}
+std::string Synchronize(void*) {
+  Die();
+}
+std::string Describe(void*) {
+  Die();
+}
+void Free(void*) {
+  Die();
+}
+void Copy(void*, void*, Device, const void*, Device, size_t) {
+  Die();
+}
+
+void Embed(Stream&, const EmbedArgs&) {
+  Die();
+}
+void RmsNorm(Stream&, const RmsNormArgs&) {
+  Die();
+}
+void AddRmsNorm(Stream&, const AddRmsNormArgs&) {
+  Die();
+}
+void Linear(Stream&, const LinearArgs&) {
+  Die();
+}
+void SiluMul(Stream&, const SiluMulArgs&) {
+  Die();
+}
+void RopeStoreKv(Stream&, const RopeStoreKvArgs&) {
+  Die();
+}
+void PagedAttention(Stream&, const PagedAttentionArgs&) {
+  Die();
+}
+void GatherRows(Stream&, const GatherRowsArgs&) {
+  Die();
+}
+void Sample(Stream&, const SampleArgs&) {
+  Die();
+}
+void Score(Stream&, const ScoreArgs&) {
+  Die();
+}
+
+}  // namespace cuda
+}  // namespace altiplano

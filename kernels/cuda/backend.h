@@ -1,0 +1,38 @@
+// The CUDA side as device.cc and ops.cc see it. No CUDA type appears here, so that no_cuda.cc can stand in for it.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "kernels/device.h"
+#include "kernels/ops.h"
+
+namespace altiplano {
+
+// Null with *error set when there is no usable GPU `ordinal`.
+std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error);
+
+namespace cuda {
+
+void DestroyStream(void* stream);
+std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
+std::string Describe(void* stream);     // "NVIDIA H200, sm_90, 141 GB"
+void* Allocate(size_t bytes);           // of the current device; null when it has no more
+void Free(void* data);
+void Copy(void* stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
+MemoryInfo QueryMemory(int ordinal);
+
+void Embed(Stream& stream, const EmbedArgs& args);
+void RmsNorm(Stream& stream, const RmsNormArgs& args);
+void AddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
+void Linear(Stream& stream, const LinearArgs& args);
+void SiluMul(Stream& stream, const SiluMulArgs& args);
+void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args);
+void PagedAttention(Stream& stream, const PagedAttentionArgs& args);
+void GatherRows(Stream& stream, const GatherRowsArgs& args);
+void Sample(Stream& stream, const SampleArgs& args);
+void Score(Stream& stream, const ScoreArgs& args);
+
+}  // namespace cuda
+}  // namespace altiplano
