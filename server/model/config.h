@@ -31,10 +31,10 @@ struct ModelConfig {
   int64_t vocab = 0;         // V
   int64_t hidden = 0;        // H
   int64_t layers = 0;
-  int64_t q_heads = 0;       // Hq
-  int64_t kv_heads = 0;      // Hkv, divides Hq
-  int64_t head_dim = 0;      // D, even
-  int64_t ffn = 0;           // F
+  int64_t q_heads = 0;   // Hq
+  int64_t kv_heads = 0;  // Hkv, divides Hq
+  int64_t head_dim = 0;  // D, even
+  int64_t ffn = 0;       // F
   int64_t max_position = 0;
   float rms_eps = 1e-5f;
   double rope_theta = 10000;
@@ -44,8 +44,10 @@ struct ModelConfig {
 
   int64_t q_size() const { return q_heads * head_dim; }
   int64_t kv_size() const { return kv_heads * head_dim; }
-  uint64_t parameters() const;
-  uint64_t kv_bytes_per_token(DType dtype) const { return 2ull * static_cast<uint64_t>(layers * kv_size()) * SizeOf(dtype); }
+  uint64_t parameters() const;  // a tied head counts once
+  uint64_t kv_bytes_per_token(DType dtype) const {
+    return 2ull * static_cast<uint64_t>(layers * kv_size()) * SizeOf(dtype);
+  }
 };
 
 // What the model's authors recommend and how answers end (generation_config.json, or the GGUF's metadata).
@@ -56,10 +58,19 @@ struct GenerationDefaults {
   std::optional<int32_t> top_k;
 };
 
-// INVALID_ARGUMENT naming field, expected and found; UNIMPLEMENTED for other architectures, biases, activations.
+// The checks that do not depend on where a config came from: sizes positive and their products far from overflow, heads
+// that divide, an even head_dim, an epsilon and frequencies that cannot make NaN. INVALID_ARGUMENT.
+Status CheckModelConfig(const ModelConfig& config);
+
+// INVALID_ARGUMENT naming field, expected and found; UNIMPLEMENTED for other architectures, biases, activations,
+// quantisation and kinds of RoPE. What may be absent means what transformers' LlamaConfig says: num_key_value_heads =
+// num_attention_heads, head_dim = hidden_size / num_attention_heads, rope_theta 10000, no tying, no biases, silu.
+// Both generations: rope_theta + rope_scaling, and rope_parameters (if both are there they must agree).
 StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json);
-// eos/bos fall back to config.json's when generation_config.json is absent ("").
-StatusOr<GenerationDefaults> ParseGenerationDefaults(std::string_view generation_config_json, std::string_view config_json);
+// eos/bos fall back to config.json's where generation_config.json ("" when absent) has none. "do_sample": false is
+// temperature 0.
+StatusOr<GenerationDefaults> ParseGenerationDefaults(std::string_view generation_config_json,
+                                                     std::string_view config_json);
 
 // [D/2] inverse frequencies, scaling applied, computed in double and rounded once.
 std::vector<float> RopeInverseFrequencies(const ModelConfig& config);

@@ -32,11 +32,11 @@ struct Inspection {
   GenerationDefaults generation;
   uint64_t parameters = 0;
   uint64_t stored_bytes = 0;
-  size_t files = 0;                         // that hold tensors
+  size_t files = 0;                          // that hold tensors
   std::map<std::string, StoredBytes> types;  // by stored dtype: "BF16", "Q4_1"
   std::vector<TensorInfo> tensors;
-  std::string tokenizer;                    // "tokenizer.json", "tokenizer.model", "gguf (gpt2, llama-bpe)", "none"
-  bool has_chat_template = false;           // whether it is one we know is the text layer's to say
+  std::string tokenizer;           // "tokenizer.json", "tokenizer.model", "gguf (gpt2, llama-bpe)", "none"
+  bool has_chat_template = false;  // whether it is one we know is the text layer's to say
   uint64_t weight_bytes_bf16 = 0, weight_bytes_f32 = 0;  // in memory, one rank; norms are f32 in both
   uint64_t kv_bytes_per_token_bf16 = 0, kv_bytes_per_token_f32 = 0;
   uint64_t kv_bytes_full_context_bf16 = 0;  // one sequence of max_position tokens
@@ -47,7 +47,8 @@ Inspection Inspect(const Checkpoint& checkpoint);
 
 // Lines "name  value" ending in a newline. with_tensors: a line a tensor after them.
 std::string InspectText(const Inspection& inspection, bool with_tensors = false);
-// The same facts; byte counts are numbers. Tensors always included.
+// The same facts; byte counts are numbers. Tensors always included. Dump it with
+// error_handler_t::replace: a path need not be UTF-8.
 OrderedJson InspectJson(const Inspection& inspection);
 
 }  // namespace altiplano
