@@ -1,0 +1,75 @@
+// BlockPool: which KV blocks are free, held or kept, and by how many. Ids by value; it refuses, it never throws.
+//
+//            Take                  last Unref, not kept
+//   free ------------> held ------------------------------> free
+//                      ^  |  last Unref, kept
+//                 Ref  |  v
+//                      kept (no reference; contents still of use; oldest is taken when nothing is free)
+//
+// A reference that passes to a step in flight (Retire) still counts: the block comes back when the step has ended.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace altiplano {
+
+using BlockId = int32_t;
+
+class BlockPool {
+ public:
+  explicit BlockPool(int32_t num_blocks);
+
+  struct Taken {
+    BlockId block;
+    bool was_kept;  // its contents were kept until now: whoever remembers them must forget
+  };
+  // A block with one reference, the caller's; a free one, else the kept one unreferenced for longest. nullopt: none.
+  std::optional<Taken> Take();
+  void Ref(BlockId block);  // held or kept
+  void Unref(BlockId block);
+
+  // Whether the contents outlive the last reference. Only of a held block.
+  void SetKept(BlockId block, bool kept);
+  // Kept and unreferenced -> free.
+  void Forget(BlockId block);
+
+  // One of the block's references is from now on that of a step in flight; Unretire ends it.
+  void Retire(BlockId block);
+  void Unretire(BlockId block);
+
+  int32_t size() const { return static_cast<int32_t>(blocks_.size()); }
+  int32_t available() const { return static_cast<int32_t>(free_.size()) + num_cached_; }
+  int32_t num_cached() const { return num_cached_; }  // kept and unreferenced
+  int32_t num_held() const { return size() - available(); }
+  // Held blocks that become available when the steps in flight have ended, with nobody giving up anything more.
+  int32_t num_retiring() const { return num_retiring_; }
+  int32_t refs(BlockId block) const { return At(block).refs; }
+  int32_t retired(BlockId block) const { return At(block).retired; }
+  bool kept(BlockId block) const { return At(block).kept; }
+  BlockId oldest_cached() const { return oldest_; }  // -1: none
+  BlockId next_cached(BlockId block) const { return At(block).younger; }
+
+  void CheckInvariants() const;
+
+ private:
+  struct Block {
+    int32_t refs = 0;
+    int32_t retired = 0;  // of refs
+    bool kept = false;
+    BlockId older = -1, younger = -1;  // neighbours in the list of cached blocks
+  };
+  Block& At(BlockId block) { return blocks_[static_cast<size_t>(block)]; }
+  const Block& At(BlockId block) const { return blocks_[static_cast<size_t>(block)]; }
+  void LinkYoungest(BlockId block);
+  void Unlink(BlockId block);
+
+  std::vector<Block> blocks_;
+  std::vector<BlockId> free_;            // a stack: the block used last is the warmest
+  BlockId oldest_ = -1, youngest_ = -1;  // kept and unreferenced, by time of their last Unref
+  int32_t num_cached_ = 0;
+  int32_t num_retiring_ = 0;
+};
+
+}  // namespace altiplano

@@ -1,0 +1,109 @@
+// What the scheduler knows about one request and its sequences. Owned and written by the scheduler only.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "server/base/clock.h"
+#include "server/scheduler/prefix_cache.h"
+#include "server/scheduler/request.h"
+
+namespace altiplano {
+
+struct LiveRequest;
+
+// One sequence's tokens, counted from position 0:
+//
+//   0 ...... computed ...... scheduled ...... known ...... known + pending
+//   |-applied-|--in flight----|--not planned--|--sampled in a step in flight, values not here yet
+//
+// Blocks cover [0, scheduled) at least; those below `computed` are never written again.
+struct Sequence {
+  // kHeld -> kWaiting <-> kRunning -> kEnded; a sequence may end from every state.
+  enum class State : uint8_t {
+    kHeld,     // waits for a sibling to compute the prompt; in no queue
+    kWaiting,  // in the waiting queue, with neither slot nor blocks
+    kRunning,  // has a slot and blocks
+    kEnded,
+  };
+
+  LiveRequest* request = nullptr;
+  uint32_t index = 0;  // among the request's sequences
+  State state = State::kHeld;
+  bool admitted = false;    // ever
+  bool needs_init = false;  // its slot has not been described to the executor yet
+  int32_t slot = -1;
+  int32_t pending = 0;
+  int32_t scheduled = 0;
+  int32_t computed = 0;
+  uint64_t run = 0;        // admissions so far: what a step computed for an earlier run is lost with its blocks
+  uint64_t last_step = 0;  // the last step that it is part of; 0: none
+  std::vector<TokenId> generated;
+  std::vector<BlockId> blocks;
+  int32_t published = 0;          // leading blocks that have been offered to the prefix cache (or came from it)
+  std::vector<BlockHash> hashes;  // of its full blocks that reach behind the prompt, in order, as far as needed
+
+  inline int32_t known() const;
+  int32_t expected() const { return known() + pending; }
+  // Positions to compute now. The last token that the limit allows is never an input.
+  inline int32_t remaining() const;
+  inline TokenId TokenAt(int32_t position) const;
+};
+
+struct LiveRequest {
+  RequestKey key = 0;
+  std::shared_ptr<const Request> request;
+  uint64_t order = 0;  // of arrival
+  int32_t prompt_size = 0;
+  int32_t limit = 0;                // tokens of one sequence, prompt and answer, at most
+  std::vector<Sequence> sequences;  // never resized: steps in flight point into it
+  int32_t num_live = 0;             // sequences that have not ended
+  int32_t num_running = 0;          // of these, kRunning
+  int32_t num_unadmitted = 0;       // live and never admitted
+  int32_t in_flight = 0;            // entries of steps in flight that point here
+  bool admitted = false;
+  bool ended = false;
+  // Computes the prompt while its siblings are kHeld; null when none is.
+  Sequence* leader = nullptr;
+  // The prompt's full blocks, referenced here for siblings that have not been admitted yet.
+  std::vector<BlockId> shared;
+  std::vector<BlockHash> prompt_hashes;  // of full blocks within the prompt, as far as needed
+  bool uses_cache = false;               // the prefix cache, for writing at least
+  BlockHash root{};
+  int32_t scored = 0;  // prompt log-probabilities have been planned for positions 1 ... scored
+  uint32_t preemptions = 0;
+  std::optional<TimePoint> admitted_at, first_token_at;
+
+  const StopParams& stop() const { return request->stop; }
+  bool scores_prompt() const { return request->sampling.prompt_top_logprobs >= 0; }
+  bool scoring_complete() const { return !scores_prompt() || scored >= prompt_size - 1; }
+};
+
+int32_t Sequence::known() const {
+  return request->prompt_size + static_cast<int32_t>(generated.size());
+}
+
+int32_t Sequence::remaining() const {
+  return std::min(expected(), request->limit - 1) - scheduled;
+}
+
+TokenId Sequence::TokenAt(int32_t position) const {
+  const int32_t prompt_size = request->prompt_size;
+  return position < prompt_size ? request->request->prompt[static_cast<size_t>(position)]
+                                : generated[static_cast<size_t>(position - prompt_size)];
+}
+
+// The order in which sequences get what is scarce: priority, then arrival, then index. The reverse order gives up
+// first.
+struct ComesBefore {
+  bool operator()(const Sequence* a, const Sequence* b) const { return Rank(*a) < Rank(*b); }
+  static std::tuple<int64_t, uint64_t, uint32_t> Rank(const Sequence& s) {
+    return {-int64_t{s.request->request->priority}, s.request->order, s.index};
+  }
+};
+
+}  // namespace altiplano

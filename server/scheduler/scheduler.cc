@@ -1,0 +1,340 @@
+#include "server/scheduler/scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "server/base/check.h"
+#include "server/base/strings.h"
+#include "server/scheduler/scheduler_impl.h"
+
+namespace altiplano {
+
+namespace {
+
+Status CheckOptions(const SchedulerOptions& options) {
+  auto invalid = [](auto... parts) { return Status(Code::kInvalidArgument, StrCat(parts...)); };
+  const int32_t block_size = options.block_size;
+  if (block_size < 1 || (block_size & (block_size - 1)) != 0) {
+    return invalid("block_size is ", block_size, ", must be a power of two");
+  }
+  if (options.num_blocks < 1) return invalid("num_blocks is ", options.num_blocks, ", must be at least 1");
+  if (int64_t{options.num_blocks} * block_size > INT32_MAX) {
+    return invalid("num_blocks times block_size is ", int64_t{options.num_blocks} * block_size, ", must be below 2^31");
+  }
+  if (options.max_running < 1) return invalid("max_running is ", options.max_running, ", must be at least 1");
+  if (options.token_budget < 1) return invalid("token_budget is ", options.token_budget, ", must be at least 1");
+  if (options.max_context < 2) {
+    return invalid("max_context is ", options.max_context, ", must hold a prompt token and an answer token at least");
+  }
+  if (options.num_blocks * block_size < 2) {
+    return invalid("a pool of one block of one token holds no request: raise num_blocks or block_size");
+  }
+  return OkStatus();
+}
+
+Status DeadlineExceeded(std::string reason, std::string message) {
+  ErrorDetail detail;
+  detail.reason = std::move(reason);
+  return Status(Code::kDeadlineExceeded, std::move(message), std::move(detail));
+}
+
+}  // namespace
+
+// --- The public class ------------------------------------------------------------------------------------------------
+
+StatusOr<std::unique_ptr<Scheduler>> Scheduler::Create(SchedulerOptions options) {
+  RETURN_IF_ERROR(CheckOptions(options));
+  return std::unique_ptr<Scheduler>(new Scheduler(std::make_unique<Impl>(std::move(options))));
+}
+
+Scheduler::Scheduler(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Scheduler::~Scheduler() = default;
+
+int32_t Scheduler::max_servable_tokens() const {
+  return impl_->max_servable_tokens();
+}
+void Scheduler::Add(RequestKey key, std::shared_ptr<const Request> request) {
+  impl_->Add(key, std::move(request));
+}
+void Scheduler::Cancel(RequestKey key, Status why) {
+  impl_->Cancel(key, std::move(why));
+}
+void Scheduler::StopSequence(RequestKey key, uint32_t sequence) {
+  impl_->StopSequence(key, sequence);
+}
+std::shared_ptr<const StepPlan> Scheduler::Plan(TimePoint now, std::vector<Event>* events) {
+  return impl_->Plan(now, events);
+}
+void Scheduler::Apply(const StepPlan& plan, const StepResult& result, TimePoint now, std::vector<Event>* events) {
+  impl_->Apply(plan, result, now, events);
+}
+void Scheduler::Abort(const Status& why, TimePoint now, std::vector<Event>* events) {
+  impl_->Abort(why, now, events);
+}
+bool Scheduler::idle() const {
+  return impl_->idle();
+}
+TimePoint Scheduler::next_deadline() const {
+  return impl_->next_deadline();
+}
+SchedulerLoad Scheduler::load() const {
+  return impl_->load();
+}
+int32_t Scheduler::ResetPrefixCache() {
+  return impl_->ResetPrefixCache();
+}
+void Scheduler::CheckInvariants() const {
+  impl_->CheckInvariants();
+}
+
+// --- Life of requests ------------------------------------------------------------------------------------------------
+
+Scheduler::Impl::Impl(SchedulerOptions options)
+    : options_(std::move(options)), pool_(options_.num_blocks), cache_(&pool_, options_.block_size) {
+  for (int32_t slot = options_.max_running - 1; slot >= 0; --slot) free_slots_.push_back(slot);
+  running_.reserve(static_cast<size_t>(options_.max_running));
+  in_flight_.reserve(2);
+}
+
+int32_t Scheduler::Impl::max_servable_tokens() const {
+  return std::min(options_.max_context, options_.num_blocks * options_.block_size);
+}
+
+void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request) {
+  const auto prompt_size = static_cast<int64_t>(request->prompt.size());
+  CHECK(prompt_size >= 1 && prompt_size + 1 <= max_servable_tokens());
+  CHECK(request->num_sequences >= 1 && request->stop.max_new_tokens >= 1);
+
+  auto live = std::make_unique<LiveRequest>();
+  live->key = key;
+  live->order = ++arrivals_;
+  live->prompt_size = static_cast<int32_t>(prompt_size);
+  live->limit =
+      static_cast<int32_t>(std::min<int64_t>(prompt_size + request->stop.max_new_tokens, max_servable_tokens()));
+  live->num_live = live->num_unadmitted = request->num_sequences;
+  if (options_.prefix_cache && !request->bypass_prefix_cache) {
+    live->uses_cache = true;
+    live->root = RootHash(request->tenant, request->cache_salt);
+  }
+  live->request = std::move(request);
+  live->sequences.resize(static_cast<size_t>(live->num_live));
+  for (size_t i = 0; i < live->sequences.size(); ++i) {
+    live->sequences[i].request = live.get();
+    live->sequences[i].index = static_cast<uint32_t>(i);
+  }
+  live->leader = &live->sequences[0];
+  MakeWaiting(live->leader);
+  ++waiting_requests_;
+  waiting_tokens_ += prompt_size;
+  next_expiry_ = std::min(next_expiry_, EarliestExpiry(*live));
+  const bool is_new = live_.emplace(key, std::move(live)).second;
+  CHECK(is_new);
+}
+
+void Scheduler::Impl::TakeCommands(const Call& call) {
+  for (const auto& [key, index] : stops_) {
+    auto it = live_.find(key);
+    if (it == live_.end() || index >= it->second->sequences.size()) continue;
+    Sequence* sequence = &it->second->sequences[index];
+    if (sequence->state != Sequence::State::kEnded) FinishWithoutToken(call, sequence, FinishReason::kStop);
+  }
+  stops_.clear();
+  for (auto& [key, why] : cancels_) {
+    auto it = live_.find(key);
+    if (it == live_.end()) continue;
+    LiveRequest& request = *it->second;
+    for (const Sequence& sequence : request.sequences) {
+      if (!request.admitted || sequence.state == Sequence::State::kEnded) continue;
+      Event& event = call.events->emplace_back();
+      event.kind = Event::Kind::kFinished;
+      event.request = key;
+      event.sequence = sequence.index;
+      event.finish = FinishReason::kCancelled;
+    }
+    EndRequest(call, request, std::move(why));
+  }
+  cancels_.clear();
+}
+
+TimePoint Scheduler::Impl::EarliestExpiry(const LiveRequest& request) const {
+  TimePoint earliest = std::min(request.request->deadline, request.request->time_limit);
+  return request.admitted ? earliest : std::min(earliest, request.request->queue_deadline);
+}
+
+TimePoint Scheduler::Impl::next_deadline() const {
+  if (next_expiry_stale_) {
+    next_expiry_ = kNever;
+    for (const auto& [key, request] : live_) next_expiry_ = std::min(next_expiry_, EarliestExpiry(*request));
+    next_expiry_stale_ = false;
+  }
+  return next_expiry_;
+}
+
+void Scheduler::Impl::Expire(const Call& call) {
+  if (call.now < next_expiry_) return;
+  std::vector<LiveRequest*> expired;
+  for (const auto& [key, request] : live_) {
+    if (call.now >= EarliestExpiry(*request)) expired.push_back(request.get());
+  }
+  std::ranges::sort(expired, {}, &LiveRequest::order);
+  for (LiveRequest* request : expired) ExpireOne(call, *request);
+  next_expiry_stale_ = true;
+  next_deadline();
+}
+
+// Whatever came first decides; what has been generated by the time limit is an answer, so it wins a tie.
+void Scheduler::Impl::ExpireOne(const Call& call, LiveRequest& request) {
+  const TimePoint at = EarliestExpiry(request);
+  if (at == request.request->time_limit) {
+    for (Sequence& sequence : request.sequences) {
+      if (sequence.state != Sequence::State::kEnded) FinishWithoutToken(call, &sequence, FinishReason::kTimeLimit);
+    }
+  } else if (at == request.request->deadline) {
+    EndRequest(call, request, DeadlineExceeded("DEADLINE", "the deadline passed before the request was done"));
+  } else {
+    EndRequest(call, request,
+               DeadlineExceeded("QUEUE_TIMEOUT", "the request was not admitted within its queue timeout"));
+  }
+}
+
+void Scheduler::Impl::MakeWaiting(Sequence* sequence) {
+  sequence->state = Sequence::State::kWaiting;
+  waiting_.insert(sequence);
+}
+
+void Scheduler::Impl::FinishWithoutToken(const Call& call, Sequence* sequence, FinishReason reason) {
+  Event& event = call.events->emplace_back();
+  event.kind = Event::Kind::kFinished;
+  event.request = sequence->request->key;
+  event.sequence = sequence->index;
+  event.finish = reason;
+  EndSequence(call, sequence);
+}
+
+void Scheduler::Impl::EndSequence(const Call& call, Sequence* sequence) {
+  LiveRequest& request = *sequence->request;
+  LeaveQueueOrSlot(sequence);
+  ReleaseBlocks(sequence);
+  sequence->state = Sequence::State::kEnded;
+  --request.num_live;
+  if (!sequence->admitted) --request.num_unadmitted;
+  if (request.leader == sequence) {  // the prompt is not computed: the next sibling has to
+    auto held = [](const Sequence& s) { return s.state == Sequence::State::kHeld; };
+    auto next = std::ranges::find_if(request.sequences, held);
+    request.leader = next == request.sequences.end() ? nullptr : &*next;
+    if (request.leader != nullptr) MakeWaiting(request.leader);
+  }
+  DropShareIfUnused(request);
+  if (request.num_live == 0) EndRequest(call, request, OkStatus());
+}
+
+void Scheduler::Impl::EndRequest(const Call& call, LiveRequest& request, Status status) {
+  for (Sequence& sequence : request.sequences) {
+    if (sequence.state == Sequence::State::kEnded) continue;
+    LeaveQueueOrSlot(&sequence);
+    ReleaseBlocks(&sequence);
+    sequence.state = Sequence::State::kEnded;
+  }
+  DropShare(request);
+  request.ended = true;
+  if (!request.admitted) {
+    --waiting_requests_;
+    waiting_tokens_ -= request.prompt_size;
+  }
+  if (EarliestExpiry(request) <= next_expiry_) next_expiry_stale_ = true;
+
+  Event& event = call.events->emplace_back();
+  event.kind = Event::Kind::kEnded;
+  event.request = request.key;
+  event.status = std::move(status);
+  const TimePoint arrival = request.request->arrival;
+  event.timing.queued = request.admitted_at.value_or(call.now) - arrival;
+  if (request.first_token_at) event.timing.first_token = *request.first_token_at - arrival;
+  event.timing.total = call.now - arrival;
+  event.timing.preemptions = request.preemptions;
+
+  ended_.push_back(std::move(live_.extract(request.key).mapped()));
+}
+
+void Scheduler::Impl::LeaveQueueOrSlot(Sequence* sequence) {
+  if (sequence == blocked_) blocked_ = nullptr;
+  if (sequence->state == Sequence::State::kWaiting) waiting_.erase(sequence);
+  if (sequence->state != Sequence::State::kRunning) return;
+  free_slots_.push_back(sequence->slot);
+  sequence->slot = -1;
+  --sequence->request->num_running;
+  running_dirty_ = true;
+}
+
+// Blocks that a step in flight may still read or write go to that step; it gives them back when it has been applied.
+// From the end backwards, so that the cache forgets the ends of prefixes before their beginnings.
+void Scheduler::Impl::ReleaseBlocks(Sequence* sequence) {
+  InFlight* in_flight = FindInFlight(sequence->last_step);
+  for (auto block = sequence->blocks.rbegin(); block != sequence->blocks.rend(); ++block) {
+    if (in_flight != nullptr) {
+      pool_.Retire(*block);
+      in_flight->retired.push_back(*block);
+    } else {
+      pool_.Unref(*block);
+    }
+  }
+  sequence->blocks.clear();
+  sequence->published = sequence->scheduled = sequence->computed = 0;
+}
+
+void Scheduler::Impl::DropShare(LiveRequest& request) {
+  if (request.shared.empty()) return;
+  for (auto block = request.shared.rbegin(); block != request.shared.rend(); ++block) pool_.Unref(*block);
+  request.shared.clear();
+  std::erase(sharing_, &request);
+}
+
+void Scheduler::Impl::DropShareIfUnused(LiveRequest& request) {
+  if (request.num_unadmitted == 0) DropShare(request);
+}
+
+void Scheduler::Impl::ForgetEnded() {
+  CompactRunning();
+  std::erase_if(ended_, [](const auto& request) { return request->in_flight == 0; });
+}
+
+Scheduler::Impl::InFlight* Scheduler::Impl::FindInFlight(uint64_t step) {
+  for (InFlight& in_flight : in_flight_) {
+    if (in_flight.step == step) return &in_flight;
+  }
+  return nullptr;
+}
+
+void Scheduler::Impl::Abort(const Status& why, TimePoint now, std::vector<Event>* events) {
+  std::vector<LiveRequest*> requests;
+  for (const auto& [key, request] : live_) requests.push_back(request.get());
+  std::ranges::sort(requests, {}, &LiveRequest::order);
+  for (LiveRequest* request : requests) EndRequest({now, events}, *request, why);
+  for (InFlight& in_flight : in_flight_) {
+    for (BlockId block : in_flight.retired) pool_.Unretire(block);
+  }
+  in_flight_.clear();
+  CompactRunning();
+  ended_.clear();
+  cancels_.clear();
+  stops_.clear();
+  cache_.Reset();  // nobody knows what the failed step left in the blocks
+}
+
+SchedulerLoad Scheduler::Impl::load() const {
+  SchedulerLoad load;
+  load.waiting_requests = waiting_requests_;
+  load.running_requests = static_cast<int32_t>(live_.size()) - waiting_requests_;
+  load.waiting_tokens = waiting_tokens_;
+  load.blocks_total = pool_.size();
+  load.blocks_used = pool_.num_held();
+  load.blocks_cached = pool_.num_cached();
+  load.steps = step_;
+  load.preemptions = preemptions_;
+  load.prompt_tokens = prompt_tokens_;
+  load.cached_tokens = cached_tokens_;
+  load.generated_tokens = generated_tokens_;
+  return load;
+}
+
+}  // namespace altiplano

@@ -1,0 +1,154 @@
+// Scheduler::Impl: the scheduler's state. scheduler.cc: life of requests; scheduler_plan.cc: Plan; scheduler_apply.cc:
+// Apply; scheduler_check.cc: invariants. Rules: docs/scheduler.md.
+#pragma once
+
+#include <memory>
+#include <set>
+#include <span>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "server/scheduler/block_pool.h"
+#include "server/scheduler/live_request.h"
+#include "server/scheduler/plan_pool.h"
+#include "server/scheduler/prefix_cache.h"
+#include "server/scheduler/scheduler.h"
+
+namespace altiplano {
+
+class Scheduler::Impl {
+ public:
+  explicit Impl(SchedulerOptions options);
+
+  int32_t max_servable_tokens() const;
+  void Add(RequestKey key, std::shared_ptr<const Request> request);
+  void Cancel(RequestKey key, Status why) { cancels_.emplace_back(key, std::move(why)); }
+  void StopSequence(RequestKey key, uint32_t sequence) { stops_.emplace_back(key, sequence); }
+  std::shared_ptr<const StepPlan> Plan(TimePoint now, std::vector<Event>* events);
+  void Apply(const StepPlan& plan, const StepResult& result, TimePoint now, std::vector<Event>* events);
+  void Abort(const Status& why, TimePoint now, std::vector<Event>* events);
+  bool idle() const { return live_.empty(); }
+  TimePoint next_deadline() const;
+  SchedulerLoad load() const;
+  int32_t ResetPrefixCache() { return cache_.Reset(); }
+  void CheckInvariants() const;
+
+ private:
+  // What a plan that has not been applied yet still touches.
+  struct InFlight {
+    struct Entry {
+      Sequence* sequence;
+      uint64_t run;
+    };
+    uint64_t step = 0;
+    std::vector<Entry> entries;    // one for each planned sequence
+    std::vector<BlockId> retired;  // references that end with the step
+  };
+  // A call of Plan or Apply, for what it calls.
+  struct Call {
+    TimePoint now;
+    std::vector<Event>* events;
+  };
+
+  // --- Life of requests (scheduler.cc)
+  void TakeCommands(const Call& call);
+  void Expire(const Call& call);
+  void ExpireOne(const Call& call, LiveRequest& request);
+  TimePoint EarliestExpiry(const LiveRequest& request) const;
+  void MakeWaiting(Sequence* sequence);
+  void EndSequence(const Call& call, Sequence* sequence);  // its last event is out; ends the request with the last one
+  void FinishWithoutToken(const Call& call, Sequence* sequence, FinishReason reason);
+  void EndRequest(const Call& call, LiveRequest& request, Status status);
+  void LeaveQueueOrSlot(Sequence* sequence);
+  void ReleaseBlocks(Sequence* sequence);
+  void DropShare(LiveRequest& request);
+  void DropShareIfUnused(LiveRequest& request);
+  void ForgetEnded();
+  InFlight* FindInFlight(uint64_t step);
+
+  // --- Planning (scheduler_plan.cc)
+  void PlanDecodes(StepPlan* plan);
+  void PlanDecode(StepPlan* plan, Sequence* sequence);
+  void PlanPrefills(StepPlan* plan);
+  void AdmitWaiting(StepPlan* plan, const Call& call);
+  bool TryAdmit(Sequence* sequence, const Call& call);
+  int32_t Headroom() const;
+  void MatchPrefix(Sequence* sequence, std::vector<BlockId>* blocks);
+  bool Grow(Sequence* sequence);
+  bool GiveUpSomething(const Sequence* wanting);
+  Sequence* ChooseVictim(const Sequence* wanting) const;
+  void Preempt(Sequence* victim);
+  void AppendChunk(StepPlan* plan, Sequence* sequence, int32_t budget_left);
+  void AppendPromptScores(StepPlan* plan, PlannedSequence* planned, LiveRequest& request);
+  void AppendSlotInit(StepPlan* plan, Sequence* sequence);
+  void CompactRunning();
+
+  // --- Applying (scheduler_apply.cc)
+  void ApplyOne(const Call& call, const InFlight::Entry& entry, const PlannedSequence& planned,
+                const TokenScore* sampled, const std::vector<TokenScore>* prompt_scores);
+  bool DeliverPromptScores(const Call& call, LiveRequest& request, const std::vector<TokenScore>& scores);
+  void AppendToken(const Call& call, Sequence* sequence, const TokenScore& score);
+  FinishReason StopReason(const Sequence& sequence, TokenId token) const;
+  void Publish(Sequence* sequence);
+  void ShareWithSiblings(Sequence* leader);
+  void FailNonFinite(const Call& call, LiveRequest& request);
+
+  // The tokens and the name of the sequence's full block i; the name's chain is extended as far as needed.
+  std::span<const TokenId> BlockTokens(const Sequence& sequence, int32_t i, std::vector<TokenId>* scratch) const;
+  const BlockHash& HashOf(Sequence* sequence, int32_t i);
+  const BlockHash& ParentOf(Sequence* sequence, int32_t i);
+  const BlockHash* KnownHash(const Sequence& sequence, int32_t i) const;  // null: not needed so far
+
+  // --- Checking (scheduler_check.cc)
+  void CheckSequence(const Sequence& sequence) const;
+  void CheckReferences() const;
+  void CheckQueues() const;
+
+  int32_t BlocksFor(int32_t tokens) const { return (tokens + options_.block_size - 1) / options_.block_size; }
+
+  // Constant after construction.
+  const SchedulerOptions options_;
+
+  BlockPool pool_;
+  PrefixCache cache_;
+  PlanPool plans_;
+
+  std::unordered_map<RequestKey, std::unique_ptr<LiveRequest>> live_;
+  std::vector<std::unique_ptr<LiveRequest>> ended_;  // ended, but steps in flight still point at them
+  std::set<Sequence*, ComesBefore> waiting_;
+  std::vector<Sequence*> running_;  // in order; entries that no longer run stay until CompactRunning
+  bool running_dirty_ = false;
+  std::vector<LiveRequest*> sharing_;  // requests that hold `shared`
+  std::vector<int32_t> free_slots_;
+  std::vector<InFlight> in_flight_;  // oldest first, at most two
+  InFlight spare_in_flight_;         // for its capacity
+
+  std::vector<std::pair<RequestKey, Status>> cancels_;
+  std::vector<std::pair<RequestKey, uint32_t>> stops_;
+
+  uint64_t step_ = 0;  // of the last plan
+  uint64_t arrivals_ = 0;
+  int32_t budget_left_ = 0;  // of the plan being made
+  int32_t shortage_ = 0;     // blocks that sequences of the plan being made went without
+  bool pressed_ = false;     // a running sequence found no block at once in the plan being made
+  // The head of the queue did not fit: it is tried again when that many blocks are available, or some steps later,
+  // since what it may share with the prefix cache changes. Saves matching its whole prompt in every step.
+  const Sequence* blocked_ = nullptr;
+  int32_t blocked_until_available_ = 0;
+  uint64_t blocked_until_step_ = 0;
+
+  mutable TimePoint next_expiry_ = kNever;
+  mutable bool next_expiry_stale_ = false;  // whoever determined it may be gone
+
+  // Load.
+  int32_t waiting_requests_ = 0;
+  int64_t waiting_tokens_ = 0;
+  uint64_t preemptions_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, generated_tokens_ = 0;
+
+  std::vector<BlockId> match_;          // scratch of TryAdmit
+  std::vector<Sequence*> first_;        // scratch of PlanDecodes
+  std::vector<TokenId> token_scratch_;  // scratch of hashing and publishing
+};
+
+}  // namespace altiplano

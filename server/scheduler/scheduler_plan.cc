@@ -1,0 +1,313 @@
+#include <algorithm>
+
+#include "server/base/check.h"
+#include "server/scheduler/scheduler_impl.h"
+
+namespace altiplano {
+
+namespace {
+constexpr uint64_t kRetryBlockedAfterSteps = 8;
+}
+
+std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector<Event>* events) {
+  CHECK(in_flight_.size() <= 1);
+  const Call call{now, events};
+  TakeCommands(call);
+  Expire(call);
+  ForgetEnded();
+
+  ++step_;
+  InFlight& in_flight = in_flight_.emplace_back(std::move(spare_in_flight_));
+  in_flight.step = step_;
+  budget_left_ = options_.token_budget;
+  shortage_ = 0;
+  pressed_ = false;
+  std::shared_ptr<StepPlan> plan = plans_.Get();
+  plan->step = step_;
+
+  PlanDecodes(plan.get());
+  CompactRunning();
+  PlanPrefills(plan.get());
+  // What waits must not take blocks that a running sequence went without, nor come back in the step that preempted it.
+  if (!pressed_) AdmitWaiting(plan.get(), call);
+
+  if (!plan->sequences.empty()) return plan;
+  CHECK(in_flight_.back().retired.empty());  // a plan retires only what earlier plans touch
+  spare_in_flight_ = std::move(in_flight_.back());
+  in_flight_.pop_back();
+  --step_;
+  // With nothing under way, whatever is live could be planned.
+  CHECK(!in_flight_.empty() || live_.empty());
+  return nullptr;
+}
+
+// Every running sequence with one token to compute. The oldest running request comes first: it is never preempted, so
+// whoever must give up blocks for it has not been planned yet. Then in order, and victims come later in the order.
+void Scheduler::Impl::PlanDecodes(StepPlan* plan) {
+  if (running_.empty()) return;
+  const LiveRequest* oldest =
+      (*std::ranges::min_element(running_, {}, [](const Sequence* s) { return s->request->order; }))->request;
+  first_.clear();
+  for (Sequence* sequence : running_) {
+    if (sequence->request == oldest) first_.push_back(sequence);
+  }
+  for (Sequence* sequence : first_) PlanDecode(plan, sequence);
+  for (Sequence* sequence : running_) {
+    if (sequence->request != oldest) PlanDecode(plan, sequence);
+  }
+}
+
+void Scheduler::Impl::PlanDecode(StepPlan* plan, Sequence* sequence) {
+  if (sequence->state != Sequence::State::kRunning || sequence->remaining() != 1 || budget_left_ == 0) return;
+  if (Grow(sequence)) AppendChunk(plan, sequence, budget_left_);
+}
+
+void Scheduler::Impl::PlanPrefills(StepPlan* plan) {
+  for (Sequence* sequence : running_) {
+    if (budget_left_ == 0) return;
+    if (sequence->remaining() > 1) AppendChunk(plan, sequence, budget_left_);
+  }
+}
+
+// --- Blocks ----------------------------------------------------------------------------------------------------------
+
+// Makes sure that the next position has a block. False: not in this step, or the sequence itself was preempted.
+bool Scheduler::Impl::Grow(Sequence* sequence) {
+  if (sequence->scheduled < static_cast<int32_t>(sequence->blocks.size()) * options_.block_size) return true;
+  ++shortage_;
+  // Blocks that come back when the steps in flight have ended are as good as there: nobody else is preempted for them.
+  if (pool_.available() == 0) pressed_ = true;
+  while (pool_.available() == 0 && pool_.num_retiring() < shortage_) {
+    if (!GiveUpSomething(sequence) || sequence->state != Sequence::State::kRunning) return false;
+  }
+  std::optional<BlockId> block = cache_.Allocate();
+  if (!block) return false;
+  --shortage_;
+  sequence->blocks.push_back(*block);
+  return true;
+}
+
+// Frees blocks for `wanting`, at once or when a step in flight ends. False: there was nothing left to give up.
+bool Scheduler::Impl::GiveUpSomething(const Sequence* wanting) {
+  // A prompt kept for siblings that could not start yet, with nobody running on it.
+  auto unused = [](const LiveRequest* request) { return request->num_running == 0; };
+  if (auto it = std::ranges::find_if(sharing_, unused); it != sharing_.end()) {
+    DropShare(**it);
+    return true;
+  }
+  if (Sequence* victim = ChooseVictim(wanting)) {
+    LiveRequest& request = *victim->request;
+    Preempt(victim);
+    if (victim != wanting) DropShare(request);
+    return true;
+  }
+  if (wanting->request->shared.empty()) return false;
+  DropShare(*wanting->request);
+  return true;
+}
+
+// The last in order: lowest priority, then newest. Never of the oldest running request, unless it is that request
+// itself that wants a block: then its sequences behind the wanting one. A sequence that nobody stands behind gives up
+// itself.
+Sequence* Scheduler::Impl::ChooseVictim(const Sequence* wanting) const {
+  const LiveRequest* oldest = nullptr;
+  const Sequence* last_of_same = nullptr;
+  Sequence* last = nullptr;
+  for (Sequence* sequence : running_) {
+    if (sequence->state != Sequence::State::kRunning) continue;
+    if (oldest == nullptr || sequence->request->order < oldest->order) oldest = sequence->request;
+  }
+  for (Sequence* sequence : running_) {
+    if (sequence->state != Sequence::State::kRunning) continue;
+    if (sequence->request == wanting->request) last_of_same = sequence;
+    if (sequence->request != oldest) last = sequence;
+  }
+  if (wanting->request != oldest) return last;  // perhaps `wanting` itself
+  if (last != nullptr) return last;
+  if (wanting->request->num_running == 1) return nullptr;
+  return const_cast<Sequence*>(last_of_same);
+}
+
+void Scheduler::Impl::Preempt(Sequence* victim) {
+  CHECK(victim->last_step != step_);  // not planned already
+  LeaveQueueOrSlot(victim);
+  ReleaseBlocks(victim);
+  MakeWaiting(victim);
+  ++victim->request->preemptions;
+  ++preemptions_;
+}
+
+// --- Admission -------------------------------------------------------------------------------------------------------
+
+void Scheduler::Impl::AdmitWaiting(StepPlan* plan, const Call& call) {
+  while (!waiting_.empty() && !free_slots_.empty() && budget_left_ > 0) {
+    Sequence* sequence = *waiting_.begin();
+    // Strictly in order: nobody overtakes the head, or a large request would wait for ever.
+    if (!TryAdmit(sequence, call)) return;
+    AppendChunk(plan, sequence, budget_left_);
+  }
+}
+
+// Blocks for all known tokens and the next one are taken at once, so that a prompt under way never has to wait or
+// preempt.
+bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
+  LiveRequest& request = *sequence->request;
+  CHECK(sequence->pending == 0);
+  if (sequence == blocked_ && !running_.empty() && pool_.available() < blocked_until_available_ &&
+      step_ < blocked_until_step_) {
+    return false;
+  }
+  blocked_ = nullptr;
+  const int32_t wanted = BlocksFor(std::min(sequence->known() + 1, request.limit - 1));
+  for (;;) {
+    MatchPrefix(sequence, &match_);
+    const auto unreferenced = std::ranges::count_if(match_, [&](BlockId block) { return pool_.refs(block) == 0; });
+    const int32_t needed = wanted - static_cast<int32_t>(match_.size()) + static_cast<int32_t>(unreferenced);
+    if (needed + Headroom() <= pool_.available()) break;
+    if (running_.empty() && in_flight_.size() == 1 && !sharing_.empty()) {
+      // Nothing runs: prompts kept for later siblings must not keep it so.
+      DropShare(*sharing_.back());
+      continue;
+    }
+    blocked_ = sequence;
+    blocked_until_available_ = needed + Headroom();
+    blocked_until_step_ = step_ + kRetryBlockedAfterSteps;
+    return false;
+  }
+
+  waiting_.erase(sequence);
+  for (BlockId block : match_) pool_.Ref(block);
+  sequence->blocks.assign(match_.begin(), match_.end());
+  while (static_cast<int32_t>(sequence->blocks.size()) < wanted) {
+    std::optional<BlockId> block = cache_.Allocate();
+    CHECK(block.has_value());
+    sequence->blocks.push_back(*block);
+  }
+  sequence->state = Sequence::State::kRunning;
+  sequence->computed = sequence->scheduled = static_cast<int32_t>(match_.size()) * options_.block_size;
+  sequence->slot = free_slots_.back();
+  free_slots_.pop_back();
+  sequence->needs_init = true;
+  ++sequence->run;
+  ++request.num_running;
+  running_.insert(std::ranges::upper_bound(running_, sequence, ComesBefore()), sequence);
+  if (!request.admitted) {
+    request.admitted = true;
+    request.admitted_at = call.now;
+    --waiting_requests_;
+    waiting_tokens_ -= request.prompt_size;
+    prompt_tokens_ += static_cast<uint64_t>(request.prompt_size);
+    cached_tokens_ += static_cast<uint64_t>(sequence->computed);
+    if (request.request->queue_deadline <= next_expiry_) next_expiry_stale_ = true;
+    Event& event = call.events->emplace_back();
+    event.kind = Event::Kind::kAdmitted;
+    event.request = request.key;
+    event.cached_tokens = static_cast<uint32_t>(sequence->computed);
+    event.timing.queued = call.now - request.request->arrival;
+  }
+  if (!sequence->admitted) {
+    sequence->admitted = true;
+    --request.num_unadmitted;
+    DropShareIfUnused(request);
+  }
+  return true;
+}
+
+// Blocks that stay free at an admission, for the running sequences to grow into: a quarter of a block each. Without it
+// an admission into a full pool would be preempted in the next step.
+int32_t Scheduler::Impl::Headroom() const {
+  return static_cast<int32_t>(running_.size()) / 4;
+}
+
+// The leading blocks that are computed already: shared by a sibling or found in the cache, whichever reaches further.
+// At least one token is left to compute, for its logits.
+void Scheduler::Impl::MatchPrefix(Sequence* sequence, std::vector<BlockId>* blocks) {
+  const LiveRequest& request = *sequence->request;
+  blocks->clear();
+  if (request.uses_cache && request.scoring_complete()) {
+    const int32_t most = (sequence->known() - 1) / options_.block_size;
+    for (int32_t i = 0; i < most; ++i) {
+      const BlockHash& hash = HashOf(sequence, i);
+      std::optional<BlockId> block =
+          cache_.Find(hash, ParentOf(sequence, i), BlockTokens(*sequence, i, &token_scratch_));
+      if (!block) break;
+      blocks->push_back(*block);
+    }
+  }
+  if (!sequence->admitted && request.shared.size() > blocks->size()) *blocks = request.shared;
+}
+
+// --- The plan --------------------------------------------------------------------------------------------------------
+
+void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t budget_left) {
+  LiveRequest& request = *sequence->request;
+  int32_t tokens = std::min(sequence->remaining(), budget_left);
+  // Positions scored before a preemption are not scored twice: what wants scores starts with a chunk of its own.
+  if (!request.scoring_complete() && sequence->scheduled < request.scored) {
+    tokens = std::min(tokens, request.scored - sequence->scheduled);
+  }
+  CHECK(tokens > 0 && tokens <= budget_left_ && sequence->last_step != step_);
+  const int32_t end = sequence->scheduled + tokens;
+
+  if (sequence->needs_init) AppendSlotInit(plan, sequence);
+  PlannedSequence& planned = plan->sequences.emplace_back();
+  planned.request = request.key;
+  planned.sequence = sequence->index;
+  planned.slot = sequence->slot;
+  planned.first_position = sequence->scheduled;
+  planned.num_tokens = tokens;
+  planned.token_begin = static_cast<int32_t>(plan->tokens.size());
+  planned.input_from_slot = end > sequence->known();
+  const int32_t by_value = end - (planned.input_from_slot ? 1 : 0);
+  for (int32_t i = sequence->scheduled; i < by_value; ++i) plan->tokens.push_back(sequence->TokenAt(i));
+  if (planned.input_from_slot) plan->tokens.push_back(-1);
+  planned.block_begin = static_cast<int32_t>(plan->block_ids.size());
+  planned.num_blocks = BlocksFor(end);
+  CHECK(planned.num_blocks <= static_cast<int32_t>(sequence->blocks.size()));
+  plan->block_ids.insert(plan->block_ids.end(), sequence->blocks.begin(),
+                         sequence->blocks.begin() + planned.num_blocks);
+  AppendPromptScores(plan, &planned, request);
+
+  const int32_t generated = sequence->expected() - request.prompt_size;
+  planned.sample = end == sequence->expected();
+  planned.ban_stops = planned.sample && generated < request.stop().min_new_tokens;
+  const bool decode = tokens == 1 && planned.sample && generated > 0;
+  if (!decode) plan->num_prefill_tokens += tokens;
+
+  sequence->scheduled = end;
+  if (planned.sample) ++sequence->pending;
+  sequence->last_step = step_;
+  ++request.in_flight;
+  in_flight_.back().entries.push_back({sequence, sequence->run});
+  budget_left_ -= tokens;
+}
+
+void Scheduler::Impl::AppendPromptScores(StepPlan* plan, PlannedSequence* planned, LiveRequest& request) {
+  planned->prompt_score_begin = static_cast<int32_t>(plan->prompt_score_ids.size());
+  if (request.scoring_complete()) return;
+  const int32_t first = planned->first_position;
+  if (first < request.scored) return;
+  CHECK(first == request.scored);
+  planned->num_prompt_scores = std::min(first + planned->num_tokens, request.prompt_size - 1) - first;
+  for (int32_t i = 1; i <= planned->num_prompt_scores; ++i) {
+    plan->prompt_score_ids.push_back(request.request->prompt[static_cast<size_t>(first + i)]);
+  }
+  request.scored += planned->num_prompt_scores;
+}
+
+void Scheduler::Impl::AppendSlotInit(StepPlan* plan, Sequence* sequence) {
+  SlotInit& init = plan->slot_inits.emplace_back();
+  init.slot = sequence->slot;
+  init.sequence = sequence->index;
+  init.request = sequence->request->request;
+  if (init.request->sampling.NeedsHistory()) init.output_history = sequence->generated;
+  sequence->needs_init = false;
+}
+
+void Scheduler::Impl::CompactRunning() {
+  if (!running_dirty_) return;
+  std::erase_if(running_, [](const Sequence* s) { return s->state != Sequence::State::kRunning; });
+  running_dirty_ = false;
+}
+
+}  // namespace altiplano
