@@ -1,0 +1,74 @@
+#include "server/frontend/admin_service.h"
+
+#include "server/base/log.h"
+#include "server/frontend/proto_mapping.h"
+#include "server/frontend/unary.h"
+#include "server/frontend/validate.h"
+
+namespace altiplano {
+
+namespace v1 = inference::v1;
+
+grpc::ServerUnaryReactor* AdminService::Drain(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                              grpc::ByteBuffer* response) {
+  return AnswerUnary<v1::DrainRequest, v1::DrainResponse>(
+      context, request, response, [this](const v1::DrainRequest& in, v1::DrainResponse* out) {
+        Duration grace = state_->options.drain_grace;
+        if (in.has_grace()) {
+          auto asked = ToDuration(DurationFromProto(in.grace()));
+          bool zero = in.grace().seconds() == 0 && in.grace().nanos() == 0;
+          if (!asked && !zero) return InvalidField("grace", "must be in [0, ten years]");
+          grace = asked.value_or(Duration(0));
+        }
+        log::Info("draining, as an operator asks", {{"grace_s", Seconds(grace)}});
+        actions_.drain(grace);
+        out->set_live_requests(static_cast<uint32_t>(state_->live_requests()));
+        return OkStatus();
+      });
+}
+
+grpc::ServerUnaryReactor* AdminService::Resume(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                               grpc::ByteBuffer* response) {
+  return AnswerUnary<v1::ResumeRequest, v1::ResumeResponse>(context, request, response,
+                                                            [this](const v1::ResumeRequest&, v1::ResumeResponse*) {
+                                                              log::Info("resuming, as an operator asks");
+                                                              actions_.resume();
+                                                              return OkStatus();
+                                                            });
+}
+
+// The engine answers between two steps, so this waits elsewhere.
+grpc::ServerUnaryReactor* AdminService::ResetPrefixCache(grpc::CallbackServerContext* context, const grpc::ByteBuffer*,
+                                                         grpc::ByteBuffer* response) {
+  auto backend = state_->Loaded();
+  if (!backend.ok()) return FinishUnary(context, backend.status());
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  bool taken = state_->admin_pool.Run([=, engine = (*backend)->engine] {
+    v1::ResetPrefixCacheResponse out;
+    out.set_freed_blocks(static_cast<uint64_t>(engine->ResetPrefixCache()));
+    SerializeMessage(out, response);
+    reactor->Finish(grpc::Status::OK);
+  });
+  if (!taken) {
+    reactor->Finish(FinalStatus(Status(Code::kResourceExhausted, "too many admin calls wait for the engine"), context));
+  }
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* AdminService::SetLogLevel(grpc::CallbackServerContext* context,
+                                                    const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
+  return AnswerUnary<v1::SetLogLevelRequest, v1::SetLogLevelResponse>(
+      context, request, response, [](const v1::SetLogLevelRequest& in, v1::SetLogLevelResponse*) {
+        if (Status status = log::SetLevel(in.level()); !status.ok()) {
+          return InvalidField("level", "must be one of debug, info, warn, error, off");
+        }
+        return OkStatus();
+      });
+}
+
+grpc::ServerWriteReactor<grpc::ByteBuffer>* AdminService::DumpFlightRecord(grpc::CallbackServerContext* context,
+                                                                           const grpc::ByteBuffer*) {
+  return new RefusedStream(context, Unsupported("flight_record", "this server records no steps yet"));
+}
+
+}  // namespace altiplano

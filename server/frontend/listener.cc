@@ -1,0 +1,96 @@
+#include "server/frontend/listener.h"
+
+#include <grpc/support/log.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+
+#include "server/base/log.h"
+#include "server/base/strings.h"
+
+namespace altiplano {
+
+namespace {
+
+constexpr std::string_view kUnix = "unix:";
+constexpr int kMaxHeaderBytes = 16 << 10;
+
+int Millis(Duration duration) {
+  return static_cast<int>(duration / std::chrono::milliseconds(1));
+}
+
+void SetArguments(const FrontendLimits& limits, grpc::ServerBuilder* builder) {
+  builder->SetMaxReceiveMessageSize(limits.max_message_bytes);
+  builder->SetMaxSendMessageSize(-1);  // unary answers may be large; clients have their own bound
+  // A second server on the same port is an error, not a silent half of the connections.
+  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, limits.max_streams_per_connection);
+  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxHeaderBytes);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Millis(limits.keepalive_time));
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Millis(limits.keepalive_timeout));
+  // Clients that ping on their own must not be cut off: gRPC's defaults close after the third ping within 300 s.
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                              Millis(limits.min_client_ping_interval));
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
+}
+
+// gRPC does not say why it could not listen: try what it tried.
+std::string WhyNotListening(const std::string& address) {
+  size_t colon = address.rfind(':');
+  if (colon == std::string::npos) return "it has no port";
+  std::string host = address.substr(0, colon), port = address.substr(colon + 1);
+  if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE;
+  addrinfo* found = nullptr;
+  if (int error = getaddrinfo(host.c_str(), port.c_str(), &hints, &found); error != 0) return gai_strerror(error);
+  std::string why = "gRPC gives no reason";
+  int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0 || bind(fd, found->ai_addr, found->ai_addrlen) != 0) why = std::strerror(errno);
+  if (fd >= 0) close(fd);
+  freeaddrinfo(found);
+  return why;
+}
+
+void WriteGrpcLog(gpr_log_func_args* args) {
+  // Its errors are about peers and sockets; ours to act on are reported where they matter.
+  log::Level level = args->severity == GPR_LOG_SEVERITY_ERROR ? log::Level::kWarn : log::Level::kDebug;
+  log::Write(level, "grpc", {{"message", args->message}});
+}
+
+}  // namespace
+
+void RouteGrpcLog() {
+  static std::once_flag once;
+  std::call_once(once, [] { gpr_set_log_function(WriteGrpcLog); });
+}
+
+StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,
+                           const std::vector<grpc::Service*>& services) {
+  grpc::ServerBuilder builder;
+  SetArguments(limits, &builder);
+  int port = 0;
+  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
+  for (grpc::Service* service : services) builder.RegisterService(service);
+  Listening out;
+  out.server = builder.BuildAndStart();
+  bool is_unix = address.starts_with(kUnix);
+  if (out.server == nullptr || port <= 0) {
+    std::string why = is_unix ? std::string("the socket cannot be made there") : WhyNotListening(address);
+    return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": ", why));
+  }
+  out.address = address;
+  if (!is_unix) {
+    out.port = port;
+    out.address = StrCat(address.substr(0, address.rfind(':') + 1), port);
+  }
+  return out;
+}
+
+}  // namespace altiplano

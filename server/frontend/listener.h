@@ -1,0 +1,28 @@
+// Listener: one address with the services behind it, gRPC's arguments set as docs say.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "server/base/status.h"
+#include "server/frontend/limits.h"
+
+namespace altiplano {
+
+struct Listening {
+  std::unique_ptr<grpc::Server> server;
+  int port = 0;         // 0: a unix socket
+  std::string address;  // as given, with the port that was taken
+};
+
+// UNAVAILABLE naming address and reason.
+StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,
+                           const std::vector<grpc::Service*>& services);
+
+// gRPC's own messages go through our log from now on. Idempotent.
+void RouteGrpcLog();
+
+}  // namespace altiplano

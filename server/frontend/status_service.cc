@@ -1,0 +1,112 @@
+#include "server/frontend/status_service.h"
+
+#include "server/base/log.h"
+#include "server/base/strings.h"
+#include "server/frontend/proto_mapping.h"
+#include "server/frontend/unary.h"
+#include "server/frontend/validate.h"
+
+namespace altiplano {
+
+namespace v1 = inference::v1;
+
+namespace {
+
+constexpr Duration kDefaultInterval = std::chrono::seconds(1);
+constexpr Duration kLeastInterval = std::chrono::milliseconds(100);
+constexpr size_t kMaxReasonBytes = 256;
+
+void FillLoad(const FrontendState& state, const Engine& engine, v1::Load* out) {
+  EngineLoad load = engine.load();
+  out->set_running_requests(static_cast<uint32_t>(load.scheduler.running_requests));
+  out->set_waiting_requests(static_cast<uint32_t>(load.scheduler.waiting_requests));
+  out->set_kv_blocks_total(static_cast<uint64_t>(load.scheduler.blocks_total));
+  out->set_kv_blocks_used(static_cast<uint64_t>(load.scheduler.blocks_used));
+  out->set_kv_blocks_cached(static_cast<uint64_t>(load.scheduler.blocks_cached));
+  out->set_kv_block_tokens(static_cast<uint32_t>(load.block_size));
+  out->set_steps(load.scheduler.steps);
+  out->set_tokens_per_second(load.tokens_per_second);
+  out->set_draining(load.draining || !state.accepting());
+}
+
+Status CancelledByAdmin(const std::string& reason) {
+  ErrorDetail detail;
+  detail.reason = "CANCELLED_BY_ADMIN";
+  std::string why = Shorten(reason, kMaxReasonBytes);
+  if (!why.empty()) detail.metadata = {{"reason", why}};
+  return Status(Code::kAborted, StrCat("the request was cancelled by an operator", why.empty() ? "" : ": ", why),
+                std::move(detail));
+}
+
+}  // namespace
+
+grpc::ServerUnaryReactor* StatusService::GetServerInfo(grpc::CallbackServerContext* context,
+                                                       const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
+  return AnswerUnary<v1::GetServerInfoRequest, v1::GetServerInfoResponse>(
+      context, request, response, [this](const v1::GetServerInfoRequest&, v1::GetServerInfoResponse* out) {
+        auto backend = state_->backend();
+        out->set_version(state_->options.version);
+        out->set_commit(state_->options.commit);
+        bool known = backend != nullptr && !backend->device.empty();
+        out->set_device(known ? backend->device : state_->options.device);
+        *out->mutable_uptime() = DurationToProto(Clock::Real().Now() - state_->start);
+        return OkStatus();
+      });
+}
+
+grpc::ServerUnaryReactor* StatusService::GetLoad(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                                 grpc::ByteBuffer* response) {
+  return AnswerUnary<v1::GetLoadRequest, v1::Load>(context, request, response,
+                                                   [this](const v1::GetLoadRequest&, v1::Load* out) {
+                                                     auto backend = state_->Loaded();
+                                                     if (!backend.ok()) return backend.status();
+                                                     FillLoad(*state_, *(*backend)->engine, out);
+                                                     return OkStatus();
+                                                   });
+}
+
+grpc::ServerWriteReactor<grpc::ByteBuffer>* StatusService::WatchLoad(grpc::CallbackServerContext* context,
+                                                                     const grpc::ByteBuffer* request) {
+  v1::WatchLoadRequest in;
+  grpc::ByteBuffer bytes = *request;
+  if (Status status = ParseMessage(&bytes, &in); !status.ok()) return new RefusedStream(context, status);
+  Duration interval = kDefaultInterval;
+  if (in.has_interval()) {
+    auto asked = ToDuration(DurationFromProto(in.interval()));
+    if (!asked || *asked < kLeastInterval) {
+      return new RefusedStream(context, InvalidField("interval", "must be at least 100 ms"));
+    }
+    interval = *asked;
+  }
+  auto backend = state_->Loaded();
+  if (!backend.ok()) return new RefusedStream(context, backend.status());
+  return new WatchReactor(hub_,
+                          [this, backend = *backend, interval,
+                           due = TimePoint{}](TimePoint now) mutable -> std::optional<grpc::ByteBuffer> {
+                            if (now < due) return std::nullopt;
+                            due = now + interval;
+                            v1::Load message;
+                            FillLoad(*state_, *backend->engine, &message);
+                            grpc::ByteBuffer out;
+                            SerializeMessage(message, &out);
+                            return out;
+                          });
+}
+
+grpc::ServerUnaryReactor* StatusService::CancelRequests(grpc::CallbackServerContext* context,
+                                                        const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
+  return AnswerUnary<v1::CancelRequestsRequest, v1::CancelRequestsResponse>(
+      context, request, response, [this](const v1::CancelRequestsRequest& in, v1::CancelRequestsResponse* out) {
+        Status why = CancelledByAdmin(in.reason());
+        for (const std::string& id : in.request_ids()) {
+          auto key = state_->registry.Find(id);
+          if (!key) continue;
+          state_->egress.queue()->Post(*key, Killed{why});
+          out->add_cancelled_request_ids(id);
+          log::Info("request cancelled by an operator", {{"request_id", id}});
+        }
+        return OkStatus();
+      });
+}
+
+}  // namespace altiplano
