@@ -40,7 +40,6 @@ struct Sequence {
   int32_t pending = 0;
   int32_t scheduled = 0;
   int32_t computed = 0;
-  uint64_t run = 0;        // admissions so far: what a step computed for an earlier run is lost with its blocks
   uint64_t last_step = 0;  // the last step that it is part of; 0: none
   std::vector<TokenId> generated;
   std::vector<BlockId> blocks;
@@ -64,7 +63,7 @@ struct LiveRequest {
   int32_t num_live = 0;             // sequences that have not ended
   int32_t num_running = 0;          // of these, kRunning
   int32_t num_unadmitted = 0;       // live and never admitted
-  int32_t in_flight = 0;            // entries of steps in flight that point here
+  int32_t in_flight = 0;            // sequences planned in steps in flight
   bool admitted = false;
   bool ended = false;
   // Computes the prompt while its siblings are kHeld; null when none is.

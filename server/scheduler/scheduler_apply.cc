@@ -11,7 +11,7 @@ void Scheduler::Impl::Apply(const StepPlan& plan, const StepResult& result, Time
   CHECK(!in_flight_.empty() && in_flight_.front().step == plan.step && result.step == plan.step);
   InFlight in_flight = std::move(in_flight_.front());
   in_flight_.erase(in_flight_.begin());
-  CHECK(in_flight.entries.size() == plan.sequences.size());
+  CHECK(in_flight.sequences.size() == plan.sequences.size());
 
   const Call call{now, events};
   size_t sampled = 0, scored = 0;
@@ -22,20 +22,19 @@ void Scheduler::Impl::Apply(const StepPlan& plan, const StepResult& result, Time
     const PlannedSequence& planned = plan.sequences[i];
     CHECK(sampled + planned.sample <= result.sampled.size());
     CHECK(scored + (planned.num_prompt_scores > 0) <= result.prompt_scores.size());
-    ApplyOne(call, in_flight.entries[i], planned, planned.sample ? &result.sampled[sampled++] : nullptr,
+    ApplyOne(call, in_flight.sequences[i], planned, planned.sample ? &result.sampled[sampled++] : nullptr,
              planned.num_prompt_scores > 0 ? &result.prompt_scores[scored++] : nullptr);
   }
   CHECK(sampled == result.sampled.size() && scored == result.prompt_scores.size());
 
-  in_flight.entries.clear();
+  in_flight.sequences.clear();
   in_flight.retired.clear();
   spare_in_flight_ = std::move(in_flight);
   ForgetEnded();
 }
 
-void Scheduler::Impl::ApplyOne(const Call& call, const InFlight::Entry& entry, const PlannedSequence& planned,
+void Scheduler::Impl::ApplyOne(const Call& call, Sequence* sequence, const PlannedSequence& planned,
                                const TokenScore* sampled, const std::vector<TokenScore>* prompt_scores) {
-  Sequence* sequence = entry.sequence;
   LiveRequest& request = *sequence->request;
   --request.in_flight;
   if (sampled != nullptr) --sequence->pending;
@@ -44,8 +43,8 @@ void Scheduler::Impl::ApplyOne(const Call& call, const InFlight::Entry& entry, c
   if (sequence->state == Sequence::State::kEnded) return;
   if (sampled != nullptr && !sampled->finite) return FailNonFinite(call, request);
 
-  // Preempted since: its blocks are gone, what it sampled is not.
-  if (sequence->state == Sequence::State::kRunning && entry.run == sequence->run) {
+  // Preempted since: its blocks are gone, what it sampled is not. It has not been admitted again: TryAdmit.
+  if (sequence->state == Sequence::State::kRunning) {
     sequence->computed = planned.first_position + planned.num_tokens;
     Publish(sequence);
     if (request.leader == sequence && sequence->computed >= request.prompt_size) ShareWithSiblings(sequence);

@@ -37,13 +37,9 @@ class Scheduler::Impl {
  private:
   // What a plan that has not been applied yet still touches.
   struct InFlight {
-    struct Entry {
-      Sequence* sequence;
-      uint64_t run;
-    };
     uint64_t step = 0;
-    std::vector<Entry> entries;    // one for each planned sequence
-    std::vector<BlockId> retired;  // references that end with the step
+    std::vector<Sequence*> sequences;  // as planned
+    std::vector<BlockId> retired;      // references that end with the step
   };
   // A call of Plan or Apply, for what it calls.
   struct Call {
@@ -85,8 +81,8 @@ class Scheduler::Impl {
   void CompactRunning();
 
   // --- Applying (scheduler_apply.cc)
-  void ApplyOne(const Call& call, const InFlight::Entry& entry, const PlannedSequence& planned,
-                const TokenScore* sampled, const std::vector<TokenScore>* prompt_scores);
+  void ApplyOne(const Call& call, Sequence* sequence, const PlannedSequence& planned, const TokenScore* sampled,
+                const std::vector<TokenScore>* prompt_scores);
   bool DeliverPromptScores(const Call& call, LiveRequest& request, const std::vector<TokenScore>& scores);
   void AppendToken(const Call& call, Sequence* sequence, const TokenScore& score);
   FinishReason StopReason(const Sequence& sequence, TokenId token) const;

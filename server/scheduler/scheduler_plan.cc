@@ -152,7 +152,8 @@ void Scheduler::Impl::AdmitWaiting(StepPlan* plan, const Call& call) {
 // preempt.
 bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   LiveRequest& request = *sequence->request;
-  CHECK(sequence->pending == 0);
+  // Else results of an earlier run would meet this one.
+  CHECK(sequence->pending == 0 && FindInFlight(sequence->last_step) == nullptr);
   if (sequence == blocked_ && !running_.empty() && pool_.available() < blocked_until_available_ &&
       step_ < blocked_until_step_) {
     return false;
@@ -188,7 +189,6 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   sequence->slot = free_slots_.back();
   free_slots_.pop_back();
   sequence->needs_init = true;
-  ++sequence->run;
   ++request.num_running;
   running_.insert(std::ranges::upper_bound(running_, sequence, ComesBefore()), sequence);
   if (!request.admitted) {
@@ -278,7 +278,7 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
   if (planned.sample) ++sequence->pending;
   sequence->last_step = step_;
   ++request.in_flight;
-  in_flight_.back().entries.push_back({sequence, sequence->run});
+  in_flight_.back().sequences.push_back(sequence);
   budget_left_ -= tokens;
 }
 

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Breaks the scheduler on purpose, one way at a time, and demands that the simulator notices each.
+
+    mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
+
+Needs a built sim_test: its objects are linked with one scheduler source compiled from a broken copy.
+"""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+SEEDS = "3000"
+# name, file in server/scheduler, text, replacement
+MUTATIONS = [
+    ("blocks return while a step in flight touches them", "scheduler.cc",
+     "InFlight* in_flight = FindInFlight(sequence->last_step);", "InFlight* in_flight = nullptr;"),
+    ("blocks of a step in flight are never given back", "scheduler_apply.cc",
+     "for (BlockId block : in_flight.retired) pool_.Unretire(block);", ""),
+    ("a prefix hit may cover the whole prompt", "scheduler_plan.cc",
+     "(sequence->known() - 1) / options_.block_size", "sequence->known() / options_.block_size"),
+    ("blocks are published before they are computed", "scheduler_apply.cc",
+     "sequence->computed / options_.block_size", "(sequence->computed + options_.block_size - 1) / options_.block_size"),
+    ("tenants share prefixes", "prefix_cache.cc", "tenant, salt}) {", "salt}) {"),
+    ("a block's name ignores what is before it", "prefix_cache.cc", "sha.Update(parent.data(), parent.size());", ""),
+    ("evicted blocks are still found", "prefix_cache.cc", "if (taken->was_kept) Erase(taken->block);", ""),
+    ("siblings write into the shared tail block", "scheduler_apply.cc",
+     "(request.prompt_size - 1) / options_.block_size",
+     "(request.prompt_size + options_.block_size - 1) / options_.block_size"),
+    ("siblings start before the prompt is computed", "scheduler_apply.cc",
+     "sequence->computed >= request.prompt_size", "sequence->computed > 0"),
+    ("siblings' share is never let go", "scheduler.cc", "if (request.num_unadmitted == 0) DropShare(request);", ""),
+    ("shares keep the pool when nothing runs", "scheduler_plan.cc",
+     "DropShare(*sharing_.back());\n      continue;", ""),
+    ("a preempted sequence keeps waiting for its token", "scheduler_apply.cc",
+     "if (sampled != nullptr) --sequence->pending;", "if (sampled != nullptr && sequence->slot >= 0) --sequence->pending;"),
+    ("a preempted sequence forgets its history", "scheduler_plan.cc",
+     "init.output_history = sequence->generated;", "init.output_history.clear();"),
+    ("a preempted sequence counts as computed", "scheduler_apply.cc",
+     "if (sequence->state == Sequence::State::kRunning) {", "{"),
+    ("the oldest running request is preempted", "scheduler_plan.cc",
+     "if (sequence->request != oldest) last = sequence;", "if (last == nullptr) last = sequence;"),
+    ("a victim comes back in the same plan", "scheduler_plan.cc", "if (!pressed_) AdmitWaiting", "AdmitWaiting"),
+    ("results of ended sequences are not dropped", "scheduler_apply.cc",
+     "if (sequence->state == Sequence::State::kEnded) return;\n", ""),
+    ("NaN is ignored", "scheduler_apply.cc",
+     "if (sampled != nullptr && !sampled->finite) return FailNonFinite(call, request);", ""),
+    ("cancels wait for the next Plan", "scheduler_apply.cc", "  TakeCommands(call);\n", ""),
+    ("deadlines are forgotten after admission", "scheduler.cc",
+     "return request.admitted ? earliest :", "return request.admitted ? kNever :"),
+    ("prompt scores are planned twice after a preemption", "scheduler_plan.cc",
+     "if (first < request.scored) return;\n  CHECK(first == request.scored);", "request.scored = first;"),
+    ("prompt scores read the prefix cache", "scheduler_plan.cc", "request.uses_cache && request.scoring_complete()",
+     "request.uses_cache"),
+    ("stops are not banned before min_new_tokens", "scheduler_plan.cc",
+     "planned.sample && generated < request.stop().min_new_tokens", "false"),
+    ("a slot is lost at each end", "scheduler.cc", "free_slots_.push_back(sequence->slot);", ""),
+    ("a chunk may exceed the budget", "scheduler_plan.cc",
+     "int32_t tokens = std::min(sequence->remaining(), budget_left);", "int32_t tokens = sequence->remaining();"),
+    ("one token too many", "scheduler_apply.cc", "sequence.known() + 1 >=", "sequence.known() >="),
+]
+
+
+def library_line(build):
+    """Compiler, flags and libraries with which sim_test was made."""
+    commands = subprocess.run(["ninja", "-C", build, "-t", "commands", "sim_test"], check=True, capture_output=True,
+                              text=True).stdout.splitlines()
+    link = next(c for c in reversed(commands) if " -o tests/sim_test" in c)
+    compile_ = next(c for c in commands if "scheduler.dir/scheduler/scheduler.cc.o -c" in c)
+    link = re.sub(r"^: && | && :$", "", link)
+    return link.removeprefix("ccache "), compile_
+
+
+def caught(source, build, scratch, name, file, old, new):
+    text = (source / "server/scheduler" / file).read_text()
+    # Formatting may have moved the text's line breaks.
+    pattern = r"\s+".join(re.escape(word) for word in old.split())
+    broken, count = re.subn(pattern, lambda _: new, text, count=1)
+    if count != 1:
+        return f"the text to break is no longer in {file}: {old}"
+    copy = scratch / "server/scheduler" / file
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(broken)
+    link, compile_ = library_line(build)
+    original = str(source / "server/scheduler" / file)
+    compile_ = compile_.replace("scheduler.dir/scheduler/scheduler.cc.o", f"scheduler.dir/scheduler/{file}.o")
+    compile_ = compile_.replace(str(source / "server/scheduler/scheduler.cc"), original)
+    compile_ = re.sub(r" -MD| -M[TF] \S+", "", compile_.replace(original, str(copy)))
+    compile_ = re.sub(r" -o \S+", f" -o {scratch}/broken.o", compile_).replace("-Werror", "-w")
+    subprocess.run(compile_, shell=True, cwd=build, check=True)
+    link = re.sub(r" -o tests/sim_test", f" {scratch}/broken.o -o {scratch}/sim", link)
+    subprocess.run(link, shell=True, cwd=build, check=True)
+    env = dict(os.environ, ALTIPLANO_SIM_SEEDS=SEEDS)
+    run = subprocess.run([scratch / "sim", "--gtest_filter=Simulator.Seeds"], env=env, capture_output=True, text=True,
+                         timeout=120)
+    if run.returncode == 0:
+        return "NOT caught"
+    said = [line for line in (run.stdout + run.stderr).splitlines()
+            if re.search(r"broken invariant|tick \d+|replay|ERROR: Addr|signal", line)]
+    print(f"caught: {name}: {said[0].strip() if said else run.returncode}", flush=True)
+    return None
+
+
+def main():
+    source, build = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
+    wanted = sys.argv[3:]
+    survivors = []
+    for mutation in MUTATIONS:
+        if wanted and not any(w in mutation[0] for w in wanted):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            problem = caught(source, build, pathlib.Path(scratch), *mutation)
+        if problem:
+            survivors.append(f"{mutation[0]}: {problem}")
+            print(survivors[-1], flush=True)
+    sys.exit("\n" + "\n".join(survivors) if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+#include "tests/sim/simulator_testlib.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "server/base/check.h"
+#include "server/base/strings.h"
+
+namespace altiplano::sim {
+
+namespace {
+
+using std::chrono::milliseconds;
+
+char g_replay[200];
+
+void PrintReplay(int) {
+  [[maybe_unused]] auto written = write(STDERR_FILENO, g_replay, std::strlen(g_replay));
+  std::signal(SIGABRT, SIG_DFL);
+}
+
+std::vector<TokenId> RandomTokens(Random random, int32_t count, int32_t vocab) {
+  std::vector<TokenId> tokens;
+  for (int32_t i = 0; i < count; ++i) tokens.push_back(random.Below(vocab));
+  return tokens;
+}
+
+}  // namespace
+
+std::string ReplayCommand(uint64_t seed) {
+  return StrCat("replay: ALTIPLANO_SIM_SEED=", seed,
+                " ALTIPLANO_SIM_TRACE=1 tests/sim_test --gtest_filter=Simulator.Seeds");
+}
+
+void AnnounceSeedOnAbort(uint64_t seed) {
+  std::snprintf(g_replay, sizeof g_replay, "%s\n", ReplayCommand(seed).c_str());
+  std::signal(SIGABRT, PrintReplay);
+}
+
+Simulator::Simulator(uint64_t seed, Coverage* coverage)
+    : seed_(seed),
+      trace_(std::getenv("ALTIPLANO_SIM_TRACE") != nullptr),
+      coverage_(*coverage),
+      random_{Mix(seed, 42)} {}
+
+template <typename... Parts>
+void Simulator::Trace(const Parts&... parts) {
+  if (trace_) std::fprintf(stderr, "%6d  %s\n", ticks_, StrCat(parts...).c_str());
+}
+
+void Simulator::Fail(std::string what) {
+  if (!error_.empty()) return;
+  error_ = StrCat("tick ", ticks_, ": ", what);
+  Trace("FAIL ", what);
+}
+
+// --- The world -------------------------------------------------------------------------------------------------------
+
+void Simulator::MakeOptions() {
+  options_.block_size = 1 << random_.Below(5);
+  options_.num_blocks = random_.Chance(0.3) ? random_.Between(1, 6) : random_.Between(1, 64);
+  if (options_.block_size * options_.num_blocks < 2) options_.num_blocks = 2;
+  options_.max_running = random_.Between(1, 12);
+  options_.token_budget = random_.Chance(0.3) ? random_.Between(1, 4) : random_.Between(1, 64);
+  options_.max_context = random_.Between(2, 160);
+  options_.prefix_cache = random_.Chance(0.8);
+  model_.vocab = random_.Chance(0.3) ? random_.Between(6, 12) : 60;
+  model_.eos_ids = {1};
+  if (random_.Chance(0.5)) model_.eos_ids.push_back(2);
+  options_.eos_ids = model_.eos_ids;
+  auto sometimes = [&](double p, double rate) { return random_.Chance(p) ? rate : 0; };
+  cancel_rate_ = sometimes(0.4, 0.1);
+  stop_rate_ = sometimes(0.3, 0.1);
+  nan_rate_ = sometimes(0.15, 0.02);
+  abort_rate_ = sometimes(0.05, 0.02);
+  reset_rate_ = sometimes(0.1, 0.05);
+  lockstep_rate_ = sometimes(0.5, 0.3);
+  deadline_rate_ = sometimes(0.3, 0.4);
+  step_milliseconds_ = random_.Between(1, 10);
+}
+
+std::shared_ptr<Request> Simulator::MakeRequest(RequestKey key) {
+  const int32_t most = scheduler_->max_servable_tokens() - 1;
+  auto request = std::make_shared<Request>();
+  request->id = StrCat(key);
+  const int32_t length = random_.Between(1, random_.Chance(0.5) ? most : std::min(most, 20));
+  // A few families of prefixes, so that requests share some of their blocks.
+  request->prompt = RandomTokens({Mix(seed_, static_cast<uint64_t>(random_.Below(3)))}, length, model_.vocab);
+  if (random_.Chance(0.7)) {
+    const int32_t own = random_.Below(length);
+    for (int32_t i = own; i < length; ++i) request->prompt[static_cast<size_t>(i)] = random_.Below(model_.vocab);
+  }
+  if (random_.Chance(0.25)) request->num_sequences = random_.Between(2, 5);
+  request->sampling.seed = random_.Next();
+  if (random_.Chance(0.2)) request->sampling.presence_penalty = 1;
+  if (random_.Chance(0.15)) request->sampling.prompt_top_logprobs = random_.Below(2);
+  request->stop.max_new_tokens = random_.Between(1, 40);
+  request->stop.min_new_tokens = random_.Chance(0.3) ? random_.Between(0, 6) : 0;
+  request->stop.ignore_eos = random_.Chance(0.4);
+  if (random_.Chance(0.2)) request->stop.token_ids = {random_.Below(model_.vocab), random_.Below(3)};
+  if (random_.Chance(0.3)) request->priority = random_.Between(-1, 2);
+  if (random_.Chance(0.3)) request->tenant = random_.Chance(0.5) ? "a" : "b";
+  if (random_.Chance(0.1)) request->cache_salt = "salt";
+  request->bypass_prefix_cache = random_.Chance(0.1);
+  return request;
+}
+
+void Simulator::MakeWorkload() {
+  const int32_t count = random_.Chance(0.1) ? random_.Between(20, 40) : random_.Between(1, 16);
+  const int32_t spread = random_.Chance(0.4) ? 1 : random_.Between(1, 120);
+  for (int32_t i = 0; i < count; ++i) {
+    const auto key = static_cast<RequestKey>(i + 1);
+    std::shared_ptr<Request> request = MakeRequest(key);
+    SimRequest sim;
+    sim.arrival_step = random_.Below(spread);
+    request->arrival = now_ + milliseconds(step_milliseconds_ * sim.arrival_step);
+    auto soon = [&] { return request->arrival + milliseconds(step_milliseconds_ * random_.Below(80)); };
+    if (random_.Chance(deadline_rate_)) request->queue_deadline = soon();
+    if (random_.Chance(deadline_rate_)) request->deadline = soon();
+    if (random_.Chance(deadline_rate_)) request->time_limit = soon();
+    sim.request = request;
+    const int32_t limit = std::min(static_cast<int32_t>(request->prompt.size()) + request->stop.max_new_tokens,
+                                   scheduler_->max_servable_tokens());
+    for (int32_t s = 0; s < request->num_sequences; ++s) {
+      sim.sequences.push_back({SequenceOracle(model_, *request, static_cast<uint32_t>(s), limit)});
+    }
+    const uint64_t root = FakeModel::Root(*request);
+    sim.score_attention = FakeModel::Attend(root, FakeModel::Value(request->prompt[0], 0, root));
+    requests_.emplace(key, std::move(sim));
+  }
+  coverage_.requests += requests_.size();
+}
+
+// --- The engine's loop -----------------------------------------------------------------------------------------------
+
+std::string Simulator::Run() {
+  AnnounceSeedOnAbort(seed_);
+  MakeOptions();
+  auto scheduler = Scheduler::Create(options_);
+  if (!scheduler.ok()) return scheduler.status().ToString();
+  scheduler_ = std::move(*scheduler);
+  executor_ = std::make_unique<FakeExecutor>(model_, options_, scheduler_->max_servable_tokens());
+  MakeWorkload();
+  Trace(requests_.size(), " requests, ", options_.num_blocks, " blocks of ", options_.block_size, ", ",
+        options_.max_running, " slots, budget ", options_.token_budget, ", context ", scheduler_->max_servable_tokens(),
+        ", prefix cache ", options_.prefix_cache);
+  Loop();
+  if (error_.empty()) JudgeRest();
+  std::signal(SIGABRT, SIG_DFL);
+  return error_;
+}
+
+void Simulator::Loop() {
+  std::optional<Running> running;
+  while (error_.empty()) {
+    ++ticks_;
+    now_ += milliseconds(step_milliseconds_);
+    Inject();
+    std::shared_ptr<const StepPlan> next;
+    const bool lockstep = running && random_.Chance(lockstep_rate_);
+    if (!lockstep) {
+      next = Plan();
+      if (next && error_.empty()) {
+        std::string wrong = executor_->Judge(*next, running ? running->plan.get() : nullptr);
+        if (!wrong.empty()) Fail(wrong);
+      }
+    }
+    if (!running) {
+      if (next) {
+        running = Launch(std::move(next));
+      } else if (!scheduler_->idle()) {
+        Fail("requests are live, nothing is under way, and nothing was planned");
+      } else if (std::ranges::all_of(requests_, [](const auto& r) { return r.second.added; })) {
+        return;
+      }
+      continue;
+    }
+    std::optional<Running> launched;
+    if (next) launched = Launch(std::move(next));
+    if (random_.Chance(0.5)) Inject();
+    if (random_.Chance(abort_rate_)) {
+      AbortAll();
+      running.reset();
+      continue;
+    }
+    Apply(std::move(*running));
+    running = std::move(launched);
+  }
+}
+
+// What other threads do at any time: requests, cancels, stops.
+void Simulator::Inject() {
+  for (auto& [key, request] : requests_) {
+    if (request.added || request.arrival_step > ticks_) continue;
+    request.added = true;
+    scheduler_->Add(key, request.request);
+    Trace("add ", key, ": prompt ", request.request->prompt.size(), ", new ", request.request->stop.max_new_tokens,
+          ", n ", request.request->num_sequences, ", priority ", request.request->priority);
+  }
+  if (random_.Chance(cancel_rate_)) CancelOne();
+  if (random_.Chance(stop_rate_)) {
+    auto it = requests_.begin();
+    std::advance(it, random_.Below(static_cast<int32_t>(requests_.size())));
+    const auto index = static_cast<uint32_t>(random_.Below(6));
+    scheduler_->StopSequence(it->first, index);
+    Trace("stop ", it->first, " sequence ", index);
+    SimRequest& request = it->second;
+    if (request.added && index < request.sequences.size()) request.sequences[index].stop_requested = true;
+  }
+  if (random_.Chance(reset_rate_)) scheduler_->ResetPrefixCache();
+}
+
+void Simulator::CancelOne() {
+  auto it = requests_.begin();
+  std::advance(it, random_.Below(static_cast<int32_t>(requests_.size())));
+  SimRequest& request = it->second;
+  const Code code = random_.Chance(0.5) ? Code::kCancelled : Code::kUnavailable;
+  scheduler_->Cancel(it->first, Status(code, "cancelled by the simulator"));
+  Trace("cancel ", it->first);
+  if (request.added && !request.ended && !request.cancel) request.cancel = code;
+}
+
+std::shared_ptr<const StepPlan> Simulator::Plan() {
+  std::shared_ptr<const StepPlan> plan = scheduler_->Plan(now_, &events_);
+  scheduler_->CheckInvariants();
+  JudgeEvents(/*after_plan=*/true);
+  if (plan == nullptr) return plan;
+  ++plans_without_progress_;
+  Count(*plan);
+  if (trace_) {
+    for (const PlannedSequence& s : plan->sequences) {
+      Trace("plan ", plan->step, ": request ", s.request, ".", s.sequence, " slot ", s.slot, " [", s.first_position,
+            ", ", s.first_position + s.num_tokens, ")", s.input_from_slot ? " from slot" : "",
+            s.sample ? " sample" : "");
+    }
+  }
+  return plan;
+}
+
+void Simulator::Count(const StepPlan& plan) {
+  ++coverage_.steps;
+  for (const PlannedSequence& planned : plan.sequences) {
+    coverage_.from_slot += planned.input_from_slot;
+    coverage_.chunked += !planned.sample;
+    coverage_.prompt_scores += static_cast<uint64_t>(planned.num_prompt_scores);
+    coverage_.siblings += planned.sequence > 0;
+  }
+}
+
+Simulator::Running Simulator::Launch(std::shared_ptr<const StepPlan> plan) {
+  Running running;
+  for (size_t i = 0; i < plan->sequences.size(); ++i) {
+    const PlannedSequence& planned = plan->sequences[i];
+    if ((planned.sample || planned.num_prompt_scores > 0) && random_.Chance(nan_rate_)) running.nan.push_back(i);
+  }
+  running.result = executor_->Execute(*plan, running.nan);
+  if (!executor_->error().empty()) Fail(executor_->error());
+  running.plan = std::move(plan);
+  return running;
+}
+
+void Simulator::Apply(Running running) {
+  for (size_t i : running.nan) {
+    const PlannedSequence& planned = running.plan->sequences[i];
+    SimRequest& request = requests_.at(planned.request);
+    const SimSequence& sequence = request.sequences[planned.sequence];
+    request.nan = true;
+    if (!request.ended && !request.cancel && !sequence.finished && !sequence.stop_requested) request.must_fail = true;
+    Trace("NaN for ", planned.request, ".", planned.sequence);
+  }
+  for (const PlannedSequence& planned : running.plan->sequences) {
+    coverage_.dropped_results += requests_.at(planned.request).sequences[planned.sequence].finished;
+  }
+  scheduler_->Apply(*running.plan, running.result, now_, &events_);
+  scheduler_->CheckInvariants();
+  JudgeEvents(/*after_plan=*/false);
+}
+
+void Simulator::AbortAll() {
+  Trace("abort");
+  ++coverage_.aborts;
+  for (auto& [key, request] : requests_) {
+    if (request.added && !request.ended) request.cancel = Code::kInternal;
+  }
+  scheduler_->Abort(Status(Code::kInternal, "aborted by the simulator"), now_, &events_);
+  scheduler_->CheckInvariants();
+  JudgeEvents(/*after_plan=*/false);
+  const SchedulerLoad load = scheduler_->load();
+  if (!scheduler_->idle() || load.blocks_used != 0 || load.blocks_cached != 0) Fail("something is left after Abort");
+}
+
+// --- Judging what came out -------------------------------------------------------------------------------------------
+
+void Simulator::JudgeEvents(bool after_plan) {
+  for (const Event& event : events_) JudgeEvent(event);
+  events_.clear();
+  JudgePromises(after_plan);
+  if (after_plan) JudgeProgress();
+}
+
+void Simulator::JudgeEvent(const Event& event) {
+  auto it = requests_.find(event.request);
+  if (it == requests_.end() || !it->second.added) return Fail("an event of an unknown request");
+  SimRequest& request = it->second;
+  if (request.ended) return Fail(StrCat("request ", event.request, " has ended and still gets events"));
+  if (event.sequence >= request.sequences.size()) return Fail("an event of an unknown sequence");
+  switch (event.kind) {
+    case Event::Kind::kAdmitted: {
+      const auto cached = static_cast<int32_t>(event.cached_tokens);
+      if (request.admitted) Fail(StrCat("request ", event.request, " is admitted twice"));
+      request.admitted = true;
+      coverage_.cached_tokens += event.cached_tokens;
+      if (cached >= static_cast<int32_t>(request.request->prompt.size()) || cached % options_.block_size != 0) {
+        Fail(StrCat("request ", event.request, " claims ", cached, " cached tokens"));
+      }
+      const bool no_reads = !options_.prefix_cache || request.request->bypass_prefix_cache ||
+                            request.request->sampling.prompt_top_logprobs >= 0;
+      if (no_reads && cached > 0) Fail(StrCat("request ", event.request, " must not read the prefix cache"));
+      break;
+    }
+    case Event::Kind::kPromptScores:
+      return JudgeScores(event, request);
+    case Event::Kind::kToken:
+      return JudgeToken(event, request);
+    case Event::Kind::kFinished:
+      return JudgeFinished(event, request);
+    case Event::Kind::kEnded:
+      return JudgeEnd(event, request);
+  }
+}
+
+void Simulator::JudgeToken(const Event& event, SimRequest& request) {
+  plans_without_progress_ = 0;
+  ++coverage_.tokens;
+  ++request.tokens;
+  SimSequence& sequence = request.sequences[event.sequence];
+  const std::string who = StrCat("request ", event.request, " sequence ", event.sequence);
+  Trace("token ", event.score.token, " for ", who);
+  if (!request.admitted || sequence.finished)
+    return Fail(StrCat(who, " gets a token before admission or after its end"));
+  const SequenceOracle::Step expected = sequence.oracle.Next();
+  if (event.score.token != expected.token) {
+    return Fail(StrCat(who, ": token ", event.score.token, ", alone it would have been ", expected.token));
+  }
+  if (event.finish != expected.finish) return Fail(StrCat(who, ": wrong finish reason"));
+  const bool named = expected.finish == FinishReason::kEos || expected.finish == FinishReason::kStop;
+  if (event.stop_token != (named ? expected.token : -1)) return Fail(StrCat(who, ": wrong stop token"));
+  const auto wanted = static_cast<int32_t>(request.request->prompt.size()) - 1;
+  if (request.request->sampling.prompt_top_logprobs >= 0 && request.scores != wanted) {
+    return Fail(StrCat(who, ": a token before all prompt scores"));
+  }
+  sequence.finished = expected.finish != FinishReason::kNone;
+}
+
+void Simulator::JudgeScores(const Event& event, SimRequest& request) {
+  plans_without_progress_ = 0;
+  const std::vector<TokenId>& prompt = request.request->prompt;
+  if (!request.admitted || request.request->sampling.prompt_top_logprobs < 0) return Fail("prompt scores unasked");
+  for (const TokenScore& score : event.prompt_scores) {
+    const int32_t position = ++request.scores;
+    if (position >= static_cast<int32_t>(prompt.size())) return Fail("more prompt scores than tokens");
+    const TokenId token = prompt[static_cast<size_t>(position)];
+    if (score.token != token || score.logprob != FakeModel::Score(request.score_attention, token)) {
+      return Fail(StrCat("request ", event.request, ": wrong prompt score at ", position));
+    }
+    request.score_attention =
+        FakeModel::Attend(request.score_attention, FakeModel::Value(token, position, request.score_attention));
+  }
+}
+
+void Simulator::JudgeFinished(const Event& event, SimRequest& request) {
+  SimSequence& sequence = request.sequences[event.sequence];
+  if (sequence.finished) return Fail(StrCat("request ", event.request, " finishes a sequence twice"));
+  sequence.finished = true;
+  bool justified = false;
+  switch (event.finish) {
+    case FinishReason::kStop:
+      justified = sequence.stop_requested, ++coverage_.stopped;
+      break;
+    case FinishReason::kTimeLimit:
+      justified = now_ >= request.request->time_limit, ++coverage_.time_limits;
+      break;
+    case FinishReason::kCancelled:
+      justified = request.cancel.has_value();
+      break;
+    default:
+      break;
+  }
+  if (!justified) Fail(StrCat("request ", event.request, " finishes for no reason"));
+}
+
+void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
+  plans_without_progress_ = 0;
+  request.ended = true;
+  coverage_.preemptions += event.timing.preemptions;
+  const Request& r = *request.request;
+  const Status& status = event.status;
+  Trace("end of ", event.request, ": ", status.ToString());
+  bool justified = false;
+  if (status.ok()) {
+    justified = std::ranges::all_of(request.sequences, &SimSequence::finished);
+  } else if (status.reason() == "QUEUE_TIMEOUT") {
+    justified = !request.admitted && now_ >= r.queue_deadline && ++coverage_.queue_timeouts;
+  } else if (status.reason() == "DEADLINE") {
+    justified = now_ >= r.deadline && ++coverage_.deadlines;
+  } else if (status.reason() == "NON_FINITE_LOGITS") {
+    justified = request.nan && status.code() == Code::kInternal && ++coverage_.non_finite;
+  } else if (request.cancel) {
+    justified = status.code() == *request.cancel && ++coverage_.cancelled;
+  }
+  if (!justified) Fail(StrCat("request ", event.request, " ends for no reason: ", status.ToString()));
+  if (event.timing.total != now_ - r.arrival) Fail("wrong total time");
+}
+
+// What must have happened by now.
+void Simulator::JudgePromises(bool after_plan) {
+  for (auto& [key, request] : requests_) {
+    if (!request.added || request.ended) continue;
+    if (request.must_fail) Fail(StrCat("request ", key, " goes on after NaN"));
+    if (request.cancel) Fail(StrCat("request ", key, " goes on after it was cancelled"));
+    for (const SimSequence& sequence : request.sequences) {
+      if (sequence.stop_requested && !sequence.finished) Fail(StrCat("request ", key, " goes on after a stop"));
+    }
+    if (!after_plan) continue;
+    const Request& r = *request.request;
+    if (now_ >= r.deadline || now_ >= r.time_limit) Fail(StrCat("request ", key, " outlives its deadline"));
+    if (!request.admitted && now_ >= r.queue_deadline)
+      Fail(StrCat("request ", key, " waits beyond its queue deadline"));
+  }
+}
+
+// Whatever is in the pool can be computed this often without one token coming out; more is thrashing.
+void Simulator::JudgeProgress() {
+  const int32_t tokens = options_.num_blocks * options_.block_size;
+  if (plans_without_progress_ > 64 + 4 * tokens / options_.token_budget) Fail("many steps, and not one token");
+}
+
+void Simulator::JudgeRest() {
+  uint64_t tokens = 0;
+  for (const auto& [key, request] : requests_) {
+    if (!request.ended) Fail(StrCat("request ", key, " never ended"));
+    tokens += request.tokens;
+  }
+  SchedulerLoad load = scheduler_->load();
+  if (load.blocks_used != 0) Fail(StrCat(load.blocks_used, " blocks are still held"));
+  if (load.running_requests != 0 || load.waiting_requests != 0 || load.waiting_tokens != 0) Fail("load is not zero");
+  if (load.generated_tokens != tokens) Fail("generated tokens are miscounted");
+  if (scheduler_->next_deadline() != kNever) Fail("a deadline is left");
+  if (scheduler_->ResetPrefixCache() != load.blocks_cached) Fail("cached blocks are miscounted");
+  scheduler_->CheckInvariants();
+}
+
+}  // namespace altiplano::sim

@@ -1,0 +1,104 @@
+// Simulator: one seed is one world: options, workload, faults and the order of everything. It drives the real Scheduler
+// as the engine does (the next plan is made before the step in flight has been applied) and judges all that comes out.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "server/scheduler/scheduler.h"
+#include "tests/sim/fake_executor_testlib.h"
+#include "tests/sim/oracle_testlib.h"
+
+namespace altiplano::sim {
+
+// How often the interesting things happened: a simulation in which they never do proves nothing.
+struct Coverage {
+  uint64_t steps = 0, tokens = 0, requests = 0;
+  uint64_t preemptions = 0, cached_tokens = 0, siblings = 0, prompt_scores = 0, from_slot = 0, chunked = 0;
+  uint64_t cancelled = 0, stopped = 0, time_limits = 0, deadlines = 0, queue_timeouts = 0, non_finite = 0, aborts = 0;
+  uint64_t dropped_results = 0;
+};
+
+class Simulator {
+ public:
+  Simulator(uint64_t seed, Coverage* coverage);
+  // What went wrong, or "".
+  std::string Run();
+
+ private:
+  struct SimSequence {
+    SequenceOracle oracle;
+    bool finished = false;
+    bool stop_requested = false;
+  };
+  struct SimRequest {
+    std::shared_ptr<const Request> request;
+    int32_t arrival_step = 0;
+    std::vector<SimSequence> sequences;
+    bool added = false, admitted = false, ended = false;
+    std::optional<Code> cancel;
+    bool nan = false;              // a result that it was waiting for was NaN
+    bool must_fail = false;        // and it must end in this Apply
+    int32_t scores = 0;            // prompt scores received
+    uint64_t score_attention = 0;  // of the oracle, before the next score
+    uint64_t tokens = 0;
+  };
+  struct Running {
+    std::shared_ptr<const StepPlan> plan;
+    StepResult result;
+    std::vector<size_t> nan;
+  };
+
+  void MakeOptions();
+  void MakeWorkload();
+  std::shared_ptr<Request> MakeRequest(RequestKey key);
+  void Loop();
+  void Inject();
+  void CancelOne();
+  std::shared_ptr<const StepPlan> Plan();
+  Running Launch(std::shared_ptr<const StepPlan> plan);
+  void Apply(Running running);
+  void AbortAll();
+  void JudgeEvents(bool after_plan);
+  void JudgeEvent(const Event& event);
+  void JudgeToken(const Event& event, SimRequest& request);
+  void JudgeScores(const Event& event, SimRequest& request);
+  void JudgeFinished(const Event& event, SimRequest& request);
+  void JudgeEnd(const Event& event, SimRequest& request);
+  void JudgePromises(bool after_plan);
+  void JudgeProgress();
+  void JudgeRest();
+  void Count(const StepPlan& plan);
+  void Fail(std::string what);
+  template <typename... Parts>
+  void Trace(const Parts&... parts);
+
+  const uint64_t seed_;
+  const bool trace_;
+  Coverage& coverage_;
+  Random random_;
+  FakeModel model_;
+  SchedulerOptions options_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<FakeExecutor> executor_;
+  std::map<RequestKey, SimRequest> requests_;
+  std::vector<Event> events_;
+  TimePoint now_{std::chrono::hours(1)};
+  int32_t ticks_ = 0;
+  int32_t plans_without_progress_ = 0;
+  // How this world behaves.
+  double cancel_rate_ = 0, stop_rate_ = 0, nan_rate_ = 0, abort_rate_ = 0, lockstep_rate_ = 0, deadline_rate_ = 0;
+  double reset_rate_ = 0;
+  int32_t step_milliseconds_ = 1;
+  std::string error_;
+};
+
+// Prints how to run the current seed again if the process dies on a CHECK.
+void AnnounceSeedOnAbort(uint64_t seed);
+std::string ReplayCommand(uint64_t seed);
+
+}  // namespace altiplano::sim
