@@ -1,0 +1,42 @@
+// Communicator: what tensor-parallel ranks ask of each other between ops. One object per rank, used by that rank's
+// thread; Abort may come from any thread.
+//
+// Every rank makes the same calls in the same order with the same shapes and dtypes. Each call is a meeting of all
+// ranks. A rank that fails calls Abort (destroying its Communicator does too): whoever waits then, and every later
+// call, returns false, and the contents of the tensors involved are undefined. Nobody waits for ever.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels/device.h"
+#include "kernels/tensor.h"
+
+namespace altiplano {
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // x [T, N] or [N], f32 or bf16, in place: the sum over all ranks, added in the order of ranks in f32 and rounded
+  // once, so that every rank holds the same bits. False: the group was aborted.
+  virtual bool AllReduceSum(Stream& stream, const TensorView& x) = 0;
+
+  // out [R, n0 + n1 + ...] = the ranks' x [R, n_rank] side by side in the order of ranks; any dtype. x may be the very
+  // columns of out where it belongs, and nothing else of out. False: the group was aborted.
+  virtual bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) = 0;
+
+  // Ends the group. Idempotent, never waits.
+  virtual void Abort() = 0;
+};
+
+// Ranks as threads of this process, with CPU memory: element r belongs to rank r.
+std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int ranks);
+
+}  // namespace altiplano
