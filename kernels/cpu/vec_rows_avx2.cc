@@ -1,0 +1,8 @@
+#include "kernels/cpu/vec_avx2.h"
+#include "kernels/cpu/vec_rows_body.h"
+
+namespace altiplano::cpu {
+
+const RowKernels kRowsAvx2 = kRows;
+
+}  // namespace altiplano::cpu
