@@ -170,6 +170,8 @@ void GenerateCall::End(Status status, bool deliver) {
   if (status.code() == Code::kInternal) {
     // The error id leads an operator from a client's report to the log.
     ErrorDetail detail = status.detail() != nullptr ? *status.detail() : ErrorDetail{};
+    if (!detail.reason.empty() && detail.reason != "ENGINE_FAULT") detail.metadata["cause"] = detail.reason;
+    detail.reason = "ENGINE_FAULT";
     detail.metadata["error_id"] = StrCat(key_);
     status = Status(status.code(), status.message(), std::move(detail));
   }

@@ -39,10 +39,17 @@ void SetArguments(const FrontendLimits& limits, grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
 }
 
+// gRPC would take port 443 where none is given.
+bool HasPort(const std::string& address) {
+  size_t colon = address.rfind(':');
+  if (colon == std::string::npos || colon == 0) return false;
+  std::string_view port = std::string_view(address).substr(colon + 1);
+  return !port.empty() && port.size() <= 5 && port.find_first_not_of("0123456789") == std::string_view::npos;
+}
+
 // gRPC does not say why it could not listen: try what it tried.
 std::string WhyNotListening(const std::string& address) {
   size_t colon = address.rfind(':');
-  if (colon == std::string::npos) return "it has no port";
   std::string host = address.substr(0, colon), port = address.substr(colon + 1);
   if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
   addrinfo hints{};
@@ -73,6 +80,10 @@ void RouteGrpcLog() {
 
 StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,
                            const std::vector<grpc::Service*>& services) {
+  bool is_unix = address.starts_with(kUnix);
+  if (!is_unix && !HasPort(address)) {
+    return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": it is not HOST:PORT"));
+  }
   grpc::ServerBuilder builder;
   SetArguments(limits, &builder);
   int port = 0;
@@ -80,7 +91,6 @@ StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& lim
   for (grpc::Service* service : services) builder.RegisterService(service);
   Listening out;
   out.server = builder.BuildAndStart();
-  bool is_unix = address.starts_with(kUnix);
   if (out.server == nullptr || port <= 0) {
     std::string why = is_unix ? std::string("the socket cannot be made there") : WhyNotListening(address);
     return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": ", why));

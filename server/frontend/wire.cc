@@ -14,6 +14,7 @@ Status ParseMessage(grpc::ByteBuffer* bytes, google::protobuf::Message* message)
 }
 
 void SerializeMessage(const google::protobuf::Message& message, grpc::ByteBuffer* bytes) {
+  bytes->Clear();
   bool own_buffer = false;
   grpc::Status status =
       grpc::GenericSerialize<grpc::ProtoBufferWriter, google::protobuf::Message>(message, bytes, &own_buffer);

@@ -1,0 +1,460 @@
+// The services beside generation: tokens, models, status, admin, health, reflection.
+#include <gmock/gmock.h>
+#include <google/protobuf/descriptor.h>
+#include <google/protobuf/descriptor.pb.h>
+#include <google/protobuf/dynamic_message.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "grpc/reflection/v1/reflection.grpc.pb.h"
+#include "grpc/reflection/v1alpha/reflection.grpc.pb.h"
+#include "server/base/json.h"
+#include "server/base/log.h"
+#include "tests/server/frontend/frontend_testlib.h"
+
+namespace altiplano::testing {
+namespace {
+
+namespace v1 = inference::v1;
+using grpc::health::v1::HealthCheckRequest;
+using grpc::health::v1::HealthCheckResponse;
+
+grpc::Status Tokenize(TestServer& server, const v1::TokenizeRequest& request, v1::TokenizeResponse* response) {
+  grpc::ClientContext context;
+  return server.stub().Tokenize(&context, request, response);
+}
+
+TEST(TokenizeTest, TextWithAndWithoutBos) {
+  TestServer server;
+  std::vector<TokenId> ids = Encode("The capital <|eot_id|>");
+  v1::TokenizeRequest request;
+  request.set_text("The capital <|eot_id|>");
+  v1::TokenizeResponse response;
+  ASSERT_TRUE(Tokenize(server, request, &response).ok());
+  EXPECT_EQ(response.count(), ids.size() + 1);
+  EXPECT_EQ(response.token_ids(0), static_cast<uint32_t>(kBos));
+  request.set_omit_bos(true);
+  ASSERT_TRUE(Tokenize(server, request, &response).ok());
+  EXPECT_THAT(response.token_ids(), ::testing::ElementsAreArray(ids.begin(), ids.end()));
+  EXPECT_THAT(response.token_ids(), ::testing::Each(::testing::Lt(static_cast<uint32_t>(kBos))));  // no specials
+
+  v1::DetokenizeRequest back;
+  for (uint32_t id : response.token_ids()) back.add_token_ids(id);
+  back.add_token_ids(kEot);
+  v1::DetokenizeResponse text;
+  grpc::ClientContext plain;
+  ASSERT_TRUE(server.stub().Detokenize(&plain, back, &text).ok());
+  EXPECT_EQ(text.text(), "The capital <|eot_id|>");
+  back.set_keep_special_tokens(true);
+  grpc::ClientContext special;
+  ASSERT_TRUE(server.stub().Detokenize(&special, back, &text).ok());
+  EXPECT_EQ(text.text(), "The capital <|eot_id|><|eot_id|>");
+}
+
+TEST(TokenizeTest, ChatShowsWhatTheModelSees) {
+  TestServer server;
+  v1::TokenizeRequest request;
+  auto* message = request.mutable_chat()->add_messages();
+  message->set_role(v1::ROLE_USER);
+  message->set_content("What is the capital of France?");
+  v1::TokenizeResponse response;
+  ASSERT_TRUE(Tokenize(server, request, &response).ok());
+  auto goldens = ParseJson(ReadFile(ALTIPLANO_SOURCE_DIR "/tests/data/tiny/goldens.json"));
+  ASSERT_TRUE(goldens.ok());
+  const Json& golden = goldens->at(0);
+  ASSERT_EQ(golden.at("id"), "capital-en");
+  EXPECT_EQ(Json(std::vector<uint32_t>(response.token_ids().begin(), response.token_ids().end())),
+            golden.at("prompt_token_ids"));
+  EXPECT_EQ(response.rendered(), golden.at("rendered").get<std::string>());
+}
+
+TEST(TokenizeTest, Refusals) {
+  TestServer server;
+  v1::TokenizeResponse response;
+  EXPECT_EQ(FirstField(Tokenize(server, {}, &response)), "input");
+  v1::TokenizeRequest chat;
+  chat.mutable_chat();
+  EXPECT_EQ(FirstField(Tokenize(server, chat, &response)), "chat.messages");
+  v1::TokenizeRequest model;
+  model.set_model("other");
+  model.set_text("x");
+  EXPECT_EQ(Tokenize(server, model, &response).error_code(), grpc::StatusCode::NOT_FOUND);
+  v1::DetokenizeRequest ids;
+  ids.add_token_ids(2048);
+  grpc::ClientContext context;
+  v1::DetokenizeResponse text;
+  EXPECT_EQ(FirstField(server.stub().Detokenize(&context, ids, &text)), "token_ids[0]");
+}
+
+TEST(ModelServiceTest, OneModel) {
+  TestServer::Options options;
+  options.model.features = {"from-the-program"};
+  TestServer server(options);
+  auto stub = v1::ModelService::NewStub(server.channel());
+  grpc::ClientContext list;
+  v1::ListModelsResponse models;
+  ASSERT_TRUE(stub->ListModels(&list, {}, &models).ok());
+  ASSERT_EQ(models.models_size(), 1);
+  EXPECT_EQ(models.next_page_token(), "");
+  const v1::Model& model = models.models(0);
+  EXPECT_EQ(model.name(), "tiny");
+  EXPECT_EQ(model.max_context(), 4096U);
+  EXPECT_EQ(model.vocab_size(), 2048U);
+  EXPECT_EQ(model.chat_format(), "llama3.1");
+  EXPECT_THAT(model.eos_token_ids(), ::testing::ElementsAre(1793, 1800, 1801));
+  EXPECT_THAT(model.features(), ::testing::IsSupersetOf({"chat", "tools", "logprobs", "from-the-program"}));
+  v1::GetModelRequest get;
+  get.set_name("tiny");
+  grpc::ClientContext context;
+  v1::Model same;
+  ASSERT_TRUE(stub->GetModel(&context, get, &same).ok());
+  EXPECT_EQ(same.SerializeAsString(), model.SerializeAsString());
+  get.set_name("other");
+  grpc::ClientContext other;
+  EXPECT_EQ(stub->GetModel(&other, get, &same).error_code(), grpc::StatusCode::NOT_FOUND);
+  v1::ListModelsRequest page;
+  page.set_page_token("2");
+  grpc::ClientContext paged;
+  EXPECT_EQ(FirstField(stub->ListModels(&paged, page, &models)), "page_token");
+}
+
+TEST(StatusServiceTest, InfoAndLoad) {
+  TestServer server;
+  auto stub = v1::StatusService::NewStub(server.channel());
+  grpc::ClientContext info_context;
+  v1::GetServerInfoResponse info;
+  ASSERT_TRUE(stub->GetServerInfo(&info_context, {}, &info).ok());
+  EXPECT_EQ(info.version(), "1.2.3");
+  EXPECT_EQ(info.commit(), "abc");
+  EXPECT_EQ(info.device(), "a test");
+  ASSERT_TRUE(Stream(server.stub(), TextRequest("hi", 3)).status.ok());
+  server.WaitForNoCalls();
+  grpc::ClientContext load_context;
+  v1::Load load;
+  ASSERT_TRUE(stub->GetLoad(&load_context, {}, &load).ok());
+  EXPECT_EQ(load.running_requests(), 0U);
+  EXPECT_EQ(load.kv_blocks_total(), 1024U);
+  EXPECT_EQ(load.kv_blocks_used(), 0U);
+  EXPECT_EQ(load.kv_block_tokens(), 16U);
+  EXPECT_GE(load.steps(), 3U);
+  EXPECT_FALSE(load.draining());
+  server.server().RefuseNew();
+  grpc::ClientContext again;
+  ASSERT_TRUE(stub->GetLoad(&again, {}, &load).ok());
+  EXPECT_TRUE(load.draining());
+}
+
+TEST(StatusServiceTest, WatchLoadKeepsTelling) {
+  TestServer server;
+  auto stub = v1::StatusService::NewStub(server.channel());
+  v1::WatchLoadRequest request;
+  request.mutable_interval()->set_nanos(100'000'000);
+  grpc::ClientContext context;
+  auto reader = stub->WatchLoad(&context, request);
+  v1::Load load;
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(reader->Read(&load));
+  context.TryCancel();
+  while (reader->Read(&load)) {
+  }
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  server.WaitForNoCalls();
+  request.mutable_interval()->set_nanos(1);
+  grpc::ClientContext bad;
+  reader = stub->WatchLoad(&bad, request);
+  EXPECT_FALSE(reader->Read(&load));
+  EXPECT_EQ(FirstField(reader->Finish()), "interval");
+}
+
+TEST(StatusServiceTest, LoadingServerHasInfoAndNoLoad) {
+  TestServer::Options options;
+  options.attach = false;
+  TestServer server(options);
+  auto stub = v1::StatusService::NewStub(server.channel());
+  grpc::ClientContext info_context, load_context, watch_context, cancel_context, model_context;
+  v1::GetServerInfoResponse info;
+  EXPECT_TRUE(stub->GetServerInfo(&info_context, {}, &info).ok());
+  v1::Load load;
+  EXPECT_EQ(ReasonOf(stub->GetLoad(&load_context, {}, &load)), "LOADING");
+  auto reader = stub->WatchLoad(&watch_context, {});
+  EXPECT_FALSE(reader->Read(&load));
+  EXPECT_EQ(ReasonOf(reader->Finish()), "LOADING");
+  v1::CancelRequestsResponse cancelled;
+  EXPECT_TRUE(stub->CancelRequests(&cancel_context, {}, &cancelled).ok());
+  v1::ListModelsResponse models;
+  EXPECT_EQ(ReasonOf(v1::ModelService::NewStub(server.channel())->ListModels(&model_context, {}, &models)), "LOADING");
+}
+
+TEST(AdminServiceTest, OnlyOnItsOwnListener) {
+  TestServer server;
+  grpc::ClientContext context;
+  v1::ResumeResponse response;
+  grpc::Status status = v1::AdminService::NewStub(server.channel())->Resume(&context, {}, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  auto admin = server.Channel(/*admin=*/true);
+  grpc::ClientContext admin_context, generate_context;
+  EXPECT_TRUE(v1::AdminService::NewStub(admin)->Resume(&admin_context, {}, &response).ok());
+  v1::GenerateResponse answer;
+  status = v1::InferenceService::NewStub(admin)->Generate(&generate_context, TextRequest("hi"), &answer);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+}
+
+TEST(AdminServiceTest, DrainCountsRefusesAndResumes) {
+  TestServer server;
+  server.Hold();
+  grpc::ClientContext live_context;
+  v1::StreamGenerateRequest request;
+  *request.mutable_request() = TextRequest("go", 5);
+  auto live = server.stub().StreamGenerate(&live_context, request);
+  v1::StreamGenerateResponse message;
+  ASSERT_TRUE(live->Read(&message));
+  auto admin = v1::AdminService::NewStub(server.Channel(true));
+  v1::DrainRequest drain;
+  drain.mutable_grace()->set_seconds(3600);
+  v1::DrainResponse drained;
+  grpc::ClientContext drain_context, resume_context;
+  ASSERT_TRUE(admin->Drain(&drain_context, drain, &drained).ok());
+  EXPECT_EQ(drained.live_requests(), 1U);
+  EXPECT_EQ(ReasonOf(Stream(server.stub(), TextRequest("hi")).status), "DRAINING");
+  server.Release();
+  while (live->Read(&message)) {
+  }
+  EXPECT_TRUE(live->Finish().ok());
+  v1::ResumeResponse resumed;
+  ASSERT_TRUE(admin->Resume(&resume_context, {}, &resumed).ok());
+  EXPECT_TRUE(Stream(server.stub(), TextRequest("hi", 1)).status.ok());
+}
+
+TEST(AdminServiceTest, DrainEndsWhatIsLeftAfterTheGrace) {
+  TestServer server;
+  server.SetStepTime(std::chrono::milliseconds(1));
+  grpc::ClientContext live_context;
+  v1::StreamGenerateRequest request;
+  *request.mutable_request() = TextRequest("go");
+  auto live = server.stub().StreamGenerate(&live_context, request);
+  v1::StreamGenerateResponse message;
+  ASSERT_TRUE(live->Read(&message));
+  v1::DrainRequest drain;
+  drain.mutable_grace();  // none at all
+  v1::DrainResponse drained;
+  grpc::ClientContext context;
+  ASSERT_TRUE(v1::AdminService::NewStub(server.Channel(true))->Drain(&context, drain, &drained).ok());
+  while (live->Read(&message)) {
+  }
+  EXPECT_EQ(ReasonOf(live->Finish()), "DRAINING");
+}
+
+TEST(AdminServiceTest, CacheLevelAndRecorder) {
+  TestServer server;
+  ASSERT_TRUE(Stream(server.stub(), TextRequest(std::string(200, 'x'), 3)).status.ok());
+  server.WaitForNoCalls();
+  ASSERT_GT(server.engine().load().scheduler.blocks_cached, 0);
+  auto admin = v1::AdminService::NewStub(server.Channel(true));
+  grpc::ClientContext reset_context, level_context, bad_context, dump_context;
+  v1::ResetPrefixCacheResponse reset;
+  ASSERT_TRUE(admin->ResetPrefixCache(&reset_context, {}, &reset).ok());
+  EXPECT_GT(reset.freed_blocks(), 0U);
+  v1::SetLogLevelRequest level;
+  level.set_level("error");
+  v1::SetLogLevelResponse done;
+  ASSERT_TRUE(admin->SetLogLevel(&level_context, level, &done).ok());
+  EXPECT_FALSE(log::Enabled(log::Level::kInfo));
+  level.set_level("loud");
+  EXPECT_EQ(FirstField(admin->SetLogLevel(&bad_context, level, &done)), "level");
+  EXPECT_TRUE(log::SetLevel("info").ok());
+  auto dump = admin->DumpFlightRecord(&dump_context, {});
+  v1::DumpFlightRecordResponse chunk;
+  EXPECT_FALSE(dump->Read(&chunk));
+  grpc::Status status = dump->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_EQ(ReasonOf(status), "FEATURE");
+}
+
+// --- Health ----------------------------------------------------------------------------------------------------------
+
+HealthCheckResponse::ServingStatus Health(TestServer& server, const std::string& service = "") {
+  HealthCheckRequest request;
+  request.set_service(service);
+  grpc::ClientContext context;
+  HealthCheckResponse response;
+  grpc::Status status = grpc::health::v1::Health::NewStub(server.channel())->Check(&context, request, &response);
+  if (status.error_code() == grpc::StatusCode::NOT_FOUND) return HealthCheckResponse::SERVICE_UNKNOWN;
+  EXPECT_TRUE(status.ok());
+  return response.status();
+}
+
+TEST(HealthTest, FollowsModelDrainAndOwner) {
+  TestServer::Options options;
+  options.attach = false;
+  TestServer server(options);
+  EXPECT_EQ(Health(server), HealthCheckResponse::NOT_SERVING);
+  server.Attach();
+  for (const char* service : {"", "altiplano.inference.v1.InferenceService", "altiplano.inference.v1.ModelService",
+                              "altiplano.inference.v1.StatusService", "grpc.health.v1.Health"}) {
+    EXPECT_EQ(Health(server, service), HealthCheckResponse::SERVING) << service;
+  }
+  EXPECT_EQ(Health(server, "nobody"), HealthCheckResponse::SERVICE_UNKNOWN);
+  server.server().SetServing(false);
+  EXPECT_EQ(Health(server), HealthCheckResponse::NOT_SERVING);
+  EXPECT_TRUE(Stream(server.stub(), TextRequest("hi", 1)).status.ok());  // health only
+  server.server().SetServing(true);
+  server.server().RefuseNew();
+  EXPECT_EQ(Health(server), HealthCheckResponse::NOT_SERVING);
+  server.server().Resume();
+  EXPECT_EQ(Health(server), HealthCheckResponse::SERVING);
+}
+
+TEST(HealthTest, AStuckStepIsNotServingThoughEverythingLives) {
+  TestServer::Options options;
+  options.engine.step_deadline = std::chrono::milliseconds(50);
+  TestServer server(options);
+  EXPECT_EQ(Health(server), HealthCheckResponse::SERVING);
+  server.Hold();
+  grpc::ClientContext context;
+  v1::StreamGenerateRequest request;
+  *request.mutable_request() = TextRequest("go", 1);
+  auto stream = server.stub().StreamGenerate(&context, request);
+  Eventually([&] { return Health(server) == HealthCheckResponse::NOT_SERVING; });
+  server.Release();
+  v1::StreamGenerateResponse message;
+  while (stream->Read(&message)) {
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(Health(server), HealthCheckResponse::SERVING);
+}
+
+TEST(HealthTest, WatchTellsChangesOnce) {
+  TestServer::Options options;
+  options.attach = false;
+  TestServer server(options);
+  auto stub = grpc::health::v1::Health::NewStub(server.channel());
+  grpc::ClientContext context;
+  auto reader = stub->Watch(&context, {});
+  HealthCheckResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::NOT_SERVING);
+  server.Attach();
+  ASSERT_TRUE(reader->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::SERVING);
+  server.server().RefuseNew();
+  ASSERT_TRUE(reader->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::NOT_SERVING);
+
+  HealthCheckRequest unknown;
+  unknown.set_service("nobody");
+  grpc::ClientContext unknown_context;
+  auto other = stub->Watch(&unknown_context, unknown);
+  ASSERT_TRUE(other->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::SERVICE_UNKNOWN);
+  server.server().Stop();
+  EXPECT_FALSE(reader->Read(&response));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_FALSE(other->Read(&response));
+  EXPECT_EQ(other->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+// --- Reflection ------------------------------------------------------------------------------------------------------
+
+// What grpcurl does: list services, then fetch the files of each until a descriptor pool of its own can build them.
+template <typename Service, typename Request, typename Response>
+void DescribeEverything(const std::shared_ptr<grpc::Channel>& channel, const std::set<std::string>& expected) {
+  auto stub = Service::NewStub(channel);
+  grpc::ClientContext context;
+  auto stream = stub->ServerReflectionInfo(&context);
+  auto ask = [&](const Request& request) {
+    Response response;
+    EXPECT_TRUE(stream->Write(request));
+    EXPECT_TRUE(stream->Read(&response));
+    EXPECT_EQ(response.original_request().SerializeAsString(), request.SerializeAsString());
+    return response;
+  };
+  Request list;
+  list.set_list_services("");
+  std::set<std::string> names;
+  const Response listed = ask(list);
+  for (const auto& service : listed.list_services_response().service()) names.insert(service.name());
+  EXPECT_EQ(names, expected);
+  for (const std::string& name : names) {
+    Request request;
+    request.set_file_containing_symbol(name);
+    google::protobuf::SimpleDescriptorDatabase database;
+    const Response files = ask(request);
+    for (const std::string& bytes : files.file_descriptor_response().file_descriptor_proto()) {
+      google::protobuf::FileDescriptorProto file;
+      ASSERT_TRUE(file.ParseFromString(bytes));
+      database.Add(file);
+    }
+    google::protobuf::DescriptorPool pool(&database);
+    const auto* service = pool.FindServiceByName(name);
+    ASSERT_NE(service, nullptr) << name;
+    EXPECT_GT(service->method_count(), 0);
+  }
+  Request request;
+  request.set_file_by_filename("altiplano/inference/v1/inference.proto");
+  EXPECT_GE(ask(request).file_descriptor_response().file_descriptor_proto_size(), 2);
+  request.set_file_containing_symbol("altiplano.inference.v1.InferenceService.Generate");
+  EXPECT_GE(ask(request).file_descriptor_response().file_descriptor_proto_size(), 2);
+  request.set_file_containing_symbol("no.such.Thing");
+  EXPECT_EQ(ask(request).error_response().error_code(), grpc::StatusCode::NOT_FOUND);
+  request.set_all_extension_numbers_of_type("altiplano.inference.v1.Load");
+  EXPECT_EQ(ask(request).all_extension_numbers_response().base_type_name(), "altiplano.inference.v1.Load");
+  request.mutable_file_containing_extension()->set_containing_type("altiplano.inference.v1.Load");
+  request.mutable_file_containing_extension()->set_extension_number(100);
+  EXPECT_EQ(ask(request).error_response().error_code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(ask({}).error_response().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  stream->WritesDone();
+  EXPECT_TRUE(stream->Finish().ok());
+}
+
+TEST(ReflectionTest, BothVersionsDescribeEveryService) {
+  TestServer server;
+  const std::set<std::string> common = {"grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
+                                        "grpc.reflection.v1alpha.ServerReflection"};
+  std::set<std::string> main = common, admin = common;
+  for (const char* name : {"InferenceService", "ModelService", "StatusService"}) {
+    main.insert(std::string("altiplano.inference.v1.") + name);
+  }
+  admin.insert("altiplano.inference.v1.AdminService");
+  namespace r1 = grpc::reflection::v1;
+  namespace ra = grpc::reflection::v1alpha;
+  DescribeEverything<r1::ServerReflection, r1::ServerReflectionRequest, r1::ServerReflectionResponse>(server.channel(),
+                                                                                                      main);
+  DescribeEverything<ra::ServerReflection, ra::ServerReflectionRequest, ra::ServerReflectionResponse>(server.channel(),
+                                                                                                      main);
+  DescribeEverything<r1::ServerReflection, r1::ServerReflectionRequest, r1::ServerReflectionResponse>(
+      server.Channel(true), admin);
+}
+
+// --- Listening -------------------------------------------------------------------------------------------------------
+
+TEST(ListenTest, APortInUseIsAClearError) {
+  TestServer server;
+  ServerOptions options;
+  options.listen = server.server().address();
+  auto second = Server::Start(options);
+  ASSERT_FALSE(second.ok());
+  EXPECT_EQ(second.status().code(), Code::kUnavailable);
+  EXPECT_EQ(second.status().message(), "cannot listen on " + options.listen + ": Address already in use");
+  for (const char* malformed :
+       {"", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", ":1", "127.0.0.1:99999", "nowhere.invalid:1"}) {
+    options.listen = malformed;
+    auto none = Server::Start(options);
+    ASSERT_FALSE(none.ok()) << malformed;
+    EXPECT_THAT(none.status().message(), ::testing::StartsWith(std::string("cannot listen on ") + malformed + ": "));
+  }
+}
+
+TEST(ListenTest, UnixSocketsWork) {
+  std::string path = ::testing::TempDir() + "/altiplano-" + std::to_string(getpid());
+  TestServer::Options options;
+  options.server.listen = "unix:" + path;
+  options.server.admin_listen = "";
+  TestServer server(options);
+  EXPECT_EQ(server.server().port(), 0);
+  EXPECT_EQ(server.server().address(), options.server.listen);
+  EXPECT_EQ(server.server().admin_address(), "");
+  EXPECT_EQ(Stream(server.stub(), TextRequest("hi", 2)).text(), "ab");
+}
+
+}  // namespace
+}  // namespace altiplano::testing
