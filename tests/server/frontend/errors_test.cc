@@ -317,6 +317,18 @@ TEST(ErrorTest, ClientCancelFreesTheBlocksWhereverItComes) {
   EXPECT_EQ(server.engine().load().scheduler.running_requests, 0);
 }
 
+TEST(ErrorTest, UnaryCancelFreesTheBlocks) {
+  TestServer server;
+  server.SetStepTime(std::chrono::milliseconds(1));
+  grpc::ClientContext context;
+  std::thread caller(
+      [&] { EXPECT_EQ(Generate(server, Endless(), &context).error_code(), grpc::StatusCode::CANCELLED); });
+  Eventually([&] { return server.engine().load().scheduler.running_requests == 1; });
+  context.TryCancel();
+  caller.join();
+  server.WaitForNoCalls();
+}
+
 TEST(ErrorTest, CancelRequestsAborts) {
   TestServer server;
   server.SetStepTime(std::chrono::milliseconds(1));
@@ -396,6 +408,7 @@ v1::GenerateRequest Loud() {
 TEST(SlowReaderTest, TooMuchUnreadEndsTheCall) {
   TestServer server;
   LiveStream stream(server, Loud());
+  ASSERT_TRUE(stream.Read());
   Eventually([&] { return server.server().live_requests() == 0; });
   grpc::Status status = stream.End();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
@@ -409,6 +422,7 @@ TEST(SlowReaderTest, WhoNeverReadsIsResetAtLast) {
   options.server.limits.max_unread_time = std::chrono::milliseconds(300);
   TestServer server(options);
   LiveStream stream(server, Loud());
+  ASSERT_TRUE(stream.Read());
   server.WaitForNoCalls();  // though nothing was read
   EXPECT_FALSE(stream.End().ok());
 }
@@ -416,6 +430,7 @@ TEST(SlowReaderTest, WhoNeverReadsIsResetAtLast) {
 TEST(SlowReaderTest, OneDoesNotDisturbAnother) {
   TestServer server;
   LiveStream slow(server, Loud());
+  ASSERT_TRUE(slow.Read());
   StreamResult other = Stream(server.stub(), TextRequest("hi", 200));
   EXPECT_TRUE(other.status.ok());
   EXPECT_EQ(other.num_tokens(), 200U);
