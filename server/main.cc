@@ -1,1 +1,15 @@
-int main() { return 0; }
+#include <exception>
+#include <string_view>
+#include <vector>
+
+#include "server/cli/command.h"
+
+int main(int argc, char** argv) {
+  using namespace altiplano::cli;
+  std::vector<std::string_view> arguments(argv + (argc > 0 ? 1 : 0), argv + argc);
+  try {
+    return Main(arguments);
+  } catch (const std::exception& error) {  // nothing of ours throws; a library might
+    return Fail("", error.what(), kExitBug);
+  }
+}

@@ -1,8 +1,10 @@
 #include "kernels/cpu/thread_team.h"
 
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <chrono>
+#include <cstdio>
 
 namespace altiplano {
 
@@ -22,6 +24,21 @@ ThreadTeam::~ThreadTeam() {
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+}
+
+void* ThreadTeam::Scratch(size_t bytes) {
+  if (bytes <= scratch_bytes_) return scratch_.get();
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  scratch_.reset();
+  scratch_.reset(std::aligned_alloc(kHugePage, rounded));
+  if (scratch_ == nullptr) {
+    std::fprintf(stderr, "out of memory: %zu bytes of scratch for a CPU op\n", rounded);
+    std::abort();
+  }
+  madvise(scratch_.get(), rounded, MADV_HUGEPAGE);  // a wish
+  scratch_bytes_ = rounded;
+  return scratch_.get();
 }
 
 void ThreadTeam::RunErased(Task task, void* context) {

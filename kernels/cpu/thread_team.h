@@ -1,10 +1,12 @@
-// ThreadTeam: the threads that work on one CPU op together. Workers spin briefly between ops (a decode step is hundreds of
-// short ops; a futex wake costs more than most of them) and then sleep.
+// ThreadTeam: the threads that work on one CPU op together. Workers spin briefly between ops (a decode step is hundreds
+// of short ops; a futex wake costs more than most of them) and then sleep.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -22,8 +24,13 @@ class ThreadTeam {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
+  // Memory of the team's for an op's packed operands and partial results: 64-byte aligned, contents undefined, good
+  // until the next call. Grows when an op needs more than any before it; steps of one size allocate nothing. Run's
+  // caller only.
+  void* Scratch(size_t bytes);
+
   // Calls fn(worker, size()) once on each thread, the caller being worker 0, and returns when all have returned.
-  // One caller at a time.
+  // One caller at a time, and not from within fn.
   template <typename F>
   void Run(F&& fn) {
     RunErased([](void* f, int worker, int size) { (*static_cast<std::remove_reference_t<F>*>(f))(worker, size); }, &fn);
@@ -33,6 +40,12 @@ class ThreadTeam {
   using Task = void (*)(void* context, int worker, int size);
   void RunErased(Task task, void* context);
   void WorkerLoop(int worker);
+
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> scratch_;  // Run's caller only, as its size
+  size_t scratch_bytes_ = 0;
 
   // Written by Run's caller before `generation_` is raised, read by workers after they see it.
   Task task_ = nullptr;

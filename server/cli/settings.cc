@@ -77,6 +77,16 @@ constexpr std::array kSettings = {
          .field = "model.device",
          .choices = "cpu|cuda",
          .group = kGroupModel},
+    Flag{.name = "isa",
+         .type = FlagType::kChoice,
+         .default_value = "auto",
+         .meaning =
+             "Highest CPU instruction set to use. auto is the best that this machine has; a level that it has not "
+             "ends with exit code 69.",
+         .example = "avx2",
+         .field = "model.isa",
+         .choices = "auto|avx2|avx512|avx512_bf16|amx_bf16",
+         .group = kGroupModel},
     Flag{.name = "kv-memory",
          .type = FlagType::kBytes,
          .default_value = "0",
@@ -163,6 +173,15 @@ constexpr std::array kSettings = {
          .min = 1,
          .max = 256,
          .group = kGroupThreads},
+    Flag{.name = "text-threads",
+         .type = FlagType::kCount,
+         .default_value = "2",
+         .meaning = "Threads that render chats and tokenize.",
+         .example = "8",
+         .field = "threads.text",
+         .min = 1,
+         .max = 256,
+         .group = kGroupThreads},
     Flag{.name = "log-level",
          .type = FlagType::kChoice,
          .default_value = "info",
@@ -197,15 +216,87 @@ constexpr std::array kSettings = {
          .group = kGroupStopping},
 };
 
+constexpr Flag Size(std::string_view name, std::string_view field, std::string_view bytes, std::string_view meaning,
+                    std::string_view example) {
+  return {.name = name,
+          .type = FlagType::kBytes,
+          .default_value = bytes,
+          .meaning = meaning,
+          .example = example,
+          .field = field,
+          .group = kGroupLimits};
+}
+constexpr Flag Count(std::string_view name, std::string_view field, std::string_view count, std::string_view meaning,
+                     std::string_view example) {
+  return {.name = name,
+          .type = FlagType::kCount,
+          .default_value = count,
+          .meaning = meaning,
+          .example = example,
+          .field = field,
+          .max = kMillion,
+          .group = kGroupLimits};
+}
+constexpr Flag Time(std::string_view name, std::string_view field, std::string_view time, std::string_view meaning,
+                    std::string_view example) {
+  return {.name = name,
+          .type = FlagType::kDuration,
+          .default_value = time,
+          .meaning = meaning,
+          .example = example,
+          .field = field,
+          .group = kGroupLimits};
+}
+
+// frontend/limits.h; a test holds the defaults together.
+constexpr std::array kLimitSettings = {
+    Size("max-message-size", "limits.message_size", "16MiB", "Largest message taken from a client.", "32MiB"),
+    Count("max-streams-per-connection", "limits.streams_per_connection", "100",
+          "Most calls at one time on a connection.", "1000"),
+    Time("keepalive-time", "limits.keepalive_time", "60s",
+         "A connection that is silent for this long is pinged, so that the blocks of dead clients come free.", "30s"),
+    Time("keepalive-timeout", "limits.keepalive_timeout", "20s", "A ping not answered by then ends the connection.",
+         "5s"),
+    Time("min-client-ping-interval", "limits.min_client_ping_interval", "10s",
+         "Clients that ping more often than this are cut off.", "5s"),
+    Size("max-prompt-size", "limits.prompt_size", "4MiB",
+         "Largest prompt: text, or a chat's contents and tools together.", "1MiB"),
+    Count("max-chat-messages", "limits.chat_messages", "2048", "Most messages of a chat.", "100"),
+    Count("max-tools", "limits.tools", "128", "Most tools offered in a request.", "16"),
+    Count("max-sequences", "limits.sequences", "16", "Most independent answers to one prompt.", "4"),
+    Count("max-stop-strings", "limits.stop_strings", "16", "Most stop strings of a request.", "4"),
+    Size("max-stop-string-size", "limits.stop_string_size", "256", "Longest stop string.", "64"),
+    Count("max-stop-ids", "limits.stop_ids", "128", "Most stop token ids of a request.", "16"),
+    Count("max-logit-bias", "limits.logit_bias", "1024", "Most entries of a request's logit_bias.", "300"),
+    Count("max-logprobs", "limits.top_logprobs", "20", "Most alternatives listed for a token.", "5"),
+    Size("max-request-id-size", "limits.request_id_size", "128", "Longest request id that a client may choose.", "64"),
+    Size("max-tenant-size", "limits.tenant_size", "128", "Longest name of a tenant.", "64"),
+    Size("max-cache-salt-size", "limits.cache_salt_size", "128", "Longest salt of the prefix cache.", "64"),
+    Time("max-queue-wait", "limits.queue_wait", "60s",
+         "A request not admitted by then is refused, also where it names no time of its own.", "10s"),
+    Count("max-unprepared-requests", "limits.unprepared_requests", "512", "Most requests waiting to be tokenized.",
+          "64"),
+    Size("max-unprepared-size", "limits.unprepared_size", "256MiB", "Most bytes of these together.", "64MiB"),
+    Size("max-unread-size", "limits.unread_size", "256KiB",
+         "A stream whose client leaves more output than this unread is ended.", "1MiB"),
+    Time("max-unread-time", "limits.unread_time", "30s", "So is one whose client takes no message for this long.",
+         "10s"),
+};
+
 }  // namespace
 
 std::span<const Flag> Settings() {
-  return kSettings;
+  static const std::vector<Flag> all = [] {
+    std::vector<Flag> settings(kSettings.begin(), kSettings.end());
+    settings.insert(settings.end(), kLimitSettings.begin(), kLimitSettings.end());
+    return settings;
+  }();
+  return all;
 }
 
 std::vector<Flag> SettingsOf(std::span<const std::string_view> groups) {
   std::vector<Flag> chosen;
-  for (const Flag& flag : kSettings) {
+  for (const Flag& flag : Settings()) {
     if (std::find(groups.begin(), groups.end(), flag.group) != groups.end()) chosen.push_back(flag);
   }
   return chosen;

@@ -1,6 +1,6 @@
 // Checkpoint: a model on disk, opened and wholly checked before a byte of weights is read. Hugging Face folders
-// (safetensors) and GGUF v3 files look the same from here: Hugging Face tensor names, row-major [out, in] matrices, Q and
-// K rows in the half-split RoPE order.
+// (safetensors) and GGUF v3 files look the same from here: Hugging Face tensor names, row-major [out, in] matrices, Q
+// and K rows in the half-split RoPE order.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@
 namespace altiplano {
 
 struct TensorInfo {
-  std::string name;    // "model.layers.0.self_attn.q_proj.weight"
-  std::string dtype;   // as stored: "BF16", "Q4_1"
+  std::string name;   // "model.layers.0.self_attn.q_proj.weight"
+  std::string dtype;  // as stored: "BF16", "Q4_1"
   std::vector<int64_t> shape;
   uint64_t bytes = 0;  // on disk
   std::string file;
@@ -27,10 +27,10 @@ struct TensorInfo {
 
 // What the tokenizer and the chat format are made from; the text layer reads it.
 struct TextAssets {
-  std::string tokenizer_json;         // file contents; empty when there is none
-  std::string tiktoken_model;         // Meta's tokenizer.model
-  std::string chat_template;          // from tokenizer_config.json, chat_template.jinja or GGUF; may be empty
-  struct Gguf {                       // the fields of text/tokenizer.h's GgufVocabulary
+  std::string tokenizer_json;  // file contents; empty when there is none
+  std::string tiktoken_model;  // Meta's tokenizer.model
+  std::string chat_template;   // from tokenizer_config.json, chat_template.jinja or GGUF; may be empty
+  struct Gguf {                // the fields of text/tokenizer.h's GgufVocabulary
     std::string model, pre;
     std::vector<std::string> tokens, merges;
     std::vector<int32_t> types;
@@ -43,7 +43,8 @@ struct TextAssets {
 class Checkpoint {
  public:
   // A folder or a .gguf file. Checks everything: headers, offsets, the exact set of tensors, shapes against the config.
-  // Each error names file, tensor, expected and found. Reads by pread: a file that shrinks later is an error, no SIGBUS.
+  // Each error names file, tensor, expected and found. Reads by pread: a file that shrinks later is an error, no
+  // SIGBUS.
   static StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& path);
   virtual ~Checkpoint() = default;
 

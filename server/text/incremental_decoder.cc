@@ -20,12 +20,23 @@ std::string IncrementalDecoder::Flush() {
   return Drain(/*at_end=*/true);
 }
 
+namespace {
+
+// The first two bytes of a surrogate, ED A0..BF: hopeless, yet CPython's incremental decoder, whose chunks other
+// servers send, waits for the third before it reports all of them. The text is the same.
+bool IsHalfSurrogate(std::string_view bytes) {
+  return bytes.size() == 2 && bytes[0] == '\xED' && static_cast<uint8_t>(bytes[1]) >= 0xA0 &&
+         static_cast<uint8_t>(bytes[1]) < 0xC0;
+}
+
+}  // namespace
+
 std::string IncrementalDecoder::Drain(bool at_end) {
   std::string out;
   std::string_view rest = pending_;
   while (!rest.empty()) {
     const Utf8Char c = DecodeUtf8(rest);
-    if (c.kind == Utf8Char::kTruncated && !at_end) break;
+    if (!at_end && (c.kind == Utf8Char::kTruncated || IsHalfSurrogate(rest))) break;
     if (c.kind == Utf8Char::kValid) {
       out += rest.substr(0, c.length);
     } else {

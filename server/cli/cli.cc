@@ -1,0 +1,89 @@
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "server/base/strings.h"
+#include "server/cli/command.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+constexpr std::string_view kExitCodes =
+    "Exit codes: 0 done (a server: drained), 1 a request failed or the server is not serving, 64 wrong usage or "
+    "configuration,\n"
+    "65 something wrong with the model's files, 69 no device, memory, address or server, 70 a bug.\n";
+
+std::string Overview() {
+  std::string out =
+      "altiplano: an inference server for Llama models. The usual way:\n\n"
+      "  altiplano inspect MODEL             what a checkpoint is and needs\n"
+      "  altiplano serve --model MODEL       serve it over gRPC at 127.0.0.1:50051\n"
+      "  altiplano chat                      talk to it\n\n"
+      "Commands (altiplano COMMAND --help explains each flag):\n";
+  for (const Subcommand& subcommand : Subcommands()) {
+    out += StrFormat("  %-14s %s\n", std::string(subcommand.command.name).c_str(),
+                     std::string(subcommand.command.summary).c_str());
+  }
+  return out + "\n" + std::string(kExitCodes);
+}
+
+void Print(const std::string& text) {
+  std::fwrite(text.data(), 1, text.size(), stdout);
+}
+
+}  // namespace
+
+std::vector<Subcommand> Subcommands() {
+  return {ServeCommand(),      GenerateCommand(),     ChatCommand(), TokenizeCommand(), InspectCommand(),
+          BenchServeCommand(), BenchOfflineCommand(), DemoCommand(), HealthCommand(),   VersionCommand()};
+}
+
+int Fail(std::string_view name, std::string_view message, ExitCode code) {
+  std::string line = StrCat("altiplano ", name, name.empty() ? "" : ": ", message, "\n");
+  std::fwrite(line.data(), 1, line.size(), stderr);
+  return code;
+}
+
+int Main(std::span<const std::string_view> arguments) {
+  std::string_view first = arguments.empty() ? "" : arguments[0];
+  if (first.empty()) {
+    std::fputs(Overview().c_str(), stderr);
+    return kExitUsage;
+  }
+  if (first == "--help" || first == "-h" || (first == "help" && arguments.size() == 1)) {
+    Print(Overview());
+    return kExitOk;
+  }
+  if (first == "--version") first = "version";
+  bool help = first == "help";  // altiplano help bench serve
+  auto words = arguments.subspan(help ? 1 : 0);
+  if (help) first = words[0];
+
+  std::vector<std::string_view> names;
+  std::vector<Subcommand> subcommands = Subcommands();
+  for (const Subcommand& subcommand : subcommands) {
+    std::string_view name = subcommand.command.name;
+    names.push_back(name);
+    size_t blank = name.find(' ');
+    bool matches = blank == std::string_view::npos
+                       ? name == first
+                       : name.substr(0, blank) == first && words.size() > 1 && name.substr(blank + 1) == words[1];
+    if (!matches) continue;
+    auto flags = ParsedFlags::Parse(subcommand.command, words.subspan(blank == std::string_view::npos ? 1 : 2));
+    if (help || (flags.ok() && flags->help())) {
+      Print(HelpText(subcommand.command));
+      return kExitOk;
+    }
+    if (!flags.ok()) return Fail(name, flags.status().message(), kExitUsage);
+    return subcommand.run(*flags);
+  }
+  std::string given = first == "bench" && words.size() > 1 ? StrCat("bench ", words[1]) : std::string(first);
+  std::string_view nearest = Nearest(given, names);
+  return Fail("",
+              StrCat(given, ": unknown command; ",
+                     nearest.empty() ? "see altiplano help" : StrCat("did you mean ", nearest, "?")),
+              kExitUsage);
+}
+
+}  // namespace altiplano::cli

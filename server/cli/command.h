@@ -1,0 +1,36 @@
+// The subcommands. Each file NAME.cc has one factory; cli.cc lists them.
+#pragma once
+
+#include <span>
+#include <string_view>
+
+#include "server/cli/exit_code.h"
+#include "server/cli/flags.h"
+
+namespace altiplano::cli {
+
+struct Subcommand {
+  Command command;
+  int (*run)(const ParsedFlags& flags) = nullptr;  // returns the exit code
+};
+
+Subcommand ServeCommand();
+Subcommand GenerateCommand();
+Subcommand ChatCommand();
+Subcommand TokenizeCommand();
+Subcommand InspectCommand();
+Subcommand BenchServeCommand();
+Subcommand BenchOfflineCommand();
+Subcommand DemoCommand();
+Subcommand HealthCommand();
+Subcommand VersionCommand();
+
+std::vector<Subcommand> Subcommands();
+
+// The whole program. arguments: without argv[0].
+int Main(std::span<const std::string_view> arguments);
+
+// "altiplano NAME: MESSAGE" on stderr, one line. Returns `code`.
+int Fail(std::string_view name, std::string_view message, ExitCode code);
+
+}  // namespace altiplano::cli

@@ -1,0 +1,105 @@
+#include "server/cli/load_model.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/cpu_features.h"
+#include "server/base/log.h"
+#include "server/base/strings.h"
+#include "server/cli/units.h"
+#include "server/engine/local_executor.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const TextAssets& assets, const std::string& path) {
+  if (!assets.tokenizer_json.empty()) return Tokenizer::FromHuggingFace(assets.tokenizer_json);
+  if (!assets.tiktoken_model.empty()) return Tokenizer::FromTiktoken(assets.tiktoken_model);
+  if (assets.gguf) {
+    return Tokenizer::FromGguf({.model = assets.gguf->model,
+                                .pre = assets.gguf->pre,
+                                .tokens = assets.gguf->tokens,
+                                .merges = assets.gguf->merges,
+                                .types = assets.gguf->types,
+                                .bos = assets.gguf->bos,
+                                .add_bos = assets.gguf->add_bos});
+  }
+  return Status(Code::kFailedPrecondition, StrCat(path, ": there is neither tokenizer.json nor tokenizer.model"));
+}
+
+StatusOr<std::shared_ptr<const ChatFormat>> LoadChatFormat(const Checkpoint& checkpoint, std::string_view name) {
+  if (name == "none") return std::shared_ptr<const ChatFormat>();
+  if (name != "auto") return ChatFormat::FromName(name);
+  const std::string& jinja = checkpoint.text_assets().chat_template;
+  if (!jinja.empty()) return ChatFormat::FromTemplate(jinja);
+  log::Warn("the checkpoint has no chat template: plain text only, unless --chat-format names one",
+            {{"model", checkpoint.path()}});
+  return std::shared_ptr<const ChatFormat>();
+}
+
+Status ChooseDevice(const config::v1::Model& config) {
+  if (config.device() == "cuda") {
+    return Status(Code::kUnavailable, "device cuda: the model does not run on GPUs yet; use --device cpu");
+  }
+  if (!CpuIsSupported()) return Status(Code::kUnavailable, "this CPU has no AVX2 with FMA, which the kernels need");
+  if (config.isa() == "auto") return OkStatus();
+  std::optional<Isa> isa = ParseIsa(config.isa());
+  if (isa && SetIsa(*isa)) return OkStatus();
+  return Status(Code::kUnavailable, StrCat("--isa ", config.isa(), ": this machine has ", Name(DetectedIsa())));
+}
+
+LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
+  LocalExecutorOptions options;
+  options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
+  options.threads = static_cast<int>(config.threads().compute());
+  options.readers = static_cast<int>(config.threads().load());
+  options.page_size = static_cast<int32_t>(config.kv().block_size());
+  options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
+  options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
+  options.max_context = static_cast<int32_t>(config.model().max_context());
+  options.kv_bytes = ParseBytes(config.kv().memory()).value();
+  options.progress = hooks.progress;
+  options.cancelled = hooks.cancelled;
+  return options;
+}
+
+}  // namespace
+
+StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
+  TextModel text;
+  ASSIGN_OR_RETURN(text.tokenizer, LoadTokenizer(checkpoint.text_assets(), checkpoint.path()));
+  if (text.tokenizer->vocab_size() > checkpoint.config().vocab) {
+    return Status(Code::kFailedPrecondition,
+                  StrCat(checkpoint.path(), ": the tokenizer has ", text.tokenizer->vocab_size(),
+                         " tokens, more than the model's ", checkpoint.config().vocab));
+  }
+  ASSIGN_OR_RETURN(text.chat_format, LoadChatFormat(checkpoint, chat_format));
+  return text;
+}
+
+StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
+  RETURN_IF_ERROR(ChooseDevice(config.model()));
+  LoadedModel model;
+  ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
+  ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
+  model.name = config.model().name().empty() ? model.checkpoint->config().name : config.model().name();
+  model.dtype = config.model().dtype();
+
+  LocalExecutorOptions executor_options = ExecutorOptions(config, hooks);
+  ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(*model.checkpoint, executor_options));
+  EngineOptions options;
+  options.scheduler = executor->scheduler_options();
+  options.scheduler.prefix_cache = config.kv().prefix_cache();
+  options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
+  options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
+  options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
+  model.device = executor->DescribeDevice();
+  model.weight_bytes = executor->weight_bytes();
+  model.kv_bytes = executor->kv_bytes();
+  model.kv_tokens = static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;
+  model.max_context = options.scheduler.max_context;
+  ASSIGN_OR_RETURN(model.engine, Engine::Start(options, std::move(executor), hooks.on_step));
+  return model;
+}
+
+}  // namespace altiplano::cli

@@ -1,0 +1,54 @@
+// From a path to something that answers: checkpoint, tokenizer, chat format, engine.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "altiplano/config/v1/server_config.pb.h"
+#include "server/base/status.h"
+#include "server/engine/engine.h"
+#include "server/model/checkpoint.h"
+#include "server/model/weights.h"
+#include "server/text/chat_format.h"
+#include "server/text/tokenizer.h"
+
+namespace altiplano::cli {
+
+struct TextModel {
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatFormat> chat_format;  // null: plain text only
+};
+
+// chat_format: "auto", "none" or a format's name. The tokenizer comes from tokenizer.json, else tokenizer.model, else
+// GGUF. FAILED_PRECONDITION when there is none, or when it has more tokens than the model; "auto" with a template that
+// is not known is NOT_FOUND naming --chat-format; "auto" without any template is plain text only, with a warning in the
+// log.
+StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format);
+
+struct LoadHooks {
+  std::function<void(const LoadProgress&)> progress;  // calling thread
+  std::function<bool()> cancelled;                    // polled while weights are read; true: CANCELLED
+  std::function<void()> on_step;                      // see Engine::Start
+};
+
+struct LoadedModel {
+  std::unique_ptr<Checkpoint> checkpoint;
+  TextModel text;
+  std::string name;    // what clients call it
+  std::string device;  // "AMD EPYC 9B14, 2 threads, avx512_bf16"
+  std::string dtype;   // "bf16"
+  int32_t max_context = 0;
+  int64_t kv_tokens = 0;  // that the pool holds
+  uint64_t kv_bytes = 0;
+  uint64_t weight_bytes = 0;
+  std::unique_ptr<Engine> engine;
+};
+
+// UNAVAILABLE without a usable device, RESOURCE_EXHAUSTED when memory does not suffice, else what is wrong with the
+// files.
+StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks);
+
+}  // namespace altiplano::cli

@@ -1,0 +1,161 @@
+// altiplano serve: listen, load, say READY, serve, drain.
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <ctime>
+#include <fstream>
+#include <string>
+#include <thread>
+
+#include "server/base/log.h"
+#include "server/base/strings.h"
+#include "server/cli/command.h"
+#include "server/cli/config.h"
+#include "server/cli/load_model.h"
+#include "server/cli/serving.h"
+#include "server/cli/stop_signal.h"
+#include "server/cli/terminal.h"
+#include "server/cli/units.h"
+#include "server/cli/version.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+// How long the second signal lets things end in order before the process ends without.
+constexpr auto kAtOnce = std::chrono::seconds(5);
+
+// A connection is a file; the usual soft limit of 1,024 is less than the front end's.
+void RaiseFileLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
+  limit.rlim_cur = limit.rlim_max;
+  if (setrlimit(RLIMIT_NOFILE, &limit) != 0) log::Warn("cannot raise the limit of open files");
+}
+
+// Since the kernel started this process, before any of our code: field 22 of /proc/self/stat, in clock ticks since
+// boot.
+double SecondsSinceStart() {
+  std::ifstream in("/proc/self/stat");
+  std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  size_t at = text.rfind(')');  // the command's name before it may hold anything
+  for (int field = 2; field < 22 && at != std::string::npos; ++field) at = text.find(' ', at + 1);
+  if (at == std::string::npos) return 0;
+  timespec now{};
+  clock_gettime(CLOCK_BOOTTIME, &now);
+  double started = std::strtod(text.c_str() + at + 1, nullptr) / static_cast<double>(sysconf(_SC_CLK_TCK));
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9 - started;
+}
+
+void PrintReady(const Serving& serving, const LoadedModel& model) {
+  std::string admin = serving.admin_address().empty() ? "" : StrCat(" admin=", serving.admin_address());
+  // One line that programs split at blanks: a model's name keeps none.
+  std::string name = model.name;
+  for (char& c : name) {
+    if (static_cast<unsigned char>(c) <= ' ') c = '_';
+  }
+  std::printf("READY address=%s%s model=%s kv_tokens=%lld seconds=%.2f\n", serving.address().c_str(), admin.c_str(),
+              name.c_str(), static_cast<long long>(model.kv_tokens), SecondsSinceStart());
+  std::fflush(stdout);
+}
+
+// docs: reliability, life cycle. Ends when no request is live, at the timeout, or at the second signal.
+void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) {
+  log::Info("draining", {{"delay", config.delay()}, {"timeout", config.timeout()}});
+  serving.SetNotServing();
+  TimePoint now = Clock::Real().Now();
+  if (stop.WaitForCount(2, now + ParseDuration(config.delay()).value())) return;
+  serving.RefuseNew();
+  TimePoint deadline = Clock::Real().Now() + ParseDuration(config.timeout()).value();
+  while (serving.live_requests() > 0 && Clock::Real().Now() < deadline) {
+    if (stop.WaitForCount(2, Clock::Real().Now() + std::chrono::milliseconds(10))) break;
+  }
+  if (serving.live_requests() > 0) {
+    log::Warn(stop.count() > 1 ? "second signal: live requests are ended" : "drain timeout: live requests are ended",
+              {{"requests", serving.live_requests()}});
+  }
+}
+
+int Serve(const EffectiveConfig& config, StopSignal& stop) {
+  auto serving = Serving::Listen(config.values);
+  if (!serving.ok()) return Fail("serve", serving.status().message(), kExitUnavailable);
+  log::Info("listening, loading", {{"address", (*serving)->address()}, {"model", config.values.model().path()}});
+  Status loaded = (*serving)->Load(
+      {.progress = LoadProgressPrinter(), .cancelled = [&stop] { return stop.count() > 0; }, .on_step = {}});
+  if (stop.count() > 0) {
+    log::Info("stopped while loading");
+    return kExitOk;
+  }
+  if (!loaded.ok()) return Fail("serve", loaded.message(), ExitCodeOfLoad(loaded));
+  PrintReady(**serving, (*serving)->model());
+  stop.WaitForCount(1);
+  Drain(**serving, config.values.drain(), stop);
+  (*serving)->Stop();
+  log::Info("stopped");
+  return kExitOk;
+}
+
+int Run(const ParsedFlags& flags) {
+  // The second signal ends the process whatever hangs: the timer runs where nothing else does.
+  StopSignal stop([](int count) {
+    if (count != 2) return;
+    std::thread([] {
+      std::this_thread::sleep_for(kAtOnce);
+      _exit(kExitOk);
+    }).detach();
+  });
+  auto config = ResolveConfig(flags);
+  if (!config.ok()) return Fail("serve", config.status().message(), kExitUsage);
+  if (flags.boolean("print-config")) {
+    std::fputs(PrintConfig(*config).c_str(), stdout);
+    return kExitOk;
+  }
+  if (config->values.model().path().empty()) {
+    return Fail("serve", "needs --model (or model.path in the config file)", kExitUsage);
+  }
+  if (flags.boolean("check")) {
+    std::printf("configuration ok\n");
+    return kExitOk;
+  }
+  InitLog(config->values.log());
+  RaiseFileLimit();
+  return Serve(*config, stop);
+}
+
+}  // namespace
+
+Subcommand ServeCommand() {
+  Subcommand subcommand{
+      .command =
+          {.name = "serve",
+           .summary = "load a model and serve it over gRPC",
+           .synopsis = "altiplano serve --model DIR_OR_GGUF [--listen 127.0.0.1:50051] [--config FILE.textproto]",
+           .notes =
+               "Prints one line on stdout when it serves:\n"
+               "  READY address=HOST:PORT [admin=HOST:PORT] model=NAME kv_tokens=N seconds=SINCE_START\n"
+               "SIGTERM or SIGINT: health NOT_SERVING, --drain-delay, new requests refused, live ones finish within\n"
+               "--drain-timeout, exit code 0. A second one ends live requests at once, exit code 0 too.",
+           .flags = {{.name = "config",
+                      .type = FlagType::kPath,
+                      .meaning =
+                          "A textproto file with any of the settings below, by their config names. Flags win over it.",
+                      .example = "config/smollm2-cpu.textproto",
+                      .group = "Configuration"},
+                     {.name = "print-config",
+                      .type = FlagType::kBool,
+                      .default_value = "false",
+                      .meaning = "Print the effective settings, each with where it came from, and end.",
+                      .group = "Configuration"},
+                     {.name = "check",
+                      .type = FlagType::kBool,
+                      .default_value = "false",
+                      .meaning = "Check flags and config file, load nothing, and end.",
+                      .group = "Configuration"}},
+           .max_positional = 0},
+      .run = Run};
+  for (const Flag& flag : Settings()) subcommand.command.flags.push_back(flag);
+  return subcommand;
+}
+
+}  // namespace altiplano::cli

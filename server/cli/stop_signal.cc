@@ -1,0 +1,69 @@
+#include "server/cli/stop_signal.h"
+
+#include <pthread.h>
+
+#include <csignal>
+
+#include "server/base/check.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+sigset_t StopSet() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGTERM);
+  sigaddset(&set, SIGINT);
+  return set;
+}
+
+}  // namespace
+
+StopSignal::StopSignal(std::function<void(int)> on_signal) : on_signal_(std::move(on_signal)) {
+  sigset_t set = StopSet();
+  CHECK(pthread_sigmask(SIG_BLOCK, &set, nullptr) == 0);
+  thread_ = std::thread([this] { Loop(); });
+}
+
+StopSignal::~StopSignal() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  pthread_kill(thread_.native_handle(), SIGTERM);  // wakes the wait; to that thread alone
+  thread_.join();
+}
+
+void StopSignal::Loop() {
+  sigset_t set = StopSet();
+  for (;;) {
+    int signal = 0;
+    CHECK(sigwait(&set, &signal) == 0);
+    int count = 0;
+    {
+      std::lock_guard lock(mutex_);
+      if (stop_) return;
+      count = ++count_;
+    }
+    changed_.notify_all();
+    if (on_signal_) on_signal_(count);
+  }
+}
+
+int StopSignal::count() {
+  std::lock_guard lock(mutex_);
+  return count_;
+}
+
+void StopSignal::WaitForCount(int count) {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return count_ >= count; });
+}
+
+bool StopSignal::WaitForCount(int count, TimePoint deadline) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_until(lock, deadline, [&] { return count_ >= count; });
+}
+
+}  // namespace altiplano::cli

@@ -1,0 +1,36 @@
+// SIGTERM and SIGINT as something to wait for. Blocked from construction on, in this thread and all that it starts, so
+// that a signal at any moment is seen exactly once and none kills the process.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+#include "server/base/clock.h"
+
+namespace altiplano::cli {
+
+class StopSignal {
+ public:
+  // on_signal(n) runs on a thread of its own for the n-th signal, after count() shows it.
+  explicit StopSignal(std::function<void(int)> on_signal = {});
+  ~StopSignal();  // SIGTERM and SIGINT stay blocked: the process is about to end
+
+  int count();
+  void WaitForCount(int count);
+  // False: `deadline` came first.
+  bool WaitForCount(int count, TimePoint deadline);
+
+ private:
+  void Loop();
+
+  const std::function<void(int)> on_signal_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int count_ = 0;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace altiplano::cli

@@ -1,0 +1,135 @@
+#include "server/model/llama.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <utility>
+
+#include "kernels/ops.h"
+#include "server/base/check.h"
+
+namespace altiplano {
+
+std::unique_ptr<Llama> Llama::Create(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits,
+                                     Communicator* communicator) {
+  CHECK(shard.size == 1 || communicator != nullptr);
+  std::unique_ptr<Llama> llama(new Llama(config, shard, std::move(weights), limits, communicator));
+  if (!llama->AllocateWorkspace()) return nullptr;
+  return llama;
+}
+
+bool Llama::AllocateWorkspace() {
+  const DType act = weights_.embedding.dtype;
+  const Device device = weights_.embedding.device;
+  const int64_t hidden = config_.hidden, dim = config_.head_dim, ffn = shard_.ffn(config_);
+  const int64_t q_size = shard_.q_heads(config_) * dim, kv_size = shard_.kv_heads(config_) * dim;
+  const int64_t tokens = limits_.max_tokens, rows = limits_.max_logit_rows;
+  struct Part {
+    TensorView* view;
+    int64_t rows, columns;
+    DType dtype;
+  };
+  const std::initializer_list<Part> parts = {
+      {&residual_, tokens, hidden, DType::kF32},
+      {&delta_, tokens, hidden, DType::kF32},
+      {&normed_, tokens, hidden, act},
+      {&qkv_, tokens, q_size + 2 * kv_size, act},
+      {&attention_, tokens, q_size, act},
+      {&gate_up_, tokens, 2 * ffn, act},
+      {&ffn_, tokens, ffn, act},
+      {&rows_residual_, rows, hidden, DType::kF32},
+      {&rows_delta_, rows, hidden, DType::kF32},
+      {&rows_normed_, rows, hidden, act},
+      {&logits_, rows, shard_.vocab(config_), DType::kF32},
+  };
+  auto bytes_of = [](const Part& part) {
+    size_t bytes = static_cast<size_t>(part.rows * part.columns) * SizeOf(part.dtype);
+    return (bytes + 63) / 64 * 64;
+  };
+  size_t total = 0;
+  for (const Part& part : parts) total += bytes_of(part);
+  workspace_ = Buffer::Allocate(device, total);
+  if (!workspace_) return false;
+  char* next = static_cast<char*>(workspace_.data());
+  for (const Part& part : parts) {
+    *part.view = TensorView::Make(next, part.dtype, {part.rows, part.columns}, device);
+    next += bytes_of(part);
+  }
+  return true;
+}
+
+bool Llama::AllReduce(Stream& stream, const TensorView& x) {
+  return communicator_ == nullptr || communicator_->AllReduceSum(stream, x);
+}
+
+bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
+  const int64_t tokens = inputs.ids.dim(0), dim = config_.head_dim;
+  const int64_t q_size = shard_.q_heads(config_) * dim, kv_size = shard_.kv_heads(config_) * dim;
+  CHECK(tokens > 0 && tokens <= limits_.max_tokens);
+  tokens_ = tokens;
+  const TensorView residual = residual_.first(tokens), delta = delta_.first(tokens), normed = normed_.first(tokens);
+  const TensorView qkv = qkv_.first(tokens), attention = attention_.first(tokens);
+  const TensorView gate_up = gate_up_.first(tokens), ffn = ffn_.first(tokens);
+  const TensorView q = qkv.columns(0, q_size);
+  const TensorView k = qkv.columns(q_size, kv_size), v = qkv.columns(q_size + kv_size, kv_size);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+
+  Embed(stream,
+        {.out = residual, .table = weights_.embedding, .ids = inputs.ids, .vocab_begin = shard_.vocab_begin(config_)});
+  if (!AllReduce(stream, residual)) return false;
+
+  for (int64_t i = 0; i < config_.layers; ++i) {
+    const LayerWeights& layer = weights_.layers[static_cast<size_t>(i)];
+    const TensorView k_pages = cache.k_pages(i), v_pages = cache.v_pages(i);
+
+    if (i == 0) {
+      RmsNorm(stream, {.out = normed, .x = residual, .weight = layer.attention_norm, .eps = config_.rms_eps});
+    } else {
+      AddRmsNorm(
+          stream,
+          {.out = normed, .residual = residual, .x = delta, .weight = layer.attention_norm, .eps = config_.rms_eps});
+    }
+    Linear(stream, {.out = qkv, .x = normed, .weight = layer.qkv});
+    RopeStoreKv(stream, {.q = q,
+                         .k = k,
+                         .v = v,
+                         .k_pages = k_pages,
+                         .v_pages = v_pages,
+                         .positions = inputs.positions,
+                         .slots = inputs.slots,
+                         .inv_freq = weights_.inv_freq});
+    PagedAttention(stream, {.out = attention,
+                            .q = q,
+                            .k_pages = k_pages,
+                            .v_pages = v_pages,
+                            .q_begin = inputs.q_begin,
+                            .context_lengths = inputs.context_lengths,
+                            .block_tables = inputs.block_tables,
+                            .scale = scale});
+    Linear(stream, {.out = delta, .x = attention, .weight = layer.o});
+    if (!AllReduce(stream, delta)) return false;
+
+    AddRmsNorm(stream,
+               {.out = normed, .residual = residual, .x = delta, .weight = layer.ffn_norm, .eps = config_.rms_eps});
+    Linear(stream, {.out = gate_up, .x = normed, .weight = layer.gate_up});
+    SiluMul(stream, {.out = ffn, .gate_up = gate_up});
+    Linear(stream, {.out = delta, .x = ffn, .weight = layer.down});
+    if (!AllReduce(stream, delta)) return false;
+  }
+  return true;
+}
+
+TensorView Llama::Logits(Stream& stream, const TensorView& rows) {
+  const int64_t n = rows.dim(0);
+  CHECK(n > 0 && n <= limits_.max_logit_rows);
+  const TensorView residual = rows_residual_.first(n), delta = rows_delta_.first(n), normed = rows_normed_.first(n);
+  const TensorView logits = logits_.first(n);
+  // The last block's output is added here, for the wanted rows alone.
+  GatherRows(stream, {.out = residual, .x = residual_.first(tokens_), .rows = rows});
+  GatherRows(stream, {.out = delta, .x = delta_.first(tokens_), .rows = rows});
+  AddRmsNorm(stream,
+             {.out = normed, .residual = residual, .x = delta, .weight = weights_.final_norm, .eps = config_.rms_eps});
+  Linear(stream, {.out = logits, .x = normed, .weight = weights_.lm_head});
+  return logits;
+}
+
+}  // namespace altiplano

@@ -1,0 +1,81 @@
+// Llama: one forward pass of one rank, top to bottom through kernels/ops.h.
+//
+//   ids -> embedding -> residual [T, H] f32
+//   layer: RmsNorm -> qkv -> RoPE, store K and V -> attention -> o -> (all-reduce) -> + residual
+//          RmsNorm -> gate, up -> silu(gate) * up -> down -> (all-reduce) -> + residual
+//   rows whose logits are wanted: RmsNorm -> lm_head -> logits [R, V'] f32
+//
+// The residual stream is f32 whatever the activation dtype; each addition is fused with the norm that follows it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/comm/communicator.h"
+#include "kernels/device.h"
+#include "kernels/tensor.h"
+#include "server/model/config.h"
+#include "server/model/kv_cache.h"
+#include "server/model/weights.h"
+
+namespace altiplano {
+
+// One step's index data, on the stream's device. Shapes as in kernels/ops.h.
+struct StepInputs {
+  TensorView ids;              // [T] i32
+  TensorView positions;        // [T] i32
+  TensorView slots;            // [T] i32: where each token's K and V go
+  TensorView q_begin;          // [B+1] i32
+  TensorView context_lengths;  // [B] i32
+  TensorView block_tables;     // [B, max_pages] i32
+};
+
+class Llama {
+ public:
+  struct Limits {
+    int64_t max_tokens = 2048;     // T of one step
+    int64_t max_logit_rows = 256;  // R of one Logits call
+  };
+
+  // communicator: null for one rank. Null when the workspace's memory cannot be had.
+  static std::unique_ptr<Llama> Create(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits,
+                                       Communicator* communicator);
+
+  // Computes all layers for the step's tokens and stores their K and V. False: the group was aborted.
+  bool Forward(Stream& stream, const StepInputs& inputs, KvCache& cache);
+  // Logits of rows (token indices of the last Forward) [R] i32, valid until the next call. R <= max_logit_rows.
+  TensorView Logits(Stream& stream, const TensorView& rows);
+
+  const ModelConfig& config() const { return config_; }
+  const Limits& limits() const { return limits_; }
+  uint64_t weight_bytes() const { return weights_.bytes; }
+  uint64_t workspace_bytes() const { return workspace_.bytes(); }
+
+ private:
+  Llama(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits, Communicator* communicator)
+      : config_(config), shard_(shard), weights_(std::move(weights)), limits_(limits), communicator_(communicator) {}
+  bool AllocateWorkspace();
+  bool AllReduce(Stream& stream, const TensorView& x);
+
+  const ModelConfig config_;
+  const Shard shard_;
+  const LlamaWeights weights_;
+  const Limits limits_;
+  Communicator* const communicator_;
+
+  Buffer workspace_;          // all of the following; rows for the largest step
+  TensorView residual_;       // [T, H] f32
+  TensorView delta_;          // [T, H] f32: what the last block adds to the residual
+  TensorView normed_;         // [T, H] act
+  TensorView qkv_;            // [T, (Hq' + 2 Hkv') * D] act
+  TensorView attention_;      // [T, Hq' * D] act
+  TensorView gate_up_;        // [T, 2 F'] act
+  TensorView ffn_;            // [T, F'] act
+  TensorView rows_residual_;  // [R, H] f32
+  TensorView rows_delta_;     // [R, H] f32
+  TensorView rows_normed_;    // [R, H] act
+  TensorView logits_;         // [R, V'] f32
+  int64_t tokens_ = 0;        // T of the last Forward
+};
+
+}  // namespace altiplano

@@ -1,0 +1,258 @@
+#include "server/model/weights.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "server/base/strings.h"
+
+namespace altiplano {
+
+namespace {
+
+// One contiguous read: rows of a checkpoint tensor to rows of one of ours.
+struct Piece {
+  std::string tensor;
+  int64_t row_begin, rows, col_begin, cols;
+  DType dtype;
+  char* out;
+  int64_t out_stride;
+};
+
+constexpr int64_t kPieceElements = 8 << 20;  // small enough that readers share a large embedding
+constexpr size_t kAlign = 64;
+
+size_t AlignUp(size_t bytes) {
+  return (bytes + kAlign - 1) / kAlign * kAlign;
+}
+
+// Lays tensors out in one buffer: first ask for all of them, then Allocate, then take them in the same order.
+class Arena {
+ public:
+  void Reserve(std::initializer_list<int64_t> shape, DType dtype) { bytes_ += Bytes(shape, dtype); }
+  bool Allocate() {
+    buffer_ = Buffer::Allocate(Device::kCpu, std::max<size_t>(bytes_, 1));
+    return static_cast<bool>(buffer_);
+  }
+  TensorView Take(std::initializer_list<int64_t> shape, DType dtype) {
+    void* data = static_cast<char*>(buffer_.data()) + used_;
+    used_ += Bytes(shape, dtype);
+    return TensorView::Make(data, dtype, shape);
+  }
+  size_t bytes() const { return bytes_; }
+  Buffer Release() { return std::move(buffer_); }
+
+ private:
+  static size_t Bytes(std::initializer_list<int64_t> shape, DType dtype) {
+    size_t n = SizeOf(dtype);
+    for (int64_t d : shape) n *= static_cast<size_t>(d);
+    return AlignUp(n);
+  }
+  size_t bytes_ = 0, used_ = 0;
+  Buffer buffer_;
+};
+
+Status OutOfMemory(size_t bytes, std::string_view what) {
+  return Status(Code::kResourceExhausted, StrCat("no memory for ", what, ": ", HumanBytes(bytes)));
+}
+
+class Loader {
+ public:
+  Loader(const Checkpoint& checkpoint, const LoadOptions& options)
+      : checkpoint_(checkpoint), config_(checkpoint.config()), options_(options), shard_(options.shard) {}
+
+  StatusOr<LlamaWeights> Load() {
+    RETURN_IF_ERROR(PlanOuter());
+    weights_.layers.resize(static_cast<size_t>(config_.layers));
+    for (int64_t i = 0; i < config_.layers; ++i) RETURN_IF_ERROR(PlanLayer(i));
+    RETURN_IF_ERROR(ReadAll());
+    return std::move(weights_);
+  }
+
+ private:
+  Status PlanOuter() {
+    int64_t vocab = shard_.vocab(config_);
+    std::vector<float> inv_freq = RopeInverseFrequencies(config_);
+    auto frequencies = static_cast<int64_t>(inv_freq.size());
+    Arena arena;
+    arena.Reserve({vocab, config_.hidden}, options_.dtype);
+    if (!config_.tied_embeddings) arena.Reserve({vocab, config_.hidden}, options_.dtype);
+    arena.Reserve({config_.hidden}, DType::kF32);
+    arena.Reserve({frequencies}, DType::kF32);
+    if (!arena.Allocate()) return OutOfMemory(arena.bytes(), "the embedding and the head");
+    weights_.embedding = arena.Take({vocab, config_.hidden}, options_.dtype);
+    weights_.lm_head =
+        config_.tied_embeddings ? weights_.embedding : arena.Take({vocab, config_.hidden}, options_.dtype);
+    weights_.final_norm = arena.Take({config_.hidden}, DType::kF32);
+    weights_.inv_freq = arena.Take({frequencies}, DType::kF32);
+    std::memcpy(weights_.inv_freq.data, inv_freq.data(), inv_freq.size() * sizeof(float));
+    weights_.bytes += arena.bytes();
+    weights_.memory = arena.Release();
+
+    // The last rank's part may reach past the vocabulary; those rows stay zero.
+    int64_t begin = shard_.vocab_begin(config_);
+    int64_t rows = std::clamp<int64_t>(config_.vocab - begin, 0, vocab);
+    AddMatrix("model.embed_tokens.weight", weights_.embedding, 0, begin, rows, 0, config_.hidden);
+    if (!config_.tied_embeddings) AddMatrix("lm_head.weight", weights_.lm_head, 0, begin, rows, 0, config_.hidden);
+    AddVector("model.norm.weight", weights_.final_norm);
+    return OkStatus();
+  }
+
+  Status PlanLayer(int64_t index) {
+    LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
+    const int64_t hidden = config_.hidden, dim = config_.head_dim;
+    const int64_t q_rows = shard_.q_heads(config_) * dim, kv_rows = shard_.kv_heads(config_) * dim;
+    const int64_t qkv_rows = q_rows + 2 * kv_rows, ffn = shard_.ffn(config_);
+    Arena arena;
+    arena.Reserve({hidden}, DType::kF32);
+    arena.Reserve({qkv_rows, hidden}, options_.dtype);
+    arena.Reserve({hidden, q_rows}, options_.dtype);
+    arena.Reserve({hidden}, DType::kF32);
+    arena.Reserve({2 * ffn, hidden}, options_.dtype);
+    arena.Reserve({hidden, ffn}, options_.dtype);
+    if (!arena.Allocate()) return OutOfMemory(arena.bytes(), StrCat("layer ", index));
+    layer.attention_norm = arena.Take({hidden}, DType::kF32);
+    layer.qkv = arena.Take({qkv_rows, hidden}, options_.dtype);
+    layer.o = arena.Take({hidden, q_rows}, options_.dtype);
+    layer.ffn_norm = arena.Take({hidden}, DType::kF32);
+    layer.gate_up = arena.Take({2 * ffn, hidden}, options_.dtype);
+    layer.down = arena.Take({hidden, ffn}, options_.dtype);
+    weights_.bytes += arena.bytes();
+    layer.memory = arena.Release();
+
+    const std::string prefix = StrCat("model.layers.", index, ".");
+    const int64_t q_begin = shard_.rank * q_rows, kv_begin = shard_.first_kv_head(config_) * dim;
+    const int64_t ffn_begin = shard_.rank * ffn;
+    AddVector(prefix + "input_layernorm.weight", layer.attention_norm);
+    AddMatrix(prefix + "self_attn.q_proj.weight", layer.qkv, 0, q_begin, q_rows, 0, hidden);
+    AddMatrix(prefix + "self_attn.k_proj.weight", layer.qkv, q_rows, kv_begin, kv_rows, 0, hidden);
+    AddMatrix(prefix + "self_attn.v_proj.weight", layer.qkv, q_rows + kv_rows, kv_begin, kv_rows, 0, hidden);
+    AddMatrix(prefix + "self_attn.o_proj.weight", layer.o, 0, 0, hidden, q_begin, q_rows);
+    AddVector(prefix + "post_attention_layernorm.weight", layer.ffn_norm);
+    AddMatrix(prefix + "mlp.gate_proj.weight", layer.gate_up, 0, ffn_begin, ffn, 0, hidden);
+    AddMatrix(prefix + "mlp.up_proj.weight", layer.gate_up, ffn, ffn_begin, ffn, 0, hidden);
+    AddMatrix(prefix + "mlp.down_proj.weight", layer.down, 0, 0, hidden, ffn_begin, ffn);
+    return OkStatus();
+  }
+
+  // Rows [row_begin, +rows) x columns [col_begin, +cols) of `tensor` into rows [out_row, +rows) of `out`.
+  void AddMatrix(const std::string& tensor, const TensorView& out, int64_t out_row, int64_t row_begin, int64_t rows,
+                 int64_t col_begin, int64_t cols) {
+    const int64_t step = std::max<int64_t>(1, kPieceElements / cols);
+    for (int64_t row = 0; row < rows; row += step) {
+      int64_t n = std::min(step, rows - row);
+      char* data =
+          static_cast<char*>(out.data) + (out_row + row) * out.stride0 * static_cast<int64_t>(SizeOf(out.dtype));
+      pieces_.push_back({tensor, row_begin + row, n, col_begin, cols, out.dtype, data, out.stride0});
+    }
+  }
+  void AddVector(const std::string& tensor, const TensorView& out) {
+    pieces_.push_back({tensor, 0, 1, 0, out.dim(0), out.dtype, static_cast<char*>(out.data), out.dim(0)});
+  }
+
+  // Of all pieces, as stored.
+  uint64_t BytesToRead() const {
+    std::map<std::string_view, double> bytes_per_element;
+    for (const TensorInfo& info : checkpoint_.tensors()) {
+      double elements = 1;
+      for (int64_t n : info.shape) elements *= static_cast<double>(n);
+      bytes_per_element[info.name] = static_cast<double>(info.bytes) / elements;
+    }
+    double total = 0;
+    for (const Piece& piece : pieces_) {
+      total += bytes_per_element[piece.tensor] * static_cast<double>(piece.rows * piece.cols);
+    }
+    return static_cast<uint64_t>(total + 0.5);
+  }
+
+  Status ReadAll() {
+    const auto start = std::chrono::steady_clock::now();
+    const uint64_t bytes_total = BytesToRead();
+
+    std::atomic<size_t> next{0};
+    std::atomic<uint64_t> bytes{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+    Status first_error;  // guarded by mutex
+    int running = 0;     // guarded by mutex
+    std::atomic<bool> stop{false};
+    auto work = [&] {
+      for (size_t i; !stop && (i = next.fetch_add(1)) < pieces_.size();) {
+        const Piece& piece = pieces_[i];
+        uint64_t read = 0;
+        Status status = checkpoint_.Read(piece.tensor, piece.row_begin, piece.rows, piece.col_begin, piece.cols,
+                                         piece.dtype, piece.out, piece.out_stride, &read);
+        bytes += read;
+        if (!status.ok()) {
+          std::lock_guard lock(mutex);
+          if (first_error.ok()) first_error = status;
+          stop = true;
+        }
+      }
+      std::lock_guard lock(mutex);
+      if (--running == 0) changed.notify_all();
+    };
+    auto report = [&] {
+      if (!options_.progress) return;
+      LoadProgress progress;
+      progress.bytes_done = bytes;
+      progress.bytes_total = bytes_total;
+      progress.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      options_.progress(progress);
+    };
+
+    running = std::max(1, options_.readers);
+    std::vector<std::thread> readers;
+    for (int i = running; i > 0; --i) readers.emplace_back(work);
+    bool cancelled = false;
+    {
+      std::unique_lock lock(mutex);
+      while (!changed.wait_for(lock, std::chrono::milliseconds(100), [&] { return running == 0; })) {
+        lock.unlock();
+        if (options_.cancelled && options_.cancelled()) cancelled = true, stop = true;
+        report();
+        lock.lock();
+      }
+    }
+    for (std::thread& reader : readers) reader.join();
+    RETURN_IF_ERROR(first_error);
+    if (cancelled) return Status(Code::kCancelled, "loading was cancelled");
+    report();
+    return OkStatus();
+  }
+
+  const Checkpoint& checkpoint_;
+  const ModelConfig& config_;
+  const LoadOptions& options_;
+  const Shard shard_;
+  LlamaWeights weights_;
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace
+
+StatusOr<Shard> Shard::Make(const ModelConfig& config, int rank, int size) {
+  auto refuse = [&](std::string_view what, int64_t n) {
+    return Status(Code::kInvalidArgument, StrCat("the model cannot be split into ", size, " ranks: ", n, " ", what,
+                                                 " do not divide by ", size));
+  };
+  if (size < 1 || rank < 0 || rank >= size) {
+    return Status(Code::kInvalidArgument, StrCat("rank ", rank, " of ", size, " does not exist"));
+  }
+  if (config.q_heads % size != 0) return refuse("query heads", config.q_heads);
+  if (config.ffn % size != 0) return refuse("ffn rows", config.ffn);
+  bool kv_ok = config.kv_heads >= size ? config.kv_heads % size == 0 : size % config.kv_heads == 0;
+  if (!kv_ok) return refuse("KV heads", config.kv_heads);
+  return Shard{rank, size};
+}
+
+StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options) {
+  return Loader(checkpoint, options).Load();
+}
+
+}  // namespace altiplano

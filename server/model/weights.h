@@ -1,0 +1,73 @@
+// Weights of one rank, as the model uses them: fused, sharded, in one dtype. Letters as in kernels/ops.h.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/device.h"
+#include "kernels/tensor.h"
+#include "server/base/status.h"
+#include "server/model/checkpoint.h"
+#include "server/model/config.h"
+
+namespace altiplano {
+
+// One rank's part of a tensor-parallel model: QKV and gate/up by output rows, o and down by input columns, embedding
+// and head by vocabulary rows. KV heads divide, or are replicated when there are more ranks than KV heads.
+struct Shard {
+  int rank = 0;
+  int size = 1;
+
+  // INVALID_ARGUMENT saying which dimension cannot be divided.
+  static StatusOr<Shard> Make(const ModelConfig& config, int rank, int size);
+
+  int64_t q_heads(const ModelConfig& c) const { return c.q_heads / size; }                             // Hq'
+  int64_t kv_heads(const ModelConfig& c) const { return c.kv_heads >= size ? c.kv_heads / size : 1; }  // Hkv'
+  int64_t first_kv_head(const ModelConfig& c) const { return rank * c.kv_heads / size; }
+  int64_t ffn(const ModelConfig& c) const { return c.ffn / size; }  // F'
+  int64_t vocab(const ModelConfig& c) const {
+    return (c.vocab + size - 1) / size;
+  }  // V': the last rank's may be padded
+  int64_t vocab_begin(const ModelConfig& c) const { return rank * vocab(c); }
+};
+
+struct LayerWeights {
+  TensorView attention_norm;  // [H] f32
+  TensorView qkv;             // [(Hq' + 2 Hkv') * D, H] act
+  TensorView o;               // [H, Hq' * D] act
+  TensorView ffn_norm;        // [H] f32
+  TensorView gate_up;         // [2 F', H] act: all gate rows, then all up rows
+  TensorView down;            // [H, F'] act
+  Buffer memory;
+};
+
+struct LlamaWeights {
+  TensorView embedding;   // [V', H] act
+  TensorView final_norm;  // [H] f32
+  TensorView lm_head;     // [V', H] act; the embedding itself when tied
+  TensorView inv_freq;    // [D/2] f32
+  std::vector<LayerWeights> layers;
+  Buffer memory;       // embedding, norm, head
+  uint64_t bytes = 0;  // of this rank
+};
+
+struct LoadProgress {
+  uint64_t bytes_done = 0;   // read from disk
+  uint64_t bytes_total = 0;  // that this rank will read
+  double seconds = 0;
+};
+
+struct LoadOptions {
+  Shard shard;
+  DType dtype = DType::kBF16;
+  int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place
+  std::function<void(const LoadProgress&)> progress;  // calling thread, about ten times a second and once at the end
+  std::function<bool()> cancelled;                    // polled as often; true: stop with CANCELLED
+};
+
+// Reads this rank's slices of every tensor. CPU memory only; RESOURCE_EXHAUSTED when it cannot be had.
+StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options);
+
+}  // namespace altiplano

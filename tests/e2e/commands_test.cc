@@ -1,0 +1,164 @@
+// The client commands against a real server, and those that load a model themselves.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include "server/base/json.h"
+#include "tests/e2e/process_testlib.h"
+
+namespace altiplano::e2e {
+namespace {
+
+using ::testing::HasSubstr;
+
+const std::string kTiny = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
+const std::string kQuestion = "What is the capital of France?";
+const std::string kAnswer = "The capital of France is Paris.";  // goldens.json, capital-en
+
+class Commands : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() { server_ = new Server(); }
+  static void TearDownTestSuite() { delete server_; }
+  void SetUp() override { ASSERT_FALSE(server_->address().empty()) << server_->process().Errors(); }
+  static Server* server_;
+};
+Server* Commands::server_ = nullptr;
+
+TEST_F(Commands, HealthIsZeroWhenServing) {
+  Finished health = RunToEnd({"health", "--url", server_->address()});
+  EXPECT_EQ(health.code, 0) << health.err;
+  EXPECT_EQ(health.out, "SERVING\n");
+}
+
+TEST_F(Commands, GenerateIsTheSameHereAndThere) {
+  std::vector<std::string> common = {"generate", "--chat", "--temperature", "0", "--prompt", kQuestion};
+  auto with = [&common](std::vector<std::string> more) {
+    more.insert(more.begin(), common.begin(), common.end());
+    return more;
+  };
+  Finished there = RunToEnd(with({"--url", server_->address()}));
+  EXPECT_EQ(there.code, 0) << there.err;
+  EXPECT_EQ(there.out, kAnswer + "\n");
+  Finished here = RunToEnd(with({"--model", kTiny, "--dtype", "f32", "--kv-memory", "16MiB"}));
+  EXPECT_EQ(here.code, 0) << here.err;
+  EXPECT_EQ(here.out, kAnswer + "\n");
+
+  Finished json = RunToEnd(with({"--url", "grpc://" + server_->address(), "--json"}));
+  auto parsed = ParseJson(json.out);
+  ASSERT_TRUE(parsed.ok()) << json.out << json.err;
+  EXPECT_EQ((*parsed)["text"], kAnswer);
+  EXPECT_EQ((*parsed)["finish_reason"], "eos");
+  EXPECT_GT((*parsed)["prompt_tokens"], 10);
+}
+
+TEST_F(Commands, GenerateReadsStdinAndObeysStops) {
+  Finished all = RunToEnd({"generate", "--url", server_->address(), "--chat", "--temperature", "0"}, kQuestion + "\n");
+  EXPECT_EQ(all.out, kAnswer + "\n");
+  Finished cut = RunToEnd({"generate", "--url", server_->address(), "--chat", "--temperature", "0", "--stop", "France"},
+                          kQuestion);
+  EXPECT_EQ(cut.out, "The capital of \n");
+  Finished few =
+      RunToEnd({"generate", "--url", server_->address(), "--temperature", "0", "--max-tokens", "2", "--json"},
+               "Once upon a time");
+  auto parsed = ParseJson(few.out);
+  ASSERT_TRUE(parsed.ok()) << few.out << few.err;
+  EXPECT_EQ((*parsed)["completion_tokens"], 2);
+  EXPECT_EQ((*parsed)["finish_reason"], "length");
+}
+
+TEST_F(Commands, RefusedRequestIsReadableAndExitsOne) {
+  Finished finished = RunToEnd({"generate", "--url", server_->address(), "--top-p", "7", "--prompt", "x"});
+  EXPECT_EQ(finished.code, 1);
+  EXPECT_THAT(finished.err, HasSubstr("INVALID_ARGUMENT"));
+  EXPECT_THAT(finished.err, HasSubstr("top_p"));
+}
+
+TEST_F(Commands, TokenizeIsTheSameHereAndThere) {
+  for (const char* chat : {"--chat", "--bos"}) {
+    Finished here = RunToEnd({"tokenize", "--model", kTiny, chat, "--text", "H\xC3\xA4llo, world"});
+    Finished there =
+        RunToEnd({"tokenize", "--url", server_->address(), chat, "--text", "H\xC3\xA4llo, world", "--json"});
+    auto parsed = ParseJson(there.out);
+    ASSERT_TRUE(parsed.ok()) << there.out << there.err;
+    std::string ids_here, ids_there;
+    for (const auto& id : (*parsed)["ids"]) ids_there += id.dump() + " ";
+    for (size_t begin = 0, tab; (tab = here.out.find('\t', begin)) != std::string::npos;) {
+      ids_here += here.out.substr(begin, tab - begin) + " ";
+      begin = here.out.find('\n', tab) + 1;
+    }
+    EXPECT_EQ(ids_here, ids_there);
+    EXPECT_GT((*parsed)["count"], 3);
+  }
+}
+
+TEST_F(Commands, ChatRemembersResetsAndHelps) {
+  Process chat({"chat", "--url", server_->address(), "--temperature", "0"});
+  chat.Write(kQuestion + "\n/rest\n/reset\n/help\n/system Be brief.\n" + kQuestion + "\n/quit\nnever read\n");
+  EXPECT_EQ(chat.Wait(), 0) << chat.Errors();
+  EXPECT_THAT(chat.output(), HasSubstr(kAnswer));
+  EXPECT_THAT(chat.output(), HasSubstr("tok/s"));
+  EXPECT_THAT(chat.output(), HasSubstr("did you mean /reset?"));
+  EXPECT_THAT(chat.output(), HasSubstr("/system TEXT"));
+}
+
+TEST_F(Commands, InterruptCancelsTheAnswerAndNotTheProgram) {
+  Process chat({"chat", "--url", server_->address()});
+  ASSERT_TRUE(chat.ReadUntil("> ")) << chat.Errors();
+  server_->process().Signal(SIGSTOP);  // an answer that takes as long as we like
+  chat.Write("Hello\n");
+  bool stopped = false;
+  for (int i = 0; i < 200 && !stopped; ++i) {  // one that comes before the question is sent only shows the hint
+    chat.Signal(SIGINT);
+    stopped = chat.ReadUntil("[stopped", 100);
+  }
+  server_->process().Signal(SIGCONT);
+  EXPECT_TRUE(stopped) << chat.output();
+  EXPECT_TRUE(chat.running());
+  chat.Write(kQuestion + "\n");
+  EXPECT_TRUE(chat.ReadUntil("tok/s]\n")) << chat.output();
+  chat.Write("/quit\n");
+  EXPECT_EQ(chat.Wait(), 0);
+}
+
+TEST_F(Commands, DemoShowsAllAnswersAndTheNumbers) {
+  Finished demo = RunToEnd({"demo", "--url", server_->address(), "--prompt", kQuestion, "--prompt", kQuestion});
+  EXPECT_EQ(demo.code, 0) << demo.err;
+  EXPECT_THAT(demo.out, HasSubstr("1| " + kAnswer));
+  EXPECT_THAT(demo.out, HasSubstr("2| " + kAnswer));
+  for (const char* part : {"TTFT", "tok/s", "KV cache: at most", "finish eos"}) EXPECT_THAT(demo.out, HasSubstr(part));
+}
+
+TEST_F(Commands, BenchServeCountsWhatItAsked) {
+  Finished bench = RunToEnd({"bench", "serve", "--url", server_->address(), "--num-prompts", "6", "--max-concurrency",
+                             "3", "--input-len", "20", "--output-len", "9", "--json"});
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  auto parsed = ParseJson(bench.out);
+  ASSERT_TRUE(parsed.ok()) << bench.out;
+  EXPECT_EQ((*parsed)["completed"], 6);
+  EXPECT_EQ((*parsed)["failed"], 0);
+  EXPECT_EQ((*parsed)["total_input_tokens"], 120);
+  EXPECT_EQ((*parsed)["total_output_tokens"], 54);
+  EXPECT_GT((*parsed)["mean_ttft_ms"], 0);
+}
+
+TEST(Offline, BenchMeasuresEachNumberOfStreams) {
+  Finished bench = RunToEnd({"bench", "offline", "--model", kTiny, "--streams", "1,3", "--input-len", "20",
+                             "--output-len", "12", "--kv-memory", "16MiB", "--json"});
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  auto parsed = ParseJson(bench.out);
+  ASSERT_TRUE(parsed.ok()) << bench.out;
+  ASSERT_EQ((*parsed)["results"].size(), 2u);
+  EXPECT_EQ((*parsed)["results"][1]["streams"], 3);
+  EXPECT_GT((*parsed)["results"][1]["decode_tokens_per_second"], 0);
+}
+
+TEST(Offline, InspectSaysWhatACheckpointIs) {
+  Finished inspect = RunToEnd({"inspect", kTiny});
+  EXPECT_EQ(inspect.code, 0) << inspect.err;
+  EXPECT_THAT(inspect.out, HasSubstr("LlamaForCausalLM"));
+  Finished json = RunToEnd({"inspect", kTiny, "--json"});
+  EXPECT_TRUE(ParseJson(json.out).ok()) << json.out;
+}
+
+}  // namespace
+}  // namespace altiplano::e2e

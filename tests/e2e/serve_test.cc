@@ -1,0 +1,356 @@
+// A server from READY to exit, by way of gRPC.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <regex>
+#include <thread>
+
+#include "server/base/json.h"
+#include "server/base/strings.h"
+#include "server/cli/client.h"
+#include "tests/e2e/process_testlib.h"
+
+namespace altiplano::e2e {
+namespace {
+
+namespace v1 = inference::v1;
+using cli::Answer;
+using cli::Cancellation;
+using cli::Client;
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
+
+const std::string kTiny = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
+
+std::unique_ptr<Client> ConnectTo(Server& server) {
+  if (server.address().empty()) {
+    ADD_FAILURE() << "not READY: " << server.process().Errors();
+    return nullptr;
+  }
+  auto client = Client::Connect(server.address(), std::chrono::seconds(kPatience));
+  EXPECT_TRUE(client.ok()) << client.status().ToString();
+  return client.ok() ? std::move(*client) : nullptr;
+}
+
+v1::GenerateRequest Chat(const std::string& text) {
+  v1::GenerateRequest request;
+  auto* message = request.mutable_chat()->add_messages();
+  message->set_role(v1::ROLE_USER);
+  message->set_content(text);
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_stopping()->set_max_new_tokens(64);
+  return request;
+}
+
+// Goes on for `tokens` whatever is sampled.
+v1::GenerateRequest Endless(uint32_t tokens) {
+  v1::GenerateRequest request = Chat("Tell me a story.");
+  request.mutable_stopping()->set_max_new_tokens(tokens);
+  request.mutable_stopping()->set_ignore_eos(true);
+  return request;
+}
+
+Status Ask(Client& client, const v1::GenerateRequest& request, std::string* text, Answer* answer = nullptr) {
+  Answer unused;
+  return client.StreamGenerate(
+      request, [&](const v1::Delta& delta) { *text += delta.text(); }, answer != nullptr ? answer : &unused);
+}
+
+// Polls until `done` or until patience ends.
+template <typename Done>
+bool Eventually(Done done) {
+  auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(kPatience);
+  while (!done()) {
+    if (std::chrono::steady_clock::now() > limit) return false;
+    std::this_thread::sleep_for(milliseconds(3));
+  }
+  return true;
+}
+
+struct Golden {
+  std::string id, question, text;
+};
+
+// Goldens that are one user message with an answer that ended, decided by clear margins.
+std::vector<Golden> ChatGoldens() {
+  std::ifstream in(kTiny + "/goldens.json");
+  std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  auto json = ParseJson(text);
+  EXPECT_TRUE(json.ok());
+  std::vector<Golden> goldens;
+  for (const Json& row : *json) {
+    bool one_question = row.contains("messages") && !row.contains("tools") && row["messages"].size() == 1 &&
+                        row["messages"][0]["role"] == "user" && row["messages"][0].size() == 2;
+    if (!one_question || row["stopped"] != true || row["min_margin"] < 0.05) continue;
+    goldens.push_back({row["id"], row["messages"][0]["content"], row["greedy_text"]});
+  }
+  return goldens;
+}
+
+// One server for all tests that leave it as they found it.
+class Serve : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    server_ = new Server({"--admin-listen", "127.0.0.1:0"});
+    client_ = ConnectTo(*server_).release();
+  }
+  static void TearDownTestSuite() {
+    delete client_;
+    delete server_;
+  }
+  void SetUp() override { ASSERT_NE(client_, nullptr); }
+
+  static Server* server_;
+  static Client* client_;
+};
+Server* Serve::server_ = nullptr;
+Client* Serve::client_ = nullptr;
+
+TEST_F(Serve, ReadyLineSaysWhereWhatAndHowMuch) {
+  std::smatch match;
+  const std::string line = server_->ready_line();
+  ASSERT_TRUE(
+      std::regex_match(line, match,
+                       std::regex("READY address=127\\.0\\.0\\.1:([0-9]+) admin=127\\.0\\.0\\.1:([0-9]+) model=tiny "
+                                  "kv_tokens=([0-9]+) seconds=([0-9]+\\.[0-9]+)")))
+      << line;
+  EXPECT_GT(std::stoi(match[1]), 0);
+  auto load = client_->GetLoad();
+  ASSERT_TRUE(load.ok()) << load.status().ToString();
+  EXPECT_EQ(std::stoull(match[3]), load->kv_blocks_total() * load->kv_block_tokens());
+  // 64 MiB of f32 K and V: 4 layers, 4 heads of 64.
+  EXPECT_EQ(std::stoull(match[3]), (64ull << 20) / (2 * 4 * 4 * 64 * 4));
+}
+
+TEST_F(Serve, StreamedAnswersEqualTheGoldensAllAtOnce) {
+  std::vector<Golden> goldens = ChatGoldens();
+  ASSERT_GE(goldens.size(), 8u);
+  std::vector<std::string> texts(goldens.size());
+  std::vector<Status> statuses(goldens.size());
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < goldens.size(); ++i) {
+    threads.emplace_back([&, i] { statuses[i] = Ask(*client_, Chat(goldens[i].question), &texts[i]); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < goldens.size(); ++i) {
+    EXPECT_TRUE(statuses[i].ok()) << statuses[i].ToString();
+    EXPECT_EQ(texts[i], goldens[i].text) << goldens[i].id;
+  }
+}
+
+TEST_F(Serve, HealthOfServerAndServices) {
+  for (const char* service : {"", "altiplano.inference.v1.InferenceService", "altiplano.inference.v1.StatusService"}) {
+    auto health = client_->Health(service, std::chrono::seconds(kPatience));
+    ASSERT_TRUE(health.ok()) << service << ": " << health.status().ToString();
+    EXPECT_EQ(*health, "SERVING") << service;
+  }
+  EXPECT_EQ(client_->Health("no.such.Service", std::chrono::seconds(kPatience)).status().code(), Code::kNotFound);
+}
+
+TEST_F(Serve, ErrorsCarryTheirDetails) {
+  v1::GenerateRequest request = Chat("x");
+  request.mutable_sampling()->set_top_p(1.5f);
+  std::string text;
+  Status status = Ask(*client_, request, &text);
+  EXPECT_EQ(status.code(), Code::kInvalidArgument) << status.ToString();
+  ASSERT_NE(status.detail(), nullptr);
+  ASSERT_FALSE(status.detail()->field_violations.empty());
+  EXPECT_THAT(status.detail()->field_violations[0].field, HasSubstr("top_p"));
+  EXPECT_THAT(cli::DescribeError(status), HasSubstr("INVALID_ARGUMENT"));
+}
+
+TEST_F(Serve, TwoHundredRandomCancelsLeaveThePoolFull) {
+  std::mt19937 random(7);
+  std::vector<int> delays;
+  for (int i = 0; i < 200; ++i) delays.push_back(static_cast<int>(random() % 12));
+  std::atomic<size_t> next = 0;
+  std::atomic<int> cancelled = 0;
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 10; ++i) {
+    callers.emplace_back([&] {
+      for (size_t index = next++; index < delays.size(); index = next++) {
+        Cancellation cancellation;
+        std::thread canceller([&, index] {
+          std::this_thread::sleep_for(milliseconds(delays[index]));
+          cancellation.Cancel();
+        });
+        Answer answer;
+        Status status = client_->StreamGenerate(
+            Endless(4000), [](const v1::Delta&) {}, &answer, &cancellation);
+        canceller.join();
+        if (status.code() == Code::kCancelled) ++cancelled;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(cancelled, 200);
+  v1::Load load;
+  EXPECT_TRUE(Eventually([&] {
+    load = client_->GetLoad().value();
+    return load.kv_blocks_used() == 0 && load.running_requests() == 0 && load.waiting_requests() == 0;
+  })) << load.DebugString();
+  std::string text;
+  Golden golden = ChatGoldens().front();
+  EXPECT_TRUE(Ask(*client_, Chat(golden.question), &text).ok());
+  EXPECT_EQ(text, golden.text) << "and it still answers";
+}
+
+TEST(Drain, LiveStreamFinishesNewOnesAreRefusedExitIsZero) {
+  Server server;
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  std::atomic<bool> started = false;
+  Answer answer;
+  Status status;
+  std::thread stream([&] {
+    status = client->StreamGenerate(
+        Endless(1500), [&](const v1::Delta&) { started = true; }, &answer);
+  });
+  ASSERT_TRUE(Eventually([&] { return started.load(); }));
+  server.process().Signal(SIGTERM);
+  EXPECT_TRUE(Eventually([&] { return client->Health("", std::chrono::seconds(kPatience)).value() == "NOT_SERVING"; }));
+  std::string text;
+  Status refused = OkStatus();
+  EXPECT_TRUE(Eventually([&] { return !(refused = Ask(*client, Chat("x"), &text)).ok(); }));
+  EXPECT_EQ(refused.code(), Code::kUnavailable) << refused.ToString();
+  stream.join();
+  EXPECT_TRUE(status.ok()) << status.ToString();
+  EXPECT_EQ(answer.tokens, 1500u);
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+  EXPECT_EQ(server.process().output(), server.ready_line() + "\n") << "one line on stdout in all";
+}
+
+TEST(Drain, SecondSignalStopsAtOnceAndExitsZero) {
+  Server server;
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  std::atomic<bool> started = false;
+  Answer answer;
+  Status status;
+  std::thread stream([&] {
+    status = client->StreamGenerate(
+        Endless(60000), [&](const v1::Delta&) { started = true; }, &answer);
+  });
+  ASSERT_TRUE(Eventually([&] { return started.load(); }));
+  server.process().Signal(SIGTERM);
+  EXPECT_TRUE(Eventually([&] { return client->Health("", std::chrono::seconds(kPatience)).value() == "NOT_SERVING"; }));
+  server.process().Signal(SIGTERM);
+  stream.join();
+  EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  EXPECT_LT(answer.tokens, 60000u);
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+}
+
+TEST(Drain, TimeoutEndsWhatStillRuns) {
+  Server server({"--drain-timeout", "50ms"});
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  std::atomic<bool> started = false;
+  Answer answer;
+  Status status;
+  std::thread stream([&] {
+    status = client->StreamGenerate(
+        Endless(60000), [&](const v1::Delta&) { started = true; }, &answer);
+  });
+  ASSERT_TRUE(Eventually([&] { return started.load(); }));
+  server.process().Signal(SIGINT);  // as good as SIGTERM
+  stream.join();
+  EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+}
+
+// Half of them while it starts, half with live streams.
+TEST(Signals, TermAtRandomMomentsExitsZero) {
+  const char* wanted = std::getenv("ALTIPLANO_E2E_SIGTERMS");
+  int rounds = wanted != nullptr ? std::atoi(wanted) : 15;
+  std::mt19937 random(11);
+  for (int round = 0; round < rounds; ++round) {
+    Server server;
+    ASSERT_TRUE(server.process().WaitUntilTermIsHandled()) << server.process().Errors();
+    std::vector<std::thread> streams;
+    std::unique_ptr<Client> client;
+    if (round % 2 == 1) {
+      client = ConnectTo(server);
+      ASSERT_NE(client, nullptr);
+      for (int i = 0; i < 4; ++i) {
+        streams.emplace_back([&] {
+          std::string text;
+          (void)Ask(*client, Endless(100), &text);
+        });
+      }
+    }
+    auto delay = std::chrono::microseconds(random() % 60000);
+    std::this_thread::sleep_for(delay);
+    server.process().Signal(SIGTERM);
+    for (std::thread& stream : streams) stream.join();
+    ASSERT_EQ(server.process().Wait(), 0) << "round " << round << ", after " << delay.count() << " us\n"
+                                          << server.process().Errors();
+  }
+}
+
+TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
+  namespace fs = std::filesystem;
+  fs::path folder = fs::path(::testing::TempDir()) / StrCat("altiplano-e2e-", getpid());
+  auto copy = [&](const char* name) {
+    fs::create_directories(folder);
+    fs::copy(kTiny, folder / name);
+    return folder / name;
+  };
+  auto write = [](const fs::path& path, std::string_view text) { std::ofstream(path) << text; };
+  fs::path truncated = copy("truncated");
+  fs::resize_file(truncated / "model.safetensors", fs::file_size(truncated / "model.safetensors") - 100);
+  fs::path bad_config = copy("bad_config");
+  write(bad_config / "config.json", "{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": -1}");
+  fs::path no_tokenizer = copy("no_tokenizer");
+  fs::remove(no_tokenizer / "tokenizer.json");
+  fs::path other_template = copy("other_template");
+  write(other_template / "chat_template.jinja", "{{ messages }}");
+  fs::path empty = folder / "empty";
+  fs::create_directories(empty);
+  struct {
+    fs::path model;
+    std::string part;
+  } cases[] = {{"/nowhere/model", "/nowhere/model"}, {empty, "empty"},
+               {truncated, "model.safetensors"},     {bad_config, "hidden_size"},
+               {no_tokenizer, "tokenizer"},          {other_template, "--chat-format"}};
+  for (const auto& c : cases) {
+    Finished finished = RunToEnd({"serve", "--model", c.model, "--listen", "127.0.0.1:0", "--log-level", "off"});
+    EXPECT_EQ(finished.code, 65) << c.model << ": " << finished.err;
+    EXPECT_EQ(finished.out, "") << c.model;
+    EXPECT_THAT(finished.err, ::testing::StartsWith("altiplano serve: ")) << c.model;
+    EXPECT_THAT(finished.err, HasSubstr(c.part)) << c.model;
+    EXPECT_EQ(std::count(finished.err.begin(), finished.err.end(), '\n'), 1) << finished.err;
+  }
+  fs::remove_all(folder);
+}
+
+TEST(BadStart, NoDeviceNoMemoryNoAddressAre69) {
+  Server first;
+  ASSERT_FALSE(first.address().empty()) << first.process().Errors();
+  std::vector<std::string> base = {"serve", "--model", kTiny, "--log-level", "off"};
+  struct {
+    std::vector<std::string> flags;
+    std::string part;
+  } cases[] = {{{"--listen", "127.0.0.1:0", "--device", "cuda"}, "cuda"},
+               {{"--listen", "127.0.0.1:0", "--kv-memory", "1000TiB"}, "KV cache"},
+               {{"--listen", first.address()}, first.address()}};
+  for (const auto& c : cases) {
+    std::vector<std::string> arguments = base;
+    arguments.insert(arguments.end(), c.flags.begin(), c.flags.end());
+    Finished finished = RunToEnd(arguments);
+    EXPECT_EQ(finished.code, 69) << finished.err;
+    EXPECT_THAT(finished.err, HasSubstr(c.part));
+    EXPECT_EQ(std::count(finished.err.begin(), finished.err.end(), '\n'), 1) << finished.err;
+  }
+}
+
+}  // namespace
+}  // namespace altiplano::e2e

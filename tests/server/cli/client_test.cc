@@ -1,0 +1,189 @@
+// The client against a server that does what each test tells it.
+#include "server/cli/client.h"
+
+#include <gmock/gmock.h>
+#include <google/rpc/error_details.pb.h>
+#include <google/rpc/status.pb.h>
+#include <grpcpp/server_builder.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <thread>
+
+#include "server/base/strings.h"
+
+namespace altiplano::cli {
+namespace {
+
+using ::testing::HasSubstr;
+using Writer = grpc::ServerWriter<v1::StreamGenerateResponse>;
+
+class FakeInference : public v1::InferenceService::Service {
+ public:
+  std::function<grpc::Status(grpc::ServerContext*, const v1::GenerateRequest&, Writer*)> stream;
+
+  grpc::Status StreamGenerate(grpc::ServerContext* context, const v1::StreamGenerateRequest* request,
+                              Writer* writer) override {
+    return stream(context, request->request(), writer);
+  }
+};
+
+class ClientTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(&service_);
+    server_ = builder.BuildAndStart();
+    auto client = Client::Connect(StrCat("grpc://127.0.0.1:", port, "/"), std::chrono::seconds(30));
+    ASSERT_TRUE(client.ok()) << client.status().ToString();
+    client_ = std::move(*client);
+  }
+  void TearDown() override { server_->Shutdown(std::chrono::system_clock::now()); }
+
+  static v1::StreamGenerateResponse Delta(uint64_t number, const std::string& text, uint32_t tokens) {
+    v1::StreamGenerateResponse response;
+    response.set_sequence_number(number);
+    auto* item = response.mutable_deltas()->add_items();
+    item->set_text(text);
+    item->set_num_tokens(tokens);
+    return response;
+  }
+
+  FakeInference service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<Client> client_;
+};
+
+TEST_F(ClientTest, StreamGathersAnAnswer) {
+  service_.stream = [](grpc::ServerContext*, const v1::GenerateRequest& request, Writer* writer) {
+    v1::StreamGenerateResponse started;
+    started.mutable_started()->set_request_id(request.request_id());
+    writer->Write(started);
+    writer->Write(Delta(1, "Hel", 1));
+    v1::StreamGenerateResponse last = Delta(2, "lo", 3);
+    last.mutable_deltas()->mutable_items(0)->mutable_finish()->set_reason(v1::FINISH_REASON_LENGTH);
+    writer->Write(last);
+    v1::StreamGenerateResponse completed;
+    completed.set_sequence_number(3);
+    completed.mutable_completed()->mutable_usage()->set_completion_tokens(4);
+    writer->Write(completed);
+    return grpc::Status::OK;
+  };
+  v1::GenerateRequest request;
+  request.set_request_id("r1");
+  std::string text;
+  Answer answer;
+  Status status = client_->StreamGenerate(
+      request, [&](const v1::Delta& delta) { text += delta.text(); }, &answer);
+  ASSERT_TRUE(status.ok()) << status.ToString();
+  EXPECT_EQ(text, "Hello");
+  EXPECT_EQ(answer.prompt.request_id(), "r1");
+  EXPECT_EQ(answer.tokens, 4u);
+  EXPECT_EQ(answer.intervals.size(), 1u);
+  ASSERT_EQ(answer.finishes.size(), 1u);
+  EXPECT_EQ(answer.finishes[0].reason(), v1::FINISH_REASON_LENGTH);
+  EXPECT_EQ(answer.usage.completion_tokens(), 4u);
+  EXPECT_GT(answer.first_token.count(), 0);
+  EXPECT_GE(answer.total, answer.first_token);
+  EXPECT_GT(answer.TokensPerSecond(), 0);
+}
+
+TEST_F(ClientTest, AGapInTheNumbersIsDataLoss) {
+  service_.stream = [](grpc::ServerContext*, const v1::GenerateRequest&, Writer* writer) {
+    writer->Write(Delta(0, "a", 1));
+    writer->Write(Delta(2, "c", 1));
+    return grpc::Status::OK;
+  };
+  Answer answer;
+  EXPECT_EQ(client_
+                ->StreamGenerate(
+                    {}, [](const v1::Delta&) {}, &answer)
+                .code(),
+            Code::kDataLoss);
+}
+
+TEST_F(ClientTest, ErrorDetailsReachTheReader) {
+  service_.stream = [](grpc::ServerContext*, const v1::GenerateRequest&, Writer*) {
+    google::rpc::Status rich;
+    google::rpc::ErrorInfo info;
+    info.set_reason("CONTEXT_LENGTH_EXCEEDED");
+    (*info.mutable_metadata())["limit"] = "8192";
+    rich.add_details()->PackFrom(info);
+    google::rpc::BadRequest bad;
+    auto* violation = bad.add_field_violations();
+    violation->set_field("sampling.top_p");
+    violation->set_description("is 1.5, must be in (0, 1]");
+    rich.add_details()->PackFrom(bad);
+    google::rpc::RetryInfo retry;
+    retry.mutable_retry_delay()->set_nanos(250000000);
+    rich.add_details()->PackFrom(retry);
+    return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "no", rich.SerializeAsString());
+  };
+  Answer answer;
+  Status status = client_->StreamGenerate(
+      {}, [](const v1::Delta&) {}, &answer);
+  EXPECT_EQ(status.code(), Code::kInvalidArgument);
+  EXPECT_EQ(status.reason(), "CONTEXT_LENGTH_EXCEEDED");
+  std::string text = DescribeError(status);
+  for (const char* part : {"INVALID_ARGUMENT: no", "\n  sampling.top_p: is 1.5, must be in (0, 1]",
+                           "\n  reason CONTEXT_LENGTH_EXCEEDED (limit 8192)", "\n  retry after 250 ms"}) {
+    EXPECT_THAT(text, HasSubstr(part));
+  }
+}
+
+TEST_F(ClientTest, GarbageInsteadOfDetailsIsNoHarm) {
+  service_.stream = [](grpc::ServerContext*, const v1::GenerateRequest&, Writer*) {
+    return grpc::Status(grpc::StatusCode::INTERNAL, "x", "\xFF\xFF\xFFnot a message");
+  };
+  Answer answer;
+  Status status = client_->StreamGenerate(
+      {}, [](const v1::Delta&) {}, &answer);
+  EXPECT_EQ(DescribeError(status), "INTERNAL: x");
+}
+
+TEST_F(ClientTest, CancelFromAnotherThreadEndsTheStream) {
+  std::atomic<bool> saw_cancel = false;
+  service_.stream = [&](grpc::ServerContext* context, const v1::GenerateRequest&, Writer* writer) {
+    uint64_t number = 0;
+    while (!context->IsCancelled()) {
+      writer->Write(Delta(number++, "x", 1));
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    saw_cancel = true;
+    return grpc::Status::CANCELLED;
+  };
+  Cancellation cancellation;
+  Answer answer;
+  int deltas = 0;
+  std::thread canceller;
+  Status status = client_->StreamGenerate(
+      {},
+      [&](const v1::Delta&) {
+        if (++deltas == 3) canceller = std::thread([&] { cancellation.Cancel(); });
+      },
+      &answer, &cancellation);
+  canceller.join();
+  EXPECT_EQ(status.code(), Code::kCancelled);
+  EXPECT_TRUE(cancellation.cancelled());
+  // Cancelled before it begins: ends at once too, until reset.
+  EXPECT_EQ(client_
+                ->StreamGenerate(
+                    {}, [](const v1::Delta&) {}, &answer, &cancellation)
+                .code(),
+            Code::kCancelled);
+  server_->Shutdown();
+  EXPECT_TRUE(saw_cancel);
+}
+
+TEST_F(ClientTest, NobodyThereIsUnavailable) {
+  auto client = Client::Connect("127.0.0.1:1", std::chrono::milliseconds(50));
+  ASSERT_FALSE(client.ok());
+  EXPECT_EQ(client.status().code(), Code::kUnavailable);
+  EXPECT_THAT(client.status().message(), HasSubstr("127.0.0.1:1"));
+}
+
+}  // namespace
+}  // namespace altiplano::cli

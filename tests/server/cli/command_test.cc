@@ -1,0 +1,159 @@
+#include "server/cli/command.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <set>
+
+#include "server/base/json.h"
+#include "server/base/strings.h"
+#include "server/cli/version.h"
+
+namespace altiplano::cli {
+namespace {
+
+using ::testing::HasSubstr;
+
+struct Output {
+  int code;
+  std::string out, err;
+};
+
+Output Invoke(std::vector<std::string_view> arguments) {
+  ::testing::internal::CaptureStdout();
+  ::testing::internal::CaptureStderr();
+  int code = Main(arguments);
+  std::fflush(stdout);
+  Output output{.code = code, .out = "", .err = ""};
+  output.out = ::testing::internal::GetCapturedStdout();
+  output.err = ::testing::internal::GetCapturedStderr();
+  return output;
+}
+
+TEST(Commands, EveryFlagIsWellFormedAndDocumented) {
+  for (const Subcommand& subcommand : Subcommands()) {
+    const Command& command = subcommand.command;
+    EXPECT_NE(subcommand.run, nullptr) << command.name;
+    std::set<std::string_view> names;
+    for (const Flag& flag : command.flags) {
+      std::string where = StrCat(command.name, " --", flag.name);
+      EXPECT_TRUE(names.insert(flag.name).second) << where << " is there twice";
+      EXPECT_GE(flag.meaning.size(), 8u) << where;
+      EXPECT_TRUE(flag.meaning.ends_with('.')) << where;
+      if (flag.type == FlagType::kBool) {
+        EXPECT_TRUE(flag.default_value == "true" || flag.default_value == "false") << where;
+      } else {
+        EXPECT_FALSE(flag.example.empty()) << where;
+      }
+      if (!flag.default_value.empty()) {
+        EXPECT_TRUE(CheckValue(flag, flag.default_value).ok()) << where;
+      }
+    }
+  }
+}
+
+TEST(Commands, HelpOfEach) {
+  for (const Subcommand& subcommand : Subcommands()) {
+    std::vector<std::string_view> arguments;
+    std::string_view name = subcommand.command.name;
+    if (size_t blank = name.find(' '); blank != std::string_view::npos) {
+      arguments = {name.substr(0, blank), name.substr(blank + 1), "--help"};
+    } else {
+      arguments = {name, "--help"};
+    }
+    Output output = Invoke(arguments);
+    EXPECT_EQ(output.code, 0) << name;
+    EXPECT_THAT(output.out, HasSubstr(subcommand.command.summary)) << name;
+    EXPECT_THAT(Invoke({"help"}).out, HasSubstr(name));
+    arguments.pop_back();
+    arguments.insert(arguments.begin(), "help");
+    EXPECT_EQ(Invoke(arguments).out, output.out) << name;
+  }
+}
+
+TEST(Commands, WrongUsageIsOneLineAnd64) {
+  struct {
+    std::vector<std::string_view> arguments;
+    const char* message;
+  } cases[] = {
+      {{"serv"}, "serv: unknown command; did you mean serve?"},
+      {{"qqqqqqqq"}, "qqqqqqqq: unknown command; see altiplano help"},
+      {{"bench", "ofline"}, "bench ofline: unknown command; did you mean bench offline?"},
+      {{"serve", "--modle", "x"}, "altiplano serve: unknown flag --modle; did you mean --model?"},
+      {{"serve"}, "altiplano serve: needs --model"},
+      {{"tokenize", "--text", "x"}, "needs one of --model"},
+      {{"generate", "--prompt", "x"}, "needs one of --model"},
+      {{"generate", "--model", "x", "--prompt", "x", "--system", "y"}, "--system needs --chat"},
+      {{"bench", "serve", "--metric-percentiles", "101"}, "must be numbers from 0 to 100"},
+      {{"serve", "--model", "x", "--config", "/nowhere/x.textproto"}, "/nowhere/x.textproto"},
+  };
+  for (const auto& c : cases) {
+    Output output = Invoke(c.arguments);
+    EXPECT_EQ(output.code, 64) << c.message;
+    EXPECT_THAT(output.err, HasSubstr(c.message));
+    EXPECT_EQ(std::count(output.err.begin(), output.err.end(), '\n'), 1) << output.err;
+    EXPECT_EQ(output.out, "");
+  }
+  EXPECT_EQ(Invoke({}).code, 64);
+}
+
+TEST(Commands, NoServerIs69AndForHealth1) {
+  EXPECT_EQ(Invoke({"health", "--url", "127.0.0.1:1", "--timeout", "50ms"}).code, 1);
+  Output output = Invoke({"chat", "--url", "unix:/nowhere/socket"});
+  EXPECT_EQ(output.code, 69);
+  EXPECT_THAT(output.err, HasSubstr("no server answers at unix:/nowhere/socket"));
+}
+
+TEST(Commands, CheckAndPrintConfigLoadNothing) {
+  Output output = Invoke({"serve", "--model", "/nowhere", "--check"});
+  EXPECT_EQ(output.code, 0) << output.err;
+  output = Invoke({"serve", "--model", "/nowhere", "--max-num-seqs", "7", "--print-config"});
+  EXPECT_EQ(output.code, 0) << output.err;
+  EXPECT_THAT(output.out, HasSubstr("max_num_seqs: 7"));
+  EXPECT_THAT(output.out, HasSubstr("# --max-num-seqs"));
+}
+
+TEST(Commands, ModelErrorsAre65AndOneLine) {
+  for (std::vector<std::string_view> arguments :
+       {std::vector<std::string_view>{"tokenize", "--model", "/nowhere", "--text", "x"},
+        std::vector<std::string_view>{"inspect", "/nowhere"}}) {
+    Output output = Invoke(arguments);
+    EXPECT_EQ(output.code, 65);
+    EXPECT_THAT(output.err, HasSubstr("/nowhere"));
+    EXPECT_EQ(std::count(output.err.begin(), output.err.end(), '\n'), 1) << output.err;
+  }
+}
+
+TEST(Commands, TokenizeShowsIdsAndPieces) {
+  const char* model = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
+  Output output = Invoke({"tokenize", "--model", model, "--text", "Paris <|eot_id|>", "--json"});
+  ASSERT_EQ(output.code, 0) << output.err;
+  auto json = ParseJson(output.out);
+  ASSERT_TRUE(json.ok()) << output.out;
+  EXPECT_EQ((*json)["ids"][0], 1792) << "begin_of_text";
+  std::string joined;
+  for (size_t i = 1; i < (*json)["pieces"].size(); ++i) joined += (*json)["pieces"][i].get<std::string>();
+  EXPECT_EQ(joined, "Paris <|eot_id|>");
+  for (const auto& id : (*json)["ids"]) EXPECT_NE(id, 1801) << "text never becomes a special token";
+  Output lines = Invoke({"tokenize", "--model", model, "--text", "Paris", "--no-bos"});
+  EXPECT_THAT(lines.out, HasSubstr("\t\"P"));
+  EXPECT_THAT(lines.out, ::testing::Not(HasSubstr("begin_of_text")));
+  Output chat = Invoke({"tokenize", "--model", model, "--text", "Hi", "--chat"});
+  EXPECT_THAT(chat.out, HasSubstr("<|start_header_id|>"));
+}
+
+TEST(Commands, VersionIsTheProjects) {
+  std::ifstream in(ALTIPLANO_SOURCE_DIR "/CMakeLists.txt");
+  std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  EXPECT_THAT(text, HasSubstr(StrCat("VERSION ", kVersion, " ")));
+  EXPECT_THAT(Invoke({"version"}).out, HasSubstr(kVersion));
+  auto json = ParseJson(Invoke({"version", "--json"}).out);
+  ASSERT_TRUE(json.ok());
+  EXPECT_EQ((*json)["version"], kVersion);
+}
+
+}  // namespace
+}  // namespace altiplano::cli

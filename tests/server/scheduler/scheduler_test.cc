@@ -1,0 +1,564 @@
+#include "server/scheduler/scheduler.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <set>
+
+#include "tests/server/scheduler/driver_testlib.h"
+
+namespace altiplano {
+namespace {
+
+using std::chrono::milliseconds;
+using testing::AllOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+
+TEST(SchedulerOptions, ContradictionsAreRefusedByName) {
+  auto refusal = [](auto change) {
+    SchedulerOptions options = SmallOptions();
+    change(options);
+    auto scheduler = Scheduler::Create(options);
+    EXPECT_FALSE(scheduler.ok());
+    EXPECT_EQ(scheduler.status().code(), Code::kInvalidArgument);
+    return scheduler.status().message();
+  };
+  EXPECT_THAT(refusal([](auto& o) { o.block_size = 12; }), HasSubstr("block_size is 12"));
+  EXPECT_THAT(refusal([](auto& o) { o.num_blocks = 0; }), HasSubstr("num_blocks is 0"));
+  EXPECT_THAT(refusal([](auto& o) { o.num_blocks = 1 << 30; }), HasSubstr("below 2^31"));
+  EXPECT_THAT(refusal([](auto& o) { o.max_running = 0; }), HasSubstr("max_running is 0"));
+  EXPECT_THAT(refusal([](auto& o) { o.token_budget = 0; }), HasSubstr("token_budget is 0"));
+  EXPECT_THAT(refusal([](auto& o) { o.max_context = 1; }), HasSubstr("max_context is 1"));
+  EXPECT_THAT(refusal([](auto& o) { o.num_blocks = o.block_size = 1; }), HasSubstr("one block of one token"));
+}
+
+TEST(SchedulerOptions, ServableIsBoundedByContextAndByThePool) {
+  SchedulerOptions options = SmallOptions();
+  EXPECT_EQ(Driver(options)->max_servable_tokens(), 100);
+  options.num_blocks = 3;
+  EXPECT_EQ(Driver(options)->max_servable_tokens(), 12);
+}
+
+TEST(Scheduler, OneRequestFromPromptToLength) {
+  Driver driver(SmallOptions());
+  auto request = MakeRequest(5, 3);
+  driver->Add(1, request);
+  auto plan = driver.Plan();
+  ASSERT_EQ(plan->sequences.size(), 1u);
+  EXPECT_EQ(plan->step, 1u);
+  EXPECT_THAT(plan->tokens, ElementsAre(0, 1, 2, 3, 4));
+  EXPECT_EQ(plan->num_prefill_tokens, 5);
+  EXPECT_EQ(plan->sequences[0].num_blocks, 2);
+  EXPECT_TRUE(plan->sequences[0].sample);
+  ASSERT_EQ(plan->slot_inits.size(), 1u);
+  EXPECT_EQ(plan->slot_inits[0].request, request);
+
+  auto next = driver.Plan();  // before the token is known
+  EXPECT_THAT(next->tokens, ElementsAre(-1));
+  EXPECT_TRUE(next->sequences[0].input_from_slot);
+  EXPECT_EQ(next->sequences[0].first_position, 5);
+  EXPECT_EQ(next->num_prefill_tokens, 0);
+  EXPECT_THAT(next->slot_inits, IsEmpty());
+  driver.Apply();
+  driver.RunAll();
+  EXPECT_THAT(driver.TokensOf(1), ElementsAre(1005, 1006, 1007));
+  EXPECT_EQ(driver.FinishOf(1), FinishReason::kLength);
+  EXPECT_TRUE(driver.EndOf(1).status.ok());
+  EXPECT_EQ(driver->load().steps, 3u);  // the last token is never an input
+  EXPECT_EQ(driver->load().generated_tokens, 3u);
+  EXPECT_EQ(driver->load().blocks_used, 0);
+}
+
+TEST(Scheduler, ContextAndPoolEndASequenceAsLength) {
+  for (bool by_pool : {false, true}) {
+    SchedulerOptions options = SmallOptions();
+    (by_pool ? options.num_blocks : options.max_context) = by_pool ? 3 : 12;
+    Driver driver(options);
+    driver->Add(1, MakeRequest(10, 50));
+    driver.RunAll();
+    EXPECT_EQ(driver.TokensOf(1).size(), 2u);
+    EXPECT_EQ(driver.FinishOf(1), FinishReason::kLength);
+  }
+}
+
+TEST(Scheduler, LongPromptsAreComputedInChunksBehindDecodes) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(3, 50));
+  driver.Step();
+  driver->Add(2, MakeRequest(40, 2, 100));
+  std::vector<int> chunks;
+  while (driver.TokensOf(2).empty()) {
+    auto plan = driver.Step();
+    ASSERT_EQ(plan->sequences.size(), 2u);
+    EXPECT_EQ(plan->sequences[0].request, 1u);  // decode first, in every step
+    EXPECT_EQ(plan->sequences[0].num_tokens, 1);
+    EXPECT_LE(plan->tokens.size(), 16u);
+    EXPECT_EQ(plan->num_prefill_tokens, plan->sequences[1].num_tokens);
+    chunks.push_back(plan->sequences[1].num_tokens);
+  }
+  EXPECT_THAT(chunks, ElementsAre(15, 15, 10));
+}
+
+TEST(Scheduler, AdmitsByPriorityThenByArrivalAndNobodyOvertakes) {
+  SchedulerOptions options = SmallOptions();
+  options.max_running = 1;
+  Driver driver(options);
+  for (RequestKey key = 1; key <= 4; ++key) {
+    auto request = MakeRequest(2, 1);
+    request->priority = key == 3 ? 1 : 0;
+    driver->Add(key, request);
+  }
+  driver.RunAll();
+  std::vector<RequestKey> order;
+  for (const Event& event : driver.events) {
+    if (event.kind == Event::Kind::kAdmitted) order.push_back(event.request);
+  }
+  EXPECT_THAT(order, ElementsAre(3, 1, 2, 4));
+}
+
+TEST(Scheduler, ALargeRequestAtTheHeadIsNotStarvedBySmallOnes) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 8;
+  options.prefix_cache = false;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(12, 4));
+  driver.Step();
+  driver->Add(2, MakeRequest(30, 1));
+  driver->Add(3, MakeRequest(2, 1));
+  auto plan = driver.Step();
+  EXPECT_EQ(plan->sequences.size(), 1u);  // 3 would fit, but 2 came first
+  driver.RunAll();
+  EXPECT_TRUE(driver.EndOf(2).status.ok());
+}
+
+// --- Ends ------------------------------------------------------------------------------------------------------------
+
+TEST(Scheduler, StopsAtEosAndStopIdsButNotBeforeTheMinimum) {
+  struct Case {
+    bool ignore_eos;
+    std::vector<TokenId> stop_ids;
+    int min_new;
+    TokenId sampled;
+    FinishReason finish;
+    size_t tokens;
+  };
+  for (const Case& c : {Case{false, {}, 0, 7, FinishReason::kEos, 1}, Case{true, {}, 0, 7, FinishReason::kLength, 5},
+                        Case{false, {9}, 0, 9, FinishReason::kStop, 1}, Case{true, {7}, 0, 7, FinishReason::kStop, 1},
+                        Case{false, {}, 3, 7, FinishReason::kEos, 4}, Case{false, {9}, 2, 9, FinishReason::kStop, 3}}) {
+    Driver driver(SmallOptions());
+    driver.token = [&](const PlannedSequence& planned) {
+      EXPECT_EQ(planned.ban_stops, planned.first_position + planned.num_tokens - 3 < c.min_new);
+      return c.sampled;
+    };
+    auto request = MakeRequest(3, 5);
+    request->stop.ignore_eos = c.ignore_eos;
+    request->stop.token_ids = c.stop_ids;
+    request->stop.min_new_tokens = c.min_new;
+    driver->Add(1, request);
+    driver.RunAll();
+    EXPECT_EQ(driver.TokensOf(1).size(), c.tokens);
+    EXPECT_EQ(driver.FinishOf(1), c.finish);
+  }
+}
+
+TEST(Scheduler, WhatAnEndedSequenceSampledInTheNextStepIsDropped) {
+  Driver driver(SmallOptions());
+  driver.token = [](const PlannedSequence&) { return 7; };
+  driver->Add(1, MakeRequest(3, 5));
+  driver.Plan();
+  ASSERT_NE(driver.Plan(), nullptr);  // the scheduler cannot know yet that the first token will be EOS
+  driver.Apply();
+  EXPECT_TRUE(driver.Ended(1));
+  EXPECT_EQ(driver->load().blocks_used, 1);  // the step in flight still writes it
+  driver.Apply();
+  EXPECT_EQ(driver->load().blocks_used, 0);
+  EXPECT_THAT(driver.TokensOf(1), ElementsAre(7));
+}
+
+TEST(Scheduler, CancelTakesEffectAtTheNextPlanOrApply) {
+  for (bool at_plan : {false, true}) {
+    Driver driver(SmallOptions());
+    driver->Add(1, MakeRequest(3, 50));
+    driver->Add(2, MakeRequest(3, 50));
+    driver.Step();
+    driver.Plan();
+    driver->Cancel(1, Status(Code::kCancelled, "gone"));
+    driver->Cancel(99, Status(Code::kCancelled, "unknown"));
+    if (at_plan) {
+      auto plan = driver.Plan();
+      ASSERT_EQ(plan->sequences.size(), 1u);
+      EXPECT_EQ(plan->sequences[0].request, 2u);
+    } else {
+      driver.Apply();
+    }
+    EXPECT_EQ(driver.EndOf(1).status.message(), "gone");
+    EXPECT_EQ(driver.FinishOf(1), FinishReason::kCancelled);
+    EXPECT_EQ(driver.TokensOf(1).size(), 1u);  // not that of the step in flight
+    if (at_plan) driver.Apply();
+    EXPECT_EQ(driver->load().blocks_used, 1);  // within one step
+    EXPECT_EQ(driver->load().running_requests, 1);
+  }
+}
+
+TEST(Scheduler, CancelInTheQueueEndsWithoutAdmission) {
+  SchedulerOptions options = SmallOptions();
+  options.max_running = 1;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(3, 50));
+  driver->Add(2, MakeRequest(5, 50));
+  driver.Step();
+  EXPECT_EQ(driver->load().waiting_requests, 1);
+  EXPECT_EQ(driver->load().waiting_tokens, 5);
+  driver->Cancel(2, Status(Code::kCancelled, "gone"));
+  driver.Step();
+  EXPECT_EQ(driver.EventsOf(2).size(), 1u);
+  EXPECT_EQ(driver.EndOf(2).status.code(), Code::kCancelled);
+  EXPECT_EQ(driver->load().waiting_requests, 0);
+  EXPECT_EQ(driver->load().waiting_tokens, 0);
+}
+
+TEST(Scheduler, DeadlinesEndWaitingAndRunningRequests) {
+  SchedulerOptions options = SmallOptions();
+  options.max_running = 2;
+  Driver driver(options);
+  auto timed = [&](auto member, int ms) {
+    auto request = MakeRequest(3, 90);
+    (*request).*member = driver.now + milliseconds(ms);
+    return request;
+  };
+  driver->Add(1, timed(&Request::deadline, 50));
+  driver->Add(2, timed(&Request::time_limit, 60));
+  driver->Add(3, timed(&Request::queue_deadline, 20));
+  EXPECT_EQ(driver->next_deadline(), driver.now + milliseconds(20));
+  driver.Step();
+  driver.now += milliseconds(20);
+  driver.Step();
+  EXPECT_EQ(driver.EndOf(3).status.code(), Code::kDeadlineExceeded);
+  EXPECT_EQ(driver.EndOf(3).status.reason(), "QUEUE_TIMEOUT");
+  EXPECT_EQ(driver->next_deadline(), driver.now + milliseconds(30));
+  driver.now += milliseconds(30);
+  driver.Step();
+  EXPECT_EQ(driver.EndOf(1).status.code(), Code::kDeadlineExceeded);
+  EXPECT_EQ(driver.EndOf(1).status.reason(), "DEADLINE");
+  EXPECT_EQ(driver.EndOf(1).timing.total, milliseconds(50));
+  driver.now += milliseconds(10);
+  driver.Step();
+  EXPECT_TRUE(driver.EndOf(2).status.ok());
+  EXPECT_EQ(driver.FinishOf(2), FinishReason::kTimeLimit);
+  EXPECT_EQ(driver.TokensOf(2).size(), 3u);  // what there was
+  EXPECT_EQ(driver->next_deadline(), kNever);
+  EXPECT_TRUE(driver->idle());
+}
+
+TEST(Scheduler, AdmissionEndsTheQueueDeadline) {
+  Driver driver(SmallOptions());
+  auto request = MakeRequest(3, 90);
+  request->queue_deadline = driver.now + milliseconds(10);
+  driver->Add(1, request);
+  driver.Step();
+  EXPECT_EQ(driver->next_deadline(), kNever);
+  driver.now += milliseconds(20);
+  driver.Step();
+  EXPECT_FALSE(driver.Ended(1));
+}
+
+TEST(Scheduler, NonFiniteScoresEndOneRequestAndWithdrawItsBlocks) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(9, 50));
+  driver->Add(2, MakeRequest(3, 4, 500));
+  driver.Step();
+  driver.finite = [](const PlannedSequence& planned) { return planned.request != 1; };
+  driver.Plan();
+  driver.Plan();
+  driver.Apply();
+  driver.Apply();
+  EXPECT_EQ(driver.EndOf(1).status.code(), Code::kInternal);
+  EXPECT_EQ(driver.EndOf(1).status.reason(), "NON_FINITE_LOGITS");
+  EXPECT_EQ(driver.TokensOf(1).size(), 1u);
+  driver.RunAll();
+  EXPECT_TRUE(driver.EndOf(2).status.ok());
+  EXPECT_EQ(driver.TokensOf(2).size(), 4u);
+  driver->Add(3, MakeRequest(9, 1));
+  driver.RunAll();
+  EXPECT_EQ(driver.CachedTokensOf(3), 0u);  // nothing of what 1 had computed is found again
+}
+
+TEST(Scheduler, AbortEndsEverythingAndForgetsTheStepsInFlight) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(9, 50));
+  driver->Add(2, MakeRequest(90, 5));
+  driver->Add(3, MakeRequest(90, 5));
+  driver.Step();
+  driver.Plan();
+  driver.Plan();
+  driver->Abort(Status(Code::kUnavailable, "device lost"), driver.now, &driver.events);
+  driver->CheckInvariants();
+  for (RequestKey key : {1, 2, 3}) EXPECT_EQ(driver.EndOf(key).status.message(), "device lost");
+  EXPECT_TRUE(driver->idle());
+  EXPECT_EQ(driver->load().blocks_used, 0);
+  EXPECT_EQ(driver->load().blocks_cached, 0);
+  EXPECT_EQ(driver->load().waiting_requests, 0);
+}
+
+// --- The prefix cache ------------------------------------------------------------------------------------------------
+
+TEST(PrefixSharing, RepeatedPromptsAreFoundButOneTokenIsLeft) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(12, 2));
+  driver.RunAll();
+  EXPECT_EQ(driver.CachedTokensOf(1), 0u);
+  driver->Add(2, MakeRequest(12, 2));  // three full blocks, but the last token must be computed
+  auto plan = driver.Step();
+  EXPECT_EQ(driver.CachedTokensOf(2), 8u);
+  EXPECT_EQ(plan->sequences[0].first_position, 8);
+  EXPECT_EQ(plan->sequences[0].num_tokens, 4);
+  driver.RunAll();
+  driver->Add(3, MakeRequest(13, 2));
+  driver.Step();
+  EXPECT_EQ(driver.CachedTokensOf(3), 12u);
+  EXPECT_EQ(driver->load().cached_tokens, 20u);
+  EXPECT_EQ(driver->load().prompt_tokens, 37u);
+}
+
+TEST(PrefixSharing, AnAnswerIsFoundWhenItComesBackAsAPrompt) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(6, 7));
+  driver.RunAll();
+  auto request = MakeRequest(6, 1);
+  for (TokenId token : driver.TokensOf(1)) request->prompt.push_back(token);
+  driver->Add(2, request);
+  driver.RunAll();
+  EXPECT_EQ(driver.CachedTokensOf(2), 12u);  // 13 known, the last was never computed
+}
+
+TEST(PrefixSharing, RunningRequestsShareBlocksWithoutCopying) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(13, 50));
+  driver.Step();
+  driver->Add(2, MakeRequest(13, 50));
+  auto plan = driver.Step();
+  ASSERT_EQ(plan->sequences.size(), 2u);
+  std::vector<std::vector<int32_t>> tables;
+  for (const PlannedSequence& s : plan->sequences) {
+    tables.emplace_back(plan->block_ids.begin() + s.block_begin,
+                        plan->block_ids.begin() + s.block_begin + s.num_blocks);
+  }
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(tables[0][i], tables[1][i]);
+  EXPECT_NE(tables[0][3], tables[1][3]);
+  EXPECT_EQ(driver->load().blocks_used, 5);
+}
+
+TEST(PrefixSharing, NeverAcrossTenantsOrSaltsOrRoundABypass) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(13, 1));
+  driver.RunAll();
+  auto cached = [&](RequestKey key, auto change) {
+    auto request = MakeRequest(13, 1);
+    change(*request);
+    driver->Add(key, request);
+    driver.RunAll();
+    return driver.CachedTokensOf(key);
+  };
+  EXPECT_EQ(cached(2, [](Request& r) { r.tenant = "a"; }), 0u);
+  EXPECT_EQ(cached(3, [](Request& r) { r.cache_salt = "a"; }), 0u);
+  EXPECT_EQ(cached(4, [](Request& r) { r.bypass_prefix_cache = true; }), 0u);
+  EXPECT_EQ(cached(5, [](Request& r) { r.sampling.prompt_top_logprobs = 0; }), 0u);
+  EXPECT_EQ(cached(6, [](Request&) {}), 12u);
+  EXPECT_EQ(cached(7, [](Request& r) { r.tenant = "a"; }), 12u);
+
+  const auto fresh = [](Request& r) { r.prompt[0] = 77; };
+  EXPECT_EQ(cached(8, [&](Request& r) { fresh(r), r.bypass_prefix_cache = true; }), 0u);
+  EXPECT_EQ(cached(9, fresh), 0u);  // a bypass does not publish either
+  const auto scored = [](Request& r) { r.prompt[0] = 78; };
+  EXPECT_EQ(cached(10, [&](Request& r) { scored(r), r.sampling.prompt_top_logprobs = 0; }), 0u);
+  EXPECT_EQ(cached(11, scored), 12u);  // prompt scores do
+}
+
+TEST(PrefixSharing, CachedBlocksAreEvictedBeforeAnyoneWaits) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 6;
+  Driver driver(options);
+  for (RequestKey key = 1; key <= 5; ++key) {
+    driver->Add(key, MakeRequest(20, 4, static_cast<TokenId>(100 * key)));
+    driver.RunAll();
+    EXPECT_TRUE(driver.EndOf(key).status.ok());
+  }
+  EXPECT_GT(driver->load().blocks_cached, 0);
+  const int32_t cached = driver->load().blocks_cached;
+  EXPECT_EQ(driver->ResetPrefixCache(), cached);
+  EXPECT_EQ(driver->load().blocks_cached, 0);
+}
+
+TEST(PrefixSharing, PromptScoresComeInOrderAndInPieces) {
+  Driver driver(SmallOptions());
+  auto request = MakeRequest(20, 2);
+  request->sampling.prompt_top_logprobs = 1;
+  driver->Add(1, request);
+  auto plan = driver.Step();
+  EXPECT_EQ(plan->sequences[0].num_prompt_scores, 16);
+  EXPECT_EQ(plan->prompt_score_ids.front(), 1);
+  driver.RunAll();
+  std::vector<TokenId> scored;
+  for (const Event& event : driver.EventsOf(1)) {
+    if (event.kind == Event::Kind::kToken) break;
+    for (const TokenScore& score : event.prompt_scores) scored.push_back(score.token);
+  }
+  EXPECT_EQ(scored, std::vector<TokenId>(request->prompt.begin() + 1, request->prompt.end()));
+}
+
+// --- Several sequences -----------------------------------------------------------------------------------------------
+
+class Siblings : public testing::TestWithParam<int> {};  // 0: prefix cache, 1: without, 2: bypass
+
+TEST_P(Siblings, ComputeThePromptOnceAndShareItsFullBlocks) {
+  SchedulerOptions options = SmallOptions();
+  options.prefix_cache = GetParam() != 1;
+  Driver driver(options);
+  auto request = MakeRequest(14, 6);
+  request->num_sequences = 3;
+  request->bypass_prefix_cache = GetParam() == 2;
+  driver->Add(1, request);
+  auto plan = driver.Step();
+  ASSERT_EQ(plan->sequences.size(), 1u);  // the others wait for the prompt
+  EXPECT_EQ(plan->sequences[0].num_tokens, 14);
+  plan = driver.Step();
+  ASSERT_EQ(plan->sequences.size(), 3u);
+  std::set<int32_t> blocks(plan->block_ids.begin(), plan->block_ids.end());
+  EXPECT_EQ(blocks.size(), 3u + 3u);  // three shared, one own each
+  for (size_t i = 1; i < 3; ++i) {
+    EXPECT_EQ(plan->sequences[i].first_position, 12);
+    EXPECT_EQ(plan->sequences[i].num_tokens, 2);  // only the tail block is computed again
+  }
+  EXPECT_EQ(driver->load().blocks_used, 6);
+  driver.RunAll();
+  for (uint32_t s = 0; s < 3; ++s) {
+    EXPECT_EQ(driver.TokensOf(1, s).size(), 6u);
+    EXPECT_EQ(driver.FinishOf(1, s), FinishReason::kLength);
+  }
+  EXPECT_EQ(driver.CachedTokensOf(1), 0u);  // not a hit in the cache: sharing is between siblings
+  EXPECT_EQ(driver->load().blocks_used, 0);
+}
+
+TEST_P(Siblings, FindThePromptEvenIfTheFirstHasEndedMeanwhile) {
+  SchedulerOptions options = SmallOptions();
+  options.prefix_cache = GetParam() != 1;
+  options.max_running = 1;
+  Driver driver(options);
+  auto request = MakeRequest(16, 1);
+  request->num_sequences = 3;
+  request->bypass_prefix_cache = GetParam() == 2;
+  driver->Add(1, request);
+  driver.Step();
+  EXPECT_EQ(driver->load().blocks_used, 3);  // kept for those who have not started; the last full block is not
+  auto plan = driver.Step();
+  EXPECT_EQ(plan->sequences[0].first_position, 12);
+  driver.RunAll();
+  EXPECT_EQ(driver->load().blocks_used, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Scheduler, Siblings, testing::Values(0, 1, 2));
+
+TEST(Scheduler, StoppingOneSequenceLeavesItsSiblings) {
+  Driver driver(SmallOptions());
+  auto request = MakeRequest(5, 6);
+  request->num_sequences = 3;
+  driver->Add(1, request);
+  driver->StopSequence(1, 0);  // before it computed the prompt: another has to
+  driver.Step();
+  EXPECT_EQ(driver.FinishOf(1, 0), FinishReason::kStop);
+  driver.Step();
+  driver->StopSequence(1, 1);
+  driver->StopSequence(1, 17);
+  driver->StopSequence(55, 0);
+  driver.RunAll();
+  EXPECT_EQ(driver.FinishOf(1, 1), FinishReason::kStop);
+  EXPECT_EQ(driver.FinishOf(1, 2), FinishReason::kLength);
+  EXPECT_EQ(driver.TokensOf(1, 2).size(), 6u);
+  EXPECT_TRUE(driver.EndOf(1).status.ok());
+}
+
+// --- Preemption ------------------------------------------------------------------------------------------------------
+
+TEST(Preemption, TheNewestGivesUpAndIsComputedAgain) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 6;
+  Driver driver(options);
+  for (RequestKey key = 1; key <= 3; ++key) {
+    auto request = MakeRequest(5, 10, static_cast<TokenId>(100 * key));
+    request->sampling.presence_penalty = 1;
+    driver->Add(key, request);
+  }
+  std::vector<TokenId> history;
+  std::set<std::pair<RequestKey, uint32_t>> started;
+  uint64_t recomputed = 0;
+  while (!driver->idle()) {
+    auto plan = driver.Step();
+    ASSERT_NE(plan, nullptr);
+    for (const SlotInit& init : plan->slot_inits) {
+      const auto key = static_cast<RequestKey>(init.request->prompt[0] / 100);
+      if (started.emplace(key, init.sequence).second) continue;
+      EXPECT_NE(key, 1u);
+      EXPECT_EQ(init.output_history, driver.TokensOf(key));  // Step: results are applied when the next plan is made
+      ++recomputed;
+    }
+  }
+  EXPECT_GT(recomputed, 0u);
+  EXPECT_EQ(driver.EndOf(1).timing.preemptions, 0u);  // the oldest never gives up
+  EXPECT_GT(driver.EndOf(3).timing.preemptions, 0u);
+  EXPECT_EQ(driver->load().preemptions, driver.EndOf(2).timing.preemptions + driver.EndOf(3).timing.preemptions);
+  for (RequestKey key = 1; key <= 3; ++key) EXPECT_EQ(driver.TokensOf(key).size(), 10u);
+}
+
+TEST(Preemption, TheLowestPriorityGivesUpButNotTheOldest) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 7;
+  options.prefix_cache = false;
+  Driver driver(options);
+  const int priorities[] = {-5, -1, 0};  // the oldest has the lowest
+  for (RequestKey key = 1; key <= 3; ++key) {
+    auto request = MakeRequest(6, 14, static_cast<TokenId>(100 * key));
+    request->priority = priorities[key - 1];
+    driver->Add(key, request);
+    driver.Step();
+  }
+  driver.RunAll();
+  EXPECT_EQ(driver.EndOf(1).timing.preemptions, 0u);
+  EXPECT_GT(driver.EndOf(2).timing.preemptions, 0u);
+  EXPECT_EQ(driver.EndOf(3).timing.preemptions, 0u);
+}
+
+TEST(Preemption, SiblingsOfTheOldestMakeRoomForTheFirst) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 4;
+  options.prefix_cache = false;
+  Driver driver(options);
+  auto request = MakeRequest(5, 11);
+  request->num_sequences = 3;
+  driver->Add(1, request);
+  driver.RunAll();
+  for (uint32_t s = 0; s < 3; ++s) EXPECT_EQ(driver.TokensOf(1, s).size(), 11u);
+}
+
+TEST(Preemption, BlocksComingBackAreWaitedForNotPreemptedFor) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 9;
+  options.prefix_cache = false;
+  Driver driver(options);
+  // 1 and 2 want a block in the same step; 4 alone, with four blocks to give, is enough.
+  driver->Add(1, MakeRequest(7, 20));
+  driver->Add(2, MakeRequest(7, 20));
+  driver->Add(3, MakeRequest(5, 2));
+  driver->Add(4, MakeRequest(9, 20));
+  while (driver->load().preemptions == 0)
+    ASSERT_TRUE(driver.Plan() && (driver.num_in_flight() < 2 || (driver.Apply(), true)));
+  EXPECT_EQ(driver->load().preemptions, 1u);
+  while (driver.num_in_flight() > 0) driver.Apply();
+  driver.RunAll();
+  for (RequestKey key = 1; key <= 3; ++key) EXPECT_EQ(driver.EndOf(key).timing.preemptions, 0u);
+}
+
+}  // namespace
+}  // namespace altiplano
