@@ -308,7 +308,7 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   fs::path truncated = copy("truncated");
   fs::resize_file(truncated / "model.safetensors", fs::file_size(truncated / "model.safetensors") - 100);
   fs::path bad_config = copy("bad_config");
-  write(bad_config / "config.json", "{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": -1}");
+  write(bad_config / "config.json", R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})");
   fs::path no_tokenizer = copy("no_tokenizer");
   fs::remove(no_tokenizer / "tokenizer.json");
   fs::path other_template = copy("other_template");
@@ -319,7 +319,7 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
     fs::path model;
     std::string part;
   } cases[] = {{"/nowhere/model", "/nowhere/model"}, {empty, "empty"},
-               {truncated, "model.safetensors"},     {bad_config, "hidden_size"},
+               {truncated, "model.safetensors"},     {bad_config, "vocab_size"},
                {no_tokenizer, "tokenizer"},          {other_template, "--chat-format"}};
   for (const auto& c : cases) {
     Finished finished = RunToEnd({"serve", "--model", c.model, "--listen", "127.0.0.1:0", "--log-level", "off"});

@@ -112,12 +112,12 @@ class Matrix {
 // folds, one addition for each block of K, at most K/128 + 1 of them, and the product's own rounding; vdpbf16ps and AMX
 // take two roundings a step of 32, or 18 and one more for each step. d = K/8 + K/128 + 24 covers all. Denormal inputs,
 // products or sums may count as zero: 2^-126 for each of K. Adding to what is there rounds once more; bf16 results are
-// rounded to 8 bits, half a unit being 2^-9 of the value.
+// rounded to 8 bits, half a unit being at most 2^-8 of the value.
 double Bound(int64_t k, double magnitude, double before, double exact, DType out) {
   const double u = 0x1p-24, d = static_cast<double>(k / 8 + k / 128 + 24);
   double bound = d * u / (1 - d * u) * magnitude + static_cast<double>(k) * 0x1p-126 * 8;
   bound += u * (std::abs(before) + std::abs(exact) + bound);
-  if (out == DType::kBF16) bound += 0x1p-9 * (std::abs(exact) + bound);
+  if (out == DType::kBF16) bound += 0x1p-8 * (std::abs(exact) + bound);
   return bound;
 }
 

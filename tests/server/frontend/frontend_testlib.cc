@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <iterator>
+#include <thread>
 
 #include "server/frontend/prepare.h"
 
@@ -210,7 +212,12 @@ void TestServer::Attach() {
 TestServer::~TestServer() {
   Release();
   server_->Stop();
+  // gRPC lets go of a call's object on its own threads, a moment after the call has ended.
   LiveObjects live = server_->live_objects();
+  for (int i = 0; i < 1000 && live.calls + live.text_jobs + live.watchers > 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    live = server_->live_objects();
+  }
   EXPECT_EQ(live.calls, 0);
   EXPECT_EQ(live.text_jobs, 0);
   EXPECT_EQ(live.watchers, 0);

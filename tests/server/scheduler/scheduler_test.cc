@@ -198,7 +198,8 @@ TEST(Scheduler, CancelTakesEffectAtTheNextPlanOrApply) {
     EXPECT_EQ(driver.FinishOf(1), FinishReason::kCancelled);
     EXPECT_EQ(driver.TokensOf(1).size(), 1u);  // not that of the step in flight
     if (at_plan) driver.Apply();
-    EXPECT_EQ(driver->load().blocks_used, 1);  // within one step
+    // Within one step only request 2 holds blocks; the plan after the next took its second one.
+    EXPECT_EQ(driver->load().blocks_used, at_plan ? 2 : 1);
     EXPECT_EQ(driver->load().running_requests, 1);
   }
 }
@@ -495,15 +496,16 @@ TEST(Preemption, TheNewestGivesUpAndIsComputedAgain) {
   std::set<std::pair<RequestKey, uint32_t>> started;
   uint64_t recomputed = 0;
   while (!driver->idle()) {
-    auto plan = driver.Step();
+    auto plan = driver.Plan();
     ASSERT_NE(plan, nullptr);
     for (const SlotInit& init : plan->slot_inits) {
       const auto key = static_cast<RequestKey>(init.request->prompt[0] / 100);
       if (started.emplace(key, init.sequence).second) continue;
       EXPECT_NE(key, 1u);
-      EXPECT_EQ(init.output_history, driver.TokensOf(key));  // Step: results are applied when the next plan is made
+      EXPECT_EQ(init.output_history, driver.TokensOf(key));
       ++recomputed;
     }
+    driver.Apply();
   }
   EXPECT_GT(recomputed, 0u);
   EXPECT_EQ(driver.EndOf(1).timing.preemptions, 0u);  // the oldest never gives up
@@ -514,7 +516,7 @@ TEST(Preemption, TheNewestGivesUpAndIsComputedAgain) {
 
 TEST(Preemption, TheLowestPriorityGivesUpButNotTheOldest) {
   SchedulerOptions options = SmallOptions();
-  options.num_blocks = 7;
+  options.num_blocks = 10;  // two of the three requests to their ends
   options.prefix_cache = false;
   Driver driver(options);
   const int priorities[] = {-5, -1, 0};  // the oldest has the lowest
@@ -548,8 +550,8 @@ TEST(Preemption, BlocksComingBackAreWaitedForNotPreemptedFor) {
   options.prefix_cache = false;
   Driver driver(options);
   // 1 and 2 want a block in the same step; 4 alone, with four blocks to give, is enough.
-  driver->Add(1, MakeRequest(7, 20));
-  driver->Add(2, MakeRequest(7, 20));
+  driver->Add(1, MakeRequest(7, 5));
+  driver->Add(2, MakeRequest(7, 5));
   driver->Add(3, MakeRequest(5, 2));
   driver->Add(4, MakeRequest(9, 20));
   while (driver->load().preemptions == 0)
