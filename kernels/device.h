@@ -1,7 +1,7 @@
 // Devices as the model sees them: streams that run ops in order, buffers that own memory, events that order streams.
 //
-// A CPU stream owns a fixed team of threads and runs each op to its end before returning. A CUDA stream returns at once.
-// Errors: what the operator can cause (no device, out of memory) is reported by value; a broken invariant dies.
+// A CPU stream owns a fixed team of threads and runs each op to its end before returning. A CUDA stream returns at
+// once. Errors: what the operator can cause (no device, out of memory) is reported by value; a broken invariant dies.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,8 @@ class Stream {
   ~Stream();
 
   Device device() const { return device_; }
-  ThreadTeam& team() const { return *team_; }      // CPU only
-  void* cuda_stream() const { return cuda_; }      // CUDA only: a cudaStream_t
+  ThreadTeam& team() const { return *team_; }  // CPU only
+  void* cuda_stream() const { return cuda_; }  // CUDA only: a cudaStream_t
   // Waits until all ops issued so far are done. Empty string, or the device's (sticky) error.
   std::string Synchronize();
 
@@ -41,8 +41,8 @@ class Stream {
   void* const cuda_;
 };
 
-// Device memory, 64-byte aligned (CPU: huge pages where the system grants them), released on destruction. Contents start
-// undefined except on the CPU, where they are zero.
+// Device memory, 64-byte aligned (CPU: huge pages where the system grants them), released on destruction. Contents
+// start undefined except on the CPU, where they are zero.
 class Buffer {
  public:
   Buffer() = default;
@@ -72,7 +72,7 @@ class Buffer {
 void Copy(Stream& stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
 
 struct MemoryInfo {
-  size_t free_bytes = 0;   // CPU: what the system (or the cgroup) would still give
+  size_t free_bytes = 0;  // CPU: what the system (or the cgroup) would still give
   size_t total_bytes = 0;
 };
 MemoryInfo QueryMemory(Device device, int ordinal = 0);

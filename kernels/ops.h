@@ -1,8 +1,9 @@
 // All that the model may call. One Args struct per op, outputs first; scratch comes from the caller; nothing allocates.
 //
-// Letters in shapes, the same everywhere: T tokens in the step, B sequences in the step, R rows whose logits are wanted,
-// H hidden, Hq query heads, Hkv KV heads, D head dim, F ffn, V vocabulary, P pages, S page size; ' = this rank's shard.
-// "act" is the activation dtype, f32 or bf16, equal to the weights' dtype. Accumulation, softmax and norms are f32.
+// Letters in shapes, the same everywhere: T tokens in the step, B sequences in the step, R rows whose logits are
+// wanted, H hidden, Hq query heads, Hkv KV heads, D head dim, F ffn, V vocabulary, P pages, S page size; ' = this
+// rank's shard. "act" is the activation dtype, f32 or bf16, equal to the weights' dtype. Accumulation, softmax and
+// norms are f32.
 //
 // The door (ops.cc) checks named dimensions once and dies on a mismatch (a bug, never a caller's doing), then calls
 // cpu::X or cuda::X by the stream's device. Index data (ids, positions, tables) lives on the stream's device.
@@ -99,16 +100,16 @@ void GatherRows(Stream& stream, const GatherRowsArgs& args);
 
 // How one row is sampled. Penalties and bias first, then greedy or: temperature, top_k, top_p, min_p, then the draw.
 struct SampleParams {
-  float temperature = 1;           // 0: greedy, lowest id wins ties
-  int32_t top_k = 0;               // 0: off
-  float top_p = 1;                 // smallest set whose mass reaches top_p (the crossing token is kept); 1: off
-  float min_p = 0;                 // keep p >= min_p * p_max; 0: off
-  float presence_penalty = 0;      // subtracted once from tokens in the output
-  float frequency_penalty = 0;     // subtracted per occurrence in the output
-  float repetition_penalty = 1;    // of tokens in prompt or output: logit > 0 ? logit / r : logit * r
-  uint64_t seed = 0;               // Philox4x32-10 with key = seed and counter = (position, sequence)
-  uint32_t sequence = 0;           // index among the request's sequences
-  int64_t position = 0;            // of the token to be sampled, in the sequence
+  float temperature = 1;         // 0: greedy, lowest id wins ties
+  int32_t top_k = 0;             // 0: off
+  float top_p = 1;               // smallest set whose mass reaches top_p (the crossing token is kept); 1: off
+  float min_p = 0;               // keep p >= min_p * p_max; 0: off
+  float presence_penalty = 0;    // subtracted once from tokens in the output
+  float frequency_penalty = 0;   // subtracted per occurrence in the output
+  float repetition_penalty = 1;  // of tokens in prompt or output: logit > 0 ? logit / r : logit * r
+  uint64_t seed = 0;             // Philox4x32-10 with key = seed and counter = (position, sequence)
+  uint32_t sequence = 0;         // index among the request's sequences
+  int64_t position = 0;          // of the token to be sampled, in the sequence
   // Log-probabilities wanted besides the sampled token's: -1 none at all, 0 the token's own, n the n most probable.
   int32_t top_logprobs = -1;
   const int32_t* bias_ids = nullptr;  // [num_bias], added to the logits
@@ -145,9 +146,9 @@ void Sample(Stream& stream, const SampleArgs& args);
 
 // Log-probabilities of given tokens, for prompt log-probabilities: results[r].token must hold the token asked for.
 struct ScoreArgs {
-  SampleResult* results = nullptr;  // [R], token in; logprob, rank, top out
-  const int32_t* num_top = nullptr; // [R]
-  TensorView logits;                // [R, V] f32
+  SampleResult* results = nullptr;   // [R], token in; logprob, rank, top out
+  const int32_t* num_top = nullptr;  // [R]
+  TensorView logits;                 // [R, V] f32
 };
 void Score(Stream& stream, const ScoreArgs& args);
 

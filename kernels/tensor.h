@@ -11,19 +11,27 @@ enum class DType : uint8_t { kF32, kBF16, kI32, kI64 };
 
 constexpr size_t SizeOf(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return 4;
-    case DType::kBF16: return 2;
-    case DType::kI32: return 4;
-    case DType::kI64: return 8;
+    case DType::kF32:
+      return 4;
+    case DType::kBF16:
+      return 2;
+    case DType::kI32:
+      return 4;
+    case DType::kI64:
+      return 8;
   }
   return 0;
 }
 constexpr const char* Name(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kBF16: return "bf16";
-    case DType::kI32: return "i32";
-    case DType::kI64: return "i64";
+    case DType::kF32:
+      return "f32";
+    case DType::kBF16:
+      return "bf16";
+    case DType::kI32:
+      return "i32";
+    case DType::kI64:
+      return "i64";
   }
   return "?";
 }
@@ -36,8 +44,12 @@ struct BF16 {
 };
 static_assert(sizeof(BF16) == 2);
 
-constexpr float ToFloat(BF16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
-constexpr float ToFloat(float x) { return x; }
+constexpr float ToFloat(BF16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+constexpr float ToFloat(float x) {
+  return x;
+}
 
 // Round to nearest even; NaN stays a (quiet) NaN.
 constexpr BF16 ToBF16(float x) {

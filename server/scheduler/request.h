@@ -26,9 +26,7 @@ struct SamplingParams {
   int32_t top_logprobs = -1;         // -1: none; 0: of the sampled token; n: and of the n most probable
   int32_t prompt_top_logprobs = -1;  // same, of the prompt's tokens after the first; bypasses prefix cache reads
 
-  bool NeedsHistory() const {
-    return presence_penalty != 0 || frequency_penalty != 0 || repetition_penalty != 1;
-  }
+  bool NeedsHistory() const { return presence_penalty != 0 || frequency_penalty != 0 || repetition_penalty != 1; }
 };
 
 // Stop strings are matched on text by the front end, which then calls Engine::StopSequence.
@@ -40,7 +38,7 @@ struct StopParams {
 };
 
 struct Request {
-  std::string id;  // the client's or a UUID: for logs and answers, never a key
+  std::string id;               // the client's or a UUID: for logs and answers, never a key
   std::vector<TokenId> prompt;  // not empty
   int32_t num_sequences = 1;
   SamplingParams sampling;

@@ -1,8 +1,8 @@
 // Scheduler: decides what every step computes and owns all state of requests, sequences and KV blocks.
 //
-// Integers only: no model, no kernels, no threads, no clock but the `now` passed in. One thread (the engine's) calls it,
-// in the order Plan(n) [execution starts] Plan(n+1) Apply(n) [execution of n+1 starts] ...: at most two plans are ahead
-// of the results. Policies and invariants are normative in docs/scheduler.md.
+// Integers only: no model, no kernels, no threads, no clock but the `now` passed in. One thread (the engine's) calls
+// it, in the order Plan(n) [execution starts] Plan(n+1) Apply(n) [execution of n+1 starts] ...: at most two plans are
+// ahead of the results. Policies and invariants are normative in docs/scheduler.md.
 #pragma once
 
 #include <memory>
@@ -16,11 +16,11 @@
 namespace altiplano {
 
 struct SchedulerOptions {
-  int32_t num_blocks = 0;        // KV blocks in the pool
-  int32_t block_size = 16;       // tokens in a block, a power of two
-  int32_t max_running = 256;     // sequences with a slot at one time
-  int32_t token_budget = 2048;   // tokens computed in one step, prefill and decode together
-  int32_t max_context = 0;       // prompt and answer together
+  int32_t num_blocks = 0;       // KV blocks in the pool
+  int32_t block_size = 16;      // tokens in a block, a power of two
+  int32_t max_running = 256;    // sequences with a slot at one time
+  int32_t token_budget = 2048;  // tokens computed in one step, prefill and decode together
+  int32_t max_context = 0;      // prompt and answer together
   bool prefix_cache = true;
   std::vector<TokenId> eos_ids;
 };
@@ -28,14 +28,14 @@ struct SchedulerOptions {
 struct SchedulerLoad {
   int32_t running_requests = 0;
   int32_t waiting_requests = 0;
-  int64_t waiting_tokens = 0;   // prompt tokens not yet admitted
+  int64_t waiting_tokens = 0;  // prompt tokens not yet admitted
   int32_t blocks_total = 0;
-  int32_t blocks_used = 0;      // held by live requests or by a step still running
-  int32_t blocks_cached = 0;    // unreferenced, kept for the prefix cache
+  int32_t blocks_used = 0;    // held by live requests or by a step still running
+  int32_t blocks_cached = 0;  // unreferenced, kept for the prefix cache
   uint64_t steps = 0;
   uint64_t preemptions = 0;
-  uint64_t prompt_tokens = 0;     // of admitted requests
-  uint64_t cached_tokens = 0;     // of these, found in the prefix cache
+  uint64_t prompt_tokens = 0;  // of admitted requests
+  uint64_t cached_tokens = 0;  // of these, found in the prefix cache
   uint64_t generated_tokens = 0;
 };
 

@@ -37,12 +37,13 @@ struct PlannedSequence {
   int32_t token_begin = 0;  // into StepPlan::tokens
   int32_t block_begin = 0;  // into StepPlan::block_ids
   int32_t num_blocks = 0;
-  // The last token's value is not known to the plan: it is what this slot sampled in the step before (tokens[] holds -1).
+  // The last token's value is not known to the plan: it is what this slot sampled in the step before (tokens[] holds
+  // -1).
   bool input_from_slot = false;
-  bool sample = false;   // sample the next token from the last position's logits
+  bool sample = false;     // sample the next token from the last position's logits
   bool ban_stops = false;  // EOS and stop ids may not be sampled (min_new_tokens)
-  // Prompt log-probabilities wanted for the tokens at positions first_position + 1 ... first_position + num_prompt_scores;
-  // their ids are prompt_score_ids[prompt_score_begin ...].
+  // Prompt log-probabilities wanted for the tokens at positions first_position + 1 ... first_position +
+  // num_prompt_scores; their ids are prompt_score_ids[prompt_score_begin ...].
   int32_t num_prompt_scores = 0;
   int32_t prompt_score_begin = 0;
 };
@@ -72,8 +73,8 @@ struct TokenScore {
 
 struct StepResult {
   uint64_t step = 0;
-  Status status;  // not OK: the device failed; nothing below is valid, the engine stops serving
-  std::vector<TokenScore> sampled;                     // one for each planned sequence with `sample`, in plan order
+  Status status;                    // not OK: the device failed; nothing below is valid, the engine stops serving
+  std::vector<TokenScore> sampled;  // one for each planned sequence with `sample`, in plan order
   std::vector<std::vector<TokenScore>> prompt_scores;  // one for each planned sequence with num_prompt_scores > 0
   Duration device_time{};
 };
@@ -90,8 +91,8 @@ struct Event {
     kAdmitted,      // cached_tokens, timing.queued. Once, first.
     kPromptScores,  // prompt_scores: one or more, in order, before the first token
     kToken,         // sequence, score; finish set with a sequence's last token
-    kFinished,      // sequence, finish: it ended without a further token (time limit, cancelled, stopped by the front end)
-    kEnded,         // status, timing: the request is over, nothing follows. Once, last.
+    kFinished,  // sequence, finish: it ended without a further token (time limit, cancelled, stopped by the front end)
+    kEnded,     // status, timing: the request is over, nothing follows. Once, last.
   };
   Kind kind = Kind::kToken;
   uint32_t sequence = 0;

@@ -167,8 +167,8 @@ void Compare(const std::vector<Golden>& goldens, const std::vector<Answer>& answ
 }
 
 constexpr float kF32 = 3e-3f;
-// At position 9,216 the reference's f32 frequencies and angles are off by about 5e-4 rad, ours are not: the likely cause
-// of the 0.022 seen there, though not proved to be the only one.
+// At position 9,216 the reference's f32 frequencies and angles are off by about 5e-4 rad, ours are not: the likely
+// cause of the 0.022 seen there, though not proved to be the only one.
 constexpr float kF32Long = 0.05f;
 constexpr float kTinyBF16 = 0.22f;
 constexpr float kTinyBF16Unlikely = 1.5f;  // seen: 1.05 with vdpbf16ps, 1.3 with AVX2, at a log-probability of -23

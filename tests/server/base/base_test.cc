@@ -45,7 +45,9 @@ TEST(Status, AssignOrReturnPassesTheFirstError) {
   EXPECT_EQ(Quarter(6).status().message(), "3 is odd");
 }
 
-TEST(StatusDeathTest, ValueOfAnErrorDies) { EXPECT_DEATH((void)Half(3).value(), ""); }
+TEST(StatusDeathTest, ValueOfAnErrorDies) {
+  EXPECT_DEATH((void)Half(3).value(), "");
+}
 
 TEST(Strings, StrCatWritesNumbersShortest) {
   EXPECT_EQ(StrCat("a", 1, ' ', -2L, " ", 0.1f, " ", true), "a1 -2 0.1 true");
@@ -55,7 +57,8 @@ TEST(Strings, StrCatWritesNumbersShortest) {
 
 TEST(Strings, Utf8) {
   EXPECT_TRUE(IsValidUtf8("a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"));
-  for (std::string_view bad : {"\x80", "\xC0\x80", "\xC3", "\xE0\x80\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xFF"}) {
+  for (std::string_view bad :
+       {"\x80", "\xC0\x80", "\xC3", "\xE0\x80\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xFF"}) {
     EXPECT_FALSE(IsValidUtf8(bad));
   }
 }
