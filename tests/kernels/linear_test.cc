@@ -2,14 +2,10 @@
 #include "kernels/cpu/linear.h"
 
 #include <gtest/gtest.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -18,6 +14,7 @@
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/thread_team.h"
 #include "kernels/ops.h"
+#include "tests/kernels/kernels_testlib.h"
 
 namespace altiplano {
 namespace {
@@ -38,73 +35,6 @@ std::vector<Path> AllPaths() {
           {&cpu::kLinearBf16AmxHost, DType::kBF16, Isa::kAvx2, "bf16_amx_host"},
           {&cpu::kLinearBf16Amx, DType::kBF16, Isa::kAmxBf16, "bf16_amx"}};
 }
-
-// A matrix whose last element ends where an unreadable page begins, so that a read or write beyond it dies. Gaps
-// between rows hold NaN, which would spread if they were read and must still be there afterwards.
-class Matrix {
- public:
-  Matrix(int64_t rows, int64_t columns, DType dtype, int64_t gap = 0)
-      : rows_(rows), columns_(columns), stride_(columns + gap), dtype_(dtype) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t bytes = static_cast<size_t>((rows - 1) * stride_ + columns) * SizeOf(dtype);
-    mapped_ = (bytes + page - 1) / page * page;
-    base_ =
-        static_cast<char*>(mmap(nullptr, mapped_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    EXPECT_NE(base_, MAP_FAILED);
-    EXPECT_EQ(mprotect(base_ + mapped_, page, PROT_NONE), 0);
-    data_ = base_ + (mapped_ - bytes);
-    std::memset(data_, 0xFF, bytes);
-    mapped_ += page;
-  }
-  ~Matrix() { munmap(base_, mapped_); }
-  Matrix(const Matrix&) = delete;
-  Matrix& operator=(const Matrix&) = delete;
-
-  TensorView view() const {
-    TensorView view = TensorView::Make(data_, dtype_, {rows_, columns_});
-    view.stride0 = stride_;
-    return view;
-  }
-  double at(int64_t i, int64_t j) const {
-    if (dtype_ == DType::kF32) return view().row<float>(i)[j];
-    return ToFloat(view().row<BF16>(i)[j]);
-  }
-  void set(int64_t i, int64_t j, float value) {
-    if (dtype_ == DType::kF32) {
-      view().row<float>(i)[j] = value;
-    } else {
-      view().row<BF16>(i)[j] = ToBF16(value);
-    }
-  }
-  void FillNormal(uint32_t seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t j = 0; j < columns_; ++j) set(i, j, normal(random));
-    }
-  }
-  std::string RowBytes(int64_t i) const {
-    return std::string(view().row<char>(0) + i * stride_ * static_cast<int64_t>(SizeOf(dtype_)),
-                       static_cast<size_t>(columns_) * SizeOf(dtype_));
-  }
-  bool GapsUntouched() const {
-    const size_t size = SizeOf(dtype_);
-    for (int64_t i = 0; i + 1 < rows_; ++i) {
-      const char* row = data_ + static_cast<size_t>(i * stride_) * size;
-      for (size_t j = static_cast<size_t>(columns_) * size; j < static_cast<size_t>(stride_) * size; ++j) {
-        if (row[j] != '\xFF') return false;
-      }
-    }
-    return true;
-  }
-
- private:
-  const int64_t rows_, columns_, stride_;
-  const DType dtype_;
-  char* base_ = nullptr;
-  char* data_ = nullptr;
-  size_t mapped_ = 0;
-};
 
 // How far a result may lie from the exact one. With unit roundoff u = 2^-24, a sum in which each product goes through
 // at most d roundings is off by at most gamma_d * S, gamma_d = d u / (1 - d u), S = sum |x w| (Higham, Accuracy and
@@ -143,9 +73,7 @@ class LinearTest : public testing::TestWithParam<Path> {
     x.FillNormal(1);
     weight.FillNormal(2);
     before.FillNormal(3);
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t j = 0; j < n; ++j) out.set(t, j, static_cast<float>(before.at(t, j)));
-    }
+    out.Fill(before);
     ThreadTeam team(threads);
     Multiply(team, out.view(), x.view(), weight.view(), accumulate);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -210,9 +138,7 @@ TEST_P(LinearTest, RowsDoNotDependOnBatchThreadsOrStrides) {
     Matrix x(kTokens, k, act), weight(n, k, act), apart(n, k, act, 5);
     x.FillNormal(4);
     weight.FillNormal(5);
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t i = 0; i < k; ++i) apart.set(j, i, static_cast<float>(weight.at(j, i)));
-    }
+    apart.Fill(weight);
     Matrix all(kTokens, n, DType::kF32);
     Multiply(three, all.view(), x.view(), weight.view());
     for (int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 24, 31, 33, 64, 70, 257}) {
