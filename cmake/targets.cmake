@@ -36,12 +36,13 @@ function(altiplano_test name)
 endfunction()
 
 # altiplano_fuzzer(NAME  SOURCE file  CORPUS folder  DEPS ...): with libFuzzer when ALTIPLANO_FUZZ is on; otherwise a
-# program that replays the corpus once, as an ordinary test.
+# program that replays the corpus once, as an ordinary test. The target "fuzzers" is all of them.
 function(altiplano_fuzzer name)
   cmake_parse_arguments(ARG "" "SOURCE;CORPUS" "DEPS" ${ARGN})
   if(ALTIPLANO_FUZZ)
     add_executable(${name} ${ARG_SOURCE})
     target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+    add_dependencies(fuzzers ${name})
   else()
     add_executable(${name} ${ARG_SOURCE} ${CMAKE_SOURCE_DIR}/tests/fuzz/replay_main.cc)
     add_test(NAME ${name}_corpus COMMAND ${name} ${ARG_CORPUS})

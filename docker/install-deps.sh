@@ -2,6 +2,7 @@
 # Installs what Altiplano needs from the distribution's packages. Used by ./run, CI and the Dockerfiles alike.
 #   docker/install-deps.sh build      compiler, libraries and test tools
 #   docker/install-deps.sh runtime    only what the finished program links to
+#   docker/install-deps.sh fuzz       clang with libFuzzer, beside what "build" installs
 # Prints nothing when everything is there. Debian 12 and Ubuntu 24.04.
 set -euo pipefail
 
@@ -13,11 +14,14 @@ build_packages=(
 )
 # Debian 12's name, then Ubuntu 24.04's.
 runtime_packages=("libgrpc++1.51|libgrpc++1.51t64" "libprotobuf32|libprotobuf32t64" "libspdlog1.10|libspdlog1.12" ca-certificates)
+# Each distribution's clang wants the runtime of its own version.
+fuzz_packages=(clang "libclang-rt-18-dev|libclang-rt-14-dev")
 
 case "${1:-build}" in
   build) wanted=("${build_packages[@]}") ;;
   runtime) wanted=("${runtime_packages[@]}") ;;
-  *) echo "usage: $0 [build|runtime]" >&2; exit 64 ;;
+  fuzz) wanted=("${fuzz_packages[@]}") ;;
+  *) echo "usage: $0 [build|runtime|fuzz]" >&2; exit 64 ;;
 esac
 
 installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q '^install ok installed$'; }

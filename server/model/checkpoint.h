@@ -25,19 +25,21 @@ struct TensorInfo {
   std::string file;
 };
 
+// The fields of text/tokenizer.h's GgufVocabulary.
+struct GgufTokenizer {
+  std::string model, pre;
+  std::vector<std::string> tokens, merges;
+  std::vector<int32_t> types;
+  int32_t bos = -1;
+  bool add_bos = false;
+};
+
 // What the tokenizer and the chat format are made from; the text layer reads it.
 struct TextAssets {
   std::string tokenizer_json;  // file contents; empty when there is none
   std::string tiktoken_model;  // Meta's tokenizer.model
   std::string chat_template;   // from tokenizer_config.json, chat_template.jinja or GGUF; may be empty
-  struct Gguf {                // the fields of text/tokenizer.h's GgufVocabulary
-    std::string model, pre;
-    std::vector<std::string> tokens, merges;
-    std::vector<int32_t> types;
-    int32_t bos = -1;
-    bool add_bos = false;
-  };
-  std::optional<Gguf> gguf;
+  std::optional<GgufTokenizer> gguf;
 };
 
 class Checkpoint {

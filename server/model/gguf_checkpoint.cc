@@ -209,7 +209,7 @@ StatusOr<TextAssets> GgufTextAssets(const GgufFile& gguf, int64_t vocab) {
   TextAssets text;
   ASSIGN_OR_RETURN(text.chat_template, StringOr(gguf, "tokenizer.chat_template", ""));
   if (!Has(gguf, "tokenizer.ggml.model")) return text;  // a file of weights alone
-  TextAssets::Gguf& out = text.gguf.emplace();
+  GgufTokenizer& out = text.gguf.emplace();
   ASSIGN_OR_RETURN(out.model, String(gguf, "tokenizer.ggml.model"));
   ASSIGN_OR_RETURN(out.pre, StringOr(gguf, "tokenizer.ggml.pre", ""));
   const auto* tokens = Find<std::vector<std::string>>(gguf, "tokenizer.ggml.tokens");
