@@ -55,18 +55,6 @@ std::vector<std::string> ControlGroups() {
   return folders;
 }
 
-int UsableCores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  double cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
-  for (const std::string& folder : ControlGroups()) {
-    std::ifstream file(folder + "/cpu.max");  // "max 100000", or quota and period
-    double quota = 0, period = 0;
-    if (file >> quota >> period && quota > 0 && period > 0) cores = std::min(cores, quota / period);
-  }
-  return std::max(1, static_cast<int>(std::ceil(cores)));
-}
-
 // Of a control group: what it may still take. Pages of files that it read can be dropped, so they count as free.
 void LimitByControlGroup(const std::string& folder, MemoryInfo* info) {
   const std::string limit_text = FirstWord(folder + "/memory.max");
@@ -130,6 +118,18 @@ void* MapHost(size_t bytes) {
 }
 
 }  // namespace
+
+int UsableCores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  double cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+  for (const std::string& folder : ControlGroups()) {
+    std::ifstream file(folder + "/cpu.max");  // "max 100000", or quota and period
+    double quota = 0, period = 0;
+    if (file >> quota >> period && quota > 0 && period > 0) cores = std::min(cores, quota / period);
+  }
+  return std::max(1, static_cast<int>(std::ceil(cores)));
+}
 
 Stream::Stream(Device device, std::unique_ptr<ThreadTeam> team, void* cuda)
     : device_(device), team_(std::move(team)), cuda_(cuda) {}

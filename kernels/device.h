@@ -71,6 +71,9 @@ class Buffer {
 // Host <-> device or device <-> device, in stream order. Host memory must stay valid until Synchronize.
 void Copy(Stream& stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
 
+// Cores that this process may use: its affinity and its control group's quota.
+int UsableCores();
+
 struct MemoryInfo {
   size_t free_bytes = 0;  // CPU: what the system (or the cgroup) would still give
   size_t total_bytes = 0;

@@ -6,7 +6,10 @@
 // call, returns false, and the contents of the tensors involved are undefined. Nobody waits for ever.
 #pragma once
 
+#include <chrono>
 #include <memory>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/device.h"
@@ -29,14 +32,22 @@ class Communicator {
   virtual bool AllReduceSum(Stream& stream, const TensorView& x) = 0;
 
   // out [R, n0 + n1 + ...] = the ranks' x [R, n_rank] side by side in the order of ranks; any dtype. x may be the very
-  // columns of out where it belongs, and nothing else of out. False: the group was aborted.
+  // columns of out where it belongs, and nothing else of out. A rank may bring an empty out: it gives without taking.
+  // False: the group was aborted.
   virtual bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) = 0;
 
-  // Ends the group. Idempotent, never waits.
-  virtual void Abort() = 0;
+  // x of rank 0 becomes x of every rank. Dense, any dtype. False: the group was aborted.
+  virtual bool Broadcast(Stream& stream, const TensorView& x) = 0;
+
+  // Ends the group. Idempotent, never waits. The first reason stays.
+  virtual void Abort(std::string_view reason = "aborted") = 0;
+  // Why the group ended; empty while it lives. Any thread.
+  virtual std::string error() const = 0;
 };
 
-// Ranks as threads of this process, with CPU memory: element r belongs to rank r.
-std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int ranks);
+// Ranks as threads of this process, with CPU memory: element r belongs to rank r. A rank that has waited for the others
+// for `patience` aborts the group: ranks compute in step, so that one who does not come has failed.
+std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(
+    int ranks, std::chrono::milliseconds patience = std::chrono::seconds(30));
 
 }  // namespace altiplano

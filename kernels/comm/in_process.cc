@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -25,12 +26,12 @@ namespace {
 // What a rank brings to a meeting.
 struct Contribution {
   TensorView x;
-  TensorView out;  // AllGather only
 };
 
 class Group {
  public:
-  explicit Group(int ranks) : contributions_(static_cast<size_t>(ranks)) {}
+  Group(int ranks, std::chrono::milliseconds patience)
+      : patience_(patience), contributions_(static_cast<size_t>(ranks)), present_(static_cast<size_t>(ranks)) {}
 
   int size() const { return static_cast<int>(contributions_.size()); }
 
@@ -39,48 +40,63 @@ class Group {
   bool Collective(int rank, const Contribution& mine, Work&& work) {
     std::unique_lock lock(mutex_);
     contributions_[static_cast<size_t>(rank)] = mine;
-    bool together = Meet(lock) && !aborted_;  // nobody who sees the abort begins to work
+    bool together = Meet(rank, lock) && !aborted();  // nobody who sees the abort begins to work
     if (together) {
       ++working_;
       lock.unlock();
       work(contributions_);
       lock.lock();
       if (--working_ == 0) changed_.notify_all();
-      together = Meet(lock);
+      together = Meet(rank, lock);
     }
     // Having met twice, all work is done. Otherwise those at work end by themselves: they wait for nothing.
     if (!together) changed_.wait(lock, [&] { return working_ == 0; });
     return together;
   }
 
-  void Abort() {
+  void Abort(std::string_view reason) {
     std::lock_guard lock(mutex_);
-    aborted_ = true;
+    if (error_.empty()) error_ = reason;
     changed_.notify_all();
+  }
+  std::string error() const {
+    std::lock_guard lock(mutex_);
+    return error_;
   }
 
  private:
   // Waits for all ranks; false when the group was aborted before the last came.
-  bool Meet(std::unique_lock<std::mutex>& lock) {
-    if (aborted_) return false;
+  bool Meet(int rank, std::unique_lock<std::mutex>& lock) {
+    if (aborted()) return false;
+    present_[static_cast<size_t>(rank)] = true;
     const uint64_t meeting = meetings_;
     if (++arrived_ == size()) {
       arrived_ = 0;
+      present_.assign(present_.size(), false);
       ++meetings_;
       changed_.notify_all();
       return true;
     }
-    changed_.wait(lock, [&] { return meetings_ != meeting || aborted_; });
+    if (!changed_.wait_for(lock, patience_, [&] { return meetings_ != meeting || aborted(); })) {
+      error_ = "no word for " + std::to_string(patience_.count()) + " ms from rank";
+      for (size_t other = 0; other < present_.size(); ++other) {
+        if (!present_[other]) error_ += " " + std::to_string(other);
+      }
+      changed_.notify_all();
+    }
     return meetings_ != meeting;
   }
+  bool aborted() const { return !error_.empty(); }
 
-  std::mutex mutex_;
+  const std::chrono::milliseconds patience_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Contribution> contributions_;  // each written by its rank before the first meeting, read until the second
   uint64_t meetings_ = 0;                    // guarded by mutex_, as all that follows
   int arrived_ = 0;
+  std::vector<bool> present_;  // who has arrived
   int working_ = 0;
-  bool aborted_ = false;
+  std::string error_;  // not empty: aborted
 };
 
 int64_t Rows(const TensorView& x) {
@@ -117,18 +133,19 @@ void SumColumns(const std::vector<Contribution>& ranks, int64_t row, int64_t beg
 class InProcess : public Communicator {
  public:
   InProcess(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
-  ~InProcess() override { group_->Abort(); }
+  ~InProcess() override { group_->Abort("a rank has left"); }
 
   int rank() const override { return rank_; }
   int size() const override { return group_->size(); }
-  void Abort() override { group_->Abort(); }
+  void Abort(std::string_view reason) override { group_->Abort(reason); }
+  std::string error() const override { return group_->error(); }
 
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     if (x.device != Device::kCpu || x.rank < 1 || x.rank > 2 || (x.dtype != DType::kF32 && x.dtype != DType::kBF16)) {
       Die("AllReduceSum: wants an f32 or bf16 vector or matrix on the CPU");
     }
     if (!stream.Synchronize().empty()) return false;
-    return group_->Collective(rank_, {.x = x, .out = {}}, [&](const std::vector<Contribution>& ranks) {
+    return group_->Collective(rank_, {.x = x}, [&](const std::vector<Contribution>& ranks) {
       const int64_t rows = Rows(x), columns = Columns(x);
       for (const Contribution& other : ranks) {
         if (Rows(other.x) != rows || Columns(other.x) != columns || other.x.dtype != x.dtype) {
@@ -150,12 +167,15 @@ class InProcess : public Communicator {
   }
 
   bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
-    if (x.device != Device::kCpu || x.rank != 2 || out.rank != 2 || out.dtype != x.dtype || out.dim(0) != x.dim(0)) {
+    const bool takes = !out.empty();
+    if (x.device != Device::kCpu || x.rank != 2 ||
+        (takes && (out.rank != 2 || out.dtype != x.dtype || out.dim(0) != x.dim(0)))) {
       Die("AllGather: wants matrices of the same dtype and number of rows on the CPU");
     }
     if (!stream.Synchronize().empty()) return false;
     // Each rank fills its own `out`: memory of others is only read.
-    return group_->Collective(rank_, {.x = x, .out = out}, [&](const std::vector<Contribution>& ranks) {
+    return group_->Collective(rank_, {.x = x}, [&](const std::vector<Contribution>& ranks) {
+      if (!takes) return;
       int64_t column = 0;
       const auto element = static_cast<int64_t>(SizeOf(x.dtype));
       for (const Contribution& other : ranks) {
@@ -174,6 +194,19 @@ class InProcess : public Communicator {
     });
   }
 
+  bool Broadcast(Stream& stream, const TensorView& x) override {
+    if (x.device != Device::kCpu || !x.contiguous()) Die("Broadcast: wants a dense tensor on the CPU");
+    if (!stream.Synchronize().empty()) return false;
+    return group_->Collective(rank_, {.x = x}, [&](const std::vector<Contribution>& ranks) {
+      const TensorView& from = ranks[0].x;
+      if (from.dtype != x.dtype || from.elements() != x.elements()) {
+        Die("Broadcast: the ranks brought different shapes or dtypes");
+      }
+      const size_t bytes = static_cast<size_t>(x.elements()) * SizeOf(x.dtype);
+      if (rank_ != 0 && bytes > 0) std::memcpy(x.data, from.data, bytes);
+    });
+  }
+
  private:
   const std::shared_ptr<Group> group_;
   const int rank_;
@@ -181,9 +214,9 @@ class InProcess : public Communicator {
 
 }  // namespace
 
-std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int ranks) {
+std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int ranks, std::chrono::milliseconds patience) {
   if (ranks < 1) Die("MakeInProcessGroup: wants at least one rank");
-  auto group = std::make_shared<Group>(ranks);
+  auto group = std::make_shared<Group>(ranks, patience);
   std::vector<std::unique_ptr<Communicator>> members;
   for (int rank = 0; rank < ranks; ++rank) members.push_back(std::make_unique<InProcess>(group, rank));
   return members;

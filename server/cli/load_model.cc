@@ -51,6 +51,7 @@ Status ChooseDevice(const config::v1::Model& config) {
 LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
   LocalExecutorOptions options;
   options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
+  options.ranks = static_cast<int>(config.model().tensor_parallel());
   options.threads = static_cast<int>(config.threads().compute());
   options.readers = static_cast<int>(config.threads().load());
   options.page_size = static_cast<int32_t>(config.kv().block_size());
@@ -58,6 +59,8 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = static_cast<int32_t>(config.model().max_context());
   options.kv_bytes = ParseBytes(config.kv().memory()).value();
+  options.patience =
+      std::chrono::duration_cast<std::chrono::milliseconds>(ParseDuration(config.scheduler().step_deadline()).value());
   options.progress = hooks.progress;
   options.cancelled = hooks.cancelled;
   return options;
@@ -94,6 +97,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
   options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
   model.device = executor->DescribeDevice();
+  model.tensor_parallel = executor->ranks();
   model.weight_bytes = executor->weight_bytes();
   model.kv_bytes = executor->kv_bytes();
   model.kv_tokens = static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;

@@ -33,6 +33,7 @@ ServedModel Describe(const LoadedModel& model) {
   served.vocab_size = static_cast<int32_t>(config.vocab);
   served.weight_dtype = model.dtype;
   served.kv_dtype = model.dtype;
+  served.tensor_parallel = model.tensor_parallel;
   served.eos_ids = generation.eos_ids;
   served.defaults.temperature = generation.temperature;
   served.defaults.top_p = generation.top_p;

@@ -87,6 +87,18 @@ constexpr std::array kSettings = {
          .field = "model.isa",
          .choices = "auto|avx2|avx512|avx512_bf16|amx_bf16",
          .group = kGroupModel},
+    Flag{.name = "tensor-parallel",
+         .type = FlagType::kCount,
+         .default_value = "1",
+         .meaning =
+             "Ranks that the model is split into: each has its part of every layer and of the vocabulary. On the "
+             "CPU they share --threads. altiplano inspect tells which numbers a model can be split into.",
+         .example = "2",
+         .field = "model.tensor_parallel",
+         .min = 1,
+         .max = 64,
+         .alias = "tp",
+         .group = kGroupModel},
     Flag{.name = "kv-memory",
          .type = FlagType::kBytes,
          .default_value = "0",
@@ -152,7 +164,9 @@ constexpr std::array kSettings = {
     Flag{.name = "step-deadline",
          .type = FlagType::kDuration,
          .default_value = "30s",
-         .meaning = "A step that takes longer makes health NOT_SERVING.",
+         .meaning =
+             "A step that takes longer makes health NOT_SERVING; a rank that keeps the others waiting for longer "
+             "ends them all.",
          .example = "10s",
          .field = "scheduler.step_deadline",
          .group = kGroupScheduling},

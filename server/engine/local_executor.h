@@ -1,14 +1,20 @@
-// LocalExecutor: all ranks in this process. Today one rank on the CPU; its thread runs steps while the engine plans.
+// LocalExecutor: all ranks in this process, on the CPU, a thread each. They run steps while the engine plans.
+//
+// A rank that fails (an error, an exception, or silence where the others wait for it) aborts the group: the step ends
+// with the first error, and nothing can be launched any more.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "kernels/comm/communicator.h"
 #include "server/base/status.h"
 #include "server/engine/executor.h"
 #include "server/engine/rank_worker.h"
@@ -20,7 +26,8 @@ namespace altiplano {
 
 struct LocalExecutorOptions {
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
-  int threads = 0;             // 0: one for each core this process may use
+  int ranks = 1;               // of the tensor-parallel group
+  int threads = 0;             // of all ranks together; 0: one for each core this process may use
   int readers = 4;             // threads that read the checkpoint
   int32_t page_size = 16;      // tokens in a KV block
   int32_t max_running = 256;
@@ -30,6 +37,8 @@ struct LocalExecutorOptions {
                             // of the memory that is free after loading
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
+  std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
+  std::function<void(int rank, uint64_t step)> before_step;  // for tests: rank's thread; may throw, or never return
 };
 
 class LocalExecutor : public Executor {
@@ -43,26 +52,37 @@ class LocalExecutor : public Executor {
 
   // What the scheduler must be created with to fit this executor.
   SchedulerOptions scheduler_options() const { return scheduler_options_; }
-  std::string DescribeDevice() { return Describe(worker_->stream()); }
-  uint64_t weight_bytes() const { return worker_->llama().weight_bytes(); }
-  uint64_t kv_bytes() const {
-    return worker_->cache().shape().page_bytes() * static_cast<uint64_t>(worker_->cache().shape().pages);
-  }
+  std::string DescribeDevice() const;
+  uint64_t weight_bytes() const;  // of all ranks, as kv_bytes
+  uint64_t kv_bytes() const;
+  int ranks() const { return static_cast<int>(ranks_.size()); }
 
  private:
-  LocalExecutor(std::unique_ptr<RankWorker> worker, SchedulerOptions scheduler_options);
-  void Loop();
+  // What a rank's thread shares with the executor: a thread that hangs outlives it.
+  struct Shared {
+    std::mutex mutex;  // guards what follows
+    std::condition_variable changed;
+    std::vector<std::deque<std::shared_ptr<const StepPlan>>> plans;  // [ranks]
+    std::deque<StepResult> results;                                  // rank 0's
+    Status failure;                                                  // the first
+    int running = 0;                                                 // threads
+    bool stop = false;
+  };
+  struct Rank {
+    std::unique_ptr<Communicator> communicator;  // null for one rank
+    std::unique_ptr<RankWorker> worker;          // the thread's, after construction
+  };
+
+  LocalExecutor(std::vector<std::shared_ptr<Rank>> ranks, SchedulerOptions scheduler_options,
+                std::function<void(int, uint64_t)> before_step);
+  static Status WarmUp(const std::vector<std::shared_ptr<Rank>>& ranks);
+  static void Loop(std::shared_ptr<Shared> shared, std::shared_ptr<Rank> rank, int index,
+                   std::function<void(int, uint64_t)> before_step);
 
   const SchedulerOptions scheduler_options_;
-  const std::unique_ptr<RankWorker> worker_;  // the thread's, after construction
-
-  std::mutex mutex_;  // guards what follows
-  std::condition_variable changed_;
-  std::deque<std::shared_ptr<const StepPlan>> plans_;
-  std::deque<StepResult> results_;
-  bool stop_ = false;
-
-  std::thread thread_;
+  const std::vector<std::shared_ptr<Rank>> ranks_;
+  const std::shared_ptr<Shared> shared_;
+  std::vector<std::thread> threads_;
 };
 
 }  // namespace altiplano

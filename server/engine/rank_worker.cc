@@ -24,8 +24,9 @@ TokenScore ToScore(const SampleResult& result) {
 }  // namespace
 
 RankWorker::RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache, Limits limits,
-                       std::vector<TokenId> eos_ids)
-    : stream_(std::move(stream)),
+                       std::vector<TokenId> eos_ids, Communicator* communicator)
+    : communicator_(communicator),
+      stream_(std::move(stream)),
       llama_(std::move(llama)),
       cache_(std::move(cache)),
       slots_(limits.max_running, llama_->config().vocab, std::move(eos_ids)),
@@ -33,13 +34,26 @@ RankWorker::RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> ll
               static_cast<int32_t>(limits.max_context / cache_.shape().page_size) + 1,
               static_cast<int32_t>(cache_.shape().page_size)) {
   const auto rows = static_cast<size_t>(llama_->limits().max_logit_rows);
-  sample_scratch_ = Buffer::Allocate(
-      Device::kCpu, std::max<size_t>(1, SampleScratchBytes(static_cast<int64_t>(rows), llama_->config().vocab)));
-  CHECK(sample_scratch_);
   rows_.reserve(rows);
+  sampled_.reserve(rows);
   params_.reserve(rows);
   results_.resize(rows);
   num_top_.reserve(rows);
+}
+
+std::unique_ptr<RankWorker> RankWorker::Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama,
+                                               KvCache cache, Limits limits, std::vector<TokenId> eos_ids,
+                                               Communicator* communicator) {
+  std::unique_ptr<RankWorker> worker(
+      new RankWorker(std::move(stream), std::move(llama), std::move(cache), limits, std::move(eos_ids), communicator));
+  if (!worker->is_first()) return worker;
+  const int64_t rows = worker->llama_->limits().max_logit_rows, vocab = worker->llama_->config().vocab;
+  worker->sample_scratch_ = Buffer::Allocate(Device::kCpu, std::max<size_t>(1, SampleScratchBytes(rows, vocab)));
+  if (!worker->sample_scratch_) return nullptr;
+  if (communicator == nullptr) return worker;
+  const int64_t columns = worker->llama_->shard_vocab() * communicator->size();
+  worker->gathered_ = Buffer::Allocate(Device::kCpu, static_cast<size_t>(rows * columns) * sizeof(float));
+  return worker->gathered_ ? std::move(worker) : nullptr;
 }
 
 StepResult RankWorker::Execute(const StepPlan& plan) {
@@ -47,19 +61,35 @@ StepResult RankWorker::Execute(const StepPlan& plan) {
   StepResult result;
   result.step = plan.step;
   for (const SlotInit& init : plan.slot_inits) slots_.Init(init);
-  if (!llama_->Forward(*stream_, inputs_.Build(plan, slots_.last_sampled()), cache_)) {
-    result.status = Status(Code::kUnavailable, "the group of ranks was aborted");
+  if (!llama_->Forward(*stream_, inputs_.Build(plan, slots_.last_sampled()), cache_) || !ScorePrompts(plan, &result) ||
+      !SampleTokens(plan, &result)) {
+    result.status = Aborted();
     return result;
   }
-  ScorePrompts(plan, &result);
-  SampleTokens(plan, &result);
   if (std::string error = stream_->Synchronize(); !error.empty()) result.status = Status(Code::kInternal, error);
   result.device_time = std::chrono::steady_clock::now() - start;
   return result;
 }
 
+Status RankWorker::Aborted() const {
+  return Status(Code::kUnavailable, StrCat("the group of ranks ended: ", communicator_->error()));
+}
+
+std::optional<TensorView> RankWorker::Logits() {
+  const auto rows = static_cast<int64_t>(rows_.size());
+  const TensorView part = llama_->Logits(*stream_, TensorView::Make(rows_.data(), DType::kI32, {rows}));
+  if (communicator_ == nullptr) return part;
+  TensorView whole;
+  if (is_first()) {
+    whole = TensorView::Make(gathered_.data(), DType::kF32, {rows, part.dim(1) * communicator_->size()});
+  }
+  if (!communicator_->AllGather(*stream_, whole, part)) return std::nullopt;
+  // The last rank's part may reach past the vocabulary.
+  return is_first() ? whole.columns(0, llama_->config().vocab) : whole;
+}
+
 // Prompt log-probabilities, in pieces that fit the logits' workspace.
-void RankWorker::ScorePrompts(const StepPlan& plan, StepResult* result) {
+bool RankWorker::ScorePrompts(const StepPlan& plan, StepResult* result) {
   for (const PlannedSequence& sequence : plan.sequences) {
     if (sequence.num_prompt_scores == 0) continue;
     const int32_t top = slots_.prompt_top(sequence.slot);
@@ -74,14 +104,17 @@ void RankWorker::ScorePrompts(const StepPlan& plan, StepResult* result) {
         results_[static_cast<size_t>(i)].token =
             plan.prompt_score_ids[static_cast<size_t>(sequence.prompt_score_begin + begin + i)];
       }
-      TensorView logits = llama_->Logits(*stream_, TensorView::Make(rows_.data(), DType::kI32, {n}));
-      Score(*stream_, {.results = results_.data(), .num_top = num_top_.data(), .logits = logits});
+      const std::optional<TensorView> logits = Logits();
+      if (!logits) return false;
+      if (!is_first()) continue;
+      Score(*stream_, {.results = results_.data(), .num_top = num_top_.data(), .logits = *logits});
       for (int32_t i = 0; i < n; ++i) scores.push_back(ToScore(results_[static_cast<size_t>(i)]));
     }
   }
+  return true;
 }
 
-void RankWorker::SampleTokens(const StepPlan& plan, StepResult* result) {
+bool RankWorker::SampleTokens(const StepPlan& plan, StepResult* result) {
   const auto most = static_cast<size_t>(llama_->limits().max_logit_rows);
   std::vector<const PlannedSequence*> wanted;
   for (const PlannedSequence& sequence : plan.sequences) {
@@ -91,27 +124,40 @@ void RankWorker::SampleTokens(const StepPlan& plan, StepResult* result) {
   for (size_t begin = 0; begin < wanted.size(); begin += most) {
     const size_t n = std::min(most, wanted.size() - begin);
     rows_.clear();
-    params_.clear();
     for (size_t i = 0; i < n; ++i) {
       const PlannedSequence& sequence = *wanted[begin + i];
       rows_.push_back(sequence.token_begin + sequence.num_tokens - 1);
-      params_.push_back(slots_.Params(sequence));
     }
-    const auto count = static_cast<int64_t>(n);
-    TensorView logits = llama_->Logits(*stream_, TensorView::Make(rows_.data(), DType::kI32, {count}));
-    Sample(*stream_,
-           {.results = results_.data(), .params = params_.data(), .logits = logits, .scratch = sample_scratch_.data()});
-    for (size_t i = 0; i < n; ++i) {
-      // A row that is not finite has no token; 0 keeps the step already planned well-formed until the sequence is
-      // ended.
-      slots_.Record(wanted[begin + i]->slot, results_[i].finite ? results_[i].token : 0);
-      result->sampled.push_back(ToScore(results_[i]));
+    const std::optional<TensorView> logits = Logits();
+    if (!logits) return false;
+    sampled_.assign(n, 0);
+    if (is_first()) {
+      params_.clear();
+      for (size_t i = 0; i < n; ++i) params_.push_back(slots_.Params(*wanted[begin + i]));
+      Sample(
+          *stream_,
+          {.results = results_.data(), .params = params_.data(), .logits = *logits, .scratch = sample_scratch_.data()});
+      for (size_t i = 0; i < n; ++i) {
+        // A row that is not finite has no token; 0 keeps the step already planned well-formed until the sequence is
+        // ended.
+        sampled_[i] = results_[i].finite ? results_[i].token : 0;
+        result->sampled.push_back(ToScore(results_[i]));
+      }
     }
+    if (!ShareSampled()) return false;
+    for (size_t i = 0; i < n; ++i) slots_.Record(wanted[begin + i]->slot, sampled_[i]);
   }
+  return true;
+}
+
+bool RankWorker::ShareSampled() {
+  if (communicator_ == nullptr) return true;
+  return communicator_->Broadcast(
+      *stream_, TensorView::Make(sampled_.data(), DType::kI32, {static_cast<int64_t>(sampled_.size())}));
 }
 
 Status RankWorker::WarmUp() {
-  int32_t id = 0, position = 0, slot = 0, table = 0, length = 1, row = 0;
+  int32_t id = 0, position = 0, slot = 0, table = 0, length = 1;
   int32_t q_begin[2] = {0, 1};
   auto view = [](int32_t* data, std::initializer_list<int64_t> shape) {
     return TensorView::Make(data, DType::kI32, shape);
@@ -124,13 +170,17 @@ Status RankWorker::WarmUp() {
   inputs.context_lengths = view(&length, {1});
   inputs.block_tables = view(&table, {1, 1});
   if (!llama_->Forward(*stream_, inputs, cache_)) {
-    return Status(Code::kUnavailable, "the group of ranks was aborted");
+    return Aborted();
   }
+  rows_.assign(1, 0);
+  const std::optional<TensorView> logits = Logits();
+  if (!logits) return Aborted();
   SampleParams params;
   params.temperature = 0;
   SampleResult result;
-  TensorView logits = llama_->Logits(*stream_, view(&row, {1}));
-  Sample(*stream_, {.results = &result, .params = &params, .logits = logits, .scratch = sample_scratch_.data()});
+  if (is_first()) {
+    Sample(*stream_, {.results = &result, .params = &params, .logits = *logits, .scratch = sample_scratch_.data()});
+  }
   if (std::string error = stream_->Synchronize(); !error.empty()) return Status(Code::kInternal, error);
   if (!result.finite) {
     return Status(Code::kDataLoss,

@@ -1,10 +1,15 @@
 // RankWorker: executes plans on one rank: inputs, forward, logits, sampling. One thread.
+//
+// With several ranks each has its part of the vocabulary: rank 0 gathers the logits, samples once, and sends the ids
+// round, so that all ranks go on with the same tokens by construction.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "kernels/comm/communicator.h"
 #include "kernels/device.h"
 #include "kernels/ops.h"
 #include "server/engine/slot_states.h"
@@ -22,13 +27,15 @@ class RankWorker {
     int32_t max_context = 0;  // tokens of one sequence
   };
 
-  RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache, Limits limits,
-             std::vector<TokenId> eos_ids);
+  // communicator: the one that the model was made with; null for one rank. Null when the memory cannot be had.
+  static std::unique_ptr<RankWorker> Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache,
+                                            Limits limits, std::vector<TokenId> eos_ids, Communicator* communicator);
 
+  // Scores and tokens come from rank 0. UNAVAILABLE when the group was aborted.
   StepResult Execute(const StepPlan& plan);
 
   // Computes one token and checks that its logits are finite: weights that overflow are found before READY.
-  // Writes page 0; call before serving.
+  // Writes page 0; call before serving, on all ranks at once.
   Status WarmUp();
 
   Stream& stream() { return *stream_; }
@@ -36,17 +43,27 @@ class RankWorker {
   const KvCache& cache() const { return cache_; }
 
  private:
-  void ScorePrompts(const StepPlan& plan, StepResult* result);
-  void SampleTokens(const StepPlan& plan, StepResult* result);
+  RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache, Limits limits,
+             std::vector<TokenId> eos_ids, Communicator* communicator);
+  bool is_first() const { return communicator_ == nullptr || communicator_->rank() == 0; }
+  Status Aborted() const;
+  // Logits of rows_ [R, V]; on other ranks than the first nothing to look at. nullopt: the group was aborted.
+  std::optional<TensorView> Logits();
+  bool ScorePrompts(const StepPlan& plan, StepResult* result);
+  bool SampleTokens(const StepPlan& plan, StepResult* result);
+  bool ShareSampled();
 
+  Communicator* const communicator_;
   const std::unique_ptr<Stream> stream_;
   const std::unique_ptr<Llama> llama_;
   KvCache cache_;
   SlotStates slots_;
   StepInputBuilder inputs_;
   Buffer sample_scratch_;
+  Buffer gathered_;  // [R, V' * ranks] f32, rank 0 of several only
   // Reused between steps; sized for the largest Logits call.
   std::vector<int32_t> rows_;
+  std::vector<int32_t> sampled_;
   std::vector<SampleParams> params_;
   std::vector<SampleResult> results_;
   std::vector<int32_t> num_top_;

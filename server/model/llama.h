@@ -43,11 +43,13 @@ class Llama {
 
   // Computes all layers for the step's tokens and stores their K and V. False: the group was aborted.
   bool Forward(Stream& stream, const StepInputs& inputs, KvCache& cache);
-  // Logits of rows (token indices of the last Forward) [R] i32, valid until the next call. R <= max_logit_rows.
+  // Logits of rows (token indices of the last Forward) [R] i32: [R, V'], this rank's part, valid until the next call.
+  // R <= max_logit_rows.
   TensorView Logits(Stream& stream, const TensorView& rows);
 
   const ModelConfig& config() const { return config_; }
   const Limits& limits() const { return limits_; }
+  int64_t shard_vocab() const { return shard_.vocab(config_); }  // V'
   uint64_t weight_bytes() const { return weights_.bytes; }
   uint64_t workspace_bytes() const { return workspace_.bytes(); }
 

@@ -255,4 +255,63 @@ StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptio
   return Loader(checkpoint, options).Load();
 }
 
+StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options, int ranks) {
+  std::vector<StatusOr<LlamaWeights>> loaded;
+  std::vector<LoadOptions> each(static_cast<size_t>(std::max(ranks, 1)), options);
+  for (size_t rank = 0; rank < each.size(); ++rank) {
+    ASSIGN_OR_RETURN(each[rank].shard, Shard::Make(checkpoint.config(), static_cast<int>(rank), ranks));
+    each[rank].readers = std::max(1, options.readers / ranks);
+    loaded.emplace_back(Status(Code::kInternal, "not loaded"));
+  }
+  const auto start = std::chrono::steady_clock::now();
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<LoadProgress> progress(each.size());  // guarded by mutex, as is `running`
+  size_t running = each.size();
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (size_t rank = 0; rank < each.size(); ++rank) {
+    each[rank].progress = [&, rank](const LoadProgress& of_rank) {
+      std::lock_guard lock(mutex);
+      progress[rank] = of_rank;
+    };
+    each[rank].cancelled = [&] { return stop.load(); };
+    threads.emplace_back([&, rank] {
+      loaded[rank] = LoadWeights(checkpoint, each[rank]);
+      if (!loaded[rank].ok()) stop = true;
+      std::lock_guard lock(mutex);
+      if (--running == 0) changed.notify_all();
+    });
+  }
+  auto report = [&] {  // under mutex
+    if (!options.progress) return;
+    LoadProgress total;
+    for (const LoadProgress& of_rank : progress) {
+      total.bytes_done += of_rank.bytes_done;
+      total.bytes_total += of_rank.bytes_total;
+    }
+    total.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    options.progress(total);
+  };
+  {
+    std::unique_lock lock(mutex);
+    while (!changed.wait_for(lock, std::chrono::milliseconds(100), [&] { return running == 0; })) {
+      if (options.cancelled && options.cancelled()) stop = true;
+      report();
+    }
+    report();
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::vector<LlamaWeights> weights;
+  // A rank that failed made the others stop: its error is the one to tell.
+  for (const auto& rank : loaded) {
+    if (!rank.ok() && rank.status().code() != Code::kCancelled) return rank.status();
+  }
+  for (auto& rank : loaded) {
+    RETURN_IF_ERROR(rank.status());
+    weights.push_back(std::move(rank).value());
+  }
+  return weights;
+}
+
 }  // namespace altiplano

@@ -70,4 +70,8 @@ struct LoadOptions {
 // Reads this rank's slices of every tensor. CPU memory only; RESOURCE_EXHAUSTED when it cannot be had.
 StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options);
 
+// Of all `ranks` at once, in their order: the readers are shared out, progress is that of all together. options.shard
+// is not looked at. INVALID_ARGUMENT when the model cannot be cut so.
+StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options, int ranks);
+
 }  // namespace altiplano

@@ -68,11 +68,12 @@ struct Answer {
 
 // Every golden in one engine at once: batched, chunked and sharing prefixes.
 std::vector<Answer> RunAll(const std::string& model, const std::vector<Golden>& goldens, DType dtype, bool scores,
-                           int token_budget, int max_new_tokens = 64) {
+                           int token_budget, int ranks = 1) {
   auto checkpoint = Checkpoint::Open(model);
   EXPECT_TRUE(checkpoint.ok()) << checkpoint.status().ToString();
   LocalExecutorOptions options;
   options.dtype = dtype;
+  options.ranks = ranks;
   options.token_budget = token_budget;
   options.max_running = 64;
   options.kv_bytes = 512 << 20;
@@ -93,8 +94,7 @@ std::vector<Answer> RunAll(const std::string& model, const std::vector<Golden>& 
     request->sampling.top_logprobs = 5;
     if (scores) request->sampling.prompt_top_logprobs = 0;
     // What ended without EOS ended by the reference's own limit.
-    request->stop.max_new_tokens =
-        std::min(max_new_tokens, golden.stopped ? 64 : static_cast<int>(golden.greedy.size()));
+    request->stop.max_new_tokens = golden.stopped ? 64 : static_cast<int>(golden.greedy.size());
     sinks.push_back(std::make_shared<CollectingSink>());
     auto handle = (*engine)->Submit(request, sinks.back());
     EXPECT_TRUE(handle.ok()) << handle.status().ToString();
@@ -205,6 +205,13 @@ TEST(Golden, TinyF32) {
 TEST(Golden, TinyF32InSmallChunks) {
   std::vector<Golden> goldens = TinyGoldens("tiny", false);
   Compare(goldens, RunAll(TinyFolder("tiny"), goldens, DType::kF32, true, 96), kF32, true, kF32);
+}
+
+TEST(Golden, TinyF32OnTwoFourAndEightRanks) {
+  std::vector<Golden> goldens = TinyGoldens("tiny", false);
+  for (int ranks : {2, 4, 8}) {
+    Compare(goldens, RunAll(TinyFolder("tiny"), goldens, DType::kF32, true, 512, ranks), kF32, true, kF32);
+  }
 }
 
 TEST(Golden, TinyBF16) {
