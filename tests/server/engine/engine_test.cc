@@ -302,9 +302,8 @@ TEST(Engine, DestructionEndsLiveRequests) {
     auto handle = (*engine)->Submit(MakeRequest(3, 100), sink);
     ASSERT_TRUE(handle.ok());
     gate.WaitForArrivals(1);
-    gate.Open();
-    handle = RequestHandle();  // handles must not outlive the engine
-  }
+  }  // handles must not outlive the engine; the step is still held, so the request is live
+  gate.Open();
   *engine = nullptr;
   EXPECT_FALSE(sink->WaitForEnd().back().status.ok());
 }
