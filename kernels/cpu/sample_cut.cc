@@ -39,7 +39,7 @@ Cut FindCut(const SampleKernels& kernels, const float* x, int64_t n, float max, 
   };
   const bool weigh = measure == Measure::kWeight;
   Bound low = {KeyOf(weigh ? 0.0f : -std::numeric_limits<float>::infinity()), n, target};
-  Bound high = {KeyOf(max) + 1, 0, 0};
+  Bound high = {KeyOf(max + 0.0f) + 1, 0, 0};  // -0 becomes 0: the float above -0 is 0, which is no larger
   // First guesses: where e^x, or a logit below the largest, usually has it.
   const std::array<float, 4> weights = {0x1p-4f, 0x1p-8f, 0x1p-14f, 0x1p-22f};
   const std::array<float, 4> logits = {max - 2, max - 6, max - 10, max - 16};
