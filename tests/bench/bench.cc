@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
+#include <system_error>
 #include <utility>
 
 #include "server/base/strings.h"
@@ -16,6 +18,9 @@
 namespace altiplano::bench {
 
 namespace {
+
+constexpr double kDisturbed = 0.02;  // of a sample's time
+constexpr double kPatience = 0.03;   // seconds to wait for an undisturbed sample
 
 double MedianOf(std::vector<double> values) {
   if (values.empty()) return 0;
@@ -56,13 +61,31 @@ double Now() {
 }
 
 double Timing::best() const {
-  if (seconds.empty()) return 0;
-  std::vector<double> sorted = seconds;
+  std::vector<double> undisturbed;
+  for (size_t i = 0; i < disturbed.size(); ++i) {
+    if (!disturbed[i]) undisturbed.push_back(seconds[i]);
+  }
+  std::vector<double> sorted = undisturbed.empty() ? seconds : undisturbed;
+  if (sorted.empty()) return 0;
   std::sort(sorted.begin(), sorted.end());
   return sorted[sorted.size() / 10];
 }
 double Timing::median() const {
   return MedianOf(seconds);
+}
+bool Timing::trusted() const {
+  return std::find(disturbed.begin(), disturbed.end(), false) != disturbed.end();
+}
+
+double WaitedForCores() {
+  double nanoseconds = 0;
+  std::error_code error;
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", error)) {
+    std::ifstream schedstat(task.path() / "schedstat");
+    double on_core = 0, waited = 0;
+    if (schedstat >> on_core >> waited) nanoseconds += waited;
+  }
+  return nanoseconds * 1e-9;
 }
 
 std::vector<Timing> Interleave(const std::vector<std::function<void()>>& subjects, int rounds, double min_seconds) {
@@ -83,7 +106,17 @@ std::vector<Timing> Interleave(const std::vector<std::function<void()>>& subject
   }
   std::vector<Timing> timings(subjects.size());
   for (int round = 0; round < rounds; ++round) {
-    for (size_t i = 0; i < subjects.size(); ++i) timings[i].seconds.push_back(run(i) / calls[i]);
+    for (size_t i = 0; i < subjects.size(); ++i) {
+      double took = 0, waited = 0;
+      const double give_up = Now() + kPatience;
+      for (bool first = true; first || (waited > kDisturbed * took && Now() < give_up); first = false) {
+        const double before = WaitedForCores();
+        took = run(i);
+        waited = WaitedForCores() - before;
+      }
+      timings[i].seconds.push_back(took / calls[i]);
+      timings[i].disturbed.push_back(waited > kDisturbed * took);
+    }
   }
   return timings;
 }
@@ -184,6 +217,10 @@ void Report::Add(const Result& result) {
     std::printf("; goal <= %.0f %%: %s", *result.at_most * 100, *met ? "met" : "MISSED");
   }
   if (met) line["met"] = *met;
+  if (!result.trusted) {
+    line["disturbed"] = true;
+    std::printf("; disturbed in every round");
+  }
   if (!result.remark.empty()) std::printf("; %s", result.remark.c_str());
   std::printf("\n");
   std::fflush(stdout);

@@ -16,14 +16,18 @@ namespace altiplano::bench {
 // Seconds of one call, one for each round.
 struct Timing {
   std::vector<double> seconds;
+  std::vector<bool> disturbed;  // a thread of ours waited for a core in this round
 
-  // The fastest round but a tenth of them: what an undisturbed round takes, without the luck of a single one.
+  // Of the undisturbed rounds if there are any, the fastest but for a tenth of them: the luck of a single one is no
+  // limit.
   double best() const;
   double median() const;
+  bool trusted() const;  // an undisturbed round was among them
 };
 
 // Runs the subjects one after the other, `rounds` times over. In a round each is called as often as takes min_seconds
-// (found out before the first round), so that the clock's grain does not show.
+// (found out before the first round), so that the clock's grain does not show. A short sample that was disturbed is
+// taken again, a few times.
 std::vector<Timing> Interleave(const std::vector<std::function<void()>>& subjects, int rounds, double min_seconds);
 
 // The median over the rounds of of / to, each round's two having run one after the other.
@@ -41,6 +45,7 @@ struct Result {
   double median_ratio = 0;         // of the rounds; 0: not known
   std::optional<double> at_least;  // goals for `ratio`
   std::optional<double> at_most;
+  bool trusted = true;                        // false: others disturbed every round of it
   OrderedJson extra = OrderedJson::object();  // into the JSON line; not printed
   std::string remark;                         // printed behind the line
 };
@@ -75,6 +80,10 @@ class Report {
 };
 
 double Now();  // seconds, monotonic
+
+// Seconds that all threads of this process have together been ready to run while others had the cores; 0 where the
+// kernel does not tell.
+double WaitedForCores();
 
 // "12.3", "0.0123": three or more digits that say something.
 std::string Number(double value);

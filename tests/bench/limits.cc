@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kMemoryBytes = size_t{512} << 20;  // far beyond any cache
 constexpr int64_t kTurns = 40'000;
 constexpr int kChoosingRounds = 30;
-constexpr double kChoosingSeconds = 0.001;
+constexpr double kChoosingSeconds = 0.0005;
 
 // Results that nobody reads must still be computed.
 void Keep(float value) {
