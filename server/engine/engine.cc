@@ -215,7 +215,8 @@ class Engine::Impl {
     return OkStatus();
   }
 
-  // Under mutex_. The hint: how long the queue needs to drain at the rate at which requests were admitted lately.
+  // Under mutex_. The hint: how long half of the queue needs to drain at the rate at which requests were admitted
+  // lately.
   Status QueueFull() const {
     double rate = std::max(admission_rate_, 0.1);
     double seconds = std::clamp(static_cast<double>(queued_requests_) / rate / 2, 0.1, 60.0);

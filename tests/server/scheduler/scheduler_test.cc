@@ -134,6 +134,86 @@ TEST(Scheduler, ALargeRequestAtTheHeadIsNotStarvedBySmallOnes) {
   EXPECT_TRUE(driver.EndOf(2).status.ok());
 }
 
+TEST(Scheduler, PriorityDoesNotInterruptARunningRequest) {
+  for (bool short_of_slots : {true, false}) {
+    SchedulerOptions options = SmallOptions();
+    (short_of_slots ? options.max_running : options.num_blocks) = short_of_slots ? 1 : 5;
+    options.prefix_cache = false;
+    Driver driver(options);
+    driver->Add(1, MakeRequest(10, 10));
+    driver.Step();
+    auto urgent = MakeRequest(10, 1);
+    urgent->priority = 100;
+    driver->Add(2, urgent);
+    while (!driver.Ended(1)) ASSERT_EQ(driver.Step()->sequences[0].request, 1u);
+    EXPECT_EQ(driver.EndOf(1).timing.preemptions, 0u);
+    driver.RunAll();
+    EXPECT_TRUE(driver.EndOf(2).status.ok());
+  }
+}
+
+TEST(Scheduler, TheOldestDecodesFirstThenTheOthersInOrder) {
+  Driver driver(SmallOptions());
+  for (RequestKey key = 1; key <= 3; ++key) {
+    auto request = MakeRequest(2, 50);
+    request->priority = static_cast<int32_t>(key);
+    driver->Add(key, request);
+    driver.Step();
+  }
+  auto plan = driver.Step();
+  std::vector<RequestKey> order;
+  for (const PlannedSequence& planned : plan->sequences) order.push_back(planned.request);
+  EXPECT_THAT(order, ElementsAre(1, 3, 2));
+}
+
+TEST(Scheduler, AdmissionLeavesEveryRunningSequenceAToken) {
+  SchedulerOptions options = SmallOptions();
+  options.token_budget = 2;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(1, 3));
+  driver->Add(2, MakeRequest(1, 3));
+  driver->Add(3, MakeRequest(1, 3));
+  driver.Step();
+  while (!driver.Ended(1)) {
+    auto plan = driver.Step();
+    ASSERT_EQ(plan->sequences.size(), 2u);
+    EXPECT_EQ(plan->sequences[0].request, 1u);
+    EXPECT_EQ(plan->sequences[1].request, 2u);
+  }
+  EXPECT_EQ(driver->load().waiting_requests, 1);
+  driver.RunAll();
+  EXPECT_TRUE(driver.EndOf(3).status.ok());
+}
+
+TEST(Scheduler, AdmissionLeavesRoomForRunningSequencesToGrow) {
+  // Four sequences of two blocks run, the fifth wants two: one more must stay for the four.
+  for (int32_t blocks : {10, 11}) {
+    SchedulerOptions options = SmallOptions();
+    options.num_blocks = blocks;
+    options.prefix_cache = false;
+    Driver driver(options);
+    for (RequestKey key = 1; key <= 4; ++key) driver->Add(key, MakeRequest(5, 50));
+    driver.Step();
+    driver.Step();
+    driver->Add(5, MakeRequest(5, 1));
+    EXPECT_EQ(driver.Step()->sequences.size(), blocks == 10 ? 4u : 5u);
+  }
+}
+
+TEST(Scheduler, ABlockedHeadIsAdmittedOnceThePrefixCacheHoldsEnoughOfIt) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 9;
+  options.token_budget = 32;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(17, 50));
+  driver->Add(2, MakeRequest(17, 1));  // five blocks, four are left; after this step four of the five can be shared
+  auto plan = driver.Step();
+  ASSERT_EQ(plan->sequences.size(), 1u);
+  while (plan->sequences.size() == 1) ASSERT_LE((plan = driver.Step())->step, 9u);
+  EXPECT_EQ(plan->step, 9u);  // tried again after eight steps, and not in each of them
+  EXPECT_EQ(driver.CachedTokensOf(2), 16u);
+}
+
 // --- Ends ------------------------------------------------------------------------------------------------------------
 
 TEST(Scheduler, StopsAtEosAndStopIdsButNotBeforeTheMinimum) {
@@ -252,6 +332,30 @@ TEST(Scheduler, DeadlinesEndWaitingAndRunningRequests) {
   EXPECT_EQ(driver.TokensOf(2).size(), 3u);  // what there was
   EXPECT_EQ(driver->next_deadline(), kNever);
   EXPECT_TRUE(driver->idle());
+}
+
+TEST(Scheduler, OfTwoExpiriesTheFirstDecides) {
+  struct Case {
+    int time_limit, deadline, queue_deadline;
+    const char* reason;  // of the error; empty: the time limit, which is an answer
+  };
+  for (const Case& c : {Case{20, 30, 40, ""}, Case{30, 20, 40, "DEADLINE"}, Case{30, 40, 20, "QUEUE_TIMEOUT"},
+                        Case{20, 20, 20, ""}, Case{30, 20, 20, "DEADLINE"}}) {
+    SchedulerOptions options = SmallOptions();
+    options.max_running = 1;
+    Driver driver(options);
+    driver->Add(1, MakeRequest(3, 90));
+    auto request = MakeRequest(3, 90);
+    request->time_limit = driver.now + milliseconds(c.time_limit);
+    request->deadline = driver.now + milliseconds(c.deadline);
+    request->queue_deadline = driver.now + milliseconds(c.queue_deadline);
+    driver->Add(2, request);
+    driver.Step();
+    driver.now += milliseconds(50);  // all of them are over when the scheduler looks
+    driver.Step();
+    EXPECT_EQ(driver.EndOf(2).status.reason(), c.reason);
+    EXPECT_EQ(driver.FinishOf(2), *c.reason == 0 ? FinishReason::kTimeLimit : FinishReason::kNone);
+  }
 }
 
 TEST(Scheduler, AdmissionEndsTheQueueDeadline) {
@@ -391,6 +495,20 @@ TEST(PrefixSharing, CachedBlocksAreEvictedBeforeAnyoneWaits) {
   const int32_t cached = driver->load().blocks_cached;
   EXPECT_EQ(driver->ResetPrefixCache(), cached);
   EXPECT_EQ(driver->load().blocks_cached, 0);
+}
+
+TEST(PrefixSharing, PrefixesAreForgottenFromTheirEnds) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 8;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(21, 1));
+  driver.RunAll();
+  EXPECT_EQ(driver->load().blocks_cached, 5);
+  driver->Add(2, MakeRequest(19, 1, 500));  // five blocks: the three free ones and two of the cached
+  driver.RunAll();
+  driver->Add(3, MakeRequest(21, 1));
+  driver.RunAll();
+  EXPECT_EQ(driver.CachedTokensOf(3), 12u);
 }
 
 TEST(PrefixSharing, PromptScoresComeInOrderAndInPieces) {
