@@ -317,9 +317,23 @@ class Engine::Impl {
   // Hands events to their owners.
   void Deliver() {
     if (events_.empty()) return;
-    int64_t left_requests = 0, left_tokens = 0;
-    uint64_t admitted = 0, generated = 0;
+    Account();
     for (Event& event : events_) {
+      auto it = live_.find(event.request);
+      bool ended = event.kind == Event::Kind::kEnded;
+      it->second.sink->OnEvent(std::move(event));
+      if (ended) live_.erase(it);
+    }
+    events_.clear();
+    if (on_step_) on_step_();
+  }
+
+  // Before the events are seen: whoever learns that a request was admitted or ended finds its place in the queue free.
+  void Account() {
+    int32_t left_requests = 0;
+    int64_t left_tokens = 0;
+    uint64_t admitted = 0, generated = 0;
+    for (const Event& event : events_) {
       auto it = live_.find(event.request);
       CHECK(it != live_.end());
       Live& live = it->second;
@@ -330,22 +344,15 @@ class Engine::Impl {
       }
       admitted += event.kind == Event::Kind::kAdmitted;
       generated += event.kind == Event::Kind::kToken;
-      bool ended = event.kind == Event::Kind::kEnded;
-      live.sink->OnEvent(std::move(event));
-      if (ended) live_.erase(it);
     }
-    events_.clear();
     TimePoint now = clock_.Now();
-    {
-      std::scoped_lock lock(load_mutex_, mutex_);
-      queued_requests_ -= static_cast<int32_t>(left_requests);
-      queued_tokens_ -= left_tokens;
-      admissions_.Add(now, admitted);
-      admission_rate_ = admissions_.PerSecond(now);
-      tokens_.Add(now, generated);
-      load_.scheduler = scheduler_->load();
-    }
-    if (on_step_) on_step_();
+    std::scoped_lock lock(load_mutex_, mutex_);
+    queued_requests_ -= left_requests;
+    queued_tokens_ -= left_tokens;
+    admissions_.Add(now, admitted);
+    admission_rate_ = admissions_.PerSecond(now);
+    tokens_.Add(now, generated);
+    load_.scheduler = scheduler_->load();
   }
 
   void FinishStep(TimePoint now) {
