@@ -8,12 +8,12 @@ set -euo pipefail
 
 build_packages=(
   g++ cmake ninja-build ccache pkg-config git ca-certificates
-  libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libspdlog-dev nlohmann-json3-dev
+  libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libspdlog-dev nlohmann-json3-dev zlib1g-dev
   libgtest-dev libgmock-dev
   python3 python3-venv python3-pip
 )
 # Debian 12's name, then Ubuntu 24.04's.
-runtime_packages=("libgrpc++1.51|libgrpc++1.51t64" "libprotobuf32|libprotobuf32t64" "libspdlog1.10|libspdlog1.12" ca-certificates)
+runtime_packages=("libgrpc++1.51|libgrpc++1.51t64" "libprotobuf32|libprotobuf32t64" "libspdlog1.10|libspdlog1.12" zlib1g ca-certificates)
 # Each distribution's clang wants the runtime of its own version.
 fuzz_packages=(clang "libclang-rt-18-dev|libclang-rt-14-dev")
 

@@ -12,6 +12,7 @@ ALLOWED = {
     "kernels": [],
     "server/base": [],
     "server/scheduler": ["server/base"],
+    "server/bench": ["server/base", "server/scheduler"],
     "server/text": ["server/base"],
     "server/model": ["server/base", "kernels"],
     "server/engine": ["server/base", "server/scheduler", "server/model", "kernels"],
@@ -25,6 +26,7 @@ RESTRICTED = [
     (r"^(cuda|cublas|nccl|nvtx)", ["kernels/cuda", "kernels/comm"]),
     (r"^(grpc|google/protobuf|google/rpc)|\.pb\.h$", ["server/frontend", "server/cli", "server/main.cc"]),
     (r"^spdlog/", ["server/base"]),
+    (r"^zlib", ["server/bench"]),
     (r"^nlohmann/", ["server/base"]),
 ]
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]')
