@@ -1,0 +1,121 @@
+// The device side of ptx.h: inline PTX for sm_80 and later.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/tensor.h"
+
+#define PTX_FUNCTION __device__ __forceinline__
+// A __shared__ variable, one per place in the source and instantiation.
+#define PTX_SHARED(type, name, count) __shared__ type name[count]
+
+namespace altiplano::ptx {
+
+// The launch's dynamic shared memory.
+PTX_FUNCTION void* DynamicShared() {
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+  return dynamic_shared;
+}
+PTX_FUNCTION uint32_t SharedAddress(const void* data) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(data));
+}
+
+// ---- memory. T has 1, 2, 4, 8 or 16 bytes.
+template <typename T>
+PTX_FUNCTION T LdGlobal(const T* from) {
+  return *from;
+}
+// Of what nobody writes while the kernel runs and nobody reads again soon: the weights.
+PTX_FUNCTION uint4 LdGlobalOnce(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+template <typename T>
+PTX_FUNCTION T LdGlobalOnce(const T* from) {
+  return *from;
+}
+template <typename T>
+PTX_FUNCTION void StGlobal(T* to, T value) {
+  *to = value;
+}
+template <typename T>
+PTX_FUNCTION T LdShared(const T* from) {
+  return *from;
+}
+template <typename T>
+PTX_FUNCTION void StShared(T* to, T value) {
+  *to = value;
+}
+
+// ---- numbers
+// Rounds to nearest even, `low` into the lower half.
+PTX_FUNCTION uint32_t PackBF16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+PTX_FUNCTION BF16 RoundBF16(float x) {
+  BF16 rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+  return rounded;
+}
+PTX_FUNCTION float FloatOfBits(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+PTX_FUNCTION uint32_t BitsOfFloat(float x) {
+  return __float_as_uint(x);
+}
+// 2^x within a relative error of 2^-22; what would be subnormal may be zero.
+PTX_FUNCTION float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PTX_FUNCTION float Divide(float x, float y) {
+  return __fdiv_rn(x, y);
+}
+
+// ---- asynchronous copies from global to shared memory
+// 16 bytes past the L1 cache; zeros when not `inside`, and `from` is then not read.
+PTX_FUNCTION void CpAsync16(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from), "r"(inside ? 16 : 0)
+               : "memory");
+}
+// All copies issued since the last commit are one group.
+PTX_FUNCTION void CpAsyncCommit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until at most the kPending youngest groups of this thread are under way.
+template <int kPending>
+PTX_FUNCTION void CpAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- matrices of a warp
+// Four 8x8 matrices of 16-bit elements; `row` is one of their 32 rows. A lane receives two neighbours of a row each.
+PTX_FUNCTION void LdMatrixX4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+// The same, of the transposed matrices.
+PTX_FUNCTION void LdMatrixX4Transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+// d += a b, of bf16: a is 16 x 16, b 16 x 8, d 16 x 8 in f32.
+PTX_FUNCTION void Mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace altiplano::ptx

@@ -1,0 +1,131 @@
+// The host side of ptx.h: CUDA's own functions under their names, and ours, as calls of the simulator that pass on
+// where they were called. ptx_device.h says what each does.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/cuda/sim/cuda_language.h"
+#include "kernels/cuda/sim/thread.h"
+#include "kernels/tensor.h"
+
+#define threadIdx (::altiplano::sim::Self().thread_idx)
+#define blockIdx (::altiplano::sim::Self().block_idx)
+#define blockDim (::altiplano::sim::Self().block_dim)
+#define gridDim (::altiplano::sim::Self().grid_dim)
+
+#define PTX_FUNCTION inline
+// A __shared__ variable, one per place in the source and instantiation.
+#define PTX_SHARED(type, name, count)                             \
+  auto* name = static_cast<type*>(::altiplano::sim::StaticShared( \
+      [] {                                                        \
+        static const char tag = 0;                                \
+        return static_cast<const void*>(&tag);                    \
+      }(),                                                        \
+      sizeof(type) * (count), alignof(type)))
+#define PTX_SITE ::altiplano::sim::Site site = ::altiplano::sim::Site::Current()
+
+inline void __syncthreads(PTX_SITE) {
+  altiplano::sim::SyncThreads(site);
+}
+inline void __syncwarp(unsigned mask = 0xFFFFFFFF, PTX_SITE) {
+  altiplano::sim::SyncWarp(mask, site);
+}
+
+namespace altiplano::ptx {
+
+template <typename T>
+T Shuffle(sim::ShuffleKind kind, unsigned mask, T value, int argument, sim::Site site) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = sim::Shuffle(kind, mask, bits, argument, site);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace altiplano::ptx
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, PTX_SITE) {
+  return altiplano::ptx::Shuffle(altiplano::sim::ShuffleKind::kXor, mask, value, lanes, site);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, PTX_SITE) {
+  return altiplano::ptx::Shuffle(altiplano::sim::ShuffleKind::kIndex, mask, value, lane, site);
+}
+
+namespace altiplano::ptx {
+
+inline void* DynamicShared() {
+  return sim::DynamicShared();
+}
+
+template <typename T>
+T LdGlobal(const T* from, PTX_SITE) {
+  sim::Access(sim::Memory::kGlobalLoad, from, sizeof(T), site);
+  return *from;
+}
+template <typename T>
+T LdGlobalOnce(const T* from, PTX_SITE) {
+  return LdGlobal(from, site);
+}
+template <typename T>
+void StGlobal(T* to, T value, PTX_SITE) {
+  sim::Access(sim::Memory::kGlobalStore, to, sizeof(T), site);
+  *to = value;
+}
+template <typename T>
+T LdShared(const T* from, PTX_SITE) {
+  sim::Access(sim::Memory::kSharedLoad, from, sizeof(T), site);
+  return *from;
+}
+template <typename T>
+void StShared(T* to, T value, PTX_SITE) {
+  sim::Access(sim::Memory::kSharedStore, to, sizeof(T), site);
+  *to = value;
+}
+
+inline uint32_t PackBF16(float low, float high) {
+  return ToBF16(low).bits | static_cast<uint32_t>(ToBF16(high).bits) << 16;
+}
+inline BF16 RoundBF16(float x) {
+  return ToBF16(x);
+}
+inline float FloatOfBits(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+inline uint32_t BitsOfFloat(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
+inline float Exp2(float x) {
+  return sim::Inexact(std::exp2(x), 0x1p-22f);
+}
+inline float Divide(float x, float y) {
+  return x / y;
+}
+
+inline void CpAsync16(void* to, const void* from, bool inside, PTX_SITE) {
+  sim::CpAsync(to, from, 16, inside ? 16 : 0, site);
+}
+inline void CpAsyncCommit() {
+  sim::CpAsyncCommit();
+}
+template <int kPending>
+void CpAsyncWait() {
+  sim::CpAsyncWait(kPending);
+}
+
+inline void LdMatrixX4(uint32_t (&r)[4], const void* row, PTX_SITE) {
+  sim::LdMatrix(r, 4, false, row, site);
+}
+inline void LdMatrixX4Transposed(uint32_t (&r)[4], const void* row, PTX_SITE) {
+  sim::LdMatrix(r, 4, true, row, site);
+}
+inline void Mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PTX_SITE) {
+  sim::Mma16816(d, a, b, site);
+}
+
+}  // namespace altiplano::ptx

@@ -1,0 +1,148 @@
+// Shared memory, device memory and cp.async. A copy happens as late as it may, when its thread waits for it; until then
+// its destination holds NaN.
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <string>
+
+#include "kernels/cuda/sim/core.h"
+
+namespace altiplano::sim {
+
+namespace {
+
+// Alive for the whole process: kernels run on one OS thread, and buffers may be freed late.
+std::map<uintptr_t, size_t>& Allocations() {
+  static auto* allocations = new std::map<uintptr_t, size_t>();
+  return *allocations;
+}
+
+}  // namespace
+
+void* AllocateDevice(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  // As cudaMalloc aligns. Not rounded up: the sanitizers then see one byte too many.
+  void* data = nullptr;
+  if (posix_memalign(&data, 256, bytes) != 0) return nullptr;
+  PoisonBytes(data, bytes);
+  Allocations()[reinterpret_cast<uintptr_t>(data)] = bytes;
+  return data;
+}
+
+void FreeDevice(void* data) {
+  Allocations().erase(reinterpret_cast<uintptr_t>(data));
+  std::free(data);
+}
+
+size_t LiveDeviceBytes() {
+  size_t bytes = 0;
+  for (const auto& [begin, size] : Allocations()) bytes += size;
+  return bytes;
+}
+
+bool IsDeviceMemory(const void* data, size_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const auto& allocations = Allocations();
+  auto it = allocations.upper_bound(address);
+  if (it == allocations.begin()) return false;
+  --it;
+  return address + bytes <= it->first + it->second;
+}
+
+void* DynamicShared() {
+  return CurrentRunner().set->window + kSharedBase;
+}
+
+void* StaticShared(const void* tag, size_t bytes, size_t align) {
+  TsanIgnore ignore;
+  Runner& runner = CurrentRunner();
+  for (const StaticVariable& variable : runner.statics) {
+    if (variable.tag == tag) return variable.data;
+  }
+  align = std::max<size_t>(align, 16);
+  const size_t at = (runner.shared_end + align - 1) / align * align;
+  if (at + bytes + kGuard > kSharedWindow) runner.Fail("too much static shared memory", Site());
+  char* data = runner.set->window + at;
+  AsanUnpoison(data, bytes + kGuard);
+  PoisonBytes(data, bytes + kGuard);
+  AsanPoison(data + bytes, kGuard);
+  runner.shared_end = static_cast<uint32_t>(at + bytes + kGuard);
+  runner.statics.push_back({tag, data, bytes});
+  return data;
+}
+
+uint32_t SharedAddress(const Runner& runner, const void* data) {
+  return static_cast<uint32_t>(static_cast<const char*>(data) - runner.set->window);
+}
+
+void CheckShared(Runner& runner, const void* data, int bytes, const char* what, Site site) {
+  const char* address = static_cast<const char*>(data);
+  const char* begin = runner.set->window + kSharedBase;
+  bool inside = address >= begin && address + bytes <= begin + runner.grid.shared_bytes;
+  for (const StaticVariable& variable : runner.statics) {
+    if (inside) break;
+    inside = address >= variable.data && address + bytes <= variable.data + variable.bytes;
+  }
+  if (!inside) runner.Fail(std::string(what) + " is outside of the block's shared memory", site);
+}
+
+void Access(Memory memory, const void* data, int bytes, Site site) {
+  Runner& runner = CurrentRunner();
+  if (reinterpret_cast<uintptr_t>(data) % static_cast<unsigned>(bytes) != 0) {
+    runner.Fail("misaligned access of " + std::to_string(bytes) + " bytes", site);
+  }
+  if (memory == Memory::kSharedLoad || memory == Memory::kSharedStore) {
+    CheckShared(runner, data, bytes, memory == Memory::kSharedLoad ? "a shared load" : "a shared store", site);
+  } else if (!IsDeviceMemory(data, static_cast<size_t>(bytes))) {
+    runner.Fail(std::string(memory == Memory::kGlobalLoad ? "a global load" : "a global store") + " of " +
+                    std::to_string(bytes) + " bytes is outside of device memory",
+                site);
+  }
+  if (runner.counting) CountAccess(runner, memory, data, bytes, site);
+}
+
+void CpAsync(void* to, const void* from, int bytes, int from_bytes, Site site) {
+  Runner& runner = CurrentRunner();
+  const auto size = static_cast<unsigned>(bytes);
+  if (reinterpret_cast<uintptr_t>(to) % size != 0 || reinterpret_cast<uintptr_t>(from) % size != 0) {
+    runner.Fail("misaligned cp.async of " + std::to_string(bytes) + " bytes", site);
+  }
+  CheckShared(runner, to, bytes, "the destination of cp.async", site);
+  if (from_bytes > 0 && !IsDeviceMemory(from, static_cast<size_t>(from_bytes))) {
+    runner.Fail("the source of cp.async is outside of device memory", site);
+  }
+  if (runner.counting) CountCopy(runner, to, from, bytes, from_bytes, site);
+  TsanWrite(to, size, SIM_CALLER);
+  PoisonBytes(to, size);
+  TsanIgnore ignore;
+  Thread& thread = *runner.current;
+  thread.copies.push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), bytes, from_bytes, thread.copy_group, SIM_CALLER});
+}
+
+void CpAsyncCommit() {
+  ++CurrentRunner().current->copy_group;
+}
+
+void CpAsyncWait(int pending) {
+  Thread& thread = *CurrentRunner().current;
+  size_t done = 0;
+  for (; done < thread.copies.size() && thread.copies[done].group < thread.copy_group - pending; ++done) {
+    const CpAsyncCopy& copy = thread.copies[done];
+    const auto from_bytes = static_cast<size_t>(copy.from_bytes);
+    TsanRead(copy.from, from_bytes, copy.pc);
+    TsanWrite(copy.to, static_cast<size_t>(copy.bytes), copy.pc);
+    CopyBytes(copy.to, copy.from, from_bytes);
+    for (size_t i = from_bytes; i < static_cast<size_t>(copy.bytes); ++i) copy.to[i] = 0;
+  }
+  TsanIgnore ignore;
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(done));
+}
+
+float Inexact(float exact, float relative_error) {
+  const uint32_t hash = __builtin_bit_cast(uint32_t, exact) * 2654435761u;
+  const float error = (static_cast<float>(hash >> 8) * 0x1p-23f - 1) * relative_error;
+  return exact + exact * error;
+}
+
+}  // namespace altiplano::sim

@@ -1,0 +1,285 @@
+// Runs a grid: which thread goes next, blocks from their first thread to their last, and the report of a deadlock.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <numeric>
+#include <utility>
+
+#include "kernels/cuda/sim/core.h"
+
+namespace altiplano::sim {
+
+thread_local ThreadView* current_thread = nullptr;
+
+namespace {
+
+// Under the sanitizers frames are larger.
+#if defined(ALTIPLANO_SIM_TSAN) || defined(ALTIPLANO_SIM_ASAN)
+constexpr size_t kStackBytes = 256 << 10;
+#else
+constexpr size_t kStackBytes = 64 << 10;
+#endif
+
+int RandomBit(Rng& rng, uint32_t mask) {
+  const int shift = static_cast<int>(rng() & 31);
+  return (std::countr_zero(std::rotr(mask, shift)) + shift) & 31;
+}
+
+std::string Coordinates(uint3 index) {
+  return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
+}
+
+thread_local std::string stuck_error;
+
+}  // namespace
+
+Runner& CurrentRunner() {
+  static thread_local std::unique_ptr<Runner> runner = std::make_unique<Runner>();
+  return *runner;
+}
+
+std::string ToString(const Site& site) {
+  const std::string_view path = site.file;
+  return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(site.line);
+}
+
+void SetSeed(uint64_t seed) {
+  CurrentRunner().seed = seed;
+  CurrentRunner().launches = 0;
+}
+
+std::string RunGrid(const Grid& grid, const std::function<void()>& body) {
+  return CurrentRunner().Run(grid, body);
+}
+
+void LaunchGrid(const Grid& grid, const std::function<void()>& body) {
+  if (stuck_error.empty()) stuck_error = RunGrid(grid, body);
+}
+
+std::string TakeError() {
+  return std::exchange(stuck_error, "");
+}
+
+std::string Runner::Where() const {
+  return "kernel " + std::string(grid.kernel) + ", block " + Coordinates(block_idx) + ", seed " + std::to_string(seed);
+}
+
+void Runner::Fail(const std::string& what, Site site) {
+  {
+    TsanIgnore ignore;
+    failure = Where() + ", thread " + std::to_string(current->index) + " at " + ToString(site) + ": " + what;
+  }
+  throw Cancel{};
+}
+
+Thread* Runner::Pick() {
+  if (ready_warps == 0) return nullptr;  // all have exited, or none can go on
+  if ((ready_warps >> current_warp & 1) == 0 || static_cast<int>(rng() & 7) >= stickiness) {
+    current_warp = RandomBit(rng, ready_warps);
+  }
+  return &ThreadAt(current_warp * kWarpSize + RandomBit(rng, warps[static_cast<size_t>(current_warp)].ready));
+}
+
+void Runner::Resume(Thread* next) {
+  Thread* self = current;
+  if (next == self) return;
+  current = next;
+  if (next != nullptr) current_thread = next;
+  SwitchFiber(&self->fiber, next != nullptr ? &next->fiber : &host);
+}
+
+void Runner::SwitchAway() {
+  Resume(Pick());
+  if (cancelling) throw Cancel{};
+}
+
+// Unwinds every thread that has not exited, so that nothing on their stacks leaks and the fibers can be used again.
+void Runner::CancelAll() {
+  cancelling = true;
+  for (int i = 0; i < threads; ++i) {
+    if (ThreadAt(i).wait == Wait::kExited) continue;
+    current = &ThreadAt(i);
+    current_thread = current;
+    SwitchFiber(&host, &current->fiber);
+  }
+  cancelling = false;
+}
+
+void Runner::Suspend(Wait wait, Site site) {
+  current->wait = wait;
+  current->site = site;
+  Warp& warp = warps[static_cast<size_t>(current->warp)];
+  warp.ready &= ~(1u << current->lane);
+  if (warp.ready == 0) ready_warps &= ~(1u << current->warp);
+}
+
+void Runner::BlockOn(Wait wait, Site site) {
+  Suspend(wait, site);
+  SwitchAway();
+}
+
+void Runner::Wake(Thread& thread) {
+  thread.wait = Wait::kNothing;
+  warps[static_cast<size_t>(thread.warp)].ready |= 1u << thread.lane;
+  ready_warps |= 1u << thread.warp;
+}
+
+void Runner::ThreadMain(void* argument) {
+  EnterFiber();
+  auto& self = *static_cast<Thread*>(argument);
+  while (true) {
+    Runner& runner = CurrentRunner();
+    TsanAcquire(runner.launch_token.address);
+    TsanAcquire(runner.set->exits.address);
+    try {
+      if (runner.cancelling) throw Cancel{};
+      (*runner.body)();
+      CpAsyncWait(0);
+    } catch (const Cancel&) {
+      self.wait = Wait::kExited;
+    }
+    TsanRelease(runner.set->exits.address);
+    TsanRelease(runner.end_token.address);
+    if (runner.failure.empty()) {
+      ++runner.exited;
+      runner.Suspend(Wait::kExited, Site());
+      runner.Resume(runner.Pick());
+    } else {
+      SwitchFiber(&self.fiber, &runner.host);
+    }
+  }
+}
+
+// A fresh block: every thread ready, shared memory poisoned and out of bounds but for what the launch asked for.
+void Runner::Prepare() {
+  if (set->window == nullptr) {
+    void* memory = mmap(nullptr, kSharedWindow, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+      std::perror("simulator: no memory for shared memory");
+      std::abort();
+    }
+    set->window = static_cast<char*>(memory);
+  }
+  while (static_cast<int>(set->threads.size()) < threads) {
+    auto thread = std::make_unique<Thread>();
+    thread->index = static_cast<int>(set->threads.size());
+    thread->lane = thread->index % kWarpSize;
+    thread->warp = thread->index / kWarpSize;
+    CreateFiber(&thread->fiber, kStackBytes, ThreadMain, thread.get(), static_cast<unsigned>(thread->index));
+    set->threads.push_back(std::move(thread));
+  }
+  exited = 0;
+  ready_warps = 0;
+  current_warp = 0;
+  statics.clear();
+  failure.clear();
+  barrier.arrived = 0;
+  for (Warp& warp : warps) warp.ready = warp.waiting = 0;
+  AsanUnpoison(set->window, kSharedWindow);
+  PoisonBytes(set->window, kSharedBase + grid.shared_bytes + kGuard);
+  AsanPoison(set->window, kSharedWindow);
+  AsanUnpoison(set->window + kSharedBase, grid.shared_bytes);
+  shared_end = kSharedBase + ((grid.shared_bytes + kGuard + 127) & ~127u);
+  const dim3& block = grid.block;
+  for (int i = 0; i < threads; ++i) {
+    Thread& thread = ThreadAt(i);
+    const auto u = static_cast<unsigned>(i);
+    thread.thread_idx = {u % block.x, u / block.x % block.y, u / (block.x * block.y)};
+    thread.block_idx = block_idx;
+    thread.block_dim = block;
+    thread.grid_dim = grid.grid;
+    thread.copies.clear();
+    thread.copy_group = 0;
+    Wake(thread);
+  }
+}
+
+void Runner::RunBlock(uint3 index) {
+  block_idx = index;
+  Prepare();
+  current = Pick();
+  current_thread = current;
+  SwitchFiber(&host, &current->fiber);
+  if (failure.empty() && exited < threads) failure = DescribeDeadlock();
+  if (!failure.empty()) CancelAll();
+  AsanUnpoison(set->window, kSharedWindow);
+  CheckGuards();
+  FinishCounting(*this);
+}
+
+void Runner::CheckGuards() {
+  auto check = [&](const char* guard, const char* what) {
+    for (uint32_t i = 0; i < kGuard && failure.empty(); ++i) {
+      if (static_cast<unsigned char>(guard[i]) == 0xFF) continue;
+      failure = Where() + ": a write " + std::to_string(i) + " bytes past the end of " + what;
+    }
+  };
+  check(set->window + kSharedBase + grid.shared_bytes, "dynamic shared memory");
+  for (const StaticVariable& variable : statics) check(variable.data + variable.bytes, "a shared variable");
+}
+
+std::string Runner::DescribeDeadlock() const {
+  std::map<std::string, std::pair<int, int>> groups;  // what they wait for -> how many, the first
+  for (int i = 0; i < threads; ++i) {
+    const Thread& thread = ThreadAt(i);
+    std::string wait = "exited";
+    if (thread.wait == Wait::kWarp) wait = std::string(thread.operation) + " at " + ToString(thread.site);
+    if (thread.wait == Wait::kBarrier) {
+      wait = "__syncthreads at " + ToString(thread.site) + " (" + std::to_string(barrier.arrived) + " of " +
+             std::to_string(threads) + " arrived)";
+    }
+    ++groups.try_emplace(wait, 0, i).first->second.first;
+  }
+  std::string out = "deadlock in " + Where();
+  for (const auto& [wait, group] : groups) {
+    out +=
+        "\n  " + std::to_string(group.first) + " threads, the first is " + std::to_string(group.second) + ": " + wait;
+  }
+  return out;
+}
+
+std::string Runner::Run(const Grid& launch, const std::function<void()>& thread_body) {
+  const uint64_t size = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
+  const std::string kernel = "kernel " + std::string(launch.kernel);
+  if (size == 0 || size > kMostThreads) return kernel + ": " + std::to_string(size) + " threads per block, 1 to 1024";
+  if (size % kWarpSize != 0) return kernel + ": " + std::to_string(size) + " threads per block, no multiple of 32";
+  if (launch.shared_bytes > kSharedLimit) {
+    return kernel + ": " + std::to_string(launch.shared_bytes) + " bytes of shared memory, at most " +
+           std::to_string(kSharedLimit);
+  }
+  const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+  if (blocks == 0 || launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 0x7FFFFFFF) {
+    return kernel + ": grid " + Coordinates({launch.grid.x, launch.grid.y, launch.grid.z}) +
+           ", each at least 1 and at most (2147483647,65535,65535)";
+  }
+  grid = launch;
+  body = &thread_body;
+  threads = static_cast<int>(size);
+  rng = Rng(seed + 1000003 * ++launches);
+  constexpr int kStickiness[] = {0, 4, 7, 8};
+  stickiness = kStickiness[rng.Below(4)];
+  CountLaunch(*this);
+  TsanRelease(launch_token.address);
+  std::vector<uint32_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.Below(static_cast<uint32_t>(i))]);
+  failure.clear();
+  for (size_t i = 0; i < order.size() && failure.empty(); ++i) {
+#ifdef ALTIPLANO_SIM_TSAN
+    set = &sets[i % 2];
+#else
+    set = &sets[0];
+#endif
+    const uint32_t block = order[i];
+    const dim3& g = launch.grid;
+    RunBlock({block % g.x, block / g.x % g.y, block / (g.x * g.y)});
+  }
+  TsanAcquire(end_token.address);
+  return failure;
+}
+
+}  // namespace altiplano::sim

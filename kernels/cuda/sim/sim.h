@@ -1,0 +1,48 @@
+// The kernel simulator as tests see it: its whims, what it found and what it counted. docs/kernels.md explains it.
+//
+// It belongs to one OS thread: the one that launches.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "kernels/cuda/sim/cuda_language.h"
+
+namespace altiplano::sim {
+
+// Every choice that a GPU is free to make is drawn from this. Also forgets how many launches there were, so that a
+// failing seed replays alone.
+void SetSeed(uint64_t seed);
+
+struct Grid {
+  const char* kernel;
+  dim3 grid, block;
+  unsigned shared_bytes = 0;
+};
+// Runs body once per thread, every block to its end. Empty, or what the kernel did that CUDA forbids, or how its
+// threads wait for each other for ever: kernel, block, thread, file and line.
+std::string RunGrid(const Grid& grid, const std::function<void()>& body);
+
+// As a launch on a stream: an error sticks, and what is launched after it does not run.
+void LaunchGrid(const Grid& grid, const std::function<void()>& body);
+// The error that stuck, if any; forgets it.
+std::string TakeError();
+
+// What a kernel asked of the memories while counting was on.
+struct Traffic {
+  uint64_t launches = 0;
+  uint64_t load_bytes = 0, store_bytes = 0;       // of global memory, each thread's counted
+  uint64_t sectors = 0, ideal_sectors = 0;        // of 32 bytes, that warps touched, and the fewest for those bytes
+  uint64_t wavefronts = 0, ideal_wavefronts = 0;  // of shared memory: bank conflicts make the former larger
+};
+void CountTraffic(bool on);  // also forgets what was counted
+Traffic TrafficOf(const std::string& kernel);
+std::string TrafficByLine();
+
+// ---- device memory: what kernels may reach with global accesses. Starts as NaN.
+void* AllocateDevice(size_t bytes);
+void FreeDevice(void* data);
+size_t LiveDeviceBytes();
+
+}  // namespace altiplano::sim

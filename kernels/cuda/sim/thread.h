@@ -1,0 +1,50 @@
+// What kernel code sees of the simulator: the running thread's indices and what the wrappers of ptx.h call. Kept thin:
+// under TSan this header is compiled with instrumentation and the library behind it is not.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/sim/cuda_language.h"
+#include "kernels/cuda/sim/site.h"
+
+namespace altiplano::sim {
+
+struct ThreadView {
+  uint3 thread_idx, block_idx;
+  dim3 block_dim, grid_dim;
+};
+// Set at every switch. A block stays on one OS thread, so that the variable's address may be kept.
+extern thread_local ThreadView* current_thread;
+inline ThreadView& Self() {
+  return *current_thread;
+}
+
+// ---- memory
+void* DynamicShared();
+// One variable per tag and block.
+void* StaticShared(const void* tag, size_t bytes, size_t align);
+
+enum class Memory : uint8_t { kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore };
+// Before an access of the thread's: checks where it goes and its alignment, and counts it.
+void Access(Memory memory, const void* data, int bytes, Site site);
+
+// ---- threads meeting
+void SyncThreads(Site site);
+void SyncWarp(uint32_t mask, Site site);
+enum class ShuffleKind : uint8_t { kXor, kIndex };
+uint64_t Shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int argument, Site site);
+
+// ---- matrices of a warp
+void LdMatrix(uint32_t* r, int matrices, bool transposed, const void* row, Site site);
+void Mma16816(float* d, const uint32_t* a, const uint32_t* b, Site site);
+
+// ---- asynchronous copies
+void CpAsync(void* to, const void* from, int bytes, int from_bytes, Site site);
+void CpAsyncCommit();
+void CpAsyncWait(int pending);
+
+// `exact`, off by as much as an approximate instruction may be. The same for the same number, always.
+float Inexact(float exact, float relative_error);
+
+}  // namespace altiplano::sim

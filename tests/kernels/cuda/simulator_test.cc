@@ -1,0 +1,421 @@
+// The simulator against kernels of a few lines: right ones pass under every seed, and each kind of mistake is named.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/ptx.h"
+#include "kernels/cuda/sim/sim.h"
+#include "kernels/tensor.h"
+
+namespace altiplano {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+
+// Device memory that a test may look into.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t n) : data_(static_cast<T*>(sim::AllocateDevice(n * sizeof(T)))), n_(n) {}
+  DeviceArray(size_t n, const std::function<T(size_t)>& value) : DeviceArray(n) {
+    for (size_t i = 0; i < n; ++i) data_[i] = value(i);
+  }
+  ~DeviceArray() { sim::FreeDevice(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  T* data() { return data_; }
+  size_t size() const { return n_; }
+  T& operator[](size_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+  size_t n_;
+};
+
+int Thread() {
+  return static_cast<int>(threadIdx.x);
+}
+
+constexpr int kSeeds = 32;
+
+// How many seeds find `wrong` after running the kernel, an error of the simulator's included.
+int SeedsThatNotice(const sim::Grid& grid, const std::function<void()>& body, const std::function<bool()>& wrong) {
+  int noticed = 0;
+  for (int seed = 1; seed <= kSeeds; ++seed) {
+    sim::SetSeed(static_cast<uint64_t>(seed));
+    noticed += !sim::RunGrid(grid, body).empty() || wrong();
+  }
+  return noticed;
+}
+
+TEST(Simulator, RunsEveryThreadOfEveryBlockOnce) {
+  constexpr dim3 kGrid(3, 2, 2), kBlock(8, 4, 2);
+  DeviceArray<int32_t> seen(12 * 64, [](size_t) { return 0; });
+  EXPECT_EQ(sim::RunGrid({"Count", kGrid, kBlock},
+                         [&] {
+                           EXPECT_EQ(gridDim.y, kGrid.y);
+                           EXPECT_EQ(blockDim.z, kBlock.z);
+                           const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+                           const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+                           int32_t* own = seen.data() + block * 64 + thread;
+                           ptx::StGlobal(own, ptx::LdGlobal(own) + 1);
+                         }),
+            "");
+  for (size_t i = 0; i < seen.size(); ++i) EXPECT_EQ(seen[i], 1) << i;
+}
+
+TEST(Simulator, RefusesLaunchesThatAGpuRefuses) {
+  const auto nothing = [] {};
+  EXPECT_THAT(sim::RunGrid({"K", 1, 1056}, nothing), HasSubstr("1056 threads per block"));
+  EXPECT_THAT(sim::RunGrid({"K", 1, 33}, nothing), HasSubstr("no multiple of 32"));
+  EXPECT_THAT(sim::RunGrid({"K", 1, 32, 228 * 1024}, nothing), HasSubstr("bytes of shared memory, at most 232448"));
+  EXPECT_THAT(sim::RunGrid({"K", dim3(1, 65536), 32}, nothing), HasSubstr("grid (1,65536,1)"));
+  EXPECT_THAT(sim::RunGrid({"K", dim3(0), 32}, nothing), HasSubstr("grid (0,1,1)"));
+}
+
+TEST(Simulator, ErrorsStickUntilTheyAreTaken) {
+  bool ran = false;
+  sim::LaunchGrid({"First", 1, 33}, [] {});
+  sim::LaunchGrid({"Second", 1, 32}, [&] { ran = true; });
+  EXPECT_FALSE(ran);
+  EXPECT_THAT(sim::TakeError(), HasSubstr("kernel First"));
+  sim::LaunchGrid({"Third", 1, 32}, [&] { ran = true; });
+  EXPECT_TRUE(ran);
+  EXPECT_EQ(sim::TakeError(), "");
+}
+
+// The order of blocks and of warps within a block is another one with another seed, and the same with the same.
+TEST(Simulator, OrderIsDrawnFromTheSeed) {
+  auto order_with = [](uint64_t seed) {
+    sim::SetSeed(seed);
+    std::atomic<int> turn = 0;
+    std::vector<int> order(8);
+    EXPECT_EQ(sim::RunGrid({"Order", 4, 64},
+                           [&] {
+                             __syncthreads();
+                             if (Thread() % 32 != 0) return;
+                             order[2 * blockIdx.x + threadIdx.x / 32] = turn.fetch_add(1, std::memory_order_relaxed);
+                           }),
+              "");
+    return order;
+  };
+  std::set<std::vector<int>> orders;
+  for (uint64_t seed = 1; seed <= 16; ++seed) {
+    EXPECT_EQ(order_with(seed), order_with(seed));
+    orders.insert(order_with(seed));
+  }
+  EXPECT_GT(orders.size(), 12u);
+}
+
+// ---- barriers
+
+// Each thread reads what its neighbour in another warp wrote to shared memory.
+void Rotate(DeviceArray<float>& out, bool synced) {
+  PTX_SHARED(float, tile, 128);
+  ptx::StShared(&tile[Thread()], static_cast<float>(Thread()));
+  if (synced) __syncthreads();
+  ptx::StGlobal(&out[static_cast<size_t>(Thread())], ptx::LdShared(&tile[(Thread() + 37) % 128]));
+}
+
+TEST(Simulator, ABarrierOrdersSharedMemory) {
+  DeviceArray<float> out(128);
+  const auto wrong = [&] {
+    for (int i = 0; i < 128; ++i) {
+      if (out[static_cast<size_t>(i)] != static_cast<float>((i + 37) % 128)) return true;
+    }
+    return false;
+  };
+  EXPECT_EQ(SeedsThatNotice(
+                {"Rotate", 1, 128}, [&] { Rotate(out, true); }, wrong),
+            0);
+#ifndef __SANITIZE_THREAD__  // which ends the program at the race
+  EXPECT_EQ(SeedsThatNotice(
+                {"Rotate", 1, 128}, [&] { Rotate(out, false); }, wrong),
+            kSeeds);
+#endif
+}
+
+TEST(Simulator, ABarrierThatNotAllReachIsADeadlockWithItsPlace) {
+  sim::SetSeed(5);
+  const std::string error = sim::RunGrid({"Half", dim3(2, 1), 64}, [] {
+    if (Thread() < 32) __syncthreads();
+  });
+  EXPECT_THAT(error, AllOf(HasSubstr("deadlock in kernel Half, block ("), HasSubstr("seed 5"),
+                           HasSubstr("32 threads, the first is 0: __syncthreads at simulator_test.cc:"),
+                           HasSubstr("(32 of 64 arrived)"), HasSubstr("32 threads, the first is 32: exited")));
+  // The simulator is as good as new.
+  EXPECT_EQ(sim::RunGrid({"Whole", 2, 64}, [] { __syncthreads(); }), "");
+}
+
+TEST(Simulator, StuckThreadsAreUnwound) {
+  static std::atomic<int> living = 0;
+  struct Local {
+    Local() { living.fetch_add(1, std::memory_order_relaxed); }
+    ~Local() { living.fetch_sub(1, std::memory_order_relaxed); }
+  };
+  EXPECT_NE(sim::RunGrid({"Stuck", 1, 64},
+                         [] {
+                           const Local local;
+                           if (Thread() != 3) __syncthreads();
+                         }),
+            "");
+  EXPECT_EQ(living, 0);
+}
+
+// ---- warps
+
+TEST(Simulator, ShufflesExchangeValues) {
+  DeviceArray<int32_t> out(32);
+  EXPECT_EQ(sim::RunGrid({"Sum", 1, 32},
+                         [&] {
+                           int32_t sum = Thread();
+                           for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, lanes);
+                           const int32_t other = __shfl_sync(0xFFFFFFFF, Thread(), 31 - Thread());
+                           ptx::StGlobal(&out[static_cast<size_t>(Thread())], 1000 * sum + other);
+                         }),
+            "");
+  for (int i = 0; i < 32; ++i) EXPECT_EQ(out[static_cast<size_t>(i)], 496 * 1000 + 31 - i);
+}
+
+TEST(Simulator, NamesAWarpThatDiverged) {
+  EXPECT_THAT(sim::RunGrid({"Diverged", 1, 32},
+                           [] {
+                             if (Thread() < 7) {
+                               __syncwarp();
+                             } else {
+                               __shfl_xor_sync(0xFFFFFFFF, 1, 1);
+                             }
+                           }),
+              HasSubstr("the warp diverged"));
+  EXPECT_THAT(sim::RunGrid({"Mask", 1, 32}, [] { __shfl_sync(0x0000FFFF, 1, 0); }), HasSubstr("not in its own mask"));
+  EXPECT_THAT(sim::RunGrid({"Outside", 1, 32},
+                           [] {
+                             if (Thread() < 16) __shfl_sync(0x0000FFFF, 1, 20);
+                           }),
+              HasSubstr("a lane outside of the mask"));
+}
+
+// A tile of a product, by the fragments that the PTX ISA gives each lane, against plain loops.
+TEST(Simulator, MatrixInstructionsFollowTheFragmentsOfThePtxIsa) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  DeviceArray<BF16> a(16 * 16, [&](size_t) { return ToBF16(normal(random)); });
+  DeviceArray<BF16> b(16 * 16, [&](size_t) { return ToBF16(normal(random)); });
+  DeviceArray<float> plain(16 * 16), transposed(16 * 16);
+  EXPECT_EQ(sim::RunGrid({"Product", 1, 32},
+                         [&] {
+                           PTX_SHARED(uint4, tile_a, 32);
+                           PTX_SHARED(uint4, tile_b, 32);
+                           const int lane = Thread();
+                           ptx::CpAsync16(&tile_a[lane], a.data() + 8 * lane, true);
+                           ptx::CpAsync16(&tile_b[lane], b.data() + 8 * lane, true);
+                           ptx::CpAsyncCommit();
+                           ptx::CpAsyncWait<0>();
+                           __syncwarp();
+                           uint32_t fa[4], fb[4], ft[4];
+                           ptx::LdMatrixX4(fa, &tile_a[lane % 16 * 2 + lane / 16]);
+                           // b as its rows n of k (plain), and as rows k of n (transposed).
+                           ptx::LdMatrixX4(fb, &tile_b[(lane / 16 * 8 + lane % 8) * 2 + lane / 8 % 2]);
+                           ptx::LdMatrixX4Transposed(ft, &tile_b[lane % 16 * 2 + lane / 16]);
+                           for (int half = 0; half < 2; ++half) {
+                             float d[4] = {}, e[4] = {};
+                             ptx::Mma16816(d, fa, {fb[2 * half], fb[2 * half + 1]});
+                             ptx::Mma16816(e, fa, {ft[2 * half], ft[2 * half + 1]});
+                             for (int i = 0; i < 4; ++i) {
+                               const int at = (lane / 4 + 8 * (i / 2)) * 16 + 8 * half + 2 * (lane % 4) + i % 2;
+                               ptx::StGlobal(plain.data() + at, d[i]);
+                               ptx::StGlobal(transposed.data() + at, e[i]);
+                             }
+                           }
+                         }),
+            "");
+  for (size_t m = 0; m < 16; ++m) {
+    for (size_t n = 0; n < 16; ++n) {
+      double with_rows = 0, with_columns = 0;
+      for (size_t k = 0; k < 16; ++k) {
+        with_rows += double{ToFloat(a[m * 16 + k])} * ToFloat(b[n * 16 + k]);
+        with_columns += double{ToFloat(a[m * 16 + k])} * ToFloat(b[k * 16 + n]);
+      }
+      EXPECT_NEAR(plain[m * 16 + n], with_rows, 1e-5);
+      EXPECT_NEAR(transposed[m * 16 + n], with_columns, 1e-5);
+    }
+  }
+}
+
+// ---- cp.async
+
+// Two groups of one thread; the second is waited for or not.
+TEST(Simulator, ACopyIsNotThereBeforeItIsWaitedFor) {
+  DeviceArray<float> in(256, [](size_t i) { return static_cast<float>(i); }), out(256);
+  for (bool waits : {true, false}) {
+    EXPECT_EQ(sim::RunGrid({"Copy", 1, 32},
+                           [&] {
+                             PTX_SHARED(uint4, tile, 64);
+                             for (int half = 0; half < 2; ++half) {
+                               const int i = 32 * half + Thread();
+                               ptx::CpAsync16(&tile[i], in.data() + 4 * i, true);
+                               ptx::CpAsyncCommit();
+                             }
+                             if (waits) {
+                               ptx::CpAsyncWait<0>();
+                             } else {
+                               ptx::CpAsyncWait<1>();
+                             }
+                             for (int i = Thread(); i < 64; i += 32) {
+                               ptx::StGlobal(reinterpret_cast<uint4*>(out.data()) + i, ptx::LdShared(&tile[i]));
+                             }
+                           }),
+              "");
+    for (size_t i = 0; i < 128; ++i) EXPECT_EQ(out[i], static_cast<float>(i));
+    for (size_t i = 128; i < 256; ++i) EXPECT_EQ(std::isnan(out[i]), !waits) << i;
+  }
+}
+
+TEST(Simulator, ACopyFromOutsideIsZeros) {
+  DeviceArray<float> out(128);
+  EXPECT_EQ(sim::RunGrid({"Zeros", 1, 32},
+                         [&] {
+                           PTX_SHARED(uint4, tile, 32);
+                           ptx::CpAsync16(&tile[Thread()], nullptr, false);
+                           ptx::CpAsyncCommit();
+                           ptx::CpAsyncWait<0>();
+                           ptx::StGlobal(reinterpret_cast<uint4*>(out.data()) + Thread(),
+                                         ptx::LdShared(&tile[Thread()]));
+                         }),
+            "");
+  for (size_t i = 0; i < 128; ++i) EXPECT_EQ(out[i], 0);
+}
+
+// ---- bounds
+
+TEST(Simulator, NamesAccessesOutOfBounds) {
+  DeviceArray<float> in(40, [](size_t) { return 1.0f; });
+  std::vector<float> host(64);
+  struct Case {
+    const char* what;
+    std::function<void()> body;
+  };
+  const Case cases[] = {
+      {"a global load of 4 bytes is outside of device memory", [&] { ptx::LdGlobal(in.data() + 9 + Thread()); }},
+      {"a global load of 4 bytes is outside of device memory", [&] { ptx::LdGlobal(host.data()); }},
+      {"a global store of 16 bytes is outside",
+       [&] { ptx::StGlobal(reinterpret_cast<uint4*>(in.data()) + 10, uint4()); }},
+      {"misaligned access of 16 bytes", [&] { ptx::LdGlobal(reinterpret_cast<const uint4*>(in.data() + 2)); }},
+      {"the source of cp.async is outside",
+       [&] {
+         PTX_SHARED(uint4, tile, 32);
+         ptx::CpAsync16(&tile[Thread()], in.data() + 40, true);
+       }},
+      {"a shared load is outside",
+       [&] {
+         PTX_SHARED(float, tile, 32);
+         ptx::LdShared(&tile[Thread() + 1]);
+       }},
+      {"the destination of cp.async is outside",
+       [&] { ptx::CpAsync16(static_cast<uint4*>(ptx::DynamicShared()) + 8, in.data(), true); }},
+      {"a row of ldmatrix is outside",
+       [&] {
+         uint32_t r[4];
+         ptx::LdMatrixX4(r, static_cast<uint4*>(ptx::DynamicShared()) + Thread());
+       }},
+  };
+  for (const Case& c : cases) {
+    const std::string error = sim::RunGrid({"Bounds", 1, 32, 128}, c.body);
+    EXPECT_THAT(error, AllOf(HasSubstr(c.what), HasSubstr("at simulator_test.cc:")));
+  }
+}
+
+TEST(Simulator, MemoryStartsAsNaN) {
+  DeviceArray<float> out(3);
+  EXPECT_EQ(sim::RunGrid({"Poison", 1, 32, 128},
+                         [&] {
+                           PTX_SHARED(float, variable, 1);
+                           if (Thread() != 0) return;
+                           ptx::StGlobal(&out[0], ptx::LdShared(variable));
+                           ptx::StGlobal(&out[1], ptx::LdShared(static_cast<float*>(ptx::DynamicShared())));
+                         }),
+            "");
+  for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(std::isnan(out[i])) << i;
+}
+
+// Not through ptx.h, and so without its checks.
+TEST(Simulator, NoticesAPlainWritePastSharedMemory) {
+  const auto write = [] {
+    if (Thread() == 0) static_cast<char*>(ptx::DynamicShared())[130] = 1;
+  };
+#ifdef __SANITIZE_ADDRESS__
+  EXPECT_DEATH(sim::RunGrid({"Guard", 1, 32, 128}, write), "use-after-poison(.|\n)*simulator_test.cc");
+#else
+  EXPECT_THAT(sim::RunGrid({"Guard", 1, 32, 128}, write),
+              HasSubstr("a write 2 bytes past the end of dynamic shared memory"));
+#endif
+}
+
+TEST(Simulator, DeviceMemoryIsCounted) {
+  const size_t before = sim::LiveDeviceBytes();
+  {
+    DeviceArray<float> array(100);
+    EXPECT_EQ(sim::LiveDeviceBytes(), before + 400);
+  }
+  EXPECT_EQ(sim::LiveDeviceBytes(), before);
+}
+
+// ---- counters
+
+sim::Traffic Count(const std::function<void()>& body) {
+  sim::CountTraffic(true);
+  EXPECT_EQ(sim::RunGrid({"Counted", 1, 32, 32 * 1024}, body), "");
+  const sim::Traffic traffic = sim::TrafficOf("Counted");
+  sim::CountTraffic(false);
+  EXPECT_EQ(traffic.launches, 1u);
+  return traffic;
+}
+
+TEST(Simulator, CountsSectorsOfGlobalMemory) {
+  DeviceArray<float> in(32 * 64, [](size_t) { return 0.0f; });
+  // A warp that reads 128 bytes in a row touches four sectors, with a stride of two eight, and 32 far apart.
+  for (const auto& [stride, sectors] : {std::pair{1, 4}, {2, 8}, {64, 32}, {0, 1}}) {
+    const sim::Traffic traffic = Count([&, s = stride] { ptx::LdGlobal(in.data() + s * Thread()); });
+    EXPECT_EQ(traffic.sectors, static_cast<uint64_t>(sectors)) << stride;
+    EXPECT_EQ(traffic.ideal_sectors, stride == 0 ? 1u : 4u) << stride;
+    EXPECT_EQ(traffic.load_bytes, 128u);
+    EXPECT_EQ(traffic.store_bytes, 0u);
+  }
+  const sim::Traffic misplaced = Count([&] { ptx::StGlobal(in.data() + 1 + Thread(), 0.0f); });
+  EXPECT_EQ(misplaced.sectors, 5u);
+  EXPECT_EQ(misplaced.store_bytes, 128u);
+}
+
+TEST(Simulator, CountsBankConflicts) {
+  // 32 banks of 4 bytes: a stride of 1 or 33 has no conflict, of 2 two, of 32 all; one address is a broadcast.
+  for (const auto& [stride, wavefronts] : {std::pair{1, 1}, {33, 1}, {2, 2}, {8, 8}, {32, 32}, {0, 1}}) {
+    const sim::Traffic traffic =
+        Count([s = stride] { ptx::StShared(static_cast<float*>(ptx::DynamicShared()) + s * Thread(), 0.0f); });
+    EXPECT_EQ(traffic.wavefronts, static_cast<uint64_t>(wavefronts)) << stride;
+    EXPECT_EQ(traffic.ideal_wavefronts, 1u) << stride;
+  }
+  // 16 bytes a lane: four wavefronts at best. Rows of 128 bytes one below the other conflict eightfold in ldmatrix.
+  EXPECT_EQ(Count([] { ptx::LdShared(static_cast<uint4*>(ptx::DynamicShared()) + Thread()); }).wavefronts, 4u);
+  for (int stride : {1, 8, 9}) {
+    const sim::Traffic traffic = Count([stride] {
+      uint32_t r[4];
+      ptx::LdMatrixX4(r, static_cast<uint4*>(ptx::DynamicShared()) + stride * Thread());
+    });
+    EXPECT_EQ(traffic.wavefronts, stride == 8 ? 32u : 4u) << stride;
+    EXPECT_EQ(traffic.ideal_wavefronts, 4u);
+  }
+}
+
+}  // namespace
+}  // namespace altiplano
