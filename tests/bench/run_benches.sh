@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the measuring programs, achieved against the machine's limit, measured in the same run.
-#   run_benches.sh BUILD [NAME] [--json FILE]    NAME: limits, kernels; without, all of them. FILE gets a JSON line for each result
+#   run_benches.sh BUILD [NAME] [--json FILE]    NAME: limits, kernels, engine; without, all of them. FILE gets a JSON line for each result
 set -euo pipefail
 usage() { sed -n 's/^# \{0,1\}//;2,3p' "$0"; exit 64; }
 
@@ -15,10 +15,15 @@ while [ $# -gt 0 ]; do
     *) names+=("$1"); shift ;;
   esac
 done
-[ ${#names[@]} -gt 0 ] || names=(limits kernels)
+[ ${#names[@]} -gt 0 ] || names=(limits kernels engine)
 
 for name in "${names[@]}"; do
   program=$build/tests/bench/${name}_bench
   [ -x "$program" ] || { echo "no benchmark $name" >&2; usage >&2; }
-  "$program" "${arguments[@]}"
+  own=()
+  if [ "$name" = engine ]; then
+    model=$(docker/fetch-demo-model.sh) || { echo "engine: left out, there is no model to measure"; continue; }
+    own=(--model "$model")
+  fi
+  "$program" "${arguments[@]}" "${own[@]}"
 done
