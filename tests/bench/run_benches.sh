@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the measuring programs, achieved against the machine's limit, measured in the same run.
-#   run_benches.sh BUILD [NAME] [--json FILE]    NAME: limits, kernels, engine; without, all of them. FILE gets a JSON line for each result
+#   run_benches.sh BUILD [NAME] [--json FILE]    NAME: limits, kernels, engine, scheduler; without, all of them. FILE gets a JSON line for each result
 set -euo pipefail
 usage() { sed -n 's/^# \{0,1\}//;2,3p' "$0"; exit 64; }
 
@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
     *) names+=("$1"); shift ;;
   esac
 done
-[ ${#names[@]} -gt 0 ] || names=(limits kernels engine)
+[ ${#names[@]} -gt 0 ] || names=(limits kernels engine scheduler)
 
 for name in "${names[@]}"; do
   program=$build/tests/bench/${name}_bench

@@ -1,0 +1,173 @@
+// What the scheduler costs a step: Plan and Apply with many sequences that all decode, and the memory they ask for. The
+// executor is a loop that samples one token for each sequence.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "server/base/strings.h"
+#include "server/scheduler/scheduler.h"
+#include "tests/bench/bench.h"
+
+namespace {
+int64_t allocations = 0;  // one thread
+}
+
+void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes)) return p;
+  std::abort();
+}
+void operator delete(void* p) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, size_t) noexcept {
+  std::free(p);
+}
+
+namespace altiplano::bench {
+namespace {
+
+// Plans one step ahead, as the engine does, so that inputs are known by slot.
+class Driver {
+ public:
+  explicit Driver(const SchedulerOptions& options) {
+    auto scheduler = Scheduler::Create(options);
+    if (!scheduler.ok()) {
+      std::fprintf(stderr, "scheduler_bench: %s\n", scheduler.status().ToString().c_str());
+      std::exit(1);
+    }
+    scheduler_ = *std::move(scheduler);
+  }
+
+  Scheduler& scheduler() { return *scheduler_; }
+
+  struct Cost {
+    double plan = 0, apply = 0;  // seconds
+    int64_t allocations = 0;     // in both
+    size_t sequences = 0;        // in the step
+    int32_t prefill_tokens = 0;
+  };
+  Cost Step() {
+    Cost cost;
+    events_.clear();
+    const int64_t before_plan = allocations;
+    const double begin = Now();
+    std::shared_ptr<const StepPlan> next = scheduler_->Plan(now_, &events_);
+    cost.plan = Now() - begin;
+    cost.allocations = allocations - before_plan;
+    if (running_ != nullptr) {
+      cost.sequences = running_->sequences.size();
+      cost.prefill_tokens = running_->num_prefill_tokens;
+      result_.step = running_->step;
+      result_.sampled.clear();
+      for (const PlannedSequence& planned : running_->sequences) {
+        if (planned.sample) result_.sampled.emplace_back().token = static_cast<TokenId>(random_() % 100'000);
+      }
+      const int64_t before_apply = allocations;
+      const double apply = Now();
+      scheduler_->Apply(*running_, result_, now_, &events_);
+      cost.apply = Now() - apply;
+      cost.allocations += allocations - before_apply;
+    }
+    running_ = std::move(next);
+    now_ += std::chrono::milliseconds(10);
+    return cost;
+  }
+
+ private:
+  std::unique_ptr<Scheduler> scheduler_;
+  std::shared_ptr<const StepPlan> running_;
+  StepResult result_;
+  std::vector<Event> events_;
+  TimePoint now_{std::chrono::hours(1)};
+  std::minstd_rand random_{1};
+};
+
+double Quantile(std::vector<double> values, double at) {
+  std::sort(values.begin(), values.end());
+  return values[static_cast<size_t>(at * static_cast<double>(values.size() - 1))];
+}
+
+// Prompts of different lengths, so that in every step some sequences fill a block and publish it.
+void Measure(Report& report, int32_t sequences, bool prefix_cache, double goal_us) {
+  constexpr int32_t kShortest = 500, kSpread = 500, kSteps = 600;
+  SchedulerOptions options;
+  options.block_size = 16;
+  options.max_running = sequences;
+  options.token_budget = 16384;
+  options.max_context = 4096;
+  options.num_blocks = sequences * (kShortest + kSpread + kSteps + 200) / options.block_size;
+  options.prefix_cache = prefix_cache;
+  options.eos_ids = {128001, 128008, 128009};
+  Driver driver(options);
+  std::minstd_rand random(2);
+  for (int32_t i = 0; i < sequences; ++i) {
+    auto request = std::make_shared<Request>();
+    request->prompt.resize(static_cast<size_t>(kShortest + static_cast<int32_t>(random() % kSpread)));
+    for (TokenId& id : request->prompt) id = static_cast<TokenId>(random() % 100'000);
+    request->stop.max_new_tokens = 2048;
+    driver.scheduler().Add(static_cast<RequestKey>(i) + 1, std::move(request));
+  }
+  auto steady = [&](const Driver::Cost& cost) {
+    return cost.sequences == static_cast<size_t>(sequences) && cost.prefill_tokens == 0;
+  };
+  while (!steady(driver.Step())) {
+  }
+  for (int i = 0; i < 20; ++i) driver.Step();
+  std::vector<double> plan, apply, both;
+  int64_t asked = 0, steps_asking = 0;
+  for (int32_t i = 0; i < kSteps; ++i) {
+    const Driver::Cost cost = driver.Step();
+    if (!steady(cost)) {
+      std::fprintf(stderr, "scheduler_bench: a step of %zu sequences, %d were to decode\n", cost.sequences, sequences);
+      std::exit(1);
+    }
+    plan.push_back(cost.plan);
+    apply.push_back(cost.apply);
+    both.push_back(cost.plan + cost.apply);
+    asked += cost.allocations;
+    steps_asking += cost.allocations > 0;
+  }
+  const std::string name = StrCat(sequences, " sequences, ", prefix_cache ? "prefix cache" : "no prefix cache");
+  Result result;
+  result.name = StrCat("Plan + Apply, ", name);
+  result.value = Quantile(both, 0.1) * 1e6;
+  result.unit = "us/step";
+  result.limit = goal_us;
+  result.limit_name = "the allowed us";
+  result.median_ratio = Quantile(both, 0.5) * 1e6 / goal_us;
+  result.at_most = 1;
+  result.remark = StrCat("Plan ", Number(Quantile(plan, 0.1) * 1e6), " us, Apply ", Number(Quantile(apply, 0.1) * 1e6),
+                         " us, ", Number(Quantile(both, 0.1) / sequences * 1e9), " ns a sequence");
+  result.extra = {{"plan_us", Quantile(plan, 0.1) * 1e6},
+                  {"apply_us", Quantile(apply, 0.1) * 1e6},
+                  {"median_us", Quantile(both, 0.5) * 1e6},
+                  {"p99_us", Quantile(both, 0.99) * 1e6}};
+  report.Add(result);
+  Result memory;
+  memory.name = StrCat("allocations, ", name);
+  memory.value = static_cast<double>(asked) / kSteps;
+  memory.unit = "per step";
+  memory.remark =
+      StrCat(asked, " in ", steps_asking, " of ", kSteps, " steps; goal 0: ", asked == 0 ? "met" : "MISSED");
+  memory.extra = {{"allocations", asked}, {"steps", kSteps}, {"met", asked == 0}};
+  report.Add(memory);
+}
+
+}  // namespace
+}  // namespace altiplano::bench
+
+int main(int argc, char** argv) {
+  altiplano::bench::Report report("scheduler", argc, argv);
+  report.Section("scheduler, all sequences decoding, one planned step ahead");
+  for (bool prefix_cache : {true, false}) {
+    altiplano::bench::Measure(report, 512, prefix_cache, 100);
+    altiplano::bench::Measure(report, 4096, prefix_cache, 1000);
+  }
+}
