@@ -18,7 +18,7 @@ std::shared_ptr<StepPlan> PlanPool::Get() {
     }
   }
   if (plan == nullptr) plan = std::make_unique<StepPlan>();
-  return std::shared_ptr<StepPlan>(plan.release(), [spare = spare_](StepPlan* done) {
+  auto recycle = [spare = spare_](StepPlan* done) {
     std::unique_ptr<StepPlan> owned(done);
     owned->step = 0;
     owned->sequences.clear();
@@ -29,7 +29,8 @@ std::shared_ptr<StepPlan> PlanPool::Get() {
     owned->num_prefill_tokens = 0;
     std::lock_guard lock(spare->mutex);
     if (spare->plans.size() < kMostSpare) spare->plans.push_back(std::move(owned));
-  });
+  };
+  return std::shared_ptr<StepPlan>(plan.release(), std::move(recycle), CountAllocator<StepPlan>(spare_));
 }
 
 }  // namespace altiplano

@@ -69,6 +69,7 @@ class Scheduler::Impl {
   void PlanPrefills(StepPlan* plan);
   void AdmitWaiting(StepPlan* plan, const Call& call);
   bool TryAdmit(Sequence* sequence, const Call& call);
+  void ReserveAnswer(Sequence* sequence);
   int32_t Headroom() const;
   void MatchPrefix(Sequence* sequence, std::vector<BlockId>* blocks);
   bool Grow(Sequence* sequence);

@@ -7,7 +7,9 @@ namespace altiplano {
 
 namespace {
 constexpr uint64_t kRetryBlockedAfterSteps = 8;
-}
+// Tokens of an answer that a sequence has room for from its admission on. Only a longer one allocates while it decodes.
+constexpr int32_t kReservedTokens = 8192;
+}  // namespace
 
 std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector<Event>* events) {
   CHECK(in_flight_.size() <= 1);
@@ -24,6 +26,10 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   pressed_ = false;
   std::shared_ptr<StepPlan> plan = plans_.Get();
   plan->step = step_;
+  // Room for any step at once; only prefixes shared by many make the last of these grow.
+  plan->sequences.reserve(static_cast<size_t>(options_.max_running));
+  plan->tokens.reserve(static_cast<size_t>(options_.token_budget));
+  plan->block_ids.reserve(static_cast<size_t>(pool_.size()));
 
   PlanDecodes(plan.get());
   CompactRunning();
@@ -207,10 +213,19 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   }
   if (!sequence->admitted) {
     sequence->admitted = true;
+    ReserveAnswer(sequence);
     --request.num_unadmitted;
     DropShareIfUnused(request);
   }
   return true;
+}
+
+void Scheduler::Impl::ReserveAnswer(Sequence* sequence) {
+  const LiveRequest& request = *sequence->request;
+  const int32_t tokens = std::min(request.limit - request.prompt_size, kReservedTokens);
+  sequence->generated.reserve(static_cast<size_t>(tokens));
+  sequence->blocks.reserve(static_cast<size_t>(BlocksFor(request.prompt_size + tokens)));
+  if (request.uses_cache) sequence->hashes.reserve(static_cast<size_t>(BlocksFor(tokens) + 1));
 }
 
 // Blocks that stay free at an admission, for the running sequences to grow into: a quarter of a block each. Without it
