@@ -35,14 +35,11 @@ class Guard : public nlohmann::json_sax<J> {
   bool end_array() override { return Leave(); }
   bool key(string_t& key) override {
     if (keys_.back().insert(key).second) return true;
-    error_ = StrCat("duplicate key \"", key.substr(0, 64), "\"");
+    error_ = StrCat("duplicate key \"", Excerpt(key, 64), "\"");
     return false;
   }
   bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& e) override {
-    std::string_view what = e.what();
-    // nlohmann prefixes "[json.exception.parse_error.101] "; the rest is for people.
-    if (auto at = what.find("] "); at != std::string_view::npos) what.remove_prefix(at + 2);
-    error_ = StrCat(what, " (byte ", position, ")");
+    error_ = JsonErrorText(position, e);
     return false;
   }
 
@@ -77,6 +74,13 @@ StatusOr<Json> ParseJson(std::string_view text, int max_depth) {
 }
 StatusOr<OrderedJson> ParseOrderedJson(std::string_view text, int max_depth) {
   return Parse<OrderedJson>(text, max_depth);
+}
+
+std::string JsonErrorText(std::size_t position, const nlohmann::detail::exception& error) {
+  std::string_view what = error.what();
+  // nlohmann prefixes "[json.exception.parse_error.101] "; the rest is for people.
+  if (const auto at = what.find("] "); at != std::string_view::npos) what.remove_prefix(at + 2);
+  return StrCat(Excerpt(what, 200), " (byte ", position, ")");
 }
 
 }  // namespace altiplano

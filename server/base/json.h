@@ -3,6 +3,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <string>
 #include <string_view>
 
 #include "server/base/status.h"
@@ -18,5 +19,8 @@ inline constexpr int kMaxJsonDepth = 64;
 // max_depth.
 StatusOr<Json> ParseJson(std::string_view text, int max_depth = kMaxJsonDepth);
 StatusOr<OrderedJson> ParseOrderedJson(std::string_view text, int max_depth = kMaxJsonDepth);
+
+// What nlohmann says of a malformed text, for the parse_error of a json_sax. It quotes the text, so it is an excerpt.
+std::string JsonErrorText(std::size_t position, const nlohmann::detail::exception& error);
 
 }  // namespace altiplano

@@ -28,38 +28,61 @@ std::string HumanBytes(uint64_t bytes) {
   return unit == 0 ? StrCat(bytes, " B") : StrFormat("%.2f %s", value, kUnits[unit]);
 }
 
+namespace {
+
+// Of the well-formed sequence that `text` begins with; 0: none.
+size_t Utf8Length(std::string_view text) {
+  const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[k]); };
+  if (text.empty()) return 0;
+  const unsigned char lead = byte(0);
+  if (lead < 0x80) return 1;
+  // Unicode 15, table 3-7: the second byte's range depends on the first.
+  size_t length;
+  unsigned char low = 0x80, high = 0xBF;
+  if (lead >= 0xC2 && lead <= 0xDF) {
+    length = 2;
+  } else if (lead >= 0xE0 && lead <= 0xEF) {
+    length = 3;
+    if (lead == 0xE0) low = 0xA0;
+    if (lead == 0xED) high = 0x9F;
+  } else if (lead >= 0xF0 && lead <= 0xF4) {
+    length = 4;
+    if (lead == 0xF0) low = 0x90;
+    if (lead == 0xF4) high = 0x8F;
+  } else {
+    return 0;
+  }
+  if (length > text.size() || byte(1) < low || byte(1) > high) return 0;
+  for (size_t k = 2; k < length; ++k) {
+    if ((byte(k) & 0xC0) != 0x80) return 0;
+  }
+  return length;
+}
+
+}  // namespace
+
 bool IsValidUtf8(std::string_view text) {
-  size_t i = 0;
-  while (i < text.size()) {
-    auto byte = [&](size_t k) { return static_cast<unsigned char>(text[i + k]); };
-    unsigned char lead = byte(0);
-    if (lead < 0x80) {
-      ++i;
-      continue;
-    }
-    // Unicode 15, table 3-7: the second byte's range depends on the first.
-    size_t length;
-    unsigned char low = 0x80, high = 0xBF;
-    if (lead >= 0xC2 && lead <= 0xDF) {
-      length = 2;
-    } else if (lead >= 0xE0 && lead <= 0xEF) {
-      length = 3;
-      if (lead == 0xE0) low = 0xA0;
-      if (lead == 0xED) high = 0x9F;
-    } else if (lead >= 0xF0 && lead <= 0xF4) {
-      length = 4;
-      if (lead == 0xF0) low = 0x90;
-      if (lead == 0xF4) high = 0x8F;
-    } else {
-      return false;
-    }
-    if (i + length > text.size() || byte(1) < low || byte(1) > high) return false;
-    for (size_t k = 2; k < length; ++k) {
-      if ((byte(k) & 0xC0) != 0x80) return false;
-    }
-    i += length;
+  while (!text.empty()) {
+    const size_t length = Utf8Length(text);
+    if (length == 0) return false;
+    text.remove_prefix(length);
   }
   return true;
+}
+
+std::string Excerpt(std::string_view text, size_t bytes) {
+  std::string out;
+  while (!text.empty()) {
+    const size_t length = Utf8Length(text);
+    const auto lead = static_cast<unsigned char>(text[0]);
+    const bool control = lead < 0x20 || lead == 0x7F;
+    const std::string piece = length == 0 || control ? StrFormat("\\x%02x", static_cast<unsigned>(lead))
+                                                     : std::string(text.substr(0, length));
+    if (out.size() + piece.size() > bytes) return out + "...";
+    out += piece;
+    text.remove_prefix(length == 0 ? 1 : length);
+  }
+  return out;
 }
 
 size_t EditDistance(std::string_view a, std::string_view b) {

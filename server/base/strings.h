@@ -55,6 +55,10 @@ std::string HumanBytes(uint64_t bytes);
 // True when every byte sequence of `text` is well-formed UTF-8 (no surrogates, no overlong forms).
 bool IsValidUtf8(std::string_view text);
 
+// For a message, the beginning of a text that may hold anything: up to `bytes`, and "..." where there is more; whole
+// code points, with control characters and what is no UTF-8 as \xNN.
+std::string Excerpt(std::string_view text, size_t bytes);
+
 // The candidate nearest to `word` by edit distance, or "" when none is near enough to be worth suggesting.
 template <typename Range>
 std::string_view Nearest(std::string_view word, const Range& candidates);

@@ -90,7 +90,7 @@ class HeaderReader final : public nlohmann::json_sax<Json> {
                  : key == "shape"        ? &has_shape_
                  : key == "data_offsets" ? &has_offsets_
                                          : nullptr;
-    if (seen == nullptr) return Fail(StrCat("unknown field \"", key.substr(0, 64), "\""));
+    if (seen == nullptr) return Fail(StrCat("unknown field \"", Excerpt(key, 64), "\""));
     if (*seen) return Fail(StrCat(key, " appears twice"));
     return *seen = true;
   }
@@ -119,9 +119,7 @@ class HeaderReader final : public nlohmann::json_sax<Json> {
   }
 
   bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& e) override {
-    std::string_view what = e.what();
-    if (auto at = what.find("] "); at != std::string_view::npos) what.remove_prefix(at + 2);
-    error_ = StrCat("the header is not valid JSON: ", what.substr(0, 200), " (byte ", position, ")");
+    error_ = StrCat("the header is not valid JSON: ", JsonErrorText(position, e));
     return false;
   }
 
@@ -133,9 +131,8 @@ class HeaderReader final : public nlohmann::json_sax<Json> {
     return true;
   }
   bool Fail(std::string_view why) {
-    error_ = state_ == State::kStart || tensor_.name.empty()
-                 ? std::string(why)
-                 : StrCat("tensor ", std::string_view(tensor_.name).substr(0, 200), ": ", why);
+    error_ = state_ == State::kStart || tensor_.name.empty() ? std::string(why)
+                                                             : StrCat("tensor ", Excerpt(tensor_.name, 200), ": ", why);
     return false;
   }
   bool Unexpected(std::string_view what) {
@@ -178,7 +175,7 @@ Status CheckSize(const std::string& file, const SafetensorsTensor& tensor, uint6
     return Status(Code::kInvalidArgument, StrCat(file, ": tensor ", tensor.name, ": ", why));
   };
   uint64_t bytes = ElementBytes(tensor.dtype);
-  if (bytes == 0) return bad(StrCat("unknown dtype \"", std::string_view(tensor.dtype).substr(0, 32), "\""));
+  if (bytes == 0) return bad(StrCat("unknown dtype \"", Excerpt(tensor.dtype, 32), "\""));
   for (int64_t n : tensor.shape) {
     if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(n), &bytes)) {
       return bad(StrCat("shape ", Dims(tensor.shape), " of ", tensor.dtype, " overflows 64 bits"));

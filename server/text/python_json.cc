@@ -47,16 +47,14 @@ class Builder : public nlohmann::json_sax<Json> {
   bool end_array() override { return Close(); }
   bool key(string_t& key) override {
     if (!open_.back().keys.insert(key).second) {
-      error_ = StrCat("duplicate key \"", std::string_view(key).substr(0, 64), "\"");
+      error_ = StrCat("duplicate key \"", Excerpt(key, 64), "\"");
       return false;
     }
     open_.back().value->keys.push_back(std::move(key));
     return true;
   }
   bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& e) override {
-    std::string_view what = e.what();
-    if (const auto at = what.find("] "); at != std::string_view::npos) what.remove_prefix(at + 2);
-    error_ = StrCat(what, " (byte ", position, ")");
+    error_ = JsonErrorText(position, e);
     return false;
   }
 

@@ -63,6 +63,14 @@ TEST(Strings, Utf8) {
   }
 }
 
+TEST(Strings, ExcerptIsShortWholeAndPrintable) {
+  EXPECT_EQ(Excerpt("", 4), "");
+  EXPECT_EQ(Excerpt("caf\xC3\xA9", 5), "caf\xC3\xA9");
+  EXPECT_EQ(Excerpt("caf\xC3\xA9", 4), "caf...");
+  EXPECT_EQ(Excerpt("a\n\x7F\xC3", 13), "a\\x0a\\x7f\\xc3");
+  EXPECT_EQ(Excerpt("a\n\x7F\xC3", 12), "a\\x0a\\x7f...");
+}
+
 TEST(Strings, NearestSuggestsOnlyWhatIsNear) {
   std::array<std::string_view, 3> names = {"listen", "model", "max-running"};
   EXPECT_EQ(Nearest("lisen", names), "listen");
@@ -78,6 +86,16 @@ TEST(ParseJson, RefusesWhatNlohmannLetsThrough) {
   EXPECT_TRUE(ParseJson(std::string(64, '[') + std::string(64, ']')).ok());
   for (std::string_view bad : {"", "{", "[1] x", "{\"a\" 1}", "\"\xFF\"", "nul", "[1,]"}) {
     EXPECT_EQ(ParseJson(bad).status().code(), Code::kInvalidArgument) << bad;
+  }
+}
+
+TEST(ParseJson, QuotesOnlyAPrintableBeginningOfTheText) {
+  EXPECT_THAT(ParseJson("[\"\xFF\"]").status().message(), HasSubstr("last read: '\"\\xff'"));
+  const std::string key = std::string(63, 'k') + "\xC3\xA9";
+  for (const std::string& bad : {"\"" + std::string(1000, 'x'), "{\"" + key + "\":1,\"" + key + "\":2}"}) {
+    const Status status = ParseJson(bad).status();
+    EXPECT_TRUE(IsValidUtf8(status.message())) << status.ToString();
+    EXPECT_LE(status.message().size(), 300) << status.ToString();
   }
 }
 

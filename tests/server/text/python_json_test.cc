@@ -82,6 +82,7 @@ TEST(PythonJsonTest, RefusesWhatParseJsonRefuses) {
                                      "\"\xff\"", "\"\\ud800\"", "007", "1_000"}) {
     EXPECT_EQ(ParsePyJson(bad).status().code(), Code::kInvalidArgument) << bad;
   }
+  EXPECT_NE(ParsePyJson("\"\xff\"").status().message().find("\\xff"), std::string::npos);
   const auto deep = ParsePyJson("[[[[1]]]]", 3);
   EXPECT_EQ(deep.status().code(), Code::kInvalidArgument);
   EXPECT_NE(deep.status().message().find("nested deeper than 3"), std::string::npos) << deep.status().ToString();
