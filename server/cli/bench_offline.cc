@@ -49,6 +49,7 @@ struct Result {
   double ttft_mean = 0, ttft_max = 0;  // seconds
   double prefill_rate = 0;             // prompt tokens a second until the last stream has its first token
   double decode_rate = 0;              // tokens a second of all streams while all decode
+  double rate = 0;                     // tokens a second, prompts and answers, from the first to the last
 };
 
 StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len, int64_t output_len, uint64_t seed) {
@@ -77,7 +78,7 @@ StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len,
     handles.push_back(std::move(handle));
   }
   Result result{.streams = streams};
-  TimePoint all_first = begin, first_end = kNever;
+  TimePoint all_first = begin, first_end = kNever, last_end = begin;
   for (auto& sink : sinks) {
     RETURN_IF_ERROR(sink->WaitForEnd());
     double ttft = Seconds(sink->times().front() - begin);
@@ -85,12 +86,14 @@ StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len,
     result.ttft_max = std::max(result.ttft_max, ttft);
     all_first = std::max(all_first, sink->times().front());
     first_end = std::min(first_end, sink->times().back());
+    last_end = std::max(last_end, sink->times().back());
   }
   int64_t decoded = 0;
   for (auto& sink : sinks) {
     for (TimePoint time : sink->times()) decoded += time > all_first && time <= first_end;
   }
   result.prefill_rate = static_cast<double>(streams * input_len) / Seconds(all_first - begin);
+  result.rate = static_cast<double>(streams * (input_len + output_len)) / Seconds(last_end - begin);
   if (first_end > all_first) result.decode_rate = static_cast<double>(decoded) / Seconds(first_end - all_first);
   return result;
 }
@@ -112,7 +115,8 @@ OrderedJson ToJson(const Result& result) {
           {"mean_ttft_ms", result.ttft_mean * 1e3},
           {"max_ttft_ms", result.ttft_max * 1e3},
           {"prefill_tokens_per_second", result.prefill_rate},
-          {"decode_tokens_per_second", result.decode_rate}};
+          {"decode_tokens_per_second", result.decode_rate},
+          {"tokens_per_second", result.rate}};
 }
 
 int Run(const ParsedFlags& flags) {

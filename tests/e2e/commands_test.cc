@@ -150,6 +150,7 @@ TEST(Offline, BenchMeasuresEachNumberOfStreams) {
   ASSERT_EQ((*parsed)["results"].size(), 2u);
   EXPECT_EQ((*parsed)["results"][1]["streams"], 3);
   EXPECT_GT((*parsed)["results"][1]["decode_tokens_per_second"], 0);
+  EXPECT_GT((*parsed)["results"][1]["tokens_per_second"], 0);
 }
 
 TEST(Offline, InspectSaysWhatACheckpointIs) {
