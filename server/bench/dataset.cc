@@ -31,9 +31,12 @@ uint64_t Mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// Datasets with the same seed have no prompt in common, or one run would find another's in the prefix cache.
 enum class StreamKind : uint64_t { kOwn, kPrefix, kBlock };
-uint64_t StreamOf(uint64_t seed, StreamKind kind, uint64_t index) {
-  return Mix(Mix(Mix(seed) + static_cast<uint64_t>(kind)) + index);
+uint64_t StreamOf(const DatasetOptions& options, StreamKind kind, uint64_t index) {
+  uint64_t bits = Mix(options.seed);
+  for (char c : options.name) bits = Mix(bits + static_cast<unsigned char>(c));
+  return Mix(Mix(bits + static_cast<uint64_t>(kind)) + index);
 }
 
 template <typename... Args>
@@ -65,7 +68,7 @@ class Builder {
   // A prompt that shares nothing.
   void AddOwn(int32_t input_tokens, int32_t output_tokens, Duration arrival) {
     LoadRequest request;
-    request.parts.push_back({StreamOf(options_.seed, StreamKind::kOwn, seen_), input_tokens});
+    request.parts.push_back({StreamOf(options_, StreamKind::kOwn, seen_), input_tokens});
     request.input_tokens = input_tokens;
     request.output_tokens = output_tokens;
     request.arrival = arrival;
@@ -102,10 +105,9 @@ StatusOr<Dataset> MakeRandom(const DatasetOptions& options) {
     LoadRequest request;
     if (options.prefix_len > 0) {
       uint64_t which = builder.next_index() % static_cast<uint64_t>(options.num_prefixes);
-      request.parts.push_back({StreamOf(options.seed, StreamKind::kPrefix, which), options.prefix_len});
+      request.parts.push_back({StreamOf(options, StreamKind::kPrefix, which), options.prefix_len});
     }
-    request.parts.push_back(
-        {StreamOf(options.seed, StreamKind::kOwn, builder.next_index()), around(options.input_len)});
+    request.parts.push_back({StreamOf(options, StreamKind::kOwn, builder.next_index()), around(options.input_len)});
     for (const PromptPart& part : request.parts) request.input_tokens += part.length;
     request.output_tokens = around(options.output_len.value_or(kDefaultOutputLen));
     builder.Add(std::move(request));
@@ -255,7 +257,7 @@ StatusOr<Dataset> ParseMooncake(const DatasetOptions& options, std::string_view 
     for (size_t i = 0; i < hashes.size() && left > 0; ++i) {
       // Scaled lengths are rounded: the last block takes what is left.
       int32_t length = i + 1 == hashes.size() ? left : std::min(block, left);
-      request.parts.push_back({StreamOf(options.seed, StreamKind::kBlock, hashes[i].get<uint64_t>()), length});
+      request.parts.push_back({StreamOf(options, StreamKind::kBlock, hashes[i].get<uint64_t>()), length});
       left -= length;
     }
     builder.Add(std::move(request));

@@ -1,4 +1,4 @@
-// The engine without a front end: how fast prefill and decode are with 1, 8 and 32 streams.
+// The engine without a front end: how fast prefill and decode are with 1, 8 and 32 streams, or what a load does to it.
 #include <algorithm>
 #include <condition_variable>
 #include <cstdio>
@@ -9,7 +9,9 @@
 #include "server/base/strings.h"
 #include "server/cli/command.h"
 #include "server/cli/config.h"
+#include "server/cli/load_flags.h"
 #include "server/cli/load_model.h"
+#include "server/cli/load_run.h"
 #include "server/cli/local_server.h"
 #include "server/cli/terminal.h"
 #include "server/cli/units.h"
@@ -110,6 +112,103 @@ StatusOr<std::vector<int64_t>> ParseStreams(std::string_view text) {
   return streams;
 }
 
+// --- A load ----------------------------------------------------------------------------------------------------------
+
+// Sees one request's events as a client would see its stream.
+class RecordingSink : public RequestSink {
+ public:
+  RecordingSink(uint64_t input_tokens, LoadTarget::Done done, std::function<void()> on_token)
+      : sent_(Clock::Real().Now()), done_(std::move(done)), on_token_(std::move(on_token)) {
+    record_.input_tokens = input_tokens;
+  }
+  void OnEvent(Event event) override {
+    const TimePoint now = Clock::Real().Now();
+    if (event.kind == Event::Kind::kAdmitted) record_.cached_tokens = event.cached_tokens;
+    if (event.kind == Event::Kind::kToken) {
+      if (record_.output_tokens++ == 0) {
+        record_.ttft = now - sent_;
+      } else {
+        record_.itl.push_back(now - last_);
+      }
+      last_ = now;
+      on_token_();
+    }
+    if (event.kind != Event::Kind::kEnded) return;
+    record_.queued = event.timing.queued;
+    record_.preemptions = event.timing.preemptions;
+    End(event.status);
+  }
+  void End(const Status& status) {
+    record_.ok = status.ok();
+    if (!record_.ok) {
+      record_.error_code = StrCat(CodeName(status.code()), status.reason().empty() ? "" : " ", status.reason());
+      record_.error = status.ToString();
+    }
+    record_.latency = Clock::Real().Now() - sent_;
+    done_(std::move(record_));
+  }
+
+ private:
+  const TimePoint sent_;
+  const LoadTarget::Done done_;
+  const std::function<void()> on_token_;
+  bench::RequestRecord record_;
+  TimePoint last_{};
+};
+
+class EngineTarget : public LoadTarget {
+ public:
+  EngineTarget(Engine& engine, bench::Vocabulary vocabulary) : engine_(engine), vocabulary_(std::move(vocabulary)) {}
+
+  std::function<void(Done)> Prepare(const bench::LoadRequest& load) override {
+    auto request = std::make_shared<Request>();
+    request->id = StrCat("bench-", handles_.size());
+    request->prompt = bench::PromptOf(load, vocabulary_);
+    request->sampling.temperature = 0;
+    request->stop.max_new_tokens = load.output_tokens;
+    request->stop.ignore_eos = true;
+    return [this, request](const Done& done) {
+      request->arrival = Clock::Real().Now();
+      auto sink = std::make_shared<RecordingSink>(request->prompt.size(), done, [this] { CountTokens(1); });
+      auto handle = engine_.Submit(request, sink);
+      if (handle.ok()) {
+        handles_.push_back(std::move(*handle));
+      } else {
+        sink->End(handle.status());
+      }
+    };
+  }
+
+ private:
+  Engine& engine_;
+  const bench::Vocabulary vocabulary_;
+  std::vector<RequestHandle> handles_;  // the sending thread's
+};
+
+int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
+  constexpr std::string_view kName = "bench offline";
+  const Tokenizer& tokenizer = *model.text.tokenizer;
+  auto tokenize = [&tokenizer](const std::string& text) -> StatusOr<std::vector<TokenId>> {
+    std::vector<TokenId> ids;
+    tokenizer.Encode(text, &ids);
+    return ids;
+  };
+  auto load = ReadLoad(&plan, model.engine->max_servable_tokens(), tokenize);
+  if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
+  bench::Vocabulary vocabulary{.size = tokenizer.vocab_size(), .excluded = {}};
+  for (TokenId id = 0; id < vocabulary.size; ++id) {
+    if (tokenizer.IsSpecial(id)) vocabulary.excluded.push_back(id);
+  }
+  EngineTarget target(*model.engine, std::move(vocabulary));
+  {
+    LoadStatePrinter printer(stderr);
+    RunLoad(*load, target, &printer, &plan.report);
+  }
+  plan.report.title = "Engine Benchmark Result";
+  return PrintReport(kName, flags, plan.report,
+                     {{"model_id", model.name}, {"device", model.device}, {"dtype", model.dtype}});
+}
+
 OrderedJson ToJson(const Result& result) {
   return {{"streams", result.streams},
           {"mean_ttft_ms", result.ttft_mean * 1e3},
@@ -119,32 +218,27 @@ OrderedJson ToJson(const Result& result) {
           {"tokens_per_second", result.rate}};
 }
 
-int Run(const ParsedFlags& flags) {
-  auto streams = ParseStreams(flags.text("streams"));
-  if (!streams.ok()) return Fail("bench offline", streams.status().message(), kExitUsage);
-  auto config = ResolveOffline(flags);
-  if (!config.ok()) return Fail("bench offline", config.status().message(), kExitUsage);
-  auto model = LoadModel(config->values, {.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}});
-  if (!model.ok()) return Fail("bench offline", model.status().message(), ExitCodeOfLoad(model.status()));
-
-  OrderedJson json = {{"model", model->name},
-                      {"device", model->device},
-                      {"dtype", model->dtype},
-                      {"weight_bytes", model->weight_bytes},
-                      {"input_len", flags.count("input-len")},
-                      {"output_len", flags.count("output-len")},
+int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, LoadedModel& model) {
+  const int64_t input_len = flags.count("input-len");
+  const int64_t output_len = flags.given("output-len") ? flags.count("output-len") : 64;
+  if (output_len < 2) return Fail("bench offline", "--output-len must be at least 2 to have a decode rate", kExitUsage);
+  OrderedJson json = {{"model", model.name},
+                      {"device", model.device},
+                      {"dtype", model.dtype},
+                      {"weight_bytes", model.weight_bytes},
+                      {"input_len", input_len},
+                      {"output_len", output_len},
                       {"results", OrderedJson::array()}};
   bool as_json = flags.boolean("json");
   if (!as_json) {
-    std::printf("%s, %s, %s of weights, on %s; %lld + %lld tokens a stream\n", model->name.c_str(),
-                model->dtype.c_str(), HumanBytes(model->weight_bytes).c_str(), model->device.c_str(),
-                static_cast<long long>(flags.count("input-len")), static_cast<long long>(flags.count("output-len")));
+    std::printf("%s, %s, %s of weights, on %s; %lld + %lld tokens a stream\n", model.name.c_str(), model.dtype.c_str(),
+                HumanBytes(model.weight_bytes).c_str(), model.device.c_str(), static_cast<long long>(input_len),
+                static_cast<long long>(output_len));
     std::printf("%8s %14s %14s %16s %16s %14s\n", "streams", "mean TTFT ms", "max TTFT ms", "prefill tok/s",
                 "decode tok/s", "weights GB/s");
   }
-  for (int64_t count : *streams) {
-    auto result = Measure(*model, count, flags.count("input-len"), flags.count("output-len"),
-                          static_cast<uint64_t>(flags.count("seed")));
+  for (int64_t count : streams) {
+    auto result = Measure(model, count, input_len, output_len, static_cast<uint64_t>(flags.count("seed")));
     if (!result.ok()) return Fail("bench offline", result.status().ToString(), kExitFailure);
     json["results"].push_back(ToJson(*result));
     // While all streams decode, each step reads every weight once and yields one token for each stream.
@@ -152,52 +246,48 @@ int Run(const ParsedFlags& flags) {
     if (as_json) continue;
     std::printf("%8lld %14.1f %14.1f %16.1f %16.1f %14.2f\n", static_cast<long long>(count), result->ttft_mean * 1e3,
                 result->ttft_max * 1e3, result->prefill_rate, result->decode_rate,
-                steps * static_cast<double>(model->weight_bytes) / 1e9);
+                steps * static_cast<double>(model.weight_bytes) / 1e9);
     std::fflush(stdout);
   }
   if (as_json) std::printf("%s\n", json.dump(2).c_str());
   return kExitOk;
 }
 
+int Run(const ParsedFlags& flags) {
+  constexpr std::string_view kName = "bench offline";
+  auto streams = ParseStreams(flags.text("streams"));
+  if (!streams.ok()) return Fail(kName, streams.status().message(), kExitUsage);
+  auto plan = PlanLoad(flags);
+  if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
+  const bool with_dataset = flags.given("dataset-name");
+  if (with_dataset && flags.given("streams")) {
+    return Fail(kName, "--streams and --dataset-name exclude each other", kExitUsage);
+  }
+  auto config = ResolveOffline(flags);
+  if (!config.ok()) return Fail(kName, config.status().message(), kExitUsage);
+  auto model = LoadModel(config->values, {.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}});
+  if (!model.ok()) return Fail(kName, model.status().message(), ExitCodeOfLoad(model.status()));
+  return with_dataset ? RunDataset(flags, std::move(*plan), *model) : RunStreams(flags, *streams, *model);
+}
+
 }  // namespace
 
 Subcommand BenchOfflineCommand() {
   Subcommand subcommand{
-      .command =
-          {.name = "bench offline",
-           .summary = "measure the engine without a server: TTFT and decode rate at 1, 8 and 32 streams",
-           .synopsis = "altiplano bench offline --model MODEL",
-           .notes =
-               "All streams start at once. Decode tok/s counts the tokens of all streams while every stream decodes.",
-           .flags = {{.name = "streams",
-                      .type = FlagType::kText,
-                      .default_value = "1,8,32",
-                      .meaning = "Numbers of streams to measure, separated by commas.",
-                      .example = "1,64"},
-                     {.name = "input-len",
-                      .type = FlagType::kCount,
-                      .default_value = "128",
-                      .meaning = "Tokens of each prompt.",
-                      .example = "1024",
-                      .min = 1,
-                      .max = 1 << 24},
-                     {.name = "output-len",
-                      .type = FlagType::kCount,
-                      .default_value = "64",
-                      .meaning = "Tokens of each answer.",
-                      .example = "256",
-                      .min = 2,
-                      .max = 1 << 24},
-                     {.name = "seed",
-                      .type = FlagType::kCount,
-                      .default_value = "0",
-                      .meaning = "Of the random prompts.",
-                      .example = "1"},
-                     {.name = "json",
-                      .type = FlagType::kBool,
-                      .default_value = "false",
-                      .meaning = "Print one JSON object instead of the table."}}},
+      .command = {.name = "bench offline",
+                  .summary = "measure the engine without a server: at 1, 8 and 32 streams, or under a load",
+                  .synopsis = "altiplano bench offline --model MODEL",
+                  .notes =
+                      "Without --dataset-name all streams start at once; decode tok/s counts the tokens of all streams "
+                      "while\n"
+                      "every stream decodes. With it, the engine is loaded as bench serve loads a server.",
+                  .flags = {{.name = "streams",
+                             .type = FlagType::kText,
+                             .default_value = "1,8,32",
+                             .meaning = "Numbers of streams to measure, separated by commas.",
+                             .example = "1,64"}}},
       .run = Run};
+  for (Flag& flag : LoadFlags()) subcommand.command.flags.push_back(flag);
   for (Flag& flag : OfflineFlags()) subcommand.command.flags.push_back(flag);
   return subcommand;
 }

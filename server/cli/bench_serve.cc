@@ -1,183 +1,207 @@
-// A closed loop against a server: each of --max-concurrency callers sends its next request when the last has ended.
+// Loads a server over gRPC, as many clients would.
+#include <sys/resource.h>
+
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
-#include <fstream>
-#include <random>
+#include <memory>
 #include <thread>
 
 #include "server/base/strings.h"
-#include "server/cli/bench_report.h"
 #include "server/cli/command.h"
+#include "server/cli/load_flags.h"
+#include "server/cli/load_run.h"
 #include "server/cli/request_flags.h"
-#include "server/cli/units.h"
 
 namespace altiplano::cli {
 
 namespace {
 
-// Random token ids, none that ends an answer. Each request has its own generator: the order of callers does not matter.
-v1::GenerateRequest MakeRequest(const v1::Model& model, int64_t index, const ParsedFlags& flags) {
-  std::mt19937_64 random(static_cast<uint64_t>(flags.count("seed")) * 1000003 + static_cast<uint64_t>(index));
-  v1::GenerateRequest request;
-  auto* ids = request.mutable_token_ids()->mutable_ids();
-  const auto& eos = model.eos_token_ids();
-  while (ids->size() < flags.count("input-len")) {
-    auto id = static_cast<uint32_t>(random() % model.vocab_size());
-    if (std::find(eos.begin(), eos.end(), id) == eos.end()) ids->Add(id);
+constexpr int64_t kStreamsPerConnection = 50;  // half of what servers allow by default
+constexpr int64_t kMaxConnections = 64;
+
+bench::RequestRecord RecordOf(const Status& status, Answer answer, uint64_t input_tokens) {
+  bench::RequestRecord record;
+  record.ok = status.ok();
+  if (!record.ok) {
+    record.error_code = StrCat(CodeName(status.code()), status.reason().empty() ? "" : " ", status.reason());
+    record.error = DescribeError(status);
   }
-  request.mutable_sampling()->set_temperature(0);
-  request.mutable_stopping()->set_max_new_tokens(static_cast<uint32_t>(flags.count("output-len")));
-  request.mutable_stopping()->set_ignore_eos(true);
-  return request;
+  record.input_tokens = input_tokens;
+  record.output_tokens = answer.tokens;
+  record.cached_tokens = answer.usage.cached_tokens();
+  record.preemptions = answer.timing.preemptions();
+  record.queued =
+      std::chrono::seconds(answer.timing.queued().seconds()) + std::chrono::nanoseconds(answer.timing.queued().nanos());
+  record.ttft = answer.first_token;
+  record.latency = answer.total;
+  record.itl = std::move(answer.intervals);
+  return record;
 }
 
-RequestRecord Measure(Client& client, const v1::GenerateRequest& request) {
-  Answer answer;
-  Status status = client.StreamGenerate(
-      request, [](const v1::Delta&) {}, &answer);
-  return {.ok = status.ok(),
-          .error = status.ok() ? "" : DescribeError(status),
-          .input_tokens = static_cast<uint64_t>(request.token_ids().ids_size()),
-          .output_tokens = answer.tokens,
-          .ttft = answer.first_token,
-          .latency = answer.total,
-          .itl = std::move(answer.intervals)};
+class GrpcTarget : public LoadTarget {
+ public:
+  GrpcTarget(std::vector<std::unique_ptr<Client>> clients, bench::Vocabulary vocabulary, bool ignore_eos)
+      : clients_(std::move(clients)), vocabulary_(std::move(vocabulary)), ignore_eos_(ignore_eos) {}
+
+  std::function<void(Done)> Prepare(const bench::LoadRequest& request) override {
+    auto message = std::make_shared<v1::GenerateRequest>();
+    std::vector<TokenId> prompt = bench::PromptOf(request, vocabulary_);
+    message->mutable_token_ids()->mutable_ids()->Add(prompt.begin(), prompt.end());
+    message->mutable_sampling()->set_temperature(0);
+    message->mutable_stopping()->set_max_new_tokens(static_cast<uint32_t>(request.output_tokens));
+    message->mutable_stopping()->set_ignore_eos(ignore_eos_);
+    Client& client = *clients_[next_client_++ % clients_.size()];
+    return [this, &client, message](const Done& done) {
+      const auto input_tokens = static_cast<uint64_t>(message->token_ids().ids_size());
+      client.StartGenerate(
+          *message, [this](const v1::Delta& delta) { CountTokens(delta.num_tokens()); },
+          [done, input_tokens](const Status& status, Answer answer) {
+            done(RecordOf(status, std::move(answer), input_tokens));
+          });
+    };
+  }
+
+ private:
+  const std::vector<std::unique_ptr<Client>> clients_;
+  const bench::Vocabulary vocabulary_;
+  const bool ignore_eos_;
+  size_t next_client_ = 0;  // the sending thread's
+};
+
+double CpuSeconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  auto seconds = [](const timeval& t) { return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6; };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-StatusOr<std::vector<double>> ParsePercentiles(std::string_view text) {
-  std::vector<double> percentiles;
-  while (!text.empty()) {
-    size_t comma = std::min(text.find(','), text.size());
-    auto value = ParseReal(text.substr(0, comma));
-    if (!value.ok() || *value < 0 || *value > 100) {
-      return Status(Code::kInvalidArgument, "--metric-percentiles must be numbers from 0 to 100, such as 50,90,99");
-    }
-    percentiles.push_back(*value);
-    text.remove_prefix(std::min(comma + 1, text.size()));
+// Requests of their own prompts, one after the other: connections, and pages that nobody has touched yet.
+Status WarmUp(int64_t count, const LoadPlan& plan, int32_t max_context, GrpcTarget& target) {
+  if (count == 0) return OkStatus();
+  bench::DatasetOptions options;
+  options.num_prompts = count;
+  options.seed = ~plan.dataset.seed;
+  options.input_len = std::min(options.input_len, std::max(1, max_context / 2));
+  options.output_len = std::min(8, std::max(1, max_context / 2));
+  Load load;
+  ASSIGN_OR_RETURN(load.dataset, bench::LoadDataset(options, nullptr));
+  load.arrivals.resize(load.dataset.requests.size());
+  bench::BenchReport report;
+  report.max_concurrency = 1;
+  RunLoad(load, target, nullptr, &report);
+  for (const bench::RequestRecord& request : report.requests) {
+    if (!request.ok) return Status(Code::kUnknown, StrCat("the warm-up failed: ", request.error));
   }
-  return percentiles;
+  return OkStatus();
 }
 
-BenchReport RunClosedLoop(Client& client, const v1::Model& model, const ParsedFlags& flags) {
-  BenchReport report;
-  report.max_concurrency = std::min(flags.count("max-concurrency"), flags.count("num-prompts"));
-  report.requests.resize(static_cast<size_t>(flags.count("num-prompts")));
-  std::atomic<size_t> next = 0;
-  TimePoint begin = Clock::Real().Now();
-  std::vector<std::thread> callers;
-  for (int64_t i = 0; i < report.max_concurrency; ++i) {
-    callers.emplace_back([&] {
-      for (size_t index = next++; index < report.requests.size(); index = next++) {
-        report.requests[index] = Measure(client, MakeRequest(model, static_cast<int64_t>(index), flags));
-      }
-    });
+StatusOr<std::vector<std::unique_ptr<Client>>> ConnectAll(const ParsedFlags& flags, int64_t streams) {
+  int64_t connections = flags.count("connections");
+  if (connections == 0) {
+    connections =
+        std::clamp<int64_t>((streams + kStreamsPerConnection - 1) / kStreamsPerConnection, 1, kMaxConnections);
   }
-  for (std::thread& caller : callers) caller.join();
-  report.duration = Clock::Real().Now() - begin;
-  return report;
+  std::vector<std::unique_ptr<Client>> clients;
+  for (int64_t i = 0; i < connections; ++i) {
+    ASSIGN_OR_RETURN(clients.emplace_back(), ConnectTo(flags));
+  }
+  return clients;
 }
 
 int Run(const ParsedFlags& flags) {
-  auto percentiles = ParsePercentiles(flags.text("metric-percentiles"));
-  if (!percentiles.ok()) return Fail("bench serve", percentiles.status().message(), kExitUsage);
-  auto client = ConnectTo(flags);
-  if (!client.ok()) return Fail("bench serve", client.status().message(), kExitUnavailable);
-  auto models = (*client)->ListModels();
-  if (!models.ok()) return FailCall("bench serve", models.status());
+  constexpr std::string_view kName = "bench serve";
+  auto plan = PlanLoad(flags);
+  if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
+  bench::BenchReport& report = plan->report;
+  auto control = ConnectTo(flags);
+  if (!control.ok()) return Fail(kName, control.status().message(), kExitUnavailable);
+  auto models = (*control)->ListModels();
+  if (!models.ok()) return FailCall(kName, models.status());
   if (models->models().empty() || models->models(0).vocab_size() < 2) {
-    return Fail("bench serve", "the server has no model", kExitFailure);
+    return Fail(kName, "the server has no model", kExitFailure);
   }
   const v1::Model& model = models->models(0);
-  // One request before the clock starts: connection, and pages that nobody has touched yet.
-  RequestRecord warm_up = Measure(**client, MakeRequest(model, -1, flags));
-  if (!warm_up.ok) return Fail("bench serve", warm_up.error, kExitFailure);
+  auto server_load = (*control)->GetLoad();
+  if (!server_load.ok()) return FailCall(kName, server_load.status());
+  const uint64_t kv_tokens = server_load->kv_blocks_total() * server_load->kv_block_tokens();
+  const auto max_context = static_cast<int32_t>(std::min<uint64_t>(model.max_context(), kv_tokens));
+  auto tokenize = [&control](const std::string& text) -> StatusOr<std::vector<TokenId>> {
+    v1::TokenizeRequest request;
+    request.set_text(text);
+    request.set_omit_bos(true);
+    ASSIGN_OR_RETURN(v1::TokenizeResponse response, (*control)->Tokenize(request));
+    return std::vector<TokenId>(response.token_ids().begin(), response.token_ids().end());
+  };
+  auto load = ReadLoad(&*plan, max_context, tokenize);
+  if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
 
-  BenchReport report = RunClosedLoop(**client, model, flags);
-  report.percentiles = *percentiles;
-  OrderedJson json = report.ToJson();
-  json["model_id"] = model.name();
-  json["num_prompts"] = flags.count("num-prompts");
-  json["input_len"] = flags.count("input-len");
-  json["output_len"] = flags.count("output-len");
-  json["seed"] = flags.count("seed");
-  if (flags.boolean("json")) {
-    std::printf("%s\n", json.dump(2).c_str());
-  } else {
-    std::fputs(report.ToText().c_str(), stdout);
+  const auto requests = static_cast<int64_t>(load->arrivals.size());
+  auto clients = ConnectAll(flags, report.max_concurrency > 0 ? std::min(report.max_concurrency, requests) : requests);
+  if (!clients.ok()) return Fail(kName, clients.status().message(), kExitUnavailable);
+  const size_t connections = clients->size();
+  bench::Vocabulary vocabulary{.size = static_cast<int32_t>(model.vocab_size()), .excluded = {}};
+  vocabulary.excluded.assign(model.eos_token_ids().begin(), model.eos_token_ids().end());
+  GrpcTarget target(std::move(*clients), std::move(vocabulary), flags.boolean("ignore-eos"));
+  Status warm = WarmUp(flags.count("num-warmups"), *plan, max_context, target);
+  if (!warm.ok()) return Fail(kName, warm.message(), kExitFailure);
+
+  const double cpu_before = CpuSeconds();
+  {
+    LoadStatePrinter printer(stderr);
+    RunLoad(*load, target, &printer, &report);
   }
-  if (flags.given("save-result") && !(std::ofstream(flags.text("save-result")) << json.dump(2) << "\n")) {
-    return Fail("bench serve", StrCat("cannot write ", flags.text("save-result")), kExitFailure);
-  }
-  for (const RequestRecord& request : report.requests) {
-    if (!request.ok) return Fail("bench serve", StrCat("a request failed: ", request.error), kExitFailure);
-  }
-  return kExitOk;
+  bench::ClientUse use{.cpu_seconds = CpuSeconds() - cpu_before,
+                       .cores = static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency()))};
+  std::vector<std::string> notes = bench::ClientNotes(use, report);
+  report.notes.insert(report.notes.end(), notes.begin(), notes.end());
+  return PrintReport(kName, flags, report,
+                     {{"model_id", model.name()},
+                      {"endpoint", flags.text("url")},
+                      {"connections", connections},
+                      {"client_cpu_seconds", use.cpu_seconds},
+                      {"client_cores", use.cores}});
 }
 
 }  // namespace
 
 Subcommand BenchServeCommand() {
-  return {
+  Subcommand subcommand{
       .command =
           {.name = "bench serve",
-           .summary = "load a server in a closed loop: TTFT, TPOT, ITL and throughput",
-           .synopsis = "altiplano bench serve --url HOST:PORT --num-prompts 100 --max-concurrency 8",
-           .notes = "Prompts are random token ids, answers are greedy and go on past EOS to --output-len, so that "
-                    "every run\n"
-                    "does the same work. ITL is the gap between two messages of a stream; a message may carry several\n"
-                    "tokens when the client is slow. Names are those of vLLM's bench serve.",
-           .flags =
-               {UrlFlag(),
-                {.name = "num-prompts",
-                 .type = FlagType::kCount,
-                 .default_value = "100",
-                 .meaning = "Requests in all.",
-                 .example = "1000",
-                 .min = 1,
-                 .max = 10000000},
-                {.name = "max-concurrency",
-                 .type = FlagType::kCount,
-                 .default_value = "8",
-                 .meaning = "Requests at one time.",
-                 .example = "32",
-                 .min = 1,
-                 .max = 4096},
-                {.name = "input-len",
-                 .type = FlagType::kCount,
-                 .default_value = "128",
-                 .meaning = "Tokens of each prompt.",
-                 .example = "1024",
-                 .min = 1,
-                 .max = 1 << 24},
-                {.name = "output-len",
-                 .type = FlagType::kCount,
-                 .default_value = "64",
-                 .meaning = "Tokens of each answer.",
-                 .example = "128",
-                 .min = 1,
-                 .max = 1 << 24},
-                {.name = "seed",
-                 .type = FlagType::kCount,
-                 .default_value = "0",
-                 .meaning =
-                     "Of the prompts: equal seeds make equal prompts, which a server may find in its prefix cache.",
-                 .example = "1",
-                 .max = 1ll << 40},
-                {.name = "metric-percentiles",
-                 .type = FlagType::kText,
-                 .default_value = "99",
-                 .meaning = "Percentiles to report, separated by commas.",
-                 .example = "50,90,99"},
-                {.name = "json",
-                 .type = FlagType::kBool,
-                 .default_value = "false",
-                 .meaning = "Print one JSON object instead of the table."},
-                {.name = "save-result",
-                 .type = FlagType::kPath,
-                 .meaning = "Write that JSON object to this file too.",
-                 .example = "result.json"}}},
+           .summary = "load a server over gRPC: TTFT, TPOT, ITL, queue time, goodput and throughput",
+           .synopsis = "altiplano bench serve --url HOST:PORT --num-prompts 1000 --request-rate 8 --goodput "
+                       "ttft:500,tpot:50",
+           .notes =
+               "Answers are greedy and go on past EOS to the length asked for, so that every run does the same "
+               "work.\n"
+               "TTFT and E2EL count from when a request was sent. ITL is the gap between two messages of a stream;\n"
+               "Queue is the server's own measurement. Notes below the table say when this client was the limit.\n"
+               "Names are those of vLLM's bench serve.",
+           .flags = {UrlFlag()}},
       .run = Run};
+  for (Flag& flag : LoadFlags()) subcommand.command.flags.push_back(flag);
+  subcommand.command.flags.push_back({.name = "num-warmups",
+                                      .type = FlagType::kCount,
+                                      .default_value = "1",
+                                      .meaning = "Short requests before the clock starts, one after the other.",
+                                      .example = "10",
+                                      .max = 100000,
+                                      .group = "Client"});
+  subcommand.command.flags.push_back({.name = "connections",
+                                      .type = FlagType::kCount,
+                                      .default_value = "0",
+                                      .meaning =
+                                          "HTTP/2 connections to spread the streams over. 0: one for 50 requests "
+                                          "that may run at once, at most 64.",
+                                      .example = "8",
+                                      .max = 1024,
+                                      .group = "Client"});
+  subcommand.command.flags.push_back({.name = "ignore-eos",
+                                      .type = FlagType::kBool,
+                                      .default_value = "true",
+                                      .meaning = "Go on past EOS, so that answers have the length asked for.",
+                                      .group = "Client"});
+  return subcommand;
 }
 
 }  // namespace altiplano::cli

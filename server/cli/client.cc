@@ -3,6 +3,9 @@
 #include <google/rpc/error_details.pb.h>
 #include <google/rpc/status.pb.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/support/client_callback.h>
+
+#include <optional>
 
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "server/base/strings.h"
@@ -21,11 +24,91 @@ Duration ToDuration(const google::protobuf::Duration& d) {
   return std::chrono::seconds(d.seconds()) + std::chrono::nanoseconds(d.nanos());
 }
 
+// Turns the messages of one stream into an Answer, from the moment it is made.
+class StreamRecorder {
+ public:
+  explicit StreamRecorder(Answer* answer) : answer_(*answer), begin_(Clock::Real().Now()) {}
+
+  void Take(const v1::StreamGenerateResponse& response, const Client::OnDelta& on_delta) {
+    const TimePoint now = Clock::Real().Now();
+    gap_ = gap_ || response.sequence_number() != expected_++;
+    if (response.has_started()) answer_.prompt = response.started();
+    if (response.has_completed()) {
+      answer_.usage = response.completed().usage();
+      answer_.timing = response.completed().timing();
+    }
+    if (!response.has_deltas()) return;
+    uint64_t tokens = 0;
+    for (const v1::Delta& delta : response.deltas().items()) tokens += delta.num_tokens();
+    if (last_ == TimePoint{}) {
+      answer_.first_token = now - begin_;
+      answer_.first_tokens = tokens;
+    } else {
+      answer_.intervals.push_back(now - last_);
+    }
+    last_ = now;
+    answer_.tokens += tokens;
+    for (const v1::Delta& delta : response.deltas().items()) {
+      if (delta.has_finish()) answer_.finishes.push_back(delta.finish());
+      on_delta(delta);
+    }
+  }
+  Status Finish(const grpc::Status& end) {
+    answer_.total = Clock::Real().Now() - begin_;
+    Status status = FromGrpc(end);
+    if (status.ok() && gap_) return Status(Code::kDataLoss, "the stream has a gap in its sequence numbers");
+    return status;
+  }
+
+ private:
+  Answer& answer_;
+  const TimePoint begin_;
+  TimePoint last_{};  // message with deltas
+  uint64_t expected_ = 0;
+  bool gap_ = false;
+};
+
+// One call of StartGenerate; deletes itself after its end.
+class GenerateReactor : public grpc::ClientReadReactor<v1::StreamGenerateResponse> {
+ public:
+  GenerateReactor(Client::OnDelta on_delta, Client::OnEnd done)
+      : on_delta_(std::move(on_delta)), done_(std::move(done)) {}
+
+  void Start(v1::InferenceService::Stub* stub, const v1::GenerateRequest& request) {
+    *message_.mutable_request() = request;
+    recorder_.emplace(&answer_);
+    stub->async()->StreamGenerate(&context_, &message_, this);
+    StartRead(&response_);
+    StartCall();
+  }
+  void OnReadDone(bool ok) override {
+    if (!ok) return;  // the end: OnDone follows
+    recorder_->Take(response_, on_delta_);
+    StartRead(&response_);
+  }
+  void OnDone(const grpc::Status& end) override {
+    Status status = recorder_->Finish(end);
+    Answer answer = std::move(answer_);
+    Client::OnEnd done = std::move(done_);
+    delete this;  // whoever hears of the end may destroy the client: nothing of the call may be left
+    done(status, std::move(answer));
+  }
+
+ private:
+  const Client::OnDelta on_delta_;
+  Client::OnEnd done_;
+  grpc::ClientContext context_;
+  v1::StreamGenerateRequest message_;
+  v1::StreamGenerateResponse response_;
+  Answer answer_;
+  std::optional<StreamRecorder> recorder_;
+};
+
 }  // namespace
 
 double Answer::TokensPerSecond() const {
   double seconds = Seconds(total - first_token);
-  return tokens > first_tokens_ && seconds > 0 ? static_cast<double>(tokens - first_tokens_) / seconds : 0;
+  return tokens > first_tokens && seconds > 0 ? static_cast<double>(tokens - first_tokens) / seconds : 0;
 }
 
 void Cancellation::Cancel() {
@@ -86,40 +169,17 @@ Status Client::StreamGenerate(const v1::GenerateRequest& request, const OnDelta&
   *message.mutable_request() = request;
   grpc::ClientContext context;
   if (cancellation != nullptr) cancellation->Enter(&context);
-  TimePoint begin = Clock::Real().Now(), last{};
+  StreamRecorder recorder(answer);
   auto reader = inference_stub_->StreamGenerate(&context, message);
   v1::StreamGenerateResponse response;
-  uint64_t expected = 0;
-  bool gap = false;
-  while (reader->Read(&response)) {
-    TimePoint now = Clock::Real().Now();
-    gap = gap || response.sequence_number() != expected++;
-    if (response.has_started()) answer->prompt = response.started();
-    if (response.has_completed()) {
-      answer->usage = response.completed().usage();
-      answer->timing = response.completed().timing();
-    }
-    if (!response.has_deltas()) continue;
-    uint64_t tokens = 0;
-    for (const v1::Delta& delta : response.deltas().items()) tokens += delta.num_tokens();
-    if (last == TimePoint{}) {
-      answer->first_token = now - begin;
-      answer->first_tokens_ = tokens;
-    } else {
-      answer->intervals.push_back(now - last);
-    }
-    last = now;
-    answer->tokens += tokens;
-    for (const v1::Delta& delta : response.deltas().items()) {
-      if (delta.has_finish()) answer->finishes.push_back(delta.finish());
-      on_delta(delta);
-    }
-  }
-  Status status = FromGrpc(reader->Finish());
-  answer->total = Clock::Real().Now() - begin;
+  while (reader->Read(&response)) recorder.Take(response, on_delta);
+  Status status = recorder.Finish(reader->Finish());
   if (cancellation != nullptr) cancellation->Leave();
-  if (status.ok() && gap) return Status(Code::kDataLoss, "the stream has a gap in its sequence numbers");
   return status;
+}
+
+void Client::StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done) {
+  (new GenerateReactor(std::move(on_delta), std::move(done)))->Start(inference_stub_.get(), request);
 }
 
 StatusOr<v1::TokenizeResponse> Client::Tokenize(const v1::TokenizeRequest& request) {

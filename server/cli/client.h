@@ -48,13 +48,10 @@ struct Answer {
   Duration total{};                 // request sent to end
   std::vector<Duration> intervals;  // between deltas
   uint64_t tokens = 0;              // of all deltas
+  uint64_t first_tokens = 0;        // of the first
 
   // Tokens per second after the first delta's; 0 when there are too few to say.
   double TokensPerSecond() const;
-
- private:
-  friend class Client;
-  uint64_t first_tokens_ = 0;  // that came with the first delta
 };
 
 // Any thread; calls may run side by side.
@@ -67,6 +64,9 @@ class Client {
   // Blocks until the stream has ended. On error *answer holds what came before.
   Status StreamGenerate(const v1::GenerateRequest& request, const OnDelta& on_delta, Answer* answer,
                         Cancellation* cancellation = nullptr);
+  // Returns at once. on_delta and then, once, done are called on threads of gRPC. The client must live until then.
+  using OnEnd = std::function<void(const Status&, Answer)>;
+  void StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done);
 
   StatusOr<v1::TokenizeResponse> Tokenize(const v1::TokenizeRequest& request);
   StatusOr<v1::DetokenizeResponse> Detokenize(const v1::DetokenizeRequest& request);

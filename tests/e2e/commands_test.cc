@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <fstream>
+#include <sstream>
+
 #include "server/base/json.h"
 #include "tests/e2e/process_testlib.h"
 
@@ -139,6 +142,100 @@ TEST_F(Commands, BenchServeCountsWhatItAsked) {
   EXPECT_EQ((*parsed)["total_input_tokens"], 120);
   EXPECT_EQ((*parsed)["total_output_tokens"], 54);
   EXPECT_GT((*parsed)["mean_ttft_ms"], 0);
+}
+
+TEST_F(Commands, BenchServeAtARateSeesSharedBeginningsAndGoodput) {
+  const std::string file = testing::TempDir() + "/bench_result.json";
+  Finished bench = RunToEnd({"bench",
+                             "serve",
+                             "--url",
+                             server_->address(),
+                             "--num-prompts",
+                             "12",
+                             "--request-rate",
+                             "200",
+                             "--burstiness",
+                             "0.5",
+                             "--seed",
+                             "77",
+                             "--random-prefix-len",
+                             "48",
+                             "--input-len",
+                             "16",
+                             "--output-len",
+                             "5",
+                             "--goodput",
+                             "e2el:600000",
+                             "--save-detailed",
+                             "--result-filename",
+                             file});
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  EXPECT_THAT(bench.out, HasSubstr("Successful requests:                     12"));
+  EXPECT_THAT(bench.out, HasSubstr("Good requests (%):                       100.00"));
+  std::stringstream text;
+  text << std::ifstream(file).rdbuf();
+  auto parsed = ParseJson(text.str());
+  ASSERT_TRUE(parsed.ok()) << text.str();
+  EXPECT_EQ((*parsed)["total_input_tokens"], 12 * 64);
+  EXPECT_EQ((*parsed)["good_requests"], 12);
+  EXPECT_GE((*parsed)["cached_tokens"], 48) << "the shared beginning is computed for the first and found by later ones";
+  EXPECT_EQ((*parsed)["cached_tokens"].get<int>() % 16, 0);
+  for (const char* list : {"ttfts", "itls", "start_times", "cached_lens"})
+    EXPECT_EQ((*parsed)[list].size(), 12u) << list;
+}
+
+TEST_F(Commands, BenchServeReplaysATraceWithItsSharedBlocks) {
+  const std::string file = testing::TempDir() + "/mooncake.jsonl";
+  std::ofstream(file) << R"({"timestamp": 0, "input_length": 1024, "output_length": 64, "hash_ids": [1, 2]})"
+                      << "\n"
+                      << R"({"timestamp": 400000, "input_length": 1024, "output_length": 64, "hash_ids": [1, 3]})"
+                      << "\n"
+                      << R"({"timestamp": 400000, "input_length": 512000, "output_length": 64, "hash_ids": [)";
+  {
+    std::ofstream more(file, std::ios::app);
+    for (int i = 0; i < 1000; ++i) more << (i > 0 ? ", " : "") << 1000 + i;
+    more << "]}\n";
+  }
+  Finished bench =
+      RunToEnd({"bench", "serve", "--url", server_->address(), "--dataset-name", "mooncake", "--dataset-path", file,
+                "--request-rate", "trace", "--speed-up", "1000", "--length-scale", "0.0625", "--json"});
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  auto parsed = ParseJson(bench.out);
+  ASSERT_TRUE(parsed.ok()) << bench.out;
+  EXPECT_EQ((*parsed)["completed"], 2);
+  EXPECT_EQ((*parsed)["total_input_tokens"], 128);
+  EXPECT_EQ((*parsed)["total_output_tokens"], 8);
+  EXPECT_EQ((*parsed)["cached_tokens"], 32) << "the block of 512 tokens that both begin with, scaled";
+  EXPECT_THAT((*parsed)["notes"][0], HasSubstr("1 requests of the dataset were left out"));
+}
+
+TEST(BenchServe, ErrorsAreCountedByCode) {
+  Server server({"--max-num-seqs", "1", "--max-queued-requests", "1"});
+  ASSERT_FALSE(server.address().empty()) << server.process().Errors();
+  Finished bench =
+      RunToEnd({"bench", "serve", "--url", server.address(), "--num-prompts", "30", "--output-len", "100", "--json"});
+  EXPECT_EQ(bench.code, 1);
+  EXPECT_THAT(bench.err, HasSubstr("a request failed: RESOURCE_EXHAUSTED"));
+  auto parsed = ParseJson(bench.out);
+  ASSERT_TRUE(parsed.ok()) << bench.out;
+  EXPECT_GE((*parsed)["completed"], 1);
+  EXPECT_EQ((*parsed)["errors"]["RESOURCE_EXHAUSTED QUEUE_FULL"]["count"], (*parsed)["failed"]);
+  EXPECT_EQ((*parsed)["completed"].get<int>() + (*parsed)["failed"].get<int>(), 30);
+}
+
+TEST(Offline, BenchLoadsTheEngineWithADataset) {
+  Finished bench = RunToEnd({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--num-prompts", "9",
+                             "--max-concurrency", "4", "--random-prefix-len", "32", "--input-len", "20", "--output-len",
+                             "6", "--kv-memory", "16MiB", "--json"});
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  auto parsed = ParseJson(bench.out);
+  ASSERT_TRUE(parsed.ok()) << bench.out;
+  EXPECT_EQ((*parsed)["completed"], 9);
+  EXPECT_EQ((*parsed)["total_output_tokens"], 54);
+  EXPECT_EQ((*parsed)["max_concurrent_requests"], 4);
+  EXPECT_GE((*parsed)["cached_tokens"], 32);
+  Finished both = RunToEnd({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--streams", "1"});
+  EXPECT_EQ(both.code, 64);
 }
 
 TEST(Offline, BenchMeasuresEachNumberOfStreams) {

@@ -79,6 +79,12 @@ TEST(Random, LengthsSeedsAndNoSharedPrefixes) {
   EXPECT_NE(prompt(Parse(options, ""), 5), prompt(dataset, 5));
 }
 
+TEST(Dataset, TwoOfOneSeedShareNothing) {
+  Dataset random = Parse(Options("random"), "");
+  Dataset lengths = Parse(Options("lengths"), "ContextTokens,GeneratedTokens\n128,5\n");
+  EXPECT_LT(CommonPrefix(PromptOf(random.requests[0], kVocabulary), PromptOf(lengths.requests[0], kVocabulary)), 8u);
+}
+
 TEST(Random, RangeRatioSpreadsBothLengths) {
   DatasetOptions options = Options("random");
   options.num_prompts = 2000;

@@ -8,7 +8,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <thread>
 
 #include "server/base/strings.h"
@@ -89,6 +91,45 @@ TEST_F(ClientTest, StreamGathersAnAnswer) {
   EXPECT_GT(answer.first_token.count(), 0);
   EXPECT_GE(answer.total, answer.first_token);
   EXPECT_GT(answer.TokensPerSecond(), 0);
+}
+
+TEST_F(ClientTest, ManyStreamsRunAtOnceWithoutAThreadEach) {
+  constexpr size_t kStreams = 8;
+  std::atomic<size_t> arrived = 0;
+  service_.stream = [&](grpc::ServerContext*, const v1::GenerateRequest& request, Writer* writer) {
+    ++arrived;
+    while (arrived < kStreams) std::this_thread::yield();  // ends only if all are under way together
+    writer->Write(Delta(0, request.request_id(), 1));
+    writer->Write(Delta(1, "!", 2));
+    return request.request_id() == "3" ? grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "full") : grpc::Status::OK;
+  };
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<std::string> texts(kStreams);
+  std::vector<Status> ends(kStreams);
+  std::vector<uint64_t> tokens(kStreams);
+  size_t ended = 0;
+  for (size_t i = 0; i < kStreams; ++i) {
+    v1::GenerateRequest request;
+    request.set_request_id(StrCat(i));
+    client_->StartGenerate(
+        request, [&texts, i](const v1::Delta& delta) { texts[i] += delta.text(); },
+        [&, i](const Status& status, Answer answer) {
+          std::lock_guard lock(mutex);
+          ends[i] = status;
+          tokens[i] = answer.tokens;
+          ++ended;
+          changed.notify_all();
+        });
+  }
+  std::unique_lock lock(mutex);
+  changed.wait(lock, [&] { return ended == kStreams; });
+  client_.reset();  // allowed from now on
+  for (size_t i = 0; i < kStreams; ++i) {
+    EXPECT_EQ(texts[i], StrCat(i, "!"));
+    EXPECT_EQ(tokens[i], 3u);
+    EXPECT_EQ(ends[i].code(), i == 3 ? Code::kResourceExhausted : Code::kOk);
+  }
 }
 
 TEST_F(ClientTest, AGapInTheNumbersIsDataLoss) {

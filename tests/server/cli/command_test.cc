@@ -88,6 +88,13 @@ TEST(Commands, WrongUsageIsOneLineAnd64) {
       {{"generate", "--prompt", "x"}, "needs one of --model"},
       {{"generate", "--model", "x", "--prompt", "x", "--system", "y"}, "--system needs --chat"},
       {{"bench", "serve", "--metric-percentiles", "101"}, "must be numbers from 0 to 100"},
+      {{"bench", "serve", "--request-rate", "fast"}, "--request-rate is \"fast\", must be inf, trace or"},
+      {{"bench", "serve", "--goodput", "ttft"}, "--goodput is \"ttft\", must be METRIC:MILLISECONDS"},
+      {{"bench", "serve", "--percentile-metrics", "x"}, "--percentile-metrics has \"x\", must be of ttft"},
+      {{"bench", "serve", "--dataset-name", "azure"}, "--dataset-name azure needs --dataset-path"},
+      {{"bench", "serve", "--dataset-path", "x"}, "--dataset-path needs --dataset-name"},
+      {{"bench", "serve", "--burstiness", "0"}, "--burstiness must be above 0"},
+      {{"bench", "serve", "--random-range-ratio", "1"}, "--random-range-ratio must be in [0, 1)"},
       {{"serve", "--model", "x", "--config", "/nowhere/x.textproto"}, "/nowhere/x.textproto"},
   };
   for (const auto& c : cases) {
