@@ -297,9 +297,9 @@ TEST(SampleDistribution, IsTheOneAskedFor) {
 
 // More tokens are kept than are sorted, so the cut is found by bracketing.
 TEST(SampleDistribution, IsTheOneAskedForInALargeVocabulary) {
-  const std::vector<float> logits = NormalLogits(3001, 2, 0.5f);
-  for (const SampleParams& params : {SampleParams{.top_k = 900}, SampleParams{.top_p = 0.6f},
-                                     SampleParams{.min_p = 0.15f}, SampleParams{.top_k = 1500, .top_p = 0.7f}}) {
+  const std::vector<float> logits = NormalLogits(1601, 2, 0.5f);
+  for (const SampleParams& params : {SampleParams{.top_k = 700}, SampleParams{.top_p = 0.6f},
+                                     SampleParams{.min_p = 0.15f}, SampleParams{.top_k = 1000, .top_p = 0.7f}}) {
     const std::vector<double> exact = Exact(Doubles(logits), {.params = params}).probability;
     const ChiSquare result = Compare(Draw(logits, {.params = params}), exact);
     EXPECT_FALSE(result.Rejected()) << result.statistic << " with " << result.freedom << " degrees";
