@@ -6,6 +6,9 @@
 #include "kernels/tensor.h"
 
 #define PTX_FUNCTION __device__ __forceinline__
+#define PTX_UNROLL _Pragma("unroll")
+#define PTX_CALLER
+#define PTX_PASS_CALLER
 // A __shared__ variable, one per place in the source and instantiation.
 #define PTX_SHARED(type, name, count) __shared__ type name[count]
 
@@ -13,7 +16,7 @@ namespace altiplano::ptx {
 
 // The launch's dynamic shared memory.
 PTX_FUNCTION void* DynamicShared() {
-  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
   return dynamic_shared;
 }
 PTX_FUNCTION uint32_t SharedAddress(const void* data) {

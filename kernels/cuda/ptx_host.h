@@ -17,6 +17,10 @@
 #define gridDim (::altiplano::sim::Self().grid_dim)
 
 #define PTX_FUNCTION inline
+#define PTX_UNROLL
+// For functions of ours that kernels call: the last parameter and the argument that carry the place of the call.
+#define PTX_CALLER , ::altiplano::sim::Site site = ::altiplano::sim::Site::Current()
+#define PTX_PASS_CALLER , site
 // A __shared__ variable, one per place in the source and instantiation.
 #define PTX_SHARED(type, name, count)                             \
   auto* name = static_cast<type*>(::altiplano::sim::StaticShared( \

@@ -60,6 +60,14 @@ void LaunchGrid(const Grid& grid, const std::function<void()>& body) {
   if (stuck_error.empty()) stuck_error = RunGrid(grid, body);
 }
 
+void Stick(const std::string& error) {
+  if (stuck_error.empty()) stuck_error = error;
+}
+
+std::string StuckError() {
+  return stuck_error;
+}
+
 std::string TakeError() {
   return std::exchange(stuck_error, "");
 }

@@ -26,7 +26,9 @@ std::string RunGrid(const Grid& grid, const std::function<void()>& body);
 
 // As a launch on a stream: an error sticks, and what is launched after it does not run.
 void LaunchGrid(const Grid& grid, const std::function<void()>& body);
-// The error that stuck, if any; forgets it.
+void Stick(const std::string& error);  // unless there is one already
+// The error that stuck, if any; TakeError also forgets it.
+std::string StuckError();
 std::string TakeError();
 
 // What a kernel asked of the memories while counting was on.

@@ -1,0 +1,95 @@
+// Elements of tensors inside kernels: f32 or bf16 in memory, f32 in registers, kPack neighbours at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/ptx.h"
+#include "kernels/tensor.h"
+
+namespace altiplano::cuda {
+
+// A matrix as kernels see it. The dtype is a value and not a type: the branch is the same for all threads, and an op
+// with four operands would otherwise be sixteen kernels.
+struct Elements {
+  void* data = nullptr;
+  int64_t stride = 0;  // elements between rows
+  bool bf16 = false;
+
+  Elements() = default;
+  explicit Elements(const TensorView& view)
+      : data(view.data), stride(view.rank > 1 ? view.stride0 : 0), bf16(view.dtype == DType::kBF16) {}
+};
+
+// True when rows of `view` can be accessed `pack` elements at a time.
+inline bool IsPacked(const TensorView& view, int64_t pack) {
+  const size_t bytes = static_cast<size_t>(pack) * SizeOf(view.dtype);
+  const int64_t width = view.dim(view.rank - 1);
+  return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && width % pack == 0 &&
+         (view.rank < 2 || view.stride0 % pack == 0);
+}
+
+// `at` counts elements from the matrix's first and is a multiple of kPack.
+template <int kPack>
+PTX_FUNCTION void Load(const Elements& from, int64_t at, float (&x)[kPack] PTX_CALLER) {
+  static_assert(kPack == 1 || kPack == 4);
+  if (from.bf16) {
+    const BF16* data = static_cast<const BF16*>(from.data) + at;
+    if constexpr (kPack == 4) {
+      const uint2 pairs = ptx::LdGlobal(reinterpret_cast<const uint2*>(data) PTX_PASS_CALLER);
+      x[0] = ptx::FloatOfBits(pairs.x << 16);
+      x[1] = ptx::FloatOfBits(pairs.x & 0xFFFF0000);
+      x[2] = ptx::FloatOfBits(pairs.y << 16);
+      x[3] = ptx::FloatOfBits(pairs.y & 0xFFFF0000);
+    } else {
+      x[0] = ptx::FloatOfBits(static_cast<uint32_t>(ptx::LdGlobal(&data->bits PTX_PASS_CALLER)) << 16);
+    }
+  } else {
+    const float* data = static_cast<const float*>(from.data) + at;
+    if constexpr (kPack == 4) {
+      const uint4 words = ptx::LdGlobal(reinterpret_cast<const uint4*>(data) PTX_PASS_CALLER);
+      x[0] = ptx::FloatOfBits(words.x);
+      x[1] = ptx::FloatOfBits(words.y);
+      x[2] = ptx::FloatOfBits(words.z);
+      x[3] = ptx::FloatOfBits(words.w);
+    } else {
+      x[0] = ptx::LdGlobal(data PTX_PASS_CALLER);
+    }
+  }
+}
+
+template <int kPack>
+PTX_FUNCTION void Store(const Elements& to, int64_t at, const float (&x)[kPack] PTX_CALLER) {
+  static_assert(kPack == 1 || kPack == 4);
+  if (to.bf16) {
+    BF16* data = static_cast<BF16*>(to.data) + at;
+    if constexpr (kPack == 4) {
+      const uint2 pairs = {ptx::PackBF16(x[0], x[1]), ptx::PackBF16(x[2], x[3])};
+      ptx::StGlobal(reinterpret_cast<uint2*>(data), pairs PTX_PASS_CALLER);
+    } else {
+      ptx::StGlobal(data, ptx::RoundBF16(x[0]) PTX_PASS_CALLER);
+    }
+  } else {
+    float* data = static_cast<float*>(to.data) + at;
+    if constexpr (kPack == 4) {
+      const uint4 words = {ptx::BitsOfFloat(x[0]), ptx::BitsOfFloat(x[1]), ptx::BitsOfFloat(x[2]),
+                           ptx::BitsOfFloat(x[3])};
+      ptx::StGlobal(reinterpret_cast<uint4*>(data), words PTX_PASS_CALLER);
+    } else {
+      ptx::StGlobal(data, x[0] PTX_PASS_CALLER);
+    }
+  }
+}
+
+// x as it will be read back after a store.
+PTX_FUNCTION float Rounded(float x, bool bf16) {
+  return bf16 ? ptx::FloatOfBits(static_cast<uint32_t>(ptx::RoundBF16(x).bits) << 16) : x;
+}
+
+// The same sum in every lane, always in the same order.
+PTX_FUNCTION float WarpSum(float x) {
+  PTX_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFF, x, lanes);
+  return x;
+}
+
+}  // namespace altiplano::cuda

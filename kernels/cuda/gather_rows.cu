@@ -1,0 +1,45 @@
+// One thread copies one word of a row: 16 bytes where alignment permits, an element otherwise.
+#include "kernels/cuda/backend.h"
+#include "kernels/cuda/elements.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/rows_plan.h"
+
+namespace altiplano::cuda {
+
+namespace {
+
+// Strides and the width in words.
+template <typename Word>
+__global__ void __launch_bounds__(kMostRowThreads)
+    GatherRowsKernel(void* out, int64_t out_stride, const void* x, int64_t x_stride, const int32_t* rows,
+                     int64_t words) {
+  const int64_t row = blockIdx.x;
+  const int64_t word = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
+  if (word >= words) return;
+  const int64_t from = ptx::LdGlobal(rows + row);
+  const Word value = ptx::LdGlobal(static_cast<const Word*>(x) + from * x_stride + word);
+  ptx::StGlobal(static_cast<Word*>(out) + row * out_stride + word, value);
+}
+
+template <typename Word>
+void Gather(Stream& stream, const GatherRowsArgs& args) {
+  const auto size = static_cast<int64_t>(SizeOf(args.x.dtype));
+  const auto word = static_cast<int64_t>(sizeof(Word));
+  const int64_t words = args.x.dim(1) * size / word;
+  if (words == 0) return;
+  Launch(stream, "GatherRows", ElementwisePlan(args.rows.dim(0), words), GatherRowsKernel<Word>, args.out.data,
+         args.out.stride0 * size / word, args.x.data, args.x.stride0 * size / word, args.rows.as<int32_t>(), words);
+}
+
+}  // namespace
+
+void GatherRows(Stream& stream, const GatherRowsArgs& args) {
+  const auto size = static_cast<int64_t>(SizeOf(args.x.dtype));
+  const auto in_quads = static_cast<int64_t>(sizeof(uint4)) / size;
+  if (IsPacked(args.out, in_quads) && IsPacked(args.x, in_quads)) return Gather<uint4>(stream, args);
+  if (size == 8) return Gather<uint2>(stream, args);
+  if (size == 4) return Gather<uint32_t>(stream, args);
+  Gather<uint16_t>(stream, args);
+}
+
+}  // namespace altiplano::cuda

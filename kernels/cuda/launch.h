@@ -1,0 +1,38 @@
+// Launch: the only way in which kernels are started. Errors are not returned here: they stick to the stream's device,
+// and Stream::Synchronize tells of them.
+#pragma once
+
+#include "kernels/cuda/launch_shape.h"
+#include "kernels/cuda/ptx.h"
+#include "kernels/device.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include <tuple>
+
+#include "kernels/cuda/sim/sim.h"
+#endif
+
+namespace altiplano::cuda {
+
+template <typename... Parameters, typename... Arguments>
+void Launch(Stream& stream, [[maybe_unused]] const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  const dim3 grid(shape.grid_x, shape.grid_y, shape.grid_z);
+#ifdef __CUDACC__
+  constexpr uint32_t kWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes > kWithoutAsking) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  }
+  kernel<<<grid, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream.cuda_stream())>>>(
+      static_cast<Parameters>(arguments)...);
+#else
+  static_cast<void>(stream);
+  const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+  sim::LaunchGrid({.kernel = name, .grid = grid, .block = dim3(shape.threads), .shared_bytes = shape.shared_bytes},
+                  [&] { std::apply(kernel, values); });
+#endif
+}
+
+}  // namespace altiplano::cuda

@@ -1,0 +1,84 @@
+// RmsNorm and AddRmsNorm. One block for each row; each thread sums the squares of its packs, keeps them in shared
+// memory as f32 and scales them once the block's sum is known. So x and the residual are read once, and each thread
+// reads back only what it wrote itself. The order of the sum depends on the width alone.
+#include "kernels/cuda/backend.h"
+#include "kernels/cuda/elements.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/rows_plan.h"
+
+namespace altiplano::cuda {
+
+namespace {
+
+// The same sum in every thread.
+PTX_FUNCTION float BlockSum(float x) {
+  PTX_SHARED(float, sums, kMostNormThreads / 32);
+  x = WarpSum(x);
+  if (threadIdx.x % 32 == 0) ptx::StShared(&sums[threadIdx.x / 32], x);
+  __syncthreads();
+  float total = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += ptx::LdShared(&sums[warp]);
+  return total;
+}
+
+template <int kPack>
+struct alignas(4 * kPack) Waiting {
+  float x[kPack];
+};
+
+template <int kPack, bool kAdd>
+__global__ void __launch_bounds__(kMostNormThreads)
+    RmsNormKernel(Elements out, Elements residual, Elements x, Elements weight, float eps, int width) {
+  auto* row = static_cast<Waiting<kPack>*>(ptx::DynamicShared());
+  const int64_t token = blockIdx.x;
+  const int packs = width / kPack;
+  float squares = 0;
+  for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
+    Waiting<kPack> waiting;
+    Load(x, token * x.stride + pack * kPack, waiting.x);
+    if constexpr (kAdd) {
+      float sum[kPack];
+      Load(residual, token * residual.stride + pack * kPack, sum);
+      PTX_UNROLL
+      for (int i = 0; i < kPack; ++i) waiting.x[i] = Rounded(sum[i] + waiting.x[i], residual.bf16);
+      Store(residual, token * residual.stride + pack * kPack, waiting.x);
+    }
+    PTX_UNROLL
+    for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
+    ptx::StShared(&row[pack], waiting);
+  }
+  const float mean = ptx::Divide(BlockSum(squares), static_cast<float>(width));
+  const float scale = ptx::Divide(1.0f, sqrtf(mean + eps));
+  for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
+    Waiting<kPack> waiting = ptx::LdShared(&row[pack]);
+    float w[kPack];
+    Load(weight, pack * kPack, w);
+    PTX_UNROLL
+    for (int i = 0; i < kPack; ++i) waiting.x[i] = waiting.x[i] * scale * w[i];
+    Store(out, token * out.stride + pack * kPack, waiting.x);
+  }
+}
+
+template <bool kAdd>
+void Norm(Stream& stream, const char* name, const TensorView& out, const TensorView& residual, const TensorView& x,
+          const TensorView& weight, float eps) {
+  const int64_t width = x.dim(1);
+  if (width == 0) return;
+  const bool packed = IsPacked(out, kRowPack) && IsPacked(x, kRowPack) && IsPacked(weight, kRowPack) &&
+                      (!kAdd || IsPacked(residual, kRowPack));
+  Launch(stream, name, NormPlan(x.dim(0), width, packed ? kRowPack : 1),
+         packed ? RmsNormKernel<kRowPack, kAdd> : RmsNormKernel<1, kAdd>, Elements(out), Elements(residual),
+         Elements(x), Elements(weight), eps, static_cast<int>(width));
+}
+
+}  // namespace
+
+void RmsNorm(Stream& stream, const RmsNormArgs& args) {
+  Norm<false>(stream, "RmsNorm", args.out, TensorView(), args.x, args.weight, args.eps);
+}
+
+void AddRmsNorm(Stream& stream, const AddRmsNormArgs& args) {
+  Norm<true>(stream, "AddRmsNorm", args.out, args.residual, args.x, args.weight, args.eps);
+}
+
+}  // namespace altiplano::cuda

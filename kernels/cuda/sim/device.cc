@@ -1,0 +1,60 @@
+// The backend's streams and memory, of a GPU that is simulated: Stream::Cuda gives one in programs linked with
+// cuda_simulator in place of kernels.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/cpu/thread_team.h"
+#include "kernels/cuda/backend.h"
+#include "kernels/cuda/sim/core.h"
+
+namespace altiplano {
+
+namespace {
+constexpr size_t kTotalBytes = size_t{1} << 30;
+char the_stream;  // launches run at once, so that a stream has no state
+}  // namespace
+
+std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
+  if (ordinal != 0) {
+    *error = "no simulated GPU " + std::to_string(ordinal) + ", only 0";
+    return nullptr;
+  }
+  return std::unique_ptr<Stream>(new Stream(Device::kCuda, nullptr, &the_stream));
+}
+
+namespace cuda {
+
+void DestroyStream(void*) {}
+
+std::string Synchronize(void*) {
+  return sim::StuckError();
+}
+
+std::string Describe(void*) {
+  return "simulated GPU";
+}
+
+void* Allocate(size_t bytes) {
+  return bytes > QueryMemory(0).free_bytes ? nullptr : sim::AllocateDevice(bytes);
+}
+
+void Free(void* data) {
+  sim::FreeDevice(data);
+}
+
+void Copy(void*, void* to, Device to_device, const void* from, Device from_device, size_t bytes) {
+  if (to_device == Device::kCuda && !sim::IsDeviceMemory(to, bytes)) {
+    return sim::Stick("a copy of " + std::to_string(bytes) + " bytes to outside of device memory");
+  }
+  if (from_device == Device::kCuda && !sim::IsDeviceMemory(from, bytes)) {
+    return sim::Stick("a copy of " + std::to_string(bytes) + " bytes from outside of device memory");
+  }
+  if (sim::StuckError().empty()) std::memcpy(to, from, bytes);
+}
+
+MemoryInfo QueryMemory(int) {
+  return {.free_bytes = kTotalBytes - std::min(kTotalBytes, sim::LiveDeviceBytes()), .total_bytes = kTotalBytes};
+}
+
+}  // namespace cuda
+}  // namespace altiplano

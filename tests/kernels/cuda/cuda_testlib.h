@@ -1,0 +1,72 @@
+// What the tests of the CUDA ops share: operands in device memory, filled from and fetched into a Matrix.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/sim/sim.h"
+#include "kernels/device.h"
+#include "kernels/ops.h"
+#include "tests/kernels/kernels_testlib.h"
+
+namespace altiplano {
+
+// A stream of the simulated GPU. An error that an op left behind fails the test that it belongs to.
+class CudaTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string error;
+    stream_ = Stream::Cuda(0, &error);
+    ASSERT_NE(stream_, nullptr) << error;
+    sim::SetSeed(1);
+  }
+  void TearDown() override {
+    EXPECT_EQ(stream_->Synchronize(), "");
+    sim::TakeError();
+  }
+  Stream& stream() { return *stream_; }
+
+ private:
+  std::unique_ptr<Stream> stream_;
+};
+
+// A copy of a matrix on the device, of exactly its size, so that an access beyond it is found.
+class OnDevice {
+ public:
+  OnDevice(Stream& stream, const Matrix& matrix) : OnDevice(stream, matrix.view()) {}
+  OnDevice(Stream& stream, const std::vector<int32_t>& values)
+      : OnDevice(stream, TensorView::Make(const_cast<int32_t*>(values.data()), DType::kI32,
+                                          {static_cast<int64_t>(values.size())})) {}
+
+  TensorView view() const { return view_; }
+  // Of one row.
+  TensorView vector() const { return TensorView::Make(view_.data, view_.dtype, {view_.dim(1)}, Device::kCuda); }
+  // Of pages * heads * page_size rows without gaps: a pool [P, Hkv, S, D].
+  TensorView pool(int64_t pages, int64_t heads, int64_t page_size) const {
+    return TensorView::Make(view_.data, view_.dtype, {pages, heads, page_size, view_.dim(1)}, Device::kCuda);
+  }
+  void Fetch(const Matrix& to) const {
+    Copy(stream_, to.view().data, Device::kCpu, view_.data, Device::kCuda, buffer_.bytes());
+    ASSERT_EQ(stream_.Synchronize(), "");
+  }
+
+ private:
+  OnDevice(Stream& stream, const TensorView& host) : stream_(stream), view_(host) {
+    const int64_t width = host.rank > 1 ? host.dim(1) : 1;
+    const auto elements = static_cast<size_t>((host.dim(0) - 1) * host.stride0 + width);
+    buffer_ = Buffer::Allocate(Device::kCuda, elements * SizeOf(host.dtype));
+    view_.data = buffer_.data();
+    view_.device = Device::kCuda;
+    Copy(stream, view_.data, Device::kCuda, host.data, Device::kCpu, buffer_.bytes());
+  }
+
+  Stream& stream_;
+  Buffer buffer_;
+  TensorView view_;
+};
+
+}  // namespace altiplano

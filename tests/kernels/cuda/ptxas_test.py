@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""No kernel spills registers or keeps anything on a stack. Reads what ptxas said when the kernels were compiled.
+
+    ptxas_test.py FOLDER [--table]     every *.ptxas below it; --table prints docs/kernels.md's table
+"""
+import pathlib
+import re
+import sys
+
+ENTRY = re.compile(r"Compiling entry function '([^']+)' for '(sm_\w+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def kernels(folder):
+    """Yields file, mangled name, (stack, spill stores, spill loads), registers, static shared bytes."""
+    for path in sorted(pathlib.Path(folder).rglob("*.ptxas")):
+        name = stack = None
+        for line in path.read_text().splitlines():
+            if match := ENTRY.search(line):
+                name = match.group(1)
+            elif match := STACK.search(line):
+                stack = tuple(int(n) for n in match.groups())
+            elif (match := USED.search(line)) and name:
+                shared = SHARED.search(line)
+                yield (path.name.removesuffix(".o.ptxas"), name, stack, int(match.group(1)),
+                       int(shared.group(1)) if shared else 0)
+                name = stack = None
+
+
+def short(name):
+    """RmsNormKernel<4, 1> of its mangled name; types of template arguments as they are mangled."""
+    match = re.search(r"\d([A-Z]\w*?Kernel)(?:I(\w+?)EE)?v", name)
+    if not match:
+        return name
+    arguments = re.findall(r"L[a-z](\d+)E?|([a-z]\w*)", match.group(2) or "")
+    return match.group(1) + (f"<{', '.join(a or b for a, b in arguments)}>" if arguments else "")
+
+
+def main():
+    found = list(kernels(sys.argv[1]))
+    if "--table" in sys.argv:
+        for file, name, stack, registers, shared in found:
+            print(f"| {file} | `{short(name)}` | {registers} | {shared} |")
+    problems = [f"{file}: {name}: stack {stack[0]}, spill stores {stack[1]}, spill loads {stack[2]} bytes"
+                for file, name, stack, _, _ in found if stack is None or any(stack)]
+    if not found:
+        problems = [f"no kernel in any *.ptxas below {sys.argv[1]}: were the kernels built?"]
+    print("\n".join(problems) or f"{len(found)} kernels, no spills, nothing on a stack")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
