@@ -93,6 +93,7 @@ class Attention {
   }
   Unit UnitAt(int64_t index) const;
   void PackQueries(const Unit& unit, const Workspace& work) const;
+  void FindRows(const Unit& unit, int64_t begin, int64_t end, KeyRows* rows) const;
   void AttendSegment(const Unit& unit, int64_t segment, const Workspace& work, AttentionState state) const;
   void FoldSegment(const Unit& unit, int64_t segment, AttentionState total, AttentionState part) const;
   void FinishUnit(const Unit& unit, AttentionState total) const;
@@ -154,27 +155,38 @@ void Attention::PackQueries(const Unit& unit, const Workspace& work) const {
   }
 }
 
+// The tile of keys from `begin` on, as far as `end`; behind that its last key again and again.
+void Attention::FindRows(const Unit& unit, int64_t begin, int64_t end, KeyRows* rows) const {
+  const int32_t* pages = args_.block_tables.row<int32_t>(unit.sequence);
+  const auto row_bytes = shape_.dim * static_cast<int64_t>(SizeOf(args_.k_pages.dtype));
+  const char* const k_pages = args_.k_pages.as<char>();
+  const char* const v_pages = args_.v_pages.as<char>();
+  const int64_t keys = std::min(kKeyTile, end - begin);
+  int64_t page = begin / shape_.page_size, offset = begin % shape_.page_size;
+  for (int64_t j = 0; j < keys; ++page, offset = 0) {
+    int64_t at = ((pages[page] * shape_.kv_heads + unit.kv_head) * shape_.page_size + offset) * row_bytes;
+    for (; offset < shape_.page_size && j < keys; ++offset, ++j, at += row_bytes) {
+      rows->k[j] = k_pages + at;
+      rows->v[j] = v_pages + at;
+    }
+  }
+  std::fill(rows->k + keys, rows->k + kKeyTile, rows->k[keys - 1]);
+  std::fill(rows->v + keys, rows->v + kKeyTile, rows->v[keys - 1]);
+}
+
 void Attention::AttendSegment(const Unit& unit, int64_t segment, const Workspace& work, AttentionState state) const {
   std::fill_n(state.max, unit.rows, -std::numeric_limits<float>::infinity());
   std::fill_n(state.sum, unit.rows, 0.0f);
   std::fill_n(state.acc, unit.rows * shape_.padded, 0.0f);
   const int64_t last_limit = unit.limit(unit.rows - 1, shape_.group);
   const int64_t segment_end = std::min(last_limit, (segment + 1) * kSegment);
-  const int32_t* pages = args_.block_tables.row<int32_t>(unit.sequence);
-  const size_t row_bytes = static_cast<size_t>(shape_.dim) * SizeOf(args_.k_pages.dtype);
-  const char* k_pages = args_.k_pages.as<char>();
-  const char* v_pages = args_.v_pages.as<char>();
-
-  for (int64_t begin = segment * kSegment; begin < segment_end; begin += kKeyTile) {
+  KeyRows tile[2];  // of a tile, and of the next one
+  FindRows(unit, segment * kSegment, segment_end, &tile[0]);
+  for (int64_t begin = segment * kSegment, side = 0; begin < segment_end; begin += kKeyTile, side = 1 - side) {
     const int64_t keys = std::min(kKeyTile, segment_end - begin);
-    const void *k_rows[kKeyTile], *v_rows[kKeyTile];
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t position = begin + j, page = pages[position / shape_.page_size];
-      const int64_t row = (page * shape_.kv_heads + unit.kv_head) * shape_.page_size + position % shape_.page_size;
-      k_rows[j] = k_pages + static_cast<size_t>(row) * row_bytes;
-      v_rows[j] = v_pages + static_cast<size_t>(row) * row_bytes;
-    }
-    kernel_.pack_kv(k_rows, v_rows, keys, shape_.dim, shape_.padded, work.k, work.v);
+    const bool last = begin + kKeyTile >= segment_end;
+    if (!last) FindRows(unit, begin + kKeyTile, segment_end, &tile[1 - side]);
+    kernel_.pack_kv(tile[side], tile[last ? side : 1 - side], keys, shape_.dim, shape_.padded, work.k, work.v);
     for (int64_t row = 0; row < unit.rows; row += kAttentionRows) {
       const int64_t rows = std::min<int64_t>(kAttentionRows, unit.rows - row);
       int64_t visible[kAttentionRows];

@@ -98,15 +98,30 @@ void PackQ(void* packed, RowPtr q, int64_t dim, int64_t padded) {
     _mm512_storeu_si512(static_cast<uint16_t*>(packed) + d, LoadRow(q.data, d, dim));
 }
 
-void PackKv(const void* const* k_rows, const void* const* v_rows, int64_t keys, int64_t dim, int64_t padded, void* k,
-            void* v) {
-  uint16_t* packed_k = static_cast<uint16_t*>(k);
+// Where the pairs of two rows of 32 lie in both together: 0 32 1 33 ...
+struct Pairs {
+  constexpr Pairs() {
+    for (uint16_t i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+  }
+  alignas(64) uint16_t index[64] = {};
+};
+constexpr Pairs kPairs;
+
+// kWhole: the tile has all its keys and no padding.
+template <bool kWhole>
+void PackTile(const KeyRows& rows, const KeyRows& next, int64_t keys, int64_t dim, int64_t padded, uint16_t* packed_k,
+              uint16_t* packed_v) {
+  auto load = [&](const void* const* from, int64_t j, int64_t d) {
+    if constexpr (kWhole) return _mm512_loadu_si512(static_cast<const uint16_t*>(from[j]) + d);
+    return j < keys ? LoadRow(from[j], d, dim) : _mm512_setzero_si512();
+  };
   for (int64_t j = 0; j < kKeyTile; j += 16) {
     for (int64_t d = 0; d < padded; d += 32) {
       __m512 block[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        block[i] = j + i < keys ? _mm512_castsi512_ps(LoadRow(k_rows[j + i], d, dim)) : _mm512_setzero_ps();
+        block[i] = _mm512_castsi512_ps(load(rows.k, j + i, d));
+        PrefetchRow(next, j + i, 2 * d, 2 * d + 64);
       }
       TransposeSquare(block);
 #pragma GCC unroll 16
@@ -115,20 +130,20 @@ void PackKv(const void* const* k_rows, const void* const* v_rows, int64_t keys, 
       }
     }
   }
-  uint16_t* packed_v = static_cast<uint16_t*>(v);
+  const __m512i low = _mm512_load_si512(kPairs.index), high = _mm512_load_si512(kPairs.index + 32);
   for (int64_t j = 0; j < keys; j += 2) {
     for (int64_t d = 0; d < padded; d += 32) {
-      const __m512i even = LoadRow(v_rows[j], d, dim);
-      const __m512i odd = j + 1 < keys ? LoadRow(v_rows[j + 1], d, dim) : _mm512_setzero_si512();
+      const __m512i even = load(rows.v, j, d), odd = load(rows.v, j + 1, d);
       uint16_t* to = packed_v + j * padded + 2 * d;
-      const __m512i even_low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even));
-      const __m512i even_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(even, 1));
-      const __m512i odd_low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd));
-      const __m512i odd_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(odd, 1));
-      _mm512_store_si512(to, _mm512_or_si512(even_low, _mm512_slli_epi32(odd_low, 16)));
-      _mm512_store_si512(to + 32, _mm512_or_si512(even_high, _mm512_slli_epi32(odd_high, 16)));
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_store_si512(to + 32, _mm512_permutex2var_epi16(even, high, odd));
     }
   }
+}
+
+void PackKv(const KeyRows& rows, const KeyRows& next, int64_t keys, int64_t dim, int64_t padded, void* k, void* v) {
+  const auto pack = keys == kKeyTile && dim == padded ? PackTile<true> : PackTile<false>;
+  pack(rows, next, keys, dim, padded, static_cast<uint16_t*>(k), static_cast<uint16_t*>(v));
 }
 
 }  // namespace

@@ -52,6 +52,14 @@ inline float Exponentials(const float* s, float max, P* p) {
   return Vec::Sum(sum);
 }
 
+// Bytes [begin, end) of key j and of its value.
+inline void PrefetchRow(const KeyRows& rows, int64_t j, int64_t begin, int64_t end) {
+  for (int64_t byte = begin; byte < end; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(rows.k[j]) + byte, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(rows.v[j]) + byte, 0, 2);
+  }
+}
+
 // The online softmax over one tile (Milakov and Gimelshein, 2018): the maximum may grow, and then what was summed up
 // before shrinks by alpha. For a row that sees nothing of the tile this is exactly nothing: alpha is 1 and p is 0.
 template <typename Tile, int kRows>

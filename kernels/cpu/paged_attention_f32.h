@@ -89,8 +89,8 @@ void PackQF32(void* packed, RowPtr q, int64_t dim, int64_t padded) {
 }
 
 template <typename T>
-void PackKvF32(const void* const* k_rows, const void* const* v_rows, int64_t keys, int64_t dim, int64_t padded, void* k,
-               void* v) {
+void PackKvF32(const KeyRows& rows, const KeyRows& next, int64_t keys, int64_t dim, int64_t padded, void* k, void* v) {
+  for (int64_t j = 0; j < kKeyTile; ++j) PrefetchRow(next, j, 0, dim * static_cast<int64_t>(sizeof(T)));
   float* packed_k = static_cast<float*>(k);
   for (int64_t j = 0; j < kKeyTile; j += Vec::kWidth) {
     for (int64_t d = 0; d < padded; d += Vec::kWidth) {
@@ -98,7 +98,7 @@ void PackKvF32(const void* const* k_rows, const void* const* v_rows, int64_t key
 #pragma GCC unroll 16
       for (int i = 0; i < Vec::kWidth; ++i) {
         block[i] =
-            j + i < keys && d < dim ? Vec::LoadN(static_cast<const T*>(k_rows[j + i]) + d, dim - d) : Vec::Zero();
+            j + i < keys && d < dim ? Vec::LoadN(static_cast<const T*>(rows.k[j + i]) + d, dim - d) : Vec::Zero();
       }
       TransposeSquare(block);
 #pragma GCC unroll 16
@@ -107,7 +107,7 @@ void PackKvF32(const void* const* k_rows, const void* const* v_rows, int64_t key
   }
   float* packed_v = static_cast<float*>(v);
   for (int64_t j = 0; j < keys; ++j)
-    ConvertPadded(packed_v + j * padded, static_cast<const T*>(v_rows[j]), dim, padded);
+    ConvertPadded(packed_v + j * padded, static_cast<const T*>(rows.v[j]), dim, padded);
 }
 
 template <typename T>

@@ -35,15 +35,22 @@ struct AttentionPanel {
   AttentionState state;
 };
 
+// Where the keys and values of a tile lie.
+struct KeyRows {
+  const void* k[kKeyTile];
+  const void* v[kKeyTile];
+};
+
 struct AttentionKernel {
   const char* name;
   int64_t dim_unit;       // packed rows are padded with zeros to a multiple of it
   size_t packed_element;  // bytes
   void (*pack_q)(void* packed, RowPtr q, int64_t dim, int64_t padded);
-  // k_rows[j], v_rows[j]: key j of `keys`; the rest of the tile becomes zeros. k, v: [kKeyTile * padded], 64-byte
-  // aligned.
-  void (*pack_kv)(const void* const* k_rows, const void* const* v_rows, int64_t keys, int64_t dim, int64_t padded,
-                  void* k, void* v);
+  // The first `keys` of rows; the rest of the tile becomes zeros. k, v: [kKeyTile * padded], 64-byte aligned. Rows of
+  // `next`, all of them addresses, are on their way into the cache afterwards: pages are too short for the hardware's
+  // prefetchers to get into their stride.
+  void (*pack_kv)(const KeyRows& rows, const KeyRows& next, int64_t keys, int64_t dim, int64_t padded, void* k,
+                  void* v);
   void (*attend)(const AttentionPanel& panel);
   // total += part, as if the part's keys had followed the total's.
   void (*fold)(AttentionState total, AttentionState part, int64_t rows, int64_t padded);
