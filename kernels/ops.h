@@ -87,6 +87,10 @@ struct PagedAttentionArgs {
   TensorView context_lengths;  // [B] i32
   TensorView block_tables;     // [B, max_pages] i32: page ids in order
   float scale = 0;             // 1 / sqrt(D)
+  // CUDA only: lets the contexts of few queries be split over many blocks, to the same bits as without it. See
+  // kernels/cuda/paged_attention_plan.h for how much that needs; less is as good as none.
+  void* scratch = nullptr;
+  size_t scratch_bytes = 0;
 };
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args);
 

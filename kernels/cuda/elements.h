@@ -8,6 +8,8 @@
 
 namespace altiplano::cuda {
 
+inline constexpr float kLog2E = 1.44269504f;
+
 // A matrix as kernels see it. The dtype is a value and not a type: the branch is the same for all threads, and an op
 // with four operands would otherwise be sixteen kernels.
 struct Elements {

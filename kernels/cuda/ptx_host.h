@@ -2,7 +2,7 @@
 // where they were called. ptx_device.h says what each does.
 #pragma once
 
-#include <cmath>
+#include <cmath>  // also for kernels: sqrtf, fmaf
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -105,7 +105,7 @@ inline uint32_t BitsOfFloat(float x) {
   return __builtin_bit_cast(uint32_t, x);
 }
 inline float Exp2(float x) {
-  return sim::Inexact(std::exp2(x), 0x1p-22f);
+  return x == 0 ? 1.0f : sim::Inexact(std::exp2(x), 0x1p-22f);
 }
 inline float Divide(float x, float y) {
   return x / y;

@@ -8,8 +8,6 @@ namespace altiplano::cuda {
 
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
 // x / (1 + e^-x). For x below -88 the exponential is infinite and the quotient -0.
 PTX_FUNCTION float Silu(float x) {
   return ptx::Divide(x, 1.0f + ptx::Exp2(-kLog2E * x));

@@ -16,9 +16,6 @@ namespace {
 void Linear(Stream&, const LinearArgs&) {
   Die("Linear");
 }
-void PagedAttention(Stream&, const PagedAttentionArgs&) {
-  Die("PagedAttention");
-}
 void Sample(Stream&, const SampleArgs&) {
   Die("Sample");
 }

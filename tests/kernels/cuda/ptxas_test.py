@@ -31,7 +31,7 @@ def kernels(folder):
 
 def short(name):
     """RmsNormKernel<4, 1> of its mangled name; types of template arguments as they are mangled."""
-    match = re.search(r"\d([A-Z]\w*?Kernel)(?:I(\w+?)EE)?v", name)
+    match = re.search(r"\d([A-Z]\w*?Kernel)(?:I(\w+?)EE)?[vE]", name)
     if not match:
         return name
     arguments = re.findall(r"L[a-z](\d+)E?|([a-z]\w*)", match.group(2) or "")

@@ -1,0 +1,58 @@
+// Launch geometry of paged attention. It may depend on the step, because no choice made here changes a bit of a result:
+// a row's context is always cut into the same splits, each worked on alone and folded into the row's state in order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/launch_shape.h"
+
+namespace altiplano::cuda {
+
+// The queries of a sequence and the heads that share a KV head are rows, i-th query times group plus head, in tiles.
+inline constexpr int kAttentionRows = 16;
+inline constexpr int64_t kAttentionSplit = 512;  // keys
+inline constexpr uint32_t kAttentionThreads = 128;
+// Fewer blocks than this leave a GPU of 132 multiprocessors idle, and contexts are then split over blocks.
+inline constexpr int64_t kEnoughAttentionBlocks = 528;
+
+struct AttentionSizes {
+  int64_t tokens = 0, sequences = 0, q_heads = 0, kv_heads = 0, dim = 0;
+  int64_t most_context = 0;  // that a block table has room for
+};
+
+struct AttentionPlan {
+  LaunchShape attend;
+  bool split = false;  // each block takes one split of a tile and leaves its state in scratch for `combine`
+  int64_t splits = 1;  // of the longest context
+  size_t scratch_bytes = 0;
+  LaunchShape combine;
+};
+
+// Of the kernel that works without matrix instructions: q, the scores of a split, the state.
+constexpr uint32_t PlainAttentionSharedBytes(int64_t dim) {
+  return static_cast<uint32_t>(4 * (2 * kAttentionRows * ((dim + 3) / 4 * 4) + kAttentionRows * kAttentionSplit));
+}
+
+constexpr AttentionPlan PlanPagedAttention(const AttentionSizes& s, uint32_t shared_bytes, size_t scratch_bytes) {
+  AttentionPlan plan;
+  const int64_t group = s.q_heads / s.kv_heads;
+  // No tile is shared by sequences, and each may have one that is not full.
+  const int64_t rows = s.tokens * group;
+  const int64_t tiles = std::min(rows, rows / kAttentionRows + s.sequences);
+  plan.splits = std::max<int64_t>(1, (s.most_context + kAttentionSplit - 1) / kAttentionSplit);
+  // Of each row and split: dim sums, the maximum and the sum of weights.
+  plan.scratch_bytes = static_cast<size_t>(s.tokens * s.q_heads * plan.splits * (s.dim + 2) * 4);
+  plan.split = plan.splits > 1 && tiles * s.kv_heads < kEnoughAttentionBlocks && plan.scratch_bytes <= scratch_bytes;
+  plan.attend = {.grid_x = static_cast<uint32_t>(tiles),
+                 .grid_y = static_cast<uint32_t>(s.kv_heads),
+                 .grid_z = static_cast<uint32_t>(plan.split ? plan.splits : 1),
+                 .threads = kAttentionThreads,
+                 .shared_bytes = shared_bytes};
+  plan.combine = {.grid_x = static_cast<uint32_t>(s.tokens),
+                  .grid_y = static_cast<uint32_t>(s.q_heads),
+                  .threads = kAttentionThreads};
+  return plan;
+}
+
+}  // namespace altiplano::cuda

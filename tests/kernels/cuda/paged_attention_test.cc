@@ -1,0 +1,350 @@
+// Paged attention in CUDA against softmax in float64; and what must not show in a single bit: how a prompt was cut into
+// steps, the rest of the batch, pages, and whether contexts were split over blocks.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/paged_attention_plan.h"
+#include "tests/kernels/cuda/cuda_testlib.h"
+
+namespace altiplano {
+namespace {
+
+struct Shape {
+  int64_t kv_heads = 1, group = 1, dim = 64;
+  DType act = DType::kBF16, q = DType::kBF16;
+
+  int64_t q_width() const { return kv_heads * group * dim; }
+  int64_t kv_width() const { return kv_heads * dim; }
+};
+
+// All that attention may know of a sequence: what each token asks, and what it leaves in the cache.
+struct Sequence {
+  Sequence(const Shape& s, int64_t length, uint32_t seed)
+      : q(length, s.q_width(), s.q), k(length, s.kv_width(), s.act), v(length, s.kv_width(), s.act) {
+    q.FillNormal(seed);
+    k.FillNormal(seed + 1000);
+    v.FillNormal(seed + 2000);
+  }
+  Matrix q, k, v;
+};
+using Sequences = std::vector<std::unique_ptr<Sequence>>;
+
+Sequences MakeSequences(const Shape& s, const std::vector<int64_t>& lengths) {
+  Sequences sequences;
+  for (int64_t length : lengths) {
+    sequences.push_back(std::make_unique<Sequence>(s, length, static_cast<uint32_t>(sequences.size())));
+  }
+  return sequences;
+}
+
+// Queries [begin, end) of a sequence, whose first `end` tokens are in the cache.
+struct Part {
+  size_t sequence;
+  int64_t begin, end;
+};
+
+struct Layout {
+  int64_t page_size = 16;
+  bool split = false;
+  int64_t gap = 0;
+};
+
+class CudaPagedAttentionTest : public CudaTest {
+ protected:
+  // A step over `parts`. Every part has pages of its own, scattered over the pool; what its queries do not see, in its
+  // last page or in pages of nobody, is NaN, and what its table does not need points nowhere. Rows of q in order.
+  std::unique_ptr<Matrix> Attend(const Shape& s, const Sequences& sequences, const std::vector<Part>& parts,
+                                 const Layout& layout) {
+    const int64_t page_size = layout.page_size;
+    int64_t tokens = 0, most_pages = 1, used = 0;
+    for (const Part& part : parts) {
+      tokens += part.end - part.begin;
+      const int64_t pages = (part.end + page_size - 1) / page_size;
+      most_pages = std::max(most_pages, pages);
+      used += pages;
+    }
+    const auto count = static_cast<int64_t>(parts.size());
+    std::vector<int32_t> order(static_cast<size_t>(used + 3));
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), std::mt19937(7));
+    const auto pages = static_cast<int64_t>(order.size());
+    Matrix k_pages(pages * s.kv_heads * page_size, s.dim, s.act), v_pages(pages * s.kv_heads * page_size, s.dim, s.act);
+    Matrix tables(count, most_pages, DType::kI32, layout.gap), q(tokens, s.q_width(), s.q, layout.gap);
+    std::vector<int32_t> q_begin = {0}, lengths;
+    const size_t element = SizeOf(s.act), head_bytes = static_cast<size_t>(s.dim) * element;
+    int64_t token = 0;
+    for (int64_t b = 0; b < count; ++b) {
+      const Part& part = parts[static_cast<size_t>(b)];
+      const Sequence& sequence = *sequences[part.sequence];
+      for (int64_t i = 0; i < most_pages; ++i) tables.set(b, i, std::numeric_limits<int32_t>::max());
+      for (int64_t position = 0; position < part.end; ++position) {
+        if (position % page_size == 0) {
+          tables.set(b, position / page_size, order.back());
+          order.pop_back();
+        }
+        const auto page = static_cast<int64_t>(tables.at(b, position / page_size));
+        for (int64_t h = 0; h < s.kv_heads; ++h) {
+          const int64_t row = (page * s.kv_heads + h) * page_size + position % page_size;
+          const size_t at = static_cast<size_t>(h * s.dim) * element;
+          std::memcpy(k_pages.view().row<char>(row * static_cast<int64_t>(element)),
+                      sequence.k.RowBytes(position).data() + at, head_bytes);
+          std::memcpy(v_pages.view().row<char>(row * static_cast<int64_t>(element)),
+                      sequence.v.RowBytes(position).data() + at, head_bytes);
+        }
+      }
+      for (int64_t i = part.begin; i < part.end; ++i, ++token) {
+        for (int64_t j = 0; j < s.q_width(); ++j) q.set(token, j, sequence.q.at(i, j));
+      }
+      q_begin.push_back(static_cast<int32_t>(token));
+      lengths.push_back(static_cast<int32_t>(part.end));
+    }
+    auto out = std::make_unique<Matrix>(tokens, s.q_width(), s.act, layout.gap);
+    const OnDevice d_out(stream(), *out), d_q(stream(), q), d_k(stream(), k_pages), d_v(stream(), v_pages);
+    const OnDevice d_begin(stream(), q_begin), d_lengths(stream(), lengths), d_tables(stream(), tables);
+    const cuda::AttentionSizes sizes = {.tokens = tokens,
+                                        .sequences = count,
+                                        .q_heads = s.kv_heads * s.group,
+                                        .kv_heads = s.kv_heads,
+                                        .dim = s.dim,
+                                        .most_context = most_pages * page_size};
+    const size_t scratch_bytes = layout.split ? cuda::PlanPagedAttention(sizes, 0, 0).scratch_bytes : 0;
+    const Buffer scratch = Buffer::Allocate(Device::kCuda, scratch_bytes);
+    PagedAttention(stream(), {.out = d_out.view(),
+                              .q = d_q.view(),
+                              .k_pages = d_k.pool(pages, s.kv_heads, page_size),
+                              .v_pages = d_v.pool(pages, s.kv_heads, page_size),
+                              .q_begin = d_begin.view(),
+                              .context_lengths = d_lengths.view(),
+                              .block_tables = d_tables.view(),
+                              .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s.dim))),
+                              .scratch = scratch.data(),
+                              .scratch_bytes = scratch_bytes});
+    d_out.Fetch(*out);
+    EXPECT_TRUE(out->GapsUntouched());
+    return out;
+  }
+
+  void ExpectSameBits(const Shape& s, const Sequences& sequences, const std::vector<Part>& parts, const Layout& layout,
+                      const Matrix& whole) {
+    const auto out = Attend(s, sequences, parts, layout);
+    int64_t row = 0;
+    for (const Part& part : parts) {
+      for (int64_t i = part.begin; i < part.end; ++i, ++row) ASSERT_EQ(out->RowBytes(row), whole.RowBytes(i)) << i;
+    }
+  }
+};
+
+// Softmax in float64, and how far a result may lie from it. A score is off by D + 3 roundings of its terms; weights, by
+// the error of their score as an exponent, by 2^-22 of each exponential, of which there are three where states are
+// folded, and where matrix instructions take them, by their rounding to bf16, as q may be. All this is an error of the
+// weights, in the sum w v and in the sum w; each sum has at most n + 4 roundings.
+void ExpectNearOracle(const Shape& s, const Sequence& sequence, const Matrix& out, int64_t row, int64_t query) {
+  const double scale = 1 / std::sqrt(static_cast<double>(s.dim));
+  const double q_unit = s.act == DType::kBF16 && s.q == DType::kF32 ? kUnitBF16 : 0;
+  const double p_unit = s.act == DType::kBF16 ? kUnitBF16 : 0;
+  const int64_t keys = query + 1;
+  for (int64_t h = 0; h < s.kv_heads * s.group; ++h) {
+    const int64_t kv = h / s.group;
+    std::vector<double> scores, errors;
+    for (int64_t j = 0; j < keys; ++j) {
+      double score = 0, size = 0;
+      for (int64_t d = 0; d < s.dim; ++d) {
+        const double term = sequence.q.at(query, h * s.dim + d) * sequence.k.at(j, kv * s.dim + d) * scale;
+        score += term;
+        size += std::abs(term);
+      }
+      scores.push_back(score);
+      errors.push_back((static_cast<double>(s.dim + 3) * kUnitF32 + q_unit) * size);
+    }
+    const double most = *std::max_element(scores.begin(), scores.end());
+    double total = 0, weight_error = 0;
+    std::vector<double> weights;
+    for (size_t j = 0; j < scores.size(); ++j) {
+      weights.push_back(std::exp(scores[j] - most));
+      total += weights[j];
+      errors[j] = weights[j] * (errors[j] + 4 * kUnitF32 * std::abs(scores[j] - most) + 3 * 0x1p-22 + p_unit);
+      weight_error += errors[j];
+    }
+    for (int64_t d = 0; d < s.dim; ++d) {
+      double sum = 0, size = 0, error = 0;
+      for (int64_t j = 0; j < keys; ++j) {
+        const double v = sequence.v.at(j, kv * s.dim + d);
+        sum += weights[static_cast<size_t>(j)] * v;
+        size += weights[static_cast<size_t>(j)] * std::abs(v);
+        error += errors[static_cast<size_t>(j)] * std::abs(v);
+      }
+      const double exact = sum / total;
+      const double roundings = static_cast<double>(keys + 4) * kUnitF32;
+      const double bound = (error + roundings * size) / total + std::abs(exact) * (weight_error / total + roundings);
+      ASSERT_NEAR(out.at(row, h * s.dim + d), exact, bound + RoundingBound(s.act, exact, bound))
+          << "query " << query << ", head " << h << ", column " << d;
+    }
+  }
+}
+
+// Both dtypes of q, both of the cache.
+std::vector<Shape> WithDTypes(Shape s) {
+  std::vector<Shape> shapes;
+  for (const auto& [q, act] :
+       {std::pair{DType::kF32, DType::kF32}, {DType::kF32, DType::kBF16}, {DType::kBF16, DType::kBF16}}) {
+    s.q = q;
+    s.act = act;
+    shapes.push_back(s);
+  }
+  return shapes;
+}
+
+// Contexts around a tile of keys, a page and a split.
+constexpr int64_t kContexts[] = {1, 2, 15, 16, 17, 63, 64, 65, 511, 512, 513, 700};
+
+TEST_F(CudaPagedAttentionTest, DecodeIsNearTheOracle) {
+  for (const Shape& s : WithDTypes({.kv_heads = 2, .group = 4, .dim = 64})) {
+    const Sequences sequences = MakeSequences(s, {700});
+    std::vector<Part> parts;
+    for (int64_t context : kContexts) parts.push_back({0, context - 1, context});
+    const auto out = Attend(s, sequences, parts, {.gap = 3});
+    for (size_t i = 0; i < parts.size(); ++i) {
+      ExpectNearOracle(s, *sequences[0], *out, static_cast<int64_t>(i), parts[i].begin);
+    }
+  }
+}
+
+TEST_F(CudaPagedAttentionTest, IsNearTheOracleForEveryHeadSizeAndGroup) {
+  for (int64_t dim : {16, 32, 33, 80, 128, 256}) {
+    for (int64_t group : {1, 3, 8, 16, 20}) {
+      for (const Shape& s : WithDTypes({.group = group, .dim = dim})) {
+        const Sequences sequences = MakeSequences(s, {40});
+        const auto out = Attend(s, sequences, {{0, 37, 40}, {0, 0, 2}, {0, 16, 17}}, {});
+        int64_t row = 0;
+        for (int64_t query : {37, 38, 39, 0, 1, 16}) ExpectNearOracle(s, *sequences[0], *out, row++, query);
+      }
+    }
+  }
+}
+
+// Values are the number of their key: each key up to a query's own counts once, and no other.
+TEST_F(CudaPagedAttentionTest, SeesEachKeyUpToItsOwnOnce) {
+  constexpr int64_t kLength = 600;
+  for (const Shape& s : WithDTypes({.kv_heads = 2, .group = 2, .dim = 64})) {
+    const Sequences sequences = MakeSequences(s, {kLength});
+    Sequence& sequence = *sequences[0];
+    for (int64_t i = 0; i < kLength; ++i) {
+      for (int64_t j = 0; j < s.q_width(); ++j) sequence.q.set(i, j, 0);
+      for (int64_t j = 0; j < s.kv_width(); ++j) sequence.v.set(i, j, j % s.dim == i % s.dim);
+    }
+    const std::vector<Part> parts = {{0, 0, 40}, {0, 500, 530}, {0, 599, 600}};
+    const auto out = Attend(s, sequences, parts, {});
+    int64_t row = 0;
+    for (const Part& part : parts) {
+      for (int64_t i = part.begin; i < part.end; ++i, ++row) {
+        for (int64_t j = 0; j < s.q_width(); ++j) {
+          const int64_t seen = i / s.dim + (j % s.dim <= i % s.dim ? 1 : 0);
+          const double exact = static_cast<double>(seen) / static_cast<double>(i + 1);
+          ASSERT_NEAR(out->at(row, j), exact, kUnitF32 * exact + RoundingBound(s.act, exact, 0)) << i << ", " << j;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaPagedAttentionTest, PrefillChunksDecodeAndSplitsGiveTheSameBits) {
+  constexpr int64_t kLength = 530;
+  for (const Shape& s : WithDTypes({.group = 3, .dim = 64})) {
+    const Sequences sequences = MakeSequences(s, {kLength});
+    const auto whole = Attend(s, sequences, {{0, 0, kLength}}, {});
+    for (int64_t query : {0, 77, 511, 529}) ExpectNearOracle(s, *sequences[0], *whole, query, query);
+    for (bool split : {false, true}) {
+      std::vector<Part> decodes;
+      for (int64_t context : kContexts) {
+        if (context <= kLength) decodes.push_back({0, context - 1, context});
+      }
+      ExpectSameBits(s, sequences, decodes, {.split = split}, *whole);
+      ExpectSameBits(s, sequences, {{0, 500, 530}, {0, 3, 24}}, {.page_size = 5, .split = split}, *whole);
+      ExpectSameBits(s, sequences, {{0, 529, 530}}, {.page_size = 64, .split = split}, *whole);
+    }
+  }
+}
+
+TEST_F(CudaPagedAttentionTest, TheRestOfTheBatchDoesNotShow) {
+  for (const Shape& s : WithDTypes({.kv_heads = 2, .group = 4, .dim = 64})) {
+    const Sequences sequences = MakeSequences(s, {600, 1, 70, 64, 130});
+    sequences[2]->k.set(0, 3, NAN);  // ruins sequence 2, and it alone
+    std::vector<Part> parts = {{0, 590, 600}, {1, 0, 1}, {2, 60, 70}, {3, 64, 64}, {4, 129, 130}};
+    for (int i = 0; i < 40; ++i) parts.push_back({1, 0, 1});  // so that sequences are found beyond the first 32
+    parts.push_back({4, 100, 103});
+    for (bool split : {false, true}) {
+      const auto together = Attend(s, sequences, parts, {.split = split});
+      int64_t row = 0;
+      for (const Part& part : parts) {
+        if (part.begin == part.end) continue;
+        const auto alone = Attend(s, sequences, {part}, {.page_size = 64});
+        for (int64_t i = 0; i < part.end - part.begin; ++i, ++row) {
+          for (int64_t j = 0; j < s.group * s.dim; ++j) {
+            ASSERT_EQ(std::isnan(together->at(row, j)), part.sequence == 2) << part.sequence << ", " << i;
+          }
+          if (part.sequence != 2) {
+            EXPECT_EQ(together->RowBytes(row), alone->RowBytes(i)) << part.sequence << ", " << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaPagedAttentionTest, StandsScoresOfAnySize) {
+  constexpr int64_t kLength = 560;
+  for (const Shape& s : WithDTypes({.group = 2, .dim = 64})) {
+    for (bool growing : {true, false}) {
+      const Sequences sequences = MakeSequences(s, {kLength});
+      Sequence& sequence = *sequences[0];
+      for (int64_t i = 0; i < kLength; ++i) {
+        const double size = static_cast<double>(growing ? i : kLength - i) / 35 - 8;
+        for (int64_t j = 0; j < s.q_width(); ++j) sequence.q.set(i, j, 10 + sequence.q.at(i, j));
+        for (int64_t j = 0; j < s.kv_width(); ++j) sequence.k.set(i, j, 10 * size + sequence.k.at(i, j));
+      }
+      const auto out = Attend(s, sequences, {{0, 545, 560}, {0, 63, 65}}, {.split = true});
+      ExpectNearOracle(s, sequence, *out, 14, 559);
+      ExpectNearOracle(s, sequence, *out, 0, 545);
+      ExpectNearOracle(s, sequence, *out, 16, 64);
+    }
+  }
+}
+
+TEST(CudaPagedAttentionPlan, SplitsOnlyWhereBlocksAreFew) {
+  // Llama 3.1 8B, one sequence of up to 8192 tokens.
+  const cuda::AttentionSizes one = {
+      .tokens = 1, .sequences = 1, .q_heads = 32, .kv_heads = 8, .dim = 128, .most_context = 8192};
+  const size_t enough = size_t{32} * 16 * 130 * 4;
+  const cuda::AttentionPlan plan = cuda::PlanPagedAttention(one, 1000, enough);
+  EXPECT_TRUE(plan.split);
+  EXPECT_EQ(plan.scratch_bytes, enough);
+  EXPECT_EQ(plan.attend,
+            (cuda::LaunchShape{.grid_x = 1, .grid_y = 8, .grid_z = 16, .threads = 128, .shared_bytes = 1000}));
+  EXPECT_EQ(plan.combine, (cuda::LaunchShape{.grid_x = 1, .grid_y = 32, .threads = 128}));
+  EXPECT_FALSE(cuda::PlanPagedAttention(one, 0, enough - 1).split);
+  EXPECT_EQ(cuda::PlanPagedAttention(one, 0, 0).attend.grid_z, 1u);
+
+  cuda::AttentionSizes many = one;
+  many.tokens = many.sequences = 66;
+  EXPECT_FALSE(cuda::PlanPagedAttention(many, 0, size_t{1} << 40).split);
+  cuda::AttentionSizes brief = one;
+  brief.most_context = 512;
+  EXPECT_FALSE(cuda::PlanPagedAttention(brief, 0, size_t{1} << 40).split);
+  // A prompt of 1000 tokens and two decodes: 4 rows each.
+  cuda::AttentionSizes mixed = one;
+  mixed.tokens = 1002;
+  mixed.sequences = 3;
+  EXPECT_EQ(cuda::PlanPagedAttention(mixed, 0, 0).attend.grid_x, 1002u / 4 + 3);
+}
+
+}  // namespace
+}  // namespace altiplano
