@@ -12,6 +12,7 @@ enum ExitCode : int {
   kExitData = 65,         // the model's files
   kExitUnavailable = 69,  // no usable device, not enough memory, no server at the address, address taken
   kExitBug = 70,          // a broken invariant of ours
+  kExitRestart = 75,      // a device or a rank failed while serving: start the program again
 };
 
 // Of an error while opening or loading a model.

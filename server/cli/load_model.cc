@@ -6,6 +6,7 @@
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cli/units.h"
+#include "server/engine/fault_drill.h"
 #include "server/engine/local_executor.h"
 
 namespace altiplano::cli {
@@ -66,6 +67,11 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
   return options;
 }
 
+StatusOr<std::unique_ptr<Executor>> MakeExecutor(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
+  ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor, LocalExecutor::Create(checkpoint, options));
+  return executor;
+}
+
 }  // namespace
 
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
@@ -89,6 +95,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   model.dtype = config.model().dtype();
 
   LocalExecutorOptions executor_options = ExecutorOptions(config, hooks);
+  ASSIGN_OR_RETURN(executor_options.before_step, FaultDrillFromEnvironment());
   ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(*model.checkpoint, executor_options));
   EngineOptions options;
   options.scheduler = executor->scheduler_options();
@@ -96,6 +103,13 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
   options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
+  if (config.scheduler().on_engine_failure() == "restart") {
+    executor_options.kv_bytes = executor->kv_bytes();  // the scheduler's blocks, however much memory is free then
+    executor_options.progress = {};
+    options.restart = [checkpoint = model.checkpoint.get(), executor_options]() {
+      return MakeExecutor(*checkpoint, executor_options);
+    };
+  }
   model.device = executor->DescribeDevice();
   model.tensor_parallel = executor->ranks();
   model.weight_bytes = executor->weight_bytes();

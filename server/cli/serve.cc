@@ -60,6 +60,21 @@ void PrintReady(const Serving& serving, const LoadedModel& model) {
   std::fflush(stdout);
 }
 
+// Until none is live, the deadline, or the signals-th signal.
+void WaitForLiveRequests(Serving& serving, TimePoint deadline, StopSignal& stop, int signals) {
+  while (serving.live_requests() > 0 && Clock::Real().Now() < deadline) {
+    if (stop.WaitForCount(signals, Clock::Real().Now() + std::chrono::milliseconds(10))) break;
+  }
+}
+
+// False: the engine failed for good, and on_failure does not say to stay.
+bool ServeUntilStopped(const Serving& serving, const std::string& on_failure, StopSignal& stop) {
+  while (!stop.WaitForCount(1, Clock::Real().Now() + std::chrono::milliseconds(100))) {
+    if (serving.failed_for_good() && on_failure != "stay") return false;
+  }
+  return true;
+}
+
 // docs: reliability, life cycle. Ends when no request is live, at the timeout, or at the second signal.
 void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) {
   log::Info("draining", {{"delay", config.delay()}, {"timeout", config.timeout()}});
@@ -67,10 +82,7 @@ void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) 
   TimePoint now = Clock::Real().Now();
   if (stop.WaitForCount(2, now + ParseDuration(config.delay()).value())) return;
   serving.RefuseNew();
-  TimePoint deadline = Clock::Real().Now() + ParseDuration(config.timeout()).value();
-  while (serving.live_requests() > 0 && Clock::Real().Now() < deadline) {
-    if (stop.WaitForCount(2, Clock::Real().Now() + std::chrono::milliseconds(10))) break;
-  }
+  WaitForLiveRequests(serving, Clock::Real().Now() + ParseDuration(config.timeout()).value(), stop, 2);
   if (serving.live_requests() > 0) {
     log::Warn(stop.count() > 1 ? "second signal: live requests are ended" : "drain timeout: live requests are ended",
               {{"requests", serving.live_requests()}});
@@ -89,7 +101,13 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
   }
   if (!loaded.ok()) return Fail("serve", loaded.message(), ExitCodeOfLoad(loaded));
   PrintReady(**serving, (*serving)->model());
-  stop.WaitForCount(1);
+  if (!ServeUntilStopped(**serving, config.values.scheduler().on_engine_failure(), stop)) {
+    log::Error("the engine failed: ending, to be started again", {{"exit_code", static_cast<int>(kExitRestart)}});
+    (*serving)->RefuseNew();
+    WaitForLiveRequests(**serving, Clock::Real().Now() + kAtOnce, stop, 1);
+    (*serving)->Stop();
+    return kExitRestart;
+  }
   Drain(**serving, config.values.drain(), stop);
   (*serving)->Stop();
   log::Info("stopped");
@@ -135,7 +153,8 @@ Subcommand ServeCommand() {
                "Prints one line on stdout when it serves:\n"
                "  READY address=HOST:PORT [admin=HOST:PORT] model=NAME kv_tokens=N seconds=SINCE_START\n"
                "SIGTERM or SIGINT: health NOT_SERVING, --drain-delay, new requests refused, live ones finish within\n"
-               "--drain-timeout, exit code 0. A second one ends live requests at once, exit code 0 too.",
+               "--drain-timeout, exit code 0. A second one ends live requests at once, exit code 0 too.\n"
+               "Exit code 75: a device or a rank failed while serving (--on-engine-failure); start it again.",
            .flags = {{.name = "config",
                       .type = FlagType::kPath,
                       .meaning =

@@ -124,6 +124,9 @@ void Serving::RefuseNew() {
 int32_t Serving::live_requests() const {
   return impl_->server->live_requests();
 }
+bool Serving::failed_for_good() const {
+  return impl_->model.engine->failed_for_good();
+}
 void Serving::Stop() {
   impl_->server->Stop();
 }

@@ -28,6 +28,7 @@ class Serving {
   void SetNotServing();  // health only: requests are still taken
   void RefuseNew();      // UNAVAILABLE DRAINING
   int32_t live_requests() const;
+  bool failed_for_good() const;  // the engine, after Load
   void Stop();  // live requests end with UNAVAILABLE
 
   const std::string& address() const;        // with the port that was taken

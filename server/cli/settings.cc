@@ -170,6 +170,17 @@ constexpr std::array kSettings = {
          .example = "10s",
          .field = "scheduler.step_deadline",
          .group = kGroupScheduling},
+    Flag{.name = "on-engine-failure",
+         .type = FlagType::kChoice,
+         .default_value = "exit",
+         .meaning =
+             "When a device or a rank fails, live requests end with UNAVAILABLE. Then: exit ends the program with code "
+             "75 for its supervisor to start it again; restart loads the model again in the same process, and exits "
+             "when that fails or the next step does; stay keeps answering NOT_SERVING until it is stopped.",
+         .example = "restart",
+         .field = "scheduler.on_engine_failure",
+         .choices = "exit|restart|stay",
+         .group = kGroupScheduling},
     Flag{.name = "threads",
          .type = FlagType::kCount,
          .default_value = "0",

@@ -91,7 +91,8 @@ class Engine::Impl {
     RequestKey key;
     {
       std::lock_guard lock(mutex_);
-      if (failed_ || stop_) return Unavailable("ENGINE_DOWN", "the engine has stopped");
+      if (stop_) return Unavailable("ENGINE_DOWN", "the engine has stopped");
+      if (failed_) return Unavailable("ENGINE_DOWN", "the engine has failed");
       if (draining_) return Unavailable("DRAINING", "the server is draining");
       if (queued_requests_ >= options_.max_queued_requests ||
           (queued_requests_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens)) {
@@ -141,6 +142,8 @@ class Engine::Impl {
     return started == 0 || clock_.Now().time_since_epoch() - Duration(started) < options_.step_deadline;
   }
 
+  bool failed_for_good() const { return dead_.load(std::memory_order_acquire); }
+
   EngineLoad load() const {
     std::scoped_lock lock(load_mutex_, mutex_);
     EngineLoad load = load_;
@@ -160,7 +163,7 @@ class Engine::Impl {
     std::future<int32_t> answer;
     {
       std::lock_guard lock(mutex_);
-      if (stop_) return 0;
+      if (stop_ || failed_) return 0;  // a restart begins with an empty cache
       inbox_.cache_resets.emplace_back();
       answer = inbox_.cache_resets.back().get_future();
     }
@@ -256,8 +259,11 @@ class Engine::Impl {
         // The step already planned is never launched: its inputs are gone.
         Fail(result.status);
         running.reset();
-        break;
+        if (!Restart()) break;
+        idle = true;
+        continue;
       }
+      restarted_ = false;
       step_started_.store(0, std::memory_order_release);
       if (next != nullptr) Launch(next);
       // Cancels that came while the step ran take effect now, not a step later.
@@ -380,6 +386,30 @@ class Engine::Impl {
     Deliver();
   }
 
+  // Makes the ranks again. False: down for good.
+  bool Restart() {
+    if (options_.restart && !restarted_) {
+      log::Warn("the engine starts again");
+      executor_.reset();  // first: there may be no room for two
+      StatusOr<std::unique_ptr<Executor>> executor = options_.restart();
+      if (executor.ok()) {
+        executor_ = std::move(executor).value();
+        restarted_ = true;
+        {
+          std::lock_guard lock(mutex_);
+          failed_ = false;
+        }
+        step_started_.store(0, std::memory_order_release);
+        down_.store(false, std::memory_order_release);
+        log::Info("the engine serves again");
+        return true;
+      }
+      log::Error("the engine cannot start again", {{"error", executor.status().ToString()}});
+    }
+    dead_.store(true, std::memory_order_release);
+    return false;
+  }
+
   // Ends what is live and whatever still comes in until the destructor is called.
   void Stop(bool step_in_flight) {
     if (step_in_flight) executor_->Wait();
@@ -414,7 +444,8 @@ class Engine::Impl {
 
   // Engine thread only.
   const std::unique_ptr<Scheduler> scheduler_;
-  const std::unique_ptr<Executor> executor_;
+  std::unique_ptr<Executor> executor_;  // null after a restart that failed
+  bool restarted_ = false;              // and no step has ended since
   std::unordered_map<RequestKey, Live> live_;
   std::vector<Event> events_;
 
@@ -439,6 +470,7 @@ class Engine::Impl {
 
   std::atomic<Duration::rep> step_started_{0};  // 0: no step runs
   std::atomic<bool> down_{false};
+  std::atomic<bool> dead_{false};  // down for good
 
   std::thread thread_;
 };
@@ -481,6 +513,9 @@ void Engine::CancelAll(Status why) {
 }
 bool Engine::healthy() const {
   return impl_->healthy();
+}
+bool Engine::failed_for_good() const {
+  return impl_->failed_for_good();
 }
 EngineLoad Engine::load() const {
   return impl_->load();

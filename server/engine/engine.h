@@ -26,6 +26,9 @@ struct EngineOptions {
   int64_t max_queued_tokens = 4 << 20;                // prompt tokens waiting
   Duration step_deadline = std::chrono::seconds(30);  // a step that takes longer: the engine is unhealthy
   const Clock* clock = &Clock::Real();
+  // After a failure: makes the ranks again, with as many KV blocks as before. Engine thread, after the old executor has
+  // gone; new requests are refused meanwhile. Null: the engine stays down.
+  std::function<StatusOr<std::unique_ptr<Executor>>()> restart;
 };
 
 struct EngineLoad {
@@ -80,6 +83,9 @@ class Engine {
 
   // Progress, not liveness: false when a step is overdue or the device failed. Any thread.
   bool healthy() const;
+  // It failed and will not come back: there is no `restart`, or that failed, or the first step after it did. Any
+  // thread.
+  bool failed_for_good() const;
   EngineLoad load() const;
   int32_t ResetPrefixCache();
   int32_t max_servable_tokens() const;

@@ -296,6 +296,57 @@ TEST(Signals, TermAtRandomMomentsExitsZero) {
   }
 }
 
+class FaultDrill : public ::testing::Test {
+ protected:
+  // Serves the tiny model on two ranks, the second of which fails as `fault` says, and asks for an endless answer.
+  Status AskUntilItFails(const char* fault, const char* on_failure) {
+    setenv("ALTIPLANO_FAULT", fault, 1);
+    server_ = std::make_unique<Server>(
+        std::vector<std::string>{"--tp", "2", "--step-deadline", "3s", "--on-engine-failure", on_failure});
+    unsetenv("ALTIPLANO_FAULT");
+    client_ = ConnectTo(*server_);
+    if (client_ == nullptr) return Status(Code::kInternal, "not READY");
+    std::string text;
+    return Ask(*client_, Endless(60000), &text);
+  }
+
+  std::unique_ptr<Server> server_;
+  std::unique_ptr<Client> client_;
+};
+
+TEST_F(FaultDrill, ARankThatThrowsEndsTheProgramWithExit75) {
+  Status status = AskUntilItFails("1:40:throw", "exit");
+  EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  EXPECT_EQ(status.reason(), "ENGINE_DOWN");
+  EXPECT_EQ(server_->process().Wait(), 75) << server_->process().Errors();
+}
+
+TEST_F(FaultDrill, ARankThatHangsEndsTheProgramWithExit75) {
+  Status status = AskUntilItFails("1:40:hang", "exit");
+  EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  EXPECT_EQ(server_->process().Wait(), 75) << server_->process().Errors();
+}
+
+TEST_F(FaultDrill, RestartServesAgain) {
+  Status status = AskUntilItFails("1:40:throw", "restart");
+  EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  std::string text;
+  EXPECT_TRUE(Eventually([&] { return Ask(*client_, Chat("Hello"), &text).ok(); })) << server_->process().Errors();
+  EXPECT_NE(text, "");
+  server_->process().Signal(SIGTERM);
+  EXPECT_EQ(server_->process().Wait(), 0) << server_->process().Errors();
+}
+
+TEST_F(FaultDrill, StayAnswersNotServingUntilStopped) {
+  Status status = AskUntilItFails("0:40:throw", "stay");
+  EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  Finished health = RunToEnd({"health", "--url", server_->address()});
+  EXPECT_EQ(health.code, 1) << health.out << health.err;
+  EXPECT_THAT(health.out + health.err, HasSubstr("NOT_SERVING"));
+  server_->process().Signal(SIGTERM);
+  EXPECT_EQ(server_->process().Wait(), 0) << server_->process().Errors();
+}
+
 TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   namespace fs = std::filesystem;
   fs::path folder = fs::path(::testing::TempDir()) / StrCat("altiplano-e2e-", getpid());

@@ -36,6 +36,10 @@ std::shared_ptr<Request> MakeRequest(int prompt_tokens, int max_new_tokens) {
   return request;
 }
 
+Status Broken() {
+  return Status(Code::kInternal, "broken");
+}
+
 struct Submitted {
   RequestHandle handle;
   std::shared_ptr<CollectingSink> sink;
@@ -306,6 +310,41 @@ TEST(Engine, DestructionEndsLiveRequests) {
   gate.Open();
   *engine = nullptr;
   EXPECT_FALSE(sink->WaitForEnd().back().status.ok());
+}
+
+// Of two failures in a row without a step between them the second is final.
+TEST(Engine, StartsAgainButNotForEver) {
+  int started = 0;
+  EngineOptions options = SmallOptions();
+  options.restart = [&]() -> StatusOr<std::unique_ptr<Executor>> {
+    ++started;
+    auto hook = [n = 0, bad = started == 2](const StepPlan&) mutable {
+      return bad || ++n == 3 ? Broken() : OkStatus();
+    };
+    return std::unique_ptr<Executor>(std::make_unique<CountingExecutor>(hook));
+  };
+  auto engine = Engine::Start(options, std::make_unique<CountingExecutor>([](const StepPlan&) { return Broken(); }));
+  ASSERT_TRUE(engine.ok());
+  for (int failure = 1; failure <= 3; ++failure) {
+    Submitted call = MustSubmit(**engine, MakeRequest(3, 20));
+    std::vector<Event> events = call.sink->WaitForEnd();
+    EXPECT_EQ(events.back().status.reason(), "ENGINE_DOWN");
+    EXPECT_EQ(TokensOf(events).size(), failure == 2 ? 2u : 0u);
+    while (!(*engine)->healthy() && !(*engine)->failed_for_good()) std::this_thread::sleep_for(milliseconds(1));
+    EXPECT_EQ((*engine)->failed_for_good(), failure == 3);
+  }
+  EXPECT_EQ(started, 2);
+  EXPECT_EQ((*engine)->Submit(MakeRequest(3, 2), std::make_shared<CollectingSink>()).status().reason(), "ENGINE_DOWN");
+}
+
+TEST(Engine, ARestartThatFailsIsFinal) {
+  EngineOptions options = SmallOptions();
+  options.restart = []() -> StatusOr<std::unique_ptr<Executor>> { return Broken(); };
+  auto engine = Engine::Start(options, std::make_unique<CountingExecutor>([](const StepPlan&) { return Broken(); }));
+  ASSERT_TRUE(engine.ok());
+  MustSubmit(**engine, MakeRequest(3, 20)).sink->WaitForEnd();
+  while (!(*engine)->failed_for_good()) std::this_thread::sleep_for(milliseconds(1));
+  EXPECT_FALSE((*engine)->healthy());
 }
 
 TEST(Engine, RandomCancelsLeaveThePoolFull) {

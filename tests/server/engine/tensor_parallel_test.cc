@@ -182,5 +182,43 @@ TEST(TensorParallel, ARankThatHangsIsNotWaitedForForEver) {
   }
 }
 
+// A failed group is made again from the checkpoint and answers as before; cached blocks of the failed one are not used.
+TEST(TensorParallel, AFailedGroupIsMadeAgain) {
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  ASSERT_TRUE(checkpoint.ok());
+  std::promise<void> release;
+  std::shared_future<void> released = release.get_future().share();
+  LocalExecutorOptions options = TinyOptions(2);
+  options.patience = milliseconds(200);
+  options.before_step = [released, hung = std::make_shared<std::atomic<bool>>(false)](int rank, uint64_t step) {
+    if (rank == 1 && step >= 30 && !hung->exchange(true)) released.wait();
+  };
+  auto executor = LocalExecutor::Create(**checkpoint, options);
+  ASSERT_TRUE(executor.ok());
+  EngineOptions engine_options;
+  engine_options.scheduler = (*executor)->scheduler_options();
+  engine_options.restart = [&]() -> StatusOr<std::unique_ptr<Executor>> {
+    return std::unique_ptr<Executor>(std::move(*LocalExecutor::Create(**checkpoint, options)));
+  };
+  auto engine = Engine::Start(engine_options, std::move(*executor));
+  ASSERT_TRUE(engine.ok());
+  auto ask = [&](int max_new_tokens) {
+    auto sink = std::make_shared<CollectingSink>();
+    auto handle = (*engine)->Submit(MakeRequest(0, 40, max_new_tokens), sink);
+    EXPECT_TRUE(handle.ok()) << handle.status().ToString();
+    return sink->WaitForEnd();
+  };
+  const std::vector<Event> before = ask(20);
+  ASSERT_TRUE(before.back().status.ok());
+  EXPECT_EQ(ask(100).back().status.code(), Code::kUnavailable);
+  release.set_value();
+  while (!(*engine)->healthy()) std::this_thread::sleep_for(milliseconds(5));
+  EXPECT_FALSE((*engine)->failed_for_good());
+  const std::vector<Event> after = ask(20);
+  ASSERT_TRUE(after.back().status.ok()) << after.back().status.ToString();
+  EXPECT_EQ(after.front().cached_tokens, 0u);
+  EXPECT_EQ(TokensOf(after), TokensOf(before));
+}
+
 }  // namespace
 }  // namespace altiplano
