@@ -227,6 +227,7 @@ std::string BenchReport::ToText() const {
   whole("Peak concurrent requests:", totals.peak_concurrency);
   real("Input tokens from prefix cache (%):", HitPercent(totals));
   whole("Preemptions:", totals.preemptions);
+  for (const auto& [label, value] : rows) real(label, value);
   for (size_t metric = 0; metric < kNumMetrics; ++metric) {
     const MetricName& name = kMetricNames[metric];
     if (std::find(metrics.begin(), metrics.end(), name.key) == metrics.end()) continue;

@@ -59,7 +59,8 @@ struct BenchReport {
   std::vector<std::string> metrics = {"ttft", "tpot", "itl", "e2el", "queue"};  // that the text shows
   std::vector<double> percentiles = {50, 90, 99};
   std::vector<Objective> objectives;
-  std::vector<std::string> notes;  // what to know before believing the numbers
+  std::vector<std::pair<std::string, double>> rows;  // more lines of the table
+  std::vector<std::string> notes;                    // what to know before believing the numbers
 
   std::string ToText() const;
   // detailed: with the values of each request.

@@ -35,8 +35,9 @@ void Print(const std::string& text) {
 }  // namespace
 
 std::vector<Subcommand> Subcommands() {
-  return {ServeCommand(),      GenerateCommand(),     ChatCommand(), TokenizeCommand(), InspectCommand(),
-          BenchServeCommand(), BenchOfflineCommand(), DemoCommand(), HealthCommand(),   VersionCommand()};
+  return {ServeCommand(),   GenerateCommand(),   ChatCommand(),         TokenizeCommand(),
+          InspectCommand(), BenchServeCommand(), BenchOfflineCommand(), SimulateCommand(),
+          DemoCommand(),    HealthCommand(),     VersionCommand()};
 }
 
 int Fail(std::string_view name, std::string_view message, ExitCode code) {

@@ -21,6 +21,7 @@ Subcommand TokenizeCommand();
 Subcommand InspectCommand();
 Subcommand BenchServeCommand();
 Subcommand BenchOfflineCommand();
+Subcommand SimulateCommand();
 Subcommand DemoCommand();
 Subcommand HealthCommand();
 Subcommand VersionCommand();

@@ -95,6 +95,8 @@ TEST(Commands, WrongUsageIsOneLineAnd64) {
       {{"bench", "serve", "--dataset-path", "x"}, "--dataset-path needs --dataset-name"},
       {{"bench", "serve", "--burstiness", "0"}, "--burstiness must be above 0"},
       {{"bench", "serve", "--random-range-ratio", "1"}, "--random-range-ratio must be in [0, 1)"},
+      {{"simulate", "--step-cost", "9b"}, "--step-cost: there is no file 9b, and no preset but 8b-h100"},
+      {{"simulate", "--block-size", "12"}, "block_size is 12"},
       {{"serve", "--model", "x", "--config", "/nowhere/x.textproto"}, "/nowhere/x.textproto"},
   };
   for (const auto& c : cases) {
@@ -105,6 +107,27 @@ TEST(Commands, WrongUsageIsOneLineAnd64) {
     EXPECT_EQ(output.out, "");
   }
   EXPECT_EQ(Invoke({}).code, 64);
+}
+
+TEST(Commands, SimulateRunsTheSchedulerOnAFormula) {
+  std::vector<std::string_view> arguments = {
+      "simulate", "--num-prompts", "40", "--request-rate", "20",          "--input-len", "300", "--random-prefix-len",
+      "200",      "--output-len",  "20", "--goodput",      "ttft:100000", "--json"};
+  Output output = Invoke(arguments);
+  ASSERT_EQ(output.code, 0) << output.err;
+  auto json = ParseJson(output.out);
+  ASSERT_TRUE(json.ok()) << output.out;
+  EXPECT_EQ((*json)["simulated"], true);
+  EXPECT_EQ((*json)["completed"], 40);
+  EXPECT_EQ((*json)["good_requests"], 40);
+  EXPECT_EQ((*json)["total_output_tokens"], 800);
+  EXPECT_GE((*json)["cached_tokens"], 192);
+  EXPECT_GE((*json)["mean_step_ms"], 4.3) << "a step reads the weights at least";
+  EXPECT_EQ(Invoke(arguments).out, output.out) << "nothing depends on real time";
+  for (std::string_view more : {"--kv-tokens", "512"}) arguments.push_back(more);
+  output = Invoke(arguments);
+  EXPECT_EQ(output.code, 65);
+  EXPECT_THAT(output.err, HasSubstr("longer than 512 tokens"));
 }
 
 TEST(Commands, NoServerIs69AndForHealth1) {

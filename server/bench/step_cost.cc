@@ -1,0 +1,127 @@
+#include "server/bench/step_cost.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "server/base/json.h"
+#include "server/base/strings.h"
+#include "server/bench/read_file.h"
+
+namespace altiplano::bench {
+
+namespace {
+
+struct Field {
+  const char* name;
+  double StepCost::*value;
+};
+constexpr std::array<Field, 6> kFields = {
+    Field{"step_us", &StepCost::step_us},    {"weights_us", &StepCost::weights_us},
+    {"token_us", &StepCost::token_us},       {"sequence_us", &StepCost::sequence_us},
+    {"kv_token_us", &StepCost::kv_token_us}, {"attention_us", &StepCost::attention_us}};
+
+// Derived, not measured, from published sizes and rates:
+//   weights_us    bytes of the weights / 75 % of the memory's datasheet rate (H100 3.35 TB/s, H200 4.8 TB/s)
+//   token_us      FLOPs of a token's matrices / 790 TFLOP/s (bf16) or 1400 (FP8), and with 8 GPUs two all-reduces a
+//                 layer at 64 MiB in 316 us
+//   step_us       150, and with 8 GPUs 7.8 for each all-reduce
+//   kv_token_us   bytes of keys and values / 83 % of the memory's rate
+//   attention_us  FLOPs / 550 TFLOP/s
+//   kv_tokens     90 % of the memory without the weights, bf16 keys and values
+constexpr const char* kBf16 = "derived from sizes and rates: bf16 weights, one GPU";
+constexpr const char* kFp8 = "derived from sizes and rates: FP8 weights, 8 GPUs tensor-parallel";
+
+const std::array<Machine, 6>& Presets() {
+  static const std::array<Machine, 6> presets = {{
+      {"8b-h100", kBf16, 426'788, {150, 5974, 18.99, 1, 0.04714, 0.000953}},
+      {"8b-h200", kBf16, 845'642, {150, 4169, 18.99, 1, 0.0329, 0.000953}},
+      {"70b-8xh100", kFp8, 1'536'102, {1398, 3510, 24.75, 1, 0.01473, 0.000596}},
+      {"70b-8xh200", kFp8, 2'876'434, {1398, 2450, 24.75, 1, 0.01028, 0.000596}},
+      {"405b-8xh100", kFp8, 321'451, {2116, 20194, 110.98, 1, 0.0232, 0.001877}},
+      {"405b-8xh200", kFp8, 1'172'456, {2116, 14094, 110.98, 1, 0.01619, 0.001877}},
+  }};
+  return presets;
+}
+
+Status Invalid(std::string message) {
+  return Status(Code::kInvalidArgument, std::move(message));
+}
+
+}  // namespace
+
+StepWork WorkOf(const StepPlan& plan) {
+  StepWork work;
+  work.sequences = static_cast<int64_t>(plan.sequences.size());
+  for (const PlannedSequence& planned : plan.sequences) {
+    const int64_t first = planned.first_position, count = planned.num_tokens;
+    work.tokens += count;
+    if (count == 1) {
+      work.decode_context += first + 1;
+    } else {
+      work.prefill_context += first * count + count * (count + 1) / 2;  // the token at position p looks at p + 1
+    }
+  }
+  return work;
+}
+
+Duration StepTime(const StepCost& cost, const StepWork& work) {
+  const double us = cost.step_us + std::max(cost.weights_us, static_cast<double>(work.tokens) * cost.token_us) +
+                    static_cast<double>(work.sequences) * cost.sequence_us +
+                    static_cast<double>(work.decode_context) * cost.kv_token_us +
+                    static_cast<double>(work.prefill_context) * cost.attention_us;
+  return Duration(std::llround(us * 1e3));
+}
+
+std::span<const Machine> MachinePresets() {
+  return Presets();
+}
+
+StatusOr<Machine> ParseMachine(std::string_view text) {
+  ASSIGN_OR_RETURN(Json json, ParseJson(text));
+  if (!json.is_object()) return Invalid("must be a JSON object");
+  Machine machine;
+  for (const Field& field : kFields) {
+    auto it = json.find(field.name);
+    if (it == json.end() || !it->is_number() || !(it->get<double>() >= 0 && it->get<double>() <= 1e9)) {
+      return Invalid(StrCat(field.name, " must be a number of microseconds from 0 to 1e9"));
+    }
+    machine.cost.*field.value = it->get<double>();
+    json.erase(it);
+  }
+  auto kv_tokens = json.find("kv_tokens");
+  if (kv_tokens == json.end() || !kv_tokens->is_number_unsigned() || kv_tokens->get<uint64_t>() < 1 ||
+      kv_tokens->get<uint64_t>() > INT32_MAX) {
+    return Invalid("kv_tokens must be a whole number from 1 to 2147483647");
+  }
+  machine.kv_tokens = kv_tokens->get<int64_t>();
+  json.erase(kv_tokens);
+  auto description = json.find("description");
+  if (description == json.end() || !description->is_string()) return Invalid("description must be a string");
+  machine.description = description->get<std::string>();
+  json.erase(description);
+  if (!json.empty()) return Invalid(StrCat("\"", json.begin().key(), "\" is not a field of a step cost"));
+  if (machine.cost.step_us + std::max(machine.cost.weights_us, machine.cost.token_us) <= 0) {
+    return Invalid("a step must take time: step_us, weights_us and token_us are all 0");
+  }
+  return machine;
+}
+
+StatusOr<Machine> FindMachine(const std::string& name_or_path) {
+  std::string names;
+  for (const Machine& machine : MachinePresets()) {
+    if (machine.name == name_or_path) return machine;
+    names += StrCat(names.empty() ? "" : ", ", machine.name);
+  }
+  auto contents = ReadMaybeGzipped(name_or_path);
+  if (contents.status().code() == Code::kNotFound) {
+    return Status(Code::kNotFound, StrCat("there is no file ", name_or_path, ", and no preset but ", names));
+  }
+  RETURN_IF_ERROR(contents.status());
+  auto machine = ParseMachine(*contents);
+  if (!machine.ok()) return Status(machine.status().code(), StrCat(name_or_path, ": ", machine.status().message()));
+  machine->name = name_or_path;
+  return machine;
+}
+
+}  // namespace altiplano::bench

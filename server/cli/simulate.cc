@@ -1,0 +1,124 @@
+// A load on the scheduler alone: what would these settings do on that machine?
+#include <algorithm>
+
+#include "server/base/strings.h"
+#include "server/bench/simulation.h"
+#include "server/cli/command.h"
+#include "server/cli/config.h"
+#include "server/cli/load_flags.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+constexpr std::string_view kSchedulerFlags[] = {"block-size",          "enable-prefix-caching",
+                                                "max-num-seqs",        "max-num-batched-tokens",
+                                                "max-queued-requests", "max-queued-tokens"};
+
+StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const bench::Machine& machine) {
+  bench::SimulationOptions options;
+  options.cost = machine.cost;
+  const int64_t kv_tokens = flags.given("kv-tokens") ? flags.count("kv-tokens") : machine.kv_tokens;
+  SchedulerOptions& scheduler = options.scheduler;
+  scheduler.block_size = static_cast<int32_t>(flags.count("block-size"));
+  scheduler.num_blocks = static_cast<int32_t>(kv_tokens / scheduler.block_size);
+  scheduler.max_running = static_cast<int32_t>(flags.count("max-num-seqs"));
+  scheduler.token_budget = static_cast<int32_t>(flags.count("max-num-batched-tokens"));
+  scheduler.max_context = static_cast<int32_t>(flags.count("max-model-len"));
+  scheduler.prefix_cache = flags.boolean("enable-prefix-caching");
+  options.max_queued_requests = static_cast<int32_t>(flags.count("max-queued-requests"));
+  options.max_queued_tokens = flags.count("max-queued-tokens");
+  RETURN_IF_ERROR(Scheduler::Create(scheduler).status());
+  return options;
+}
+
+int Run(const ParsedFlags& flags) {
+  constexpr std::string_view kName = "simulate";
+  auto plan = PlanLoad(flags);
+  if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
+  auto machine = bench::FindMachine(flags.text("step-cost"));
+  if (!machine.ok()) return Fail(kName, StrCat("--step-cost: ", machine.status().message()), kExitUsage);
+  auto options = OptionsOf(flags, *machine);
+  if (!options.ok()) return Fail(kName, options.status().message(), kExitUsage);
+  const SchedulerOptions& scheduler = options->scheduler;
+  auto load = ReadLoad(&*plan, std::min(scheduler.max_context, scheduler.num_blocks * scheduler.block_size), nullptr);
+  if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
+
+  bench::BenchReport& report = plan->report;
+  report.title = "Simulated Benchmark Result";
+  auto totals = bench::Simulate(load->dataset, load->arrivals, *options, &report);
+  if (!totals.ok()) return Fail(kName, totals.status().message(), kExitUsage);
+  const double steps = static_cast<double>(std::max<uint64_t>(1, totals->steps));
+  const double seconds = std::max(Seconds(report.duration), 1e-9);
+  report.rows = {{"Steps:", static_cast<double>(totals->steps)},
+                 {"Mean step (ms):", Seconds(totals->busy) * 1e3 / steps},
+                 {"Longest step (ms):", Seconds(totals->longest_step) * 1e3},
+                 {"Sequences in a step:", static_cast<double>(totals->sequences) / steps},
+                 {"Tokens in a step:", static_cast<double>(totals->tokens) / steps},
+                 {"Time in steps (%):", 100 * Seconds(totals->busy) / seconds},
+                 {"KV blocks held at most (%):", 100.0 * totals->peak_blocks / scheduler.num_blocks}};
+  report.notes.push_back(StrCat("simulated with step cost ", machine->name, " (", machine->description,
+                                "); no network, no text, no gRPC"));
+  return PrintReport(kName, flags, report,
+                     {{"simulated", true},
+                      {"step_cost", machine->name},
+                      {"kv_tokens", int64_t{scheduler.num_blocks} * scheduler.block_size},
+                      {"steps", totals->steps},
+                      {"mean_step_ms", Seconds(totals->busy) * 1e3 / steps},
+                      {"longest_step_ms", Seconds(totals->longest_step) * 1e3},
+                      {"mean_step_sequences", static_cast<double>(totals->sequences) / steps},
+                      {"mean_step_tokens", static_cast<double>(totals->tokens) / steps},
+                      {"busy_percent", 100 * Seconds(totals->busy) / seconds},
+                      {"peak_kv_percent", 100.0 * totals->peak_blocks / scheduler.num_blocks}});
+}
+
+}  // namespace
+
+Subcommand SimulateCommand() {
+  Subcommand subcommand{
+      .command =
+          {.name = "simulate",
+           .summary = "run a load on the real scheduler with a formula for the device, in no time",
+           .synopsis = "altiplano simulate --step-cost 70b-8xh200 --dataset-name azure --dataset-path FILE "
+                       "--request-rate trace",
+           .notes =
+               "The scheduler is the server's own, the clock is turned from step to step, and a step takes what the\n"
+               "formula of docs/load_tests.md says. The same arguments give the same table.",
+           .flags = {{.name = "step-cost",
+                      .type = FlagType::kText,
+                      .default_value = "8b-h200",
+                      .meaning =
+                          "What a step costs: 8b-h100, 8b-h200, 70b-8xh100, 70b-8xh200, 405b-8xh100, 405b-8xh200, "
+                          "or a file such as config/step_cost.json.",
+                      .example = "config/step_cost.json",
+                      .group = "Machine"},
+                     {.name = "kv-tokens",
+                      .type = FlagType::kCount,
+                      .meaning = "Tokens that the KV cache holds, instead of what the step cost says.",
+                      .example = "100000",
+                      .min = 1,
+                      .max = INT32_MAX,
+                      .group = "Machine"},
+                     {.name = "max-model-len",
+                      .type = FlagType::kCount,
+                      .default_value = "131072",
+                      .meaning = "Most tokens of a prompt and its answer together.",
+                      .example = "8192",
+                      .min = 2,
+                      .max = 1 << 24,
+                      .group = "Machine"}}},
+      .run = Run};
+  std::vector<Flag>& flags = subcommand.command.flags;
+  for (Flag& flag : LoadFlags()) flags.push_back(flag);
+  for (const Flag& setting : Settings()) {
+    if (std::find(std::begin(kSchedulerFlags), std::end(kSchedulerFlags), setting.name) == std::end(kSchedulerFlags)) {
+      continue;
+    }
+    Flag& flag = flags.emplace_back(setting);
+    flag.field = {};  // there is no config file here
+    flag.group = kGroupScheduling;
+  }
+  return subcommand;
+}
+
+}  // namespace altiplano::cli

@@ -1,0 +1,147 @@
+#include "server/bench/simulation.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "server/bench/arrivals.h"
+
+namespace altiplano::bench {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+using testing::Each;
+using testing::HasSubstr;
+
+SimulationOptions TenMillisecondSteps() {
+  SimulationOptions options;
+  options.scheduler.num_blocks = 1000;
+  options.scheduler.block_size = 16;
+  options.scheduler.max_running = 8;
+  options.scheduler.token_budget = 64;
+  options.scheduler.max_context = 1000;
+  options.cost = {
+      .step_us = 10000, .weights_us = 0, .token_us = 0, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
+  return options;
+}
+
+Dataset Random(int64_t count, int32_t input_len, int32_t output_len, int32_t prefix_len = 0) {
+  DatasetOptions options;
+  options.num_prompts = count;
+  options.input_len = input_len;
+  options.output_len = output_len;
+  options.prefix_len = prefix_len;
+  return *LoadDataset(options, nullptr);
+}
+
+TEST(Simulation, OneRequestStepByStep) {
+  BenchReport report;
+  SimulationTotals totals = *Simulate(Random(1, 100, 5), {Duration(0)}, TenMillisecondSteps(), &report);
+  const RequestRecord& request = report.requests[0];
+  EXPECT_TRUE(request.ok);
+  EXPECT_EQ(request.ttft, milliseconds(20)) << "two chunks";
+  EXPECT_THAT(request.itl, Each(Duration(milliseconds(10))));
+  EXPECT_EQ(request.itl.size(), 4u);
+  EXPECT_EQ(request.latency, milliseconds(60));
+  EXPECT_EQ(request.output_tokens, 5u);
+  EXPECT_EQ(request.queued, Duration(0));
+  EXPECT_EQ(report.duration, milliseconds(60));
+  EXPECT_EQ(totals.steps, 6u);
+  EXPECT_EQ(totals.tokens, 104u) << "the last token is no input";
+  EXPECT_EQ(totals.busy, milliseconds(60));
+  EXPECT_EQ(totals.peak_blocks, 7);
+}
+
+// The step after the running one is planned when that one starts: who comes later has to wait for two ends.
+TEST(Simulation, WhoComesDuringAStepWaitsAsInTheEngine) {
+  BenchReport report;
+  Dataset dataset = Random(2, 10, 5);
+  ASSERT_TRUE(Simulate(dataset, {Duration(0), milliseconds(3)}, TenMillisecondSteps(), &report).ok());
+  EXPECT_EQ(report.requests[1].start, milliseconds(3));
+  EXPECT_EQ(report.requests[1].queued, milliseconds(7)) << "admitted by the plan made at 10 ms";
+  EXPECT_EQ(report.requests[1].ttft, milliseconds(27)) << "which runs from 20 to 30";
+}
+
+TEST(Simulation, AnIdleServerWaitsForTheNextArrival) {
+  BenchReport report;
+  ASSERT_TRUE(Simulate(Random(2, 10, 1), {Duration(0), milliseconds(5000)}, TenMillisecondSteps(), &report).ok());
+  EXPECT_EQ(report.requests[1].ttft, milliseconds(10));
+  EXPECT_EQ(report.duration, milliseconds(5010));
+}
+
+TEST(Simulation, ClosedLoopSendsWhenAnotherHasEnded) {
+  BenchReport report;
+  report.max_concurrency = 2;
+  Dataset dataset = Random(6, 10, 3);
+  ASSERT_TRUE(Simulate(dataset, std::vector<Duration>(6), TenMillisecondSteps(), &report).ok());
+  EXPECT_EQ(report.ToJson()["max_concurrent_requests"], 2);
+  EXPECT_EQ(report.requests[1].start, Duration(0));
+  EXPECT_EQ(report.requests[2].start, report.requests[0].start + report.requests[0].latency);
+  EXPECT_EQ(report.requests[2].held, report.requests[2].start);
+}
+
+TEST(Simulation, SharedPrefixesAreFoundAndSaveTime) {
+  SimulationOptions options = TenMillisecondSteps();
+  options.cost = {
+      .step_us = 10, .weights_us = 0, .token_us = 100, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
+  Dataset dataset = Random(10, 16, 4, /*prefix_len=*/160);
+  BenchReport with, without;
+  with.max_concurrency = without.max_concurrency = 1;
+  ASSERT_TRUE(Simulate(dataset, std::vector<Duration>(10), options, &with).ok());
+  options.scheduler.prefix_cache = false;
+  ASSERT_TRUE(Simulate(dataset, std::vector<Duration>(10), options, &without).ok());
+  EXPECT_EQ(with.requests[0].cached_tokens, 0u);
+  for (size_t i = 1; i < 10; ++i) EXPECT_EQ(with.requests[i].cached_tokens, 160u);
+  EXPECT_EQ(without.requests[9].cached_tokens, 0u);
+  EXPECT_EQ(without.requests[9].ttft - with.requests[9].ttft, 160 * microseconds(100) + 2 * microseconds(10))
+      << "160 tokens, in two steps more";
+}
+
+TEST(Simulation, AFullQueueRefuses) {
+  SimulationOptions options = TenMillisecondSteps();
+  options.scheduler.max_running = 1;
+  options.max_queued_requests = 3;
+  BenchReport report;
+  ASSERT_TRUE(Simulate(Random(10, 10, 4), std::vector<Duration>(10), options, &report).ok());
+  EXPECT_EQ(report.ToJson()["completed"], 3);
+  EXPECT_EQ(report.ToJson()["errors"]["RESOURCE_EXHAUSTED QUEUE_FULL"]["count"], 7);
+  options.max_queued_requests = 100;
+  options.max_queued_tokens = 25;
+  ASSERT_TRUE(Simulate(Random(10, 10, 4), std::vector<Duration>(10), options, &report).ok());
+  EXPECT_EQ(report.ToJson()["completed"], 2);
+}
+
+TEST(Simulation, TooFewBlocksPreemptAndEveryoneStillEnds) {
+  SimulationOptions options = TenMillisecondSteps();
+  options.scheduler.num_blocks = 20;
+  options.scheduler.prefix_cache = false;
+  BenchReport report;
+  SimulationTotals totals = *Simulate(Random(12, 20, 150), std::vector<Duration>(12), options, &report);
+  EXPECT_GT(totals.preemptions, 0u);
+  EXPECT_LE(totals.peak_blocks, 20);
+  for (const RequestRecord& request : report.requests) {
+    EXPECT_TRUE(request.ok);
+    EXPECT_EQ(request.output_tokens, 150u);
+  }
+}
+
+TEST(Simulation, TheSameArgumentsGiveTheSameTable) {
+  Dataset dataset = Random(50, 80, 30);
+  std::vector<Duration> arrivals =
+      *MakeArrivals({.kind = ArrivalOptions::Kind::kRate, .rate = 20, .burstiness = 0.5, .seed = 4}, dataset);
+  BenchReport a, b;
+  ASSERT_TRUE(Simulate(dataset, arrivals, TenMillisecondSteps(), &a).ok());
+  ASSERT_TRUE(Simulate(dataset, arrivals, TenMillisecondSteps(), &b).ok());
+  EXPECT_EQ(a.ToText(), b.ToText());
+}
+
+TEST(Simulation, ContradictingOptionsAreRefused) {
+  SimulationOptions options = TenMillisecondSteps();
+  options.scheduler.block_size = 12;
+  BenchReport report;
+  EXPECT_THAT(Simulate(Random(1, 10, 1), {Duration(0)}, options, &report).status().message(),
+              HasSubstr("block_size is 12"));
+}
+
+}  // namespace
+}  // namespace altiplano::bench
