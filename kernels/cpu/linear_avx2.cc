@@ -25,6 +25,7 @@ struct Vectors256 {
   using X = __m256;
   using Element = float;
   static constexpr int kPanel = 6;
+  static constexpr int kRuns = 2;
   static constexpr int kGroup = 2;  // 12 accumulators, 2 of x and 1 of weights: 15 of 16 registers
 
   static Acc Zero() { return _mm256_setzero_ps(); }

@@ -13,7 +13,7 @@
 //
 // Loops, outside in: kLinearColumns weight rows | blocks of K | panels of weight rows (in L1) | groups of tokens
 // (packed x, in L2). With few tokens, a panel's rows are walked to their ends instead, so that memory is read in long
-// runs.
+// runs; with one or two, in several runs side by side.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,7 @@ namespace altiplano::cpu {
 // V, in an anonymous namespace of its file, says what a vector is:
 //   Weight   as stored; Element of packed x; Acc, an accumulator
 //   kStep    elements of K in a step, which takes kHalves pairs of vectors
+//   kRuns    panels whose accumulators fit the registers, for one token
 //   kMaxBlock  longest block of K: kPanel weight rows and kGroup tokens of it should fit L1
 //   LoadWeight(p, half), LoadWeightTail(p, half, count), LoadX(p, half), Zero(), Dot(acc, weight, x)
 //   PackStep(from, count, to): a step of one token, zeros beyond count
@@ -88,8 +89,6 @@ struct LinearTile {
     bool walk;  // blocks of K are the inner loop, so the panel to come lies in one piece
   };
 
-  enum Order { kTiled, kRowByRow };
-
   // Many lines a step go to L2: at the pace of memory they would be evicted from L1 before their turn.
   template <int kLines>
   static void Prefetch(const Ahead& ahead, int64_t j) {
@@ -118,41 +117,24 @@ struct LinearTile {
     }
   }
 
-  template <int kTokens, int kRows, int kLines, Order kOrder>
+  template <int kTokens, int kRows, int kLines>
   static void Tile(const Weight* weight, int64_t stride, const Element* x, int64_t k, const Ahead& ahead, float* flat) {
     typename V::Acc acc[kTokens * kRows];
 #pragma GCC unroll 32
     for (int i = 0; i < kTokens * kRows; ++i) acc[i] = V::Zero();
     const int64_t whole = k / V::kStep * V::kStep;
-    if constexpr (kOrder == kRowByRow) {
-      // One run through memory, which the hardware's prefetchers follow best.
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        for (int64_t j = 0; j < whole; j += V::kStep) {
+    for (int64_t j = 0; j < whole; j += V::kStep) {
+      Prefetch<kLines>(ahead, j);
 #pragma GCC unroll 2
-          for (int half = 0; half < V::kHalves; ++half) {
-            const auto w = V::LoadWeight(weight + r * stride + j, half);
+      for (int half = 0; half < V::kHalves; ++half) {
+        typename V::X lanes[kTokens];
 #pragma GCC unroll 8
-            for (int i = 0; i < kTokens; ++i) {
-              acc[i * kRows + r] = V::Dot(acc[i * kRows + r], w, V::LoadX(x + j * kTokens + i * V::kStep, half));
-            }
-          }
-        }
-      }
-    } else {
-      for (int64_t j = 0; j < whole; j += V::kStep) {
-        Prefetch<kLines>(ahead, j);
-#pragma GCC unroll 2
-        for (int half = 0; half < V::kHalves; ++half) {
-          typename V::X lanes[kTokens];
+        for (int i = 0; i < kTokens; ++i) lanes[i] = V::LoadX(x + j * kTokens + i * V::kStep, half);
 #pragma GCC unroll 8
-          for (int i = 0; i < kTokens; ++i) lanes[i] = V::LoadX(x + j * kTokens + i * V::kStep, half);
+        for (int r = 0; r < kRows; ++r) {
+          const auto w = V::LoadWeight(weight + r * stride + j, half);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const auto w = V::LoadWeight(weight + r * stride + j, half);
-#pragma GCC unroll 8
-            for (int i = 0; i < kTokens; ++i) acc[i * kRows + r] = V::Dot(acc[i * kRows + r], w, lanes[i]);
-          }
+          for (int i = 0; i < kTokens; ++i) acc[i * kRows + r] = V::Dot(acc[i * kRows + r], w, lanes[i]);
         }
       }
     }
@@ -180,14 +162,10 @@ struct LinearTile {
     V::template StoreSum<kRows>(out, sum);
   }
 
-  template <int kTokens, int kRows, int kLines, Order kOrder = kTiled>
-  static void TileAndStore(const Block& block, int64_t t0, int64_t n) {
+  // flat: [kTokens, kRows] sums over this block of K, for columns n on.
+  template <int kTokens, int kRows>
+  static void StoreTile(const Block& block, int64_t t0, int64_t n, const float* flat) {
     const LinearTask& task = *block.task;
-    alignas(64) float flat[(kTokens * kRows + 15) / 16 * 16 + 16];
-    Tile<kTokens, kRows, kLines, kOrder>(
-        static_cast<const Weight*>(task.weight) + n * task.weight_stride + block.k0, task.weight_stride,
-        static_cast<const Element*>(task.packed) + PackedOffset(task.tokens, task.k, block.k0, t0), block.k,
-        AheadOf<kLines>(block, n, t0 / V::kGroup), flat);
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; ++i) {
       auto sum = V::template LoadSum<kRows>(flat + i * kRows);
@@ -204,6 +182,72 @@ struct LinearTile {
     }
   }
 
+  template <int kTokens, int kRows, int kLines>
+  static void TileAndStore(const Block& block, int64_t t0, int64_t n) {
+    const LinearTask& task = *block.task;
+    alignas(64) float flat[(kTokens * kRows + 15) / 16 * 16 + 16];
+    Tile<kTokens, kRows, kLines>(
+        static_cast<const Weight*>(task.weight) + n * task.weight_stride + block.k0, task.weight_stride,
+        static_cast<const Element*>(task.packed) + PackedOffset(task.tokens, task.k, block.k0, t0), block.k,
+        AheadOf<kLines>(block, n, t0 / V::kGroup), flat);
+    StoreTile<kTokens, kRows>(block, t0, n, flat);
+  }
+
+  // Few tokens and all of K in one block: nothing but reading weights. Panels that lie `apart` rows from each other are
+  // read side by side, row by row: several runs through memory, which the hardware's prefetchers follow all at once.
+  template <int kTokens, int kRuns>
+  static void Runs(const Block& block, int64_t n, int64_t apart) {
+    const LinearTask& task = *block.task;
+    typename V::Acc acc[kRuns][kTokens * V::kPanel];
+    const Weight* const weight = static_cast<const Weight*>(task.weight) + n * task.weight_stride;
+    const int64_t whole = task.k / V::kStep * V::kStep, jump = apart * task.weight_stride;
+    const Element* const x = static_cast<const Element*>(task.packed);
+#pragma GCC unroll 8
+    for (int run = 0; run < kRuns; ++run) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kTokens * V::kPanel; ++i) acc[run][i] = V::Zero();
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < V::kPanel; ++r) {
+      const Weight* row = weight + r * task.weight_stride;
+      for (int64_t j = 0; j < whole; j += V::kStep) {
+#pragma GCC unroll 2
+        for (int half = 0; half < V::kHalves; ++half) {
+#pragma GCC unroll 8
+          for (int run = 0; run < kRuns; ++run) {
+            const auto w = V::LoadWeight(row + run * jump + j, half);
+#pragma GCC unroll 2
+            for (int i = 0; i < kTokens; ++i) {
+              auto& sum = acc[run][i * V::kPanel + r];
+              sum = V::Dot(sum, w, V::LoadX(x + j * kTokens + i * V::kStep, half));
+            }
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int run = 0; run < kRuns; ++run) {
+      if (whole < task.k) {
+        TailStep<kTokens, V::kPanel>(acc[run], weight + run * jump + whole, task.weight_stride, x + whole * kTokens,
+                                     static_cast<int>(task.k - whole));
+      }
+      alignas(64) float flat[(kTokens * V::kPanel + 15) / 16 * 16 + 16];
+      V::template Reduce<kTokens * V::kPanel>(acc[run], flat);
+      StoreTile<kTokens, V::kPanel>(block, 0, n + run * apart, flat);
+    }
+  }
+
+  // Returns the first row that is left.
+  template <int kTokens>
+  static int64_t ReadSideBySide(const Block& block, int64_t begin, int64_t end) {
+    constexpr int kRuns = V::kRuns / kTokens;
+    const int64_t panels = (end - begin) / V::kPanel / kRuns;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      Runs<kTokens, kRuns>(block, begin + panel * V::kPanel, panels * V::kPanel);
+    }
+    return begin + panels * kRuns * V::kPanel;
+  }
+
   // Up to `count` whole groups from token t on; returns the token after them.
   template <int kRows, int kLines>
   static int64_t Groups(const Block& block, int64_t n, int64_t t, int64_t count) {
@@ -218,7 +262,6 @@ struct LinearTile {
   static void Rest(const Block& block, int64_t n) {
     const int64_t t = block.task->tokens - kTokens;
     if (t > 0 || kRows < V::kPanel) return TileAndStore<kTokens, kRows, 0>(block, t, n);
-    if (block.first && block.last && kTokens <= 2) return TileAndStore<kTokens, kRows, 0, kRowByRow>(block, t, n);
     TileAndStore<kTokens, kRows, kRows>(block, t, n);
   }
 
@@ -259,6 +302,17 @@ struct LinearTile {
     const int64_t length = BlockOf(task.k);
     const bool walk = task.tokens <= kFewTokens && task.weight_stride == task.k && length < task.k;
     const int64_t columns = walk ? V::kPanel : kLinearColumns;
+    if (task.tokens <= 2 && length >= task.k && begin < end) {
+      const Block block{.task = &task,
+                        .partial = partial,
+                        .n0 = begin,
+                        .k0 = 0,
+                        .k = task.k,
+                        .first = true,
+                        .last = true,
+                        .walk = false};
+      begin = task.tokens == 1 ? ReadSideBySide<1>(block, begin, end) : ReadSideBySide<2>(block, begin, end);
+    }
     for (int64_t n0 = begin; n0 < end; n0 += columns) {
       const int64_t n1 = Min(end, n0 + columns);
       for (int64_t k0 = 0; k0 < task.k; k0 += length) {

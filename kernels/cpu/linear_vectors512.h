@@ -30,6 +30,7 @@ struct Vectors512 {
   using Acc = __m512;
   using Sum = __m256;
   static constexpr int kPanel = 6;
+  static constexpr int kRuns = 4;
   static constexpr int kGroup = 4;  // 24 accumulators, 4 of x and 1 of weights: 29 of 32 registers
 
   static Acc Zero() { return _mm512_setzero_ps(); }
