@@ -5,8 +5,8 @@
 // each row's scores into weights, each thread sums columns of values, and the split is folded into the rows' state.
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/rows_plan.h"
 #include "kernels/cuda/paged_attention.h"
+#include "kernels/cuda/rows_plan.h"
 
 namespace altiplano::cuda {
 
@@ -177,7 +177,11 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
                                 .dim = dim,
                                 .most_context = args.block_tables.dim(1) * page_size};
   if (sizes.q_heads == 0) return;
-  const AttentionPlan plan = PlanPagedAttention(sizes, PlainAttentionSharedBytes(dim), args.scratch_bytes);
+  const bool packed = IsPacked(args.k_pages, kRowPack) && IsPacked(args.v_pages, kRowPack);
+  const bool mma = args.k_pages.dtype == DType::kBF16 && (dim == 64 || dim == 128) && IsPacked(args.k_pages, 8) &&
+                   IsPacked(args.v_pages, 8) && IsPacked(args.q, kRowPack);
+  const AttentionPlan plan = PlanPagedAttention(
+      sizes, mma ? MmaAttentionSharedBytes(dim) : PlainAttentionSharedBytes(dim), args.scratch_bytes);
   AttentionArgs a;
   a.out = Elements(args.out);
   a.q = Elements(args.q);
@@ -197,8 +201,11 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   a.splits = plan.splits;
   a.parts = sizes.tokens * sizes.q_heads * plan.splits;
   a.scratch = plan.split ? static_cast<float*>(args.scratch) : nullptr;
-  const bool packed = IsPacked(args.k_pages, kRowPack);
-  Launch(stream, "PagedAttention", plan.attend, packed ? PlainAttentionKernel<kRowPack> : PlainAttentionKernel<1>, a);
+  if (mma) {
+    LaunchMmaAttention(stream, plan.attend, a);
+  } else {
+    Launch(stream, "PagedAttention", plan.attend, packed ? PlainAttentionKernel<kRowPack> : PlainAttentionKernel<1>, a);
+  }
   if (plan.split) Launch(stream, "CombineSplits", plan.combine, CombineSplitsKernel, a);
 }
 

@@ -6,6 +6,7 @@
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/paged_attention_plan.h"
 #include "kernels/cuda/ptx.h"
+#include "kernels/device.h"
 
 namespace altiplano::cuda {
 
@@ -118,5 +119,9 @@ PTX_FUNCTION void StoreState(const AttentionArgs& args, const RowPlace& place, i
     ptx::StGlobal(args.scratch + args.parts * (args.dim + 1) + part, total);
   }
 }
+
+// ---- paged_attention_mma.cu: bf16 keys and values, dim 64 or 128, rows of q aligned to 4 elements.
+uint32_t MmaAttentionSharedBytes(int64_t dim);
+void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args);
 
 }  // namespace altiplano::cuda

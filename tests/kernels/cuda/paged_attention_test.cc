@@ -211,7 +211,7 @@ TEST_F(CudaPagedAttentionTest, DecodeIsNearTheOracle) {
     const Sequences sequences = MakeSequences(s, {700});
     std::vector<Part> parts;
     for (int64_t context : kContexts) parts.push_back({0, context - 1, context});
-    const auto out = Attend(s, sequences, parts, {.gap = 3});
+    const auto out = Attend(s, sequences, parts, {.gap = 4});
     for (size_t i = 0; i < parts.size(); ++i) {
       ExpectNearOracle(s, *sequences[0], *out, static_cast<int64_t>(i), parts[i].begin);
     }
@@ -316,6 +316,26 @@ TEST_F(CudaPagedAttentionTest, StandsScoresOfAnySize) {
       ExpectNearOracle(s, sequence, *out, 0, 545);
       ExpectNearOracle(s, sequence, *out, 16, 64);
     }
+  }
+}
+
+// A decode of Llama 3.1 8B's heads reads each key and value once for the whole group, in whole sectors.
+TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
+  for (int64_t dim : {64, 128}) {
+    const Shape s = {.kv_heads = 2, .group = 4, .dim = dim};
+    const Sequences sequences = MakeSequences(s, {512});
+    sim::CountTraffic(true);
+    Attend(s, sequences, {{0, 511, 512}}, {.page_size = 64});
+    const sim::Traffic traffic = sim::TrafficOf("PagedAttention");
+    EXPECT_EQ(traffic.launches, 1u);
+    const auto cache = static_cast<uint64_t>(512 * 2 * s.kv_width() * 2);
+    EXPECT_GE(traffic.load_bytes, cache);
+    EXPECT_LT(static_cast<double>(traffic.load_bytes), 1.15 * static_cast<double>(cache)) << sim::TrafficByLine();
+    EXPECT_LT(static_cast<double>(traffic.sectors), 1.02 * static_cast<double>(traffic.ideal_sectors))
+        << sim::TrafficByLine();
+    EXPECT_LT(static_cast<double>(traffic.wavefronts), 1.1 * static_cast<double>(traffic.ideal_wavefronts))
+        << sim::TrafficByLine();
+    sim::CountTraffic(false);
   }
 }
 

@@ -1,0 +1,264 @@
+// Paged attention on tensor cores (mma.sync, sm_80 and later): bf16 keys and values, heads of 64 or 128.
+//
+// A block takes one tile of 16 rows, which are the M of the products, and the KV head that they share. Each of its four
+// warps works through every fourth run of 16 keys with a cp.async ring of its own, so that the loop needs no barrier of
+// the block: scores by one product, weights in registers, where they already lie as the next product's operand, values
+// by a second product. At the end of a split the warps' states are merged in order and folded into the rows' state.
+#include "kernels/cuda/backend.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/paged_attention.h"
+
+namespace altiplano::cuda {
+
+namespace {
+
+constexpr int kRows = kAttentionRows;
+constexpr int kWarps = static_cast<int>(kAttentionThreads) / 32;
+constexpr int kKeys = 16;  // of a warp's step
+constexpr int kStages = 2;
+constexpr int kStepsPerSplit = static_cast<int>(kAttentionSplit) / (kKeys * kWarps);
+
+// Of each warp for a row: the largest score and the sum of weights.
+struct alignas(8) WarpState {
+  float largest, total;
+};
+struct alignas(8) Two {
+  float x[2];
+};
+
+template <int kDim>
+struct Shared {
+  static constexpr int kPadded = kDim + 8;  // so that the eight rows that a warp writes at once differ in their banks
+  uint4 q[kRows * kDim / 8];
+  uint4 ring[kWarps][kStages][2][kKeys * kDim / 8];  // keys, values
+  float sums[kWarps][kRows * kPadded];
+  WarpState warps[kWarps][kRows];
+  float state[kRows * kDim];
+  WarpState rows[kRows];
+};
+
+// Rows of kDim elements in chunks of 16 bytes. The chunk's index is XORed with the row's: ldmatrix reads one chunk of
+// eight rows, which then lie in different banks.
+template <int kDim>
+PTX_FUNCTION int ChunkAt(int row, int chunk) {
+  return row * (kDim / 8) + (chunk ^ (row & 7));
+}
+
+// Keys first_key + 0..15 and their values, zeros from `end` on.
+template <int kDim>
+PTX_FUNCTION void CopyKeys(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int first_key, int end,
+                           uint4 (*stage)[kKeys * kDim / 8]) {
+  constexpr int kChunks = kDim / 8;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int key_of_lane = first_key + lane % kKeys;
+  int64_t row_of_lane = 0;
+  if (key_of_lane < end) row_of_lane = PoolRow(args, tile, kv_head, key_of_lane);
+  PTX_UNROLL
+  for (int i = 0; i < kKeys * kChunks / 32; ++i) {
+    const int key = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
+    const int64_t at = __shfl_sync(0xFFFFFFFF, row_of_lane, key) * kDim + chunk * 8;
+    const bool inside = first_key + key < end;
+    const int to = ChunkAt<kDim>(key, chunk);
+    ptx::CpAsync16(&stage[0][to], static_cast<const BF16*>(args.k_pages.data) + at, inside);
+    ptx::CpAsync16(&stage[1][to], static_cast<const BF16*>(args.v_pages.data) + at, inside);
+  }
+}
+
+// The state of rows g and g + 8 in the lanes of a quad, g being lane / 4.
+template <int kDim>
+struct Fragment {
+  float sums[kDim / 8][4] = {};
+  float largest[2] = {kNoScore, kNoScore};
+  float total[2] = {};  // of this lane's keys
+};
+
+// Adds 16 keys to the state. seen: how many of them each of the two rows sees.
+template <int kDim>
+PTX_FUNCTION void AddKeys(Fragment<kDim>& own, const uint4* q, const uint4 (*stage)[kKeys * kDim / 8],
+                          const int (&seen)[2], float scale) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float scores[2][4] = {};  // keys 0 to 7 and 8 to 15
+  PTX_UNROLL
+  for (int step = 0; step < kDim / 16; ++step) {
+    uint32_t a[4], b[4];
+    ptx::LdMatrixX4(a, &q[ChunkAt<kDim>(lane % 16, step * 2 + lane / 16)]);
+    ptx::LdMatrixX4(b, &stage[0][ChunkAt<kDim>(lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2)]);
+    ptx::Mma16816(scores[0], a, {b[0], b[1]});
+    ptx::Mma16816(scores[1], a, {b[2], b[3]});
+  }
+  float most[2] = {own.largest[0], own.largest[1]};
+  PTX_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    float& score = scores[i / 4][i % 4];
+    const int row = i / 2 % 2, key = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    score = key < seen[row] ? score * scale : kNoScore;
+    most[row] = Larger(most[row], score);
+  }
+  PTX_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    most[row] = Larger(most[row], __shfl_xor_sync(0xFFFFFFFF, most[row], 1));
+    most[row] = Larger(most[row], __shfl_xor_sync(0xFFFFFFFF, most[row], 2));
+    const float kept = Weight(own.largest[row], most[row]);
+    own.largest[row] = most[row];
+    own.total[row] *= kept;
+    PTX_UNROLL
+    for (int n = 0; n < kDim / 8; ++n) {
+      own.sums[n][2 * row] *= kept;
+      own.sums[n][2 * row + 1] *= kept;
+    }
+  }
+  uint32_t weights[4];  // as the operand a: rows g and g + 8 of keys 0 to 7, then of keys 8 to 15
+  PTX_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int row = i % 2;
+    const float* pair = &scores[i / 2][2 * row];
+    weights[i] = ptx::PackBF16(Weight(pair[0], most[row]), Weight(pair[1], most[row]));
+    // The sum is of the rounded weights: then they still add up to one.
+    own.total[row] += ptx::FloatOfBits(weights[i] << 16) + ptx::FloatOfBits(weights[i] & 0xFFFF0000);
+  }
+  PTX_UNROLL
+  for (int n = 0; n < kDim / 16; ++n) {
+    uint32_t b[4];
+    ptx::LdMatrixX4Transposed(b, &stage[1][ChunkAt<kDim>(lane % 16, n * 2 + lane / 16)]);
+    ptx::Mma16816(own.sums[2 * n], weights, {b[0], b[1]});
+    ptx::Mma16816(own.sums[2 * n + 1], weights, {b[2], b[3]});
+  }
+}
+
+template <int kDim>
+PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionTile& tile, int kv_head, uint4* q) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim / 8; i += static_cast<int>(kAttentionThreads)) {
+    const int r = i / (kDim / 8), chunk = i % (kDim / 8);
+    float x[4] = {}, y[4] = {};
+    if (r < tile.rows) {
+      const RowPlace place = PlaceOf(args, tile, kv_head, r);
+      const int64_t at = place.token * args.q.stride + int64_t{place.head} * kDim + chunk * 8;
+      Load(args.q, at, x);
+      Load(args.q, at + 4, y);
+    }
+    const uint4 packed = {ptx::PackBF16(x[0], x[1]), ptx::PackBF16(x[2], x[3]), ptx::PackBF16(y[0], y[1]),
+                          ptx::PackBF16(y[2], y[3])};
+    ptx::StShared(&q[ChunkAt<kDim>(r, chunk)], packed);
+  }
+}
+
+template <int kDim>
+PTX_FUNCTION void StoreFragment(const Fragment<kDim>& own, float* sums, WarpState* rows) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  PTX_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const int r = lane / 4 + 8 * row;
+    float total = own.total[row];
+    total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
+    total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
+    if (lane % 4 == 0) ptx::StShared(&rows[r], WarpState{own.largest[row], total});
+    PTX_UNROLL
+    for (int n = 0; n < kDim / 8; ++n) {
+      const Two pair = {{own.sums[n][2 * row], own.sums[n][2 * row + 1]}};
+      ptx::StShared(reinterpret_cast<Two*>(&sums[r * Shared<kDim>::kPadded + n * 8 + lane % 4 * 2]), pair);
+    }
+  }
+}
+
+// The split's state of a row, warp after warp, and of one column of it.
+template <int kDim>
+PTX_FUNCTION WarpState MergeWarps(const Shared<kDim>& shared, int r, int column, float* sum) {
+  WarpState merged = {kNoScore, 0};
+  PTX_UNROLL
+  for (int warp = 0; warp < kWarps; ++warp) {
+    merged.largest = Larger(merged.largest, ptx::LdShared(&shared.warps[warp][r]).largest);
+  }
+  *sum = 0;
+  PTX_UNROLL
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const WarpState state = ptx::LdShared(&shared.warps[warp][r]);
+    const float weight = Weight(state.largest, merged.largest);
+    merged.total = fmaf(state.total, weight, merged.total);
+    *sum = fmaf(ptx::LdShared(&shared.sums[warp][r * Shared<kDim>::kPadded + column]), weight, *sum);
+  }
+  return merged;
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(AttentionArgs args) {
+  auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int kv_head = static_cast<int>(blockIdx.y);
+  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x));
+  if (tile.sequence < 0) return;
+  const int seen = KeysSeen(args, tile, tile.rows - 1);
+  constexpr int kSplit = static_cast<int>(kAttentionSplit);
+  const int first_split = args.scratch != nullptr ? static_cast<int>(blockIdx.z) : 0;
+  if (first_split * kSplit >= seen) return;
+  const int last_split = args.scratch != nullptr ? first_split : (seen - 1) / kSplit;
+  const int end = seen < (last_split + 1) * kSplit ? seen : (last_split + 1) * kSplit;
+
+  LoadQueries<kDim>(args, tile, kv_head, shared.q);
+  for (int i = thread; i < kRows * kDim; i += static_cast<int>(kAttentionThreads)) {
+    ptx::StShared(&shared.state[i], 0.0f);
+  }
+  if (thread < kRows) ptx::StShared(&shared.rows[thread], WarpState{kNoScore, 0});
+
+  // The warp's keys: 16 from `key`, then 64 further on, through all splits.
+  int key = first_split * kSplit + warp * kKeys, stage = 0;
+  if (key < end) CopyKeys<kDim>(args, tile, kv_head, key, end, shared.ring[warp][0]);
+  ptx::CpAsyncCommit();
+  __syncthreads();
+
+  const int rows_seen[2] = {KeysSeen(args, tile, lane / 4), KeysSeen(args, tile, lane / 4 + 8)};
+  for (int split = first_split; split <= last_split; ++split) {
+    Fragment<kDim> own;
+    for (int step = 0; step < kStepsPerSplit && key < end; ++step) {
+      const int next = key + kKeys * kWarps;
+      if (next < end) CopyKeys<kDim>(args, tile, kv_head, next, end, shared.ring[warp][stage ^ 1]);
+      ptx::CpAsyncCommit();
+      ptx::CpAsyncWait<1>();
+      __syncwarp();
+      AddKeys<kDim>(own, shared.q, shared.ring[warp][stage], {rows_seen[0] - key, rows_seen[1] - key}, args.scale);
+      __syncwarp();  // before the stage is filled again
+      stage ^= 1;
+      key = next;
+    }
+    StoreFragment(own, shared.sums[warp], shared.warps[warp]);
+    __syncthreads();
+
+    for (int i = thread; i < kRows * kDim; i += static_cast<int>(kAttentionThreads)) {
+      const int r = i / kDim, column = i % kDim;
+      float sum;
+      const WarpState merged = MergeWarps(shared, r, column, &sum);
+      const float before = ptx::LdShared(&shared.rows[r]).largest, now = Larger(before, merged.largest);
+      const float state = ptx::LdShared(&shared.state[i]);
+      ptx::StShared(&shared.state[i], Fold(state, Weight(before, now), sum, Weight(merged.largest, now)));
+    }
+    WarpState folded = {};
+    if (thread < kRows) {
+      float sum;
+      const WarpState merged = MergeWarps(shared, thread, 0, &sum), before = ptx::LdShared(&shared.rows[thread]);
+      folded.largest = Larger(before.largest, merged.largest);
+      folded.total = Fold(before.total, Weight(before.largest, folded.largest), merged.total,
+                          Weight(merged.largest, folded.largest));
+    }
+    __syncthreads();
+    if (thread < kRows) ptx::StShared(&shared.rows[thread], folded);
+  }
+  __syncthreads();
+
+  for (int i = thread; i < tile.rows * kDim; i += static_cast<int>(kAttentionThreads)) {
+    const int r = i / kDim, column = i % kDim;
+    const WarpState row = ptx::LdShared(&shared.rows[r]);
+    StoreState(args, PlaceOf(args, tile, kv_head, r), static_cast<int>(blockIdx.z), column,
+               ptx::LdShared(&shared.state[i]), row.largest, row.total);
+  }
+}
+
+}  // namespace
+
+uint32_t MmaAttentionSharedBytes(int64_t dim) {
+  return dim == 64 ? sizeof(Shared<64>) : sizeof(Shared<128>);
+}
+
+void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args) {
+  Launch(stream, "PagedAttention", shape, args.dim == 64 ? MmaAttentionKernel<64> : MmaAttentionKernel<128>, args);
+}
+
+}  // namespace altiplano::cuda
