@@ -13,9 +13,6 @@ namespace {
 }
 }  // namespace
 
-void Linear(Stream&, const LinearArgs&) {
-  Die("Linear");
-}
 void Sample(Stream&, const SampleArgs&) {
   Die("Sample");
 }
