@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the measuring programs, achieved against the machine's limit, measured in the same run.
 #   run_benches.sh BUILD [NAME...] [--json FILE]
-# NAME: limits, kernels, engine, scheduler, tokenizer; without, all of these. peer: this engine beside llama.cpp, which it
-# fetches from PyPI (ALTIPLANO_LLAMA_BATCHED_BENCH=PROGRAM also measures a build of your own). FILE gets a JSON line for
-# each result.
+# NAME: limits, kernels, engine, scheduler, tokenizer, frontend; without, all of these. peer: this engine beside
+# llama.cpp, which it fetches from PyPI (ALTIPLANO_LLAMA_BATCHED_BENCH=PROGRAM also measures a build of your own). FILE
+# gets a JSON line for each result.
 set -euo pipefail
 usage() { sed -n 's/^# \{0,1\}//;2,6p' "$0"; exit 64; }
 
@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     *) names+=("$1"); shift ;;
   esac
 done
-[ ${#names[@]} -gt 0 ] || names=(limits kernels engine scheduler tokenizer)
+[ ${#names[@]} -gt 0 ] || names=(limits kernels engine scheduler tokenizer frontend)
 
 # A Python with these packages, kept beside the build.
 python_with() {
@@ -47,6 +47,7 @@ for name in "${names[@]}"; do
     engine)
       model=$(docker/fetch-demo-model.sh) || { echo "engine: left out, there is no model to measure"; continue; }
       own=(--model "$model") ;;
+    frontend) own=(--program "$build/altiplano") ;;
     tokenizer)
       if python=$(python_with tiktoken); then own=(--tiktoken-python "$python"); fi ;;
   esac
