@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/ops.h"
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/sample_plan.h"
 
 namespace altiplano {
 
@@ -203,8 +204,8 @@ void GatherRows(Stream& stream, const GatherRowsArgs& args) {
   OnCuda(stream) ? cuda::GatherRows(stream, args) : cpu::GatherRows(stream.team(), args);
 }
 
-size_t SampleScratchBytes(int64_t rows, int64_t vocab) {
-  return cpu::SampleScratchBytes(rows, vocab);
+size_t SampleScratchBytes(int64_t rows, int64_t vocab, Device device) {
+  return device == Device::kCuda ? cuda::SampleScratchBytes(rows, vocab) : cpu::SampleScratchBytes(rows, vocab);
 }
 
 void Sample(Stream& stream, const SampleArgs& args) {
@@ -214,7 +215,7 @@ void Sample(Stream& stream, const SampleArgs& args) {
   DOOR_CHECK(args.logits.dtype == DType::kF32);
   DOOR_CHECK(vocab > 0);
   DOOR_CHECK(rows == 0 || (args.results != nullptr && args.params != nullptr));
-  DOOR_CHECK(args.scratch != nullptr || SampleScratchBytes(rows, vocab) == 0);
+  DOOR_CHECK(args.scratch != nullptr || SampleScratchBytes(rows, vocab, stream.device()) == 0);
   if (rows == 0) return;
   OnCuda(stream) ? cuda::Sample(stream, args) : cpu::Sample(stream.team(), args);
 }
@@ -226,6 +227,7 @@ void Score(Stream& stream, const ScoreArgs& args) {
   DOOR_CHECK(args.logits.dtype == DType::kF32);
   DOOR_CHECK(args.logits.dim(1) > 0);
   DOOR_CHECK(rows == 0 || (args.results != nullptr && args.num_top != nullptr));
+  DOOR_CHECK(args.scratch != nullptr || SampleScratchBytes(rows, args.logits.dim(1), stream.device()) == 0);
   if (rows == 0) return;
   OnCuda(stream) ? cuda::Score(stream, args) : cpu::Score(stream.team(), args);
 }

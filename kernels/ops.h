@@ -121,8 +121,8 @@ struct SampleParams {
   int32_t num_bias = 0;
   const int32_t* banned_ids = nullptr;  // [num_banned], may not be sampled (EOS before min_new_tokens)
   int32_t num_banned = 0;
-  // The sequence's token statistics, host memory on the CPU: counts of output tokens, and whether a token was in the
-  // prompt. Null when no penalty needs them.
+  // The sequence's token statistics, in the memory of the stream's device: counts of output tokens, and whether a token
+  // was in the prompt. Null when no penalty needs them.
   const uint16_t* output_counts = nullptr;  // [V]
   const uint8_t* in_prompt = nullptr;       // [V]
 };
@@ -143,9 +143,9 @@ struct SampleArgs {
   SampleResult* results = nullptr;       // [R], host memory
   const SampleParams* params = nullptr;  // [R], host memory
   TensorView logits;                     // [R, V] f32, left unchanged
-  void* scratch = nullptr;               // SampleScratchBytes(R, V)
+  void* scratch = nullptr;               // SampleScratchBytes(R, V, device)
 };
-size_t SampleScratchBytes(int64_t rows, int64_t vocab);
+size_t SampleScratchBytes(int64_t rows, int64_t vocab, Device device = Device::kCpu);
 void Sample(Stream& stream, const SampleArgs& args);
 
 // Log-probabilities of given tokens, for prompt log-probabilities: results[r].token must hold the token asked for.
@@ -153,6 +153,7 @@ struct ScoreArgs {
   SampleResult* results = nullptr;   // [R], token in; logprob, rank, top out
   const int32_t* num_top = nullptr;  // [R]
   TensorView logits;                 // [R, V] f32
+  void* scratch = nullptr;           // SampleScratchBytes(R, V, device)
 };
 void Score(Stream& stream, const ScoreArgs& args);
 

@@ -13,7 +13,8 @@ inline constexpr int kLinearWarps = kLinearThreads / 32;
 
 // ---- tensor cores: a block makes 16 columns of out for up to 8 tiles of 8 tokens, its warps sharing out K.
 inline constexpr int64_t kMmaLinearColumns = 16;
-inline constexpr int kMmaLinearPadded = 20;  // of 16 columns in shared memory: the lanes of a store differ in their banks
+inline constexpr int kMmaLinearPadded =
+    20;  // of 16 columns in shared memory: the lanes of a store differ in their banks
 
 // Tiles of 8 tokens that one pass over the weights serves: 1 and 2 while decoding, 8 beyond.
 constexpr int MmaLinearTokenTiles(int64_t tokens) {

@@ -81,6 +81,28 @@ PTX_FUNCTION float Divide(float x, float y) {
   return __fdiv_rn(x, y);
 }
 
+// Rounded each for itself: never one fused operation.
+PTX_FUNCTION float Add(float x, float y) {
+  return __fadd_rn(x, y);
+}
+PTX_FUNCTION float Multiply(float x, float y) {
+  return __fmul_rn(x, y);
+}
+// To nearest, ties to even; x is not negative.
+PTX_FUNCTION uint64_t RoundToInteger(double x) {
+  return __double2ull_rn(x);
+}
+// The upper half of the product.
+PTX_FUNCTION uint64_t MultiplyHigh(uint64_t x, uint64_t y) {
+  return __umul64hi(x, y);
+}
+
+// Atomic; orders nothing.
+template <typename T>
+PTX_FUNCTION void AddShared(T* to, T value) {
+  atomicAdd_block(to, value);
+}
+
 // ---- asynchronous copies from global to shared memory
 // 16 bytes past the L1 cache; zeros when not `inside`, and `from` is then not read.
 PTX_FUNCTION void CpAsync16(void* to, const void* from, bool inside) {

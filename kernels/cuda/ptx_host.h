@@ -2,6 +2,7 @@
 // where they were called. ptx_device.h says what each does.
 #pragma once
 
+#include <atomic>
 #include <cmath>  // also for kernels: sqrtf, fmaf
 #include <cstdint>
 #include <cstring>
@@ -109,6 +110,25 @@ inline float Exp2(float x) {
 }
 inline float Divide(float x, float y) {
   return x / y;
+}
+
+inline float Add(float x, float y) {
+  return x + y;
+}
+inline float Multiply(float x, float y) {
+  return x * y;
+}
+inline uint64_t RoundToInteger(double x) {
+  return static_cast<uint64_t>(std::llrint(x));
+}
+inline uint64_t MultiplyHigh(uint64_t x, uint64_t y) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * y >> 64);
+}
+
+template <typename T>
+void AddShared(T* to, T value, PTX_SITE) {
+  sim::BeforeAtomic(to, sizeof(T), site);
+  std::atomic_ref<T>(*to).fetch_add(value, std::memory_order_relaxed);
 }
 
 inline void CpAsync16(void* to, const void* from, bool inside, PTX_SITE) {

@@ -101,6 +101,12 @@ void Access(Memory memory, const void* data, int bytes, Site site) {
   if (runner.counting) CountAccess(runner, memory, data, bytes, site);
 }
 
+void BeforeAtomic(const void* data, int bytes, Site site) {
+  Runner& runner = CurrentRunner();
+  CheckShared(runner, data, bytes, "an atomic operation", site);
+  runner.SwitchAway();
+}
+
 void CpAsync(void* to, const void* from, int bytes, int from_bytes, Site site) {
   Runner& runner = CurrentRunner();
   const auto size = static_cast<unsigned>(bytes);

@@ -28,6 +28,8 @@ void* StaticShared(const void* tag, size_t bytes, size_t align);
 enum class Memory : uint8_t { kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore };
 // Before an access of the thread's: checks where it goes and its alignment, and counts it.
 void Access(Memory memory, const void* data, int bytes, Site site);
+// Before an atomic operation on shared memory: also a point where other threads may run.
+void BeforeAtomic(const void* data, int bytes, Site site);
 
 // ---- threads meeting
 void SyncThreads(Site site);

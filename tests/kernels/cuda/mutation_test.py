@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Breaks the CUDA kernels on purpose, one way at a time, and demands that their tests notice each in the simulator.
+
+    mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
+
+Needs a built cuda_kernels_test: its objects are linked with one kernel compiled from a broken copy. Mutations of RACES
+leave values right in most orders; they are tried where BUILD_DIR was configured with ThreadSanitizer, and only they.
+"""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+SYNC = "__syncthreads();"
+# name, file in kernels/cuda, text, replacement, which of several, tests
+MUTATIONS = [
+    ("norm: no barrier before the warps' sums are read", "rms_norm.cu", SYNC, "", 0, "CudaRowOps*"),
+    ("norm: not of what the residual was rounded to", "rms_norm.cu",
+     "Rounded(sum[i] + waiting.x[i], residual.bf16)", "sum[i] + waiting.x[i]", 0, "CudaRowOps*"),
+    ("norm: one warp's sum is left out", "rms_norm.cu", "unsigned warp = 0", "unsigned warp = 1", 0, "CudaRowOps*"),
+    ("norm: a warp does not come to the barrier", "rms_norm.cu", SYNC, "if (threadIdx.x < 64) __syncthreads();", 0,
+     "CudaRowOps*"),
+    ("embed: the id after the last is taken", "embed.cu", "id < vocab", "id <= vocab", 0, "CudaRowOps*"),
+    ("embed: threads beyond the row write", "embed.cu", "if (pack >= packs) return;", "", 0, "CudaRowOps*"),
+    ("gather: rows as they come", "gather_rows.cu", "from * x_stride", "row * x_stride", 0, "CudaRowOps*"),
+    ("gather: strided loads", "gather_rows.cu", "+ from * x_stride + word)",
+     "+ from * x_stride + (word * 2 < words ? word * 2 : word * 2 - words + (words + 1) % 2))", 0,
+     "CudaRowOps*Traffic*"),
+    ("silu: gate for up", "silu_mul.cu", "at + ffn, up", "at, up", 0, "CudaRowOps*"),
+    ("rope: no barrier after the angles", "rope_store_kv.cu", SYNC, "", 0, "CudaRope*"),
+    ("rope: turns the other way", "rope_store_kv.cu", "low[i] = x * c.x[i] - y * s.x[i];",
+     "low[i] = x * c.x[i] + y * s.x[i];", 0, "CudaRope*"),
+    ("rope: stores at slot -1", "rope_store_kv.cu", "if (!is_q && slot < 0) break;", "", 0, "CudaRope*"),
+    ("rope: angles in f32", "rope_store_kv.cu", "static_cast<double>(position) * static_cast<double>(frequency)",
+     "static_cast<float>(position) * frequency", 0, "CudaRope*"),
+    ("attention: scores read before the barrier", "paged_attention.cu", SYNC, "", 1, "CudaPagedAttention*"),
+    ("attention: weights read before the barrier", "paged_attention.cu", SYNC, "", 2, "CudaPagedAttention*"),
+    ("attention: scores of the next split overwrite weights", "paged_attention.cu", SYNC, "", 3,
+     "CudaPagedAttention*"),
+    ("attention: the key after its own", "paged_attention.cu", "begin + key < KeysSeen", "begin + key <= KeysSeen", 0,
+     "CudaPagedAttention*"),
+    ("attention: old and new state exchanged", "paged_attention.cu",
+     "Fold(ptx::LdShared(total + r), old_part, sum, new_part)", "Fold(ptx::LdShared(total + r), new_part, sum, old_part)",
+     0, "CudaPagedAttention*"),
+    ("combine: one split too many", "paged_attention.cu", "split * kSplit < seen", "split * kSplit <= seen", 0,
+     "CudaPagedAttention*"),
+    ("attention: a lane of the tile search too few", "paged_attention.h", "lane >= lanes", "lane > lanes", 0,
+     "CudaPagedAttention*"),
+    ("attention: rows see one key less", "paged_attention.h", "/ args.group + 1 : 0", "/ args.group : 0", 0,
+     "CudaPagedAttention*"),
+    ("mma attention: no wait for the copies", "paged_attention_mma.cu", "ptx::CpAsyncWait<1>();", "", 0,
+     "CudaPagedAttention*"),
+    ("mma attention: waits for too few copies", "paged_attention_mma.cu", "CpAsyncWait<1>", "CpAsyncWait<2>", 0,
+     "CudaPagedAttention*"),
+    ("mma attention: copies into the stage in use", "paged_attention_mma.cu", "[stage ^ 1]", "[stage]", 0,
+     "CudaPagedAttention*"),
+    ("mma attention: no barrier after the queries", "paged_attention_mma.cu", SYNC, "", 0, "CudaPagedAttention*"),
+    ("mma attention: states merged before the barrier", "paged_attention_mma.cu", SYNC, "", 1, "CudaPagedAttention*"),
+    ("mma attention: the rows' state changes while it is read", "paged_attention_mma.cu", SYNC, "", 2,
+     "CudaPagedAttention*"),
+    ("mma attention: no swizzle", "paged_attention_mma.cu", "(chunk ^ (row & 7))", "chunk", 0,
+     "CudaPagedAttention*Traffic*"),
+    ("mma attention: keys by the pattern of values", "paged_attention_mma.cu",
+     "stage[0][ChunkAt<kDim>(lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2)]",
+     "stage[0][ChunkAt<kDim>(lane % 16, step * 2 + lane / 16)]", 0, "CudaPagedAttention*"),
+    ("mma attention: halves of an operand exchanged", "paged_attention_mma.cu", "weights, {b[0], b[1]}",
+     "weights, {b[1], b[0]}", 0, "CudaPagedAttention*"),
+    ("mma attention: copies from beyond the context", "paged_attention_mma.cu", "inside = first_key + key < end",
+     "inside = true", 0, "CudaPagedAttention*"),
+    ("mma attention: the key after its own", "paged_attention_mma.cu", "key < seen[row]", "key <= seen[row]", 0,
+     "CudaPagedAttention*"),
+    ("mma attention: old sums keep their scale", "paged_attention_mma.cu", "own.sums[n][2 * row + 1] *= kept;", "", 0,
+     "CudaPagedAttention*"),
+    ("linear: no barrier before the warps' sums", "linear.cu", SYNC, "", 0, "CudaLinear*"),
+    ("linear: operands disagree on K", "linear.cu", "{b.x, b.y}", "{b.y, b.x}", 0, "CudaLinear*"),
+    ("linear: columns beyond N are loaded", "linear.cu", "k < args.k && column < args.n", "k < args.k", 0,
+     "CudaLinear*"),
+    ("linear: K beyond its end is loaded", "linear.cu", "k < args.k && token < args.tokens", "token < args.tokens", 0,
+     "CudaLinear*"),
+    ("linear: one warp's sum is left out", "linear.cu", "int w = 0; w", "int w = 1; w", 0, "CudaLinear*"),
+    ("linear: does not accumulate", "linear.cu", "sum += before[0];", "", 0, "CudaLinear*"),
+]
+RACES = [
+    ("attention: the state before the barrier", "paged_attention.cu", SYNC, "", 0, "CudaPagedAttention*DecodeIs*"),
+    ("attention: scores read before the barrier", "paged_attention.cu", SYNC, "", 1, "CudaPagedAttention*DecodeIs*"),
+    ("mma attention: no __syncwarp before the stage is filled again", "paged_attention_mma.cu", "__syncwarp();", "", 1,
+     "CudaPagedAttention*DecodeIs*"),
+    ("mma attention: no __syncwarp after the wait", "paged_attention_mma.cu", "__syncwarp();", "", 0,
+     "CudaPagedAttention*DecodeIs*"),
+    ("mma attention: the last state is read before the barrier", "paged_attention_mma.cu", SYNC, "", 3,
+     "CudaPagedAttention*DecodeIs*"),
+    ("norm: no barrier before the warps' sums are read", "rms_norm.cu", SYNC, "", 0, "CudaRowOps*RmsNormIs*"),
+]
+
+
+def commands_of(build):
+    """How one kernel is compiled for the simulator, and how the test is linked."""
+    commands = subprocess.run(["ninja", "-C", build, "-t", "commands", "cuda_kernels_test"], check=True,
+                              capture_output=True, text=True).stdout.splitlines()
+    compile_ = next(c for c in commands if "cuda_simulator.dir/__/embed.cu.o -c" in c)
+    link = next(c for c in reversed(commands) if " -o tests/cuda_kernels_test" in c)
+    return compile_, re.sub(r"^: && | && :$", "", link).removeprefix("ccache ")
+
+
+def nth(text, pattern, n):
+    matches = list(re.finditer(pattern, text))
+    return matches[n] if n < len(matches) else None
+
+
+def caught(source, build, scratch, name, file, old, new, which, tests):
+    folder = source / "kernels/cuda"
+    text = (folder / file).read_text()
+    # Formatting may have moved the text's line breaks.
+    match = nth(text, r"\s+".join(re.escape(word) for word in old.split()), which)
+    if match is None:
+        return f"the text to break is no longer in {file}: {old}"
+    copy = scratch / "kernels/cuda" / file
+    copy.parent.mkdir(parents=True)
+    copy.write_text(text[:match.start()] + new + text[match.end():])
+    compile_, link = commands_of(build)
+    # A header is broken for all kernels that include it.
+    kernels = [file] if file.endswith(".cu") else [
+        path.name for path in folder.glob("*.cu") if f'"kernels/cuda/{file}"' in path.read_text()]
+    objects = []
+    for kernel in kernels:
+        origin = copy if kernel == file else folder / kernel
+        objects.append(f"{scratch}/{kernel}.o")
+        line = re.sub(r" -MD| -M[TF] \S+", "", compile_.replace(str(folder / "embed.cu"), str(origin)))
+        line = re.sub(r" -o \S+", f" -o {objects[-1]}", line).replace("-Werror", "-w")
+        line = line.replace(f"-I{source}", f"-I{scratch} -I{source}", 1)
+        subprocess.run(line, shell=True, cwd=build, check=True)
+    link = link.replace(" -o tests/cuda_kernels_test", f" {' '.join(objects)} -o {scratch}/test")
+    subprocess.run(link, shell=True, cwd=build, check=True)
+    env = dict(os.environ, TSAN_OPTIONS="halt_on_error=1")
+    run = subprocess.run([scratch / "test", f"--gtest_filter={tests}", "--gtest_fail_fast"], env=env,
+                         capture_output=True, text=True, errors="replace", timeout=300)
+    if run.returncode == 0:
+        return "NOT caught"
+    output = run.stdout + run.stderr
+    said = next((match for pattern in (r"deadlock in .*", r"kernel \w+, block .*", r"SUMMARY: .*", r"The difference .*",
+                                       r"\S+: Failure") if (match := re.search(pattern, output))), None)
+    print(f"caught: {name}: {said.group(0)[:160] if said else run.returncode}", flush=True)
+    return None
+
+
+def main():
+    source, build = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
+    wanted = sys.argv[3:]
+    tsan = "ALTIPLANO_SANITIZE:STRING=thread" in (build / "CMakeCache.txt").read_text()
+    survivors = []
+    for mutation in RACES if tsan else MUTATIONS:
+        if wanted and not any(w in mutation[0] for w in wanted):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            problem = caught(source, build, pathlib.Path(scratch), *mutation)
+        if problem:
+            survivors.append(f"{mutation[0]}: {problem}")
+            print(survivors[-1], flush=True)
+    sys.exit("\n" + "\n".join(survivors) if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
