@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Runs the measuring programs, achieved against the machine's limit, measured in the same run.
-#   run_benches.sh BUILD [NAME...] [--json FILE]
+#   run_benches.sh BUILD [NAME...] [--json FILE] [--cpu]
 # NAME: limits, kernels, engine, scheduler, tokenizer, frontend; without, all of these. peer: this engine beside
-# llama.cpp, which it fetches from PyPI (ALTIPLANO_LLAMA_BATCHED_BENCH=PROGRAM also measures a build of your own). FILE
-# gets a JSON line for each result.
+# llama.cpp, which it fetches from PyPI (ALTIPLANO_LLAMA_BATCHED_BENCH=PROGRAM also measures a build of your own). --cpu:
+# in CPU seconds of one thread, for a machine that is never quiet. FILE gets a JSON line for each result.
 set -euo pipefail
 usage() { sed -n 's/^# \{0,1\}//;2,6p' "$0"; exit 64; }
 
 build=${1:-}
 [ -n "$build" ] || usage >&2
 shift
-names=() arguments=()
+names=() arguments=() peer_arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --json) [ $# -ge 2 ] || usage >&2; arguments+=(--json "$2"); : >"$2"; shift 2 ;;
+    --cpu) peer_arguments+=(--cpu); shift ;;
     -*) usage >&2 ;;
     *) names+=("$1"); shift ;;
   esac
@@ -34,8 +35,8 @@ peer() {
   python=$(python_with xllamacpp gguf numpy) || { echo "peer: its packages cannot be had" >&2; return 1; }
   bf16=${model%.*.gguf}.bf16.gguf
   [ -f "$bf16" ] || "$python" tests/bench/gguf_to_bf16.py "$model" "$bf16"
-  [ -z "${ALTIPLANO_LLAMA_BATCHED_BENCH:-}" ] || arguments+=(--native "$ALTIPLANO_LLAMA_BATCHED_BENCH")
-  "$python" tests/bench/peer_bench.py "$build/altiplano" "$bf16" "${arguments[@]}"
+  [ -z "${ALTIPLANO_LLAMA_BATCHED_BENCH:-}" ] || peer_arguments+=(--native "$ALTIPLANO_LLAMA_BATCHED_BENCH")
+  "$python" tests/bench/peer_bench.py "$build/altiplano" "$bf16" "${arguments[@]}" "${peer_arguments[@]}"
 }
 
 for name in "${names[@]}"; do
