@@ -12,7 +12,9 @@ namespace {
 constexpr std::string_view kExitCodes =
     "Exit codes: 0 done (a server: drained), 1 a request failed or the server is not serving, 64 wrong usage or "
     "configuration,\n"
-    "65 something wrong with the model's files, 69 no device, memory, address or server, 70 a bug.\n";
+    "65 something wrong with the model's files, 69 no device, memory, address or server, 70 a bug, 75 a device or a "
+    "rank\n"
+    "failed while serving: start it again.\n";
 
 std::string Overview() {
   std::string out =
@@ -37,7 +39,7 @@ void Print(const std::string& text) {
 std::vector<Subcommand> Subcommands() {
   return {ServeCommand(),   GenerateCommand(),   ChatCommand(),         TokenizeCommand(),
           InspectCommand(), BenchServeCommand(), BenchOfflineCommand(), SimulateCommand(),
-          DemoCommand(),    HealthCommand(),     VersionCommand()};
+          PlanCommand(),    DemoCommand(),       HealthCommand(),       VersionCommand()};
 }
 
 int Fail(std::string_view name, std::string_view message, ExitCode code) {

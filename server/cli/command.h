@@ -22,6 +22,7 @@ Subcommand InspectCommand();
 Subcommand BenchServeCommand();
 Subcommand BenchOfflineCommand();
 Subcommand SimulateCommand();
+Subcommand PlanCommand();
 Subcommand DemoCommand();
 Subcommand HealthCommand();
 Subcommand VersionCommand();

@@ -1,6 +1,7 @@
 #include "server/model/config.h"
-
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numbers>
 
 #include "server/base/strings.h"
@@ -149,6 +150,40 @@ std::vector<float> RopeInverseFrequencies(const ModelConfig& config) {
     frequencies[i] = static_cast<float>(f);
   }
   return frequencies;
+}
+
+std::optional<ModelConfig> PublishedModelConfig(std::string_view name) {
+  struct Sizes {
+    std::string_view name;
+    int64_t hidden, layers, q_heads, head_dim, ffn;
+    bool tied;
+  };
+  static constexpr Sizes kPublished[] = {{"1b", 2048, 16, 32, 64, 8192, true},
+                                         {"3b", 3072, 28, 24, 128, 8192, true},
+                                         {"8b", 4096, 32, 32, 128, 14336, false},
+                                         {"70b", 8192, 80, 64, 128, 28672, false},
+                                         {"405b", 16384, 126, 128, 128, 53248, false}};
+  const auto* sizes = std::ranges::find(kPublished, name, &Sizes::name);
+  if (sizes == std::end(kPublished)) return std::nullopt;
+  ModelConfig config;
+  config.hidden = sizes->hidden;
+  config.layers = sizes->layers;
+  config.q_heads = sizes->q_heads;
+  config.head_dim = sizes->head_dim;
+  config.ffn = sizes->ffn;
+  config.tied_embeddings = sizes->tied;
+  config.name = name;
+  config.architecture = "LlamaForCausalLM";
+  config.vocab = 128256;
+  config.kv_heads = 8;
+  config.max_position = 131072;
+  config.rope_theta = 500000;
+  config.rope_scaling.type = RopeScaling::Type::kLlama3;
+  config.rope_scaling.factor = config.tied_embeddings ? 32 : 8;
+  config.rope_scaling.low_freq_factor = 1;
+  config.rope_scaling.high_freq_factor = 4;
+  config.rope_scaling.original_max_position = 8192;
+  return config;
 }
 
 }  // namespace altiplano

@@ -72,6 +72,10 @@ StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json);
 StatusOr<GenerationDefaults> ParseGenerationDefaults(std::string_view generation_config_json,
                                                      std::string_view config_json);
 
+// The shapes of the published Llama 3.1 and 3.2 text models: "1b", "3b", "8b", "70b", "405b" (their config.json files).
+// nullopt: any other name.
+std::optional<ModelConfig> PublishedModelConfig(std::string_view name);
+
 // [D/2] inverse frequencies, scaling applied, computed in double and rounded once.
 std::vector<float> RopeInverseFrequencies(const ModelConfig& config);
 

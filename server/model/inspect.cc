@@ -9,24 +9,13 @@ namespace altiplano {
 
 namespace {
 
-// Of one rank: norms stay f32 whatever the matrices are.
-uint64_t WeightBytes(const ModelConfig& c, const Shard& shard, DType dtype) {
-  auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
-  const uint64_t qkv = size(shard.q_heads(c) + 2 * shard.kv_heads(c)) * size(c.head_dim) * size(c.hidden);
-  const uint64_t o = size(c.hidden) * size(shard.q_heads(c)) * size(c.head_dim);
-  const uint64_t ffn = 3 * size(shard.ffn(c)) * size(c.hidden);
-  const uint64_t outer = size(shard.vocab(c)) * size(c.hidden) * (c.tied_embeddings ? 1 : 2);
-  const uint64_t norms = (2 * size(c.layers) + 1) * size(c.hidden);
-  return (outer + size(c.layers) * (qkv + o + ffn)) * SizeOf(dtype) + norms * SizeOf(DType::kF32);
-}
-
 std::vector<SplitOption> Splits(const ModelConfig& c) {
   std::vector<SplitOption> splits;
   for (int ranks : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
     SplitOption option;
     option.ranks = ranks;
     if (auto shard = Shard::Make(c, 0, ranks); shard.ok()) {
-      option.weight_bytes_per_rank = WeightBytes(c, *shard, DType::kBF16);
+      option.weight_bytes_per_rank = RankWeightBytes(c, *shard, DType::kBF16);
       option.kv_bytes_per_token_rank =
           2 * static_cast<uint64_t>(c.layers * shard->kv_heads(c) * c.head_dim) * SizeOf(DType::kBF16);
     } else {
@@ -116,8 +105,8 @@ Inspection Inspect(const Checkpoint& checkpoint) {
   in.files = files.size();
   in.tokenizer = TokenizerOf(checkpoint.text_assets());
   in.has_chat_template = !checkpoint.text_assets().chat_template.empty();
-  in.weight_bytes_bf16 = WeightBytes(c, Shard{}, DType::kBF16);
-  in.weight_bytes_f32 = WeightBytes(c, Shard{}, DType::kF32);
+  in.weight_bytes_bf16 = RankWeightBytes(c, Shard{}, DType::kBF16);
+  in.weight_bytes_f32 = RankWeightBytes(c, Shard{}, DType::kF32);
   in.kv_bytes_per_token_bf16 = c.kv_bytes_per_token(DType::kBF16);
   in.kv_bytes_per_token_f32 = c.kv_bytes_per_token(DType::kF32);
   in.kv_bytes_full_context_bf16 = in.kv_bytes_per_token_bf16 * static_cast<uint64_t>(c.max_position);

@@ -1,13 +1,40 @@
 #include "server/model/llama.h"
 
 #include <cmath>
-#include <initializer_list>
 #include <utility>
 
 #include "kernels/ops.h"
 #include "server/base/check.h"
 
 namespace altiplano {
+
+// A tensor of the workspace; each begins at a multiple of 64 bytes.
+struct Llama::WorkspacePart {
+  TensorView Llama::*view;
+  int64_t rows, columns;
+  DType dtype;
+  size_t bytes() const { return (static_cast<size_t>(rows * columns) * SizeOf(dtype) + 63) / 64 * 64; }
+};
+
+std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& config, const Shard& shard,
+                                                        const Limits& limits, DType act) {
+  const int64_t hidden = config.hidden, dim = config.head_dim, ffn = shard.ffn(config);
+  const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
+  const int64_t tokens = limits.max_tokens, rows = limits.max_logit_rows;
+  return {
+      {&Llama::residual_, tokens, hidden, DType::kF32},
+      {&Llama::delta_, tokens, hidden, DType::kF32},
+      {&Llama::normed_, tokens, hidden, act},
+      {&Llama::qkv_, tokens, q_size + 2 * kv_size, act},
+      {&Llama::attention_, tokens, q_size, act},
+      {&Llama::gate_up_, tokens, 2 * ffn, act},
+      {&Llama::ffn_, tokens, ffn, act},
+      {&Llama::rows_residual_, rows, hidden, DType::kF32},
+      {&Llama::rows_delta_, rows, hidden, DType::kF32},
+      {&Llama::rows_normed_, rows, hidden, act},
+      {&Llama::logits_, rows, shard.vocab(config), DType::kF32},
+  };
+}
 
 std::unique_ptr<Llama> Llama::Create(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits,
                                      Communicator* communicator) {
@@ -17,42 +44,21 @@ std::unique_ptr<Llama> Llama::Create(const ModelConfig& config, Shard shard, Lla
   return llama;
 }
 
+uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act) {
+  uint64_t total = 0;
+  for (const WorkspacePart& part : WorkspaceParts(config, shard, limits, act)) total += part.bytes();
+  return total;
+}
+
 bool Llama::AllocateWorkspace() {
   const DType act = weights_.embedding.dtype;
   const Device device = weights_.embedding.device;
-  const int64_t hidden = config_.hidden, dim = config_.head_dim, ffn = shard_.ffn(config_);
-  const int64_t q_size = shard_.q_heads(config_) * dim, kv_size = shard_.kv_heads(config_) * dim;
-  const int64_t tokens = limits_.max_tokens, rows = limits_.max_logit_rows;
-  struct Part {
-    TensorView* view;
-    int64_t rows, columns;
-    DType dtype;
-  };
-  const std::initializer_list<Part> parts = {
-      {&residual_, tokens, hidden, DType::kF32},
-      {&delta_, tokens, hidden, DType::kF32},
-      {&normed_, tokens, hidden, act},
-      {&qkv_, tokens, q_size + 2 * kv_size, act},
-      {&attention_, tokens, q_size, act},
-      {&gate_up_, tokens, 2 * ffn, act},
-      {&ffn_, tokens, ffn, act},
-      {&rows_residual_, rows, hidden, DType::kF32},
-      {&rows_delta_, rows, hidden, DType::kF32},
-      {&rows_normed_, rows, hidden, act},
-      {&logits_, rows, shard_.vocab(config_), DType::kF32},
-  };
-  auto bytes_of = [](const Part& part) {
-    size_t bytes = static_cast<size_t>(part.rows * part.columns) * SizeOf(part.dtype);
-    return (bytes + 63) / 64 * 64;
-  };
-  size_t total = 0;
-  for (const Part& part : parts) total += bytes_of(part);
-  workspace_ = Buffer::Allocate(device, total);
+  workspace_ = Buffer::Allocate(device, WorkspaceBytes(config_, shard_, limits_, act));
   if (!workspace_) return false;
   char* next = static_cast<char*>(workspace_.data());
-  for (const Part& part : parts) {
-    *part.view = TensorView::Make(next, part.dtype, {part.rows, part.columns}, device);
-    next += bytes_of(part);
+  for (const WorkspacePart& part : WorkspaceParts(config_, shard_, limits_, act)) {
+    this->*part.view = TensorView::Make(next, part.dtype, {part.rows, part.columns}, device);
+    next += part.bytes();
   }
   return true;
 }

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels/comm/communicator.h"
 #include "kernels/device.h"
@@ -41,6 +42,9 @@ class Llama {
   static std::unique_ptr<Llama> Create(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits,
                                        Communicator* communicator);
 
+  // Of the workspace that Create allocates on the shard's rank.
+  static uint64_t WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act);
+
   // Computes all layers for the step's tokens and stores their K and V. False: the group was aborted.
   bool Forward(Stream& stream, const StepInputs& inputs, KvCache& cache);
   // Logits of rows (token indices of the last Forward) [R] i32: [R, V'], this rank's part, valid until the next call.
@@ -56,6 +60,9 @@ class Llama {
  private:
   Llama(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits, Communicator* communicator)
       : config_(config), shard_(shard), weights_(std::move(weights)), limits_(limits), communicator_(communicator) {}
+  struct WorkspacePart;
+  static std::vector<WorkspacePart> WorkspaceParts(const ModelConfig& config, const Shard& shard, const Limits& limits,
+                                                   DType act);
   bool AllocateWorkspace();
   bool AllReduce(Stream& stream, const TensorView& x);
 

@@ -251,6 +251,16 @@ StatusOr<Shard> Shard::Make(const ModelConfig& config, int rank, int size) {
   return Shard{rank, size};
 }
 
+uint64_t RankWeightBytes(const ModelConfig& c, const Shard& shard, DType dtype) {
+  auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
+  const uint64_t qkv = size(shard.q_heads(c) + 2 * shard.kv_heads(c)) * size(c.head_dim) * size(c.hidden);
+  const uint64_t o = size(c.hidden) * size(shard.q_heads(c)) * size(c.head_dim);
+  const uint64_t ffn = 3 * size(shard.ffn(c)) * size(c.hidden);
+  const uint64_t outer = size(shard.vocab(c)) * size(c.hidden) * (c.tied_embeddings ? 1 : 2);
+  const uint64_t norms = (2 * size(c.layers) + 1) * size(c.hidden);
+  return (outer + size(c.layers) * (qkv + o + ffn)) * SizeOf(dtype) + norms * SizeOf(DType::kF32);
+}
+
 StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options) {
   return Loader(checkpoint, options).Load();
 }

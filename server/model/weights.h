@@ -33,6 +33,10 @@ struct Shard {
   int64_t vocab_begin(const ModelConfig& c) const { return rank * vocab(c); }
 };
 
+// What one rank's weights take in memory: matrices in dtype, padding of the last vocabulary shard included, norms in
+// f32.
+uint64_t RankWeightBytes(const ModelConfig& config, const Shard& shard, DType dtype);
+
 struct LayerWeights {
   TensorView attention_norm;  // [H] f32
   TensorView qkv;             // [(Hq' + 2 Hkv') * D, H] act

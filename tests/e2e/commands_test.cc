@@ -250,6 +250,23 @@ TEST(Offline, BenchMeasuresEachNumberOfStreams) {
   EXPECT_GT((*parsed)["results"][1]["tokens_per_second"], 0);
 }
 
+TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
+  Finished fits = RunToEnd({"plan", "--model", "405b", "--gpus", "8xH200", "--json"});
+  EXPECT_EQ(fits.code, 0) << fits.err;
+  Json json = Json::parse(fits.out);
+  EXPECT_EQ(json["fits"], true);
+  EXPECT_GT(json["kv_tokens"], 100000);
+  Finished not_here = RunToEnd({"plan", "--model", "405b", "--gpus", "4xH200"});
+  EXPECT_EQ(not_here.code, 1) << not_here.err;
+  EXPECT_THAT(not_here.out, HasSubstr("it fits on 8xH200"));
+  Finished folder = RunToEnd({"plan", "--model", kTiny, "--context", "128"});
+  EXPECT_EQ(folder.code, 0) << folder.err;
+  Finished nothing = RunToEnd({"plan", "--model", "/nowhere"});
+  EXPECT_EQ(nothing.code, 65);
+  EXPECT_THAT(nothing.err, HasSubstr("405b"));
+  EXPECT_EQ(RunToEnd({"plan", "--model", "8b", "--gpus", "8xB300"}).code, 64);
+}
+
 TEST(Offline, InspectSaysWhatACheckpointIs) {
   Finished inspect = RunToEnd({"inspect", kTiny});
   EXPECT_EQ(inspect.code, 0) << inspect.err;

@@ -12,7 +12,7 @@ ALLOWED = {
     "kernels": [],
     "server/base": [],
     "server/scheduler": ["server/base"],
-    "server/bench": ["server/base", "server/scheduler"],
+    "server/bench": ["server/base", "server/model", "server/scheduler"],
     "server/text": ["server/base"],
     "server/model": ["server/base", "kernels"],
     "server/engine": ["server/base", "server/scheduler", "server/model", "kernels"],

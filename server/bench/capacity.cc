@@ -1,0 +1,146 @@
+#include "server/bench/capacity.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+
+#include "server/base/strings.h"
+#include "server/model/llama.h"
+#include "server/model/weights.h"
+
+namespace altiplano::bench {
+
+namespace {
+
+// NVIDIA's datasheets of the SXM boards.
+constexpr std::array kGpus = {
+    Gpu{"H100", 80e9, 3.35e12},
+    Gpu{"H200", 141e9, 4.8e12},
+};
+
+// What good engines reach of a datasheet's figures on Hopper (step_cost.cc says the same of the presets).
+constexpr double kWeightEfficiency = 0.75;
+constexpr double kKvEfficiency = 0.83;
+constexpr double kGemmFlops = 790e12;
+constexpr double kAttentionFlops = 550e12;
+constexpr double kAllReduceBytesPerSecond = 67108864 / 316e-6;  // 64 MiB in 316 us, 8 GPUs
+constexpr double kAllReduceUs = 7.8;                            // of a small message, 8 GPUs, one shot
+constexpr double kStepUs = 150;
+constexpr double kSequenceUs = 1;
+
+constexpr int64_t kLogitRows = 256;  // as the executor's
+
+// Read once for every step: all but the embedding, of which a step reads a row for each token.
+double MatrixParameters(const ModelConfig& c) {
+  const double layer =
+      static_cast<double>(c.hidden) * static_cast<double>(2 * c.q_size() + 2 * c.kv_size() + 3 * c.ffn);
+  return static_cast<double>(c.layers) * layer + static_cast<double>(c.vocab) * static_cast<double>(c.hidden);
+}
+
+uint64_t KvBytesPerToken(const ModelConfig& c, const Shard& shard) {
+  return 2 * static_cast<uint64_t>(c.layers * shard.kv_heads(c) * c.head_dim) * SizeOf(DType::kBF16);
+}
+
+}  // namespace
+
+std::span<const Gpu> Gpus() {
+  return kGpus;
+}
+
+StatusOr<GpuGroup> ParseGpus(std::string_view text) {
+  GpuGroup group;
+  std::string_view name = text;
+  if (const size_t x = text.find_first_of("xX*"); x != std::string_view::npos) {
+    const auto [end, error] = std::from_chars(text.data(), text.data() + x, group.count);
+    if (error == std::errc() && end == text.data() + x) name = text.substr(x + 1);
+  }
+  std::string names;
+  for (const Gpu& gpu : kGpus) {
+    const bool same = std::equal(gpu.name.begin(), gpu.name.end(), name.begin(), name.end(),
+                                 [](char a, char b) { return a == (b >= 'a' && b <= 'z' ? b - 'a' + 'A' : b); });
+    if (same && group.count >= 1 && group.count <= 1024) {
+      group.gpu = gpu;
+      return group;
+    }
+    names += StrCat(names.empty() ? "" : ", ", gpu.name);
+  }
+  return Status(Code::kInvalidArgument,
+                StrCat("\"", text, "\" is not a number of GPUs and their kind, such as 8xH200; known are ", names));
+}
+
+StepCost DeriveStepCost(const ModelConfig& c, const Gpu& gpu, int ranks) {
+  const Shard shard = Shard::Make(c, 0, ranks).value();
+  const double parameters = MatrixParameters(c) / ranks;
+  const double all_reduces = ranks > 1 ? 2.0 * static_cast<double>(c.layers) : 0;
+  const double message = static_cast<double>(c.hidden) * SizeOf(DType::kBF16);
+  StepCost cost;
+  cost.step_us = kStepUs + all_reduces * kAllReduceUs;
+  cost.weights_us = parameters * SizeOf(DType::kBF16) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6;
+  cost.token_us = 2 * parameters / kGemmFlops * 1e6 + all_reduces * message / kAllReduceBytesPerSecond * 1e6;
+  cost.sequence_us = kSequenceUs;
+  cost.kv_token_us = static_cast<double>(KvBytesPerToken(c, shard)) / (kKvEfficiency * gpu.bytes_per_second) * 1e6;
+  cost.attention_us = 4.0 * static_cast<double>(c.layers * c.q_size()) / ranks / kAttentionFlops * 1e6;
+  return cost;
+}
+
+Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& demand, const ServingLimits& limits) {
+  Capacity plan;
+  plan.gpus = gpus.count;
+  plan.memory_bytes = static_cast<uint64_t>(gpus.gpu.memory_bytes);
+  plan.usable_bytes = static_cast<uint64_t>(gpus.gpu.memory_bytes * limits.memory_fraction);
+  const auto shard = Shard::Make(c, 0, gpus.count);
+  if (!shard.ok()) {
+    plan.why_not = shard.status().message();
+    return plan;
+  }
+  plan.weight_bytes = RankWeightBytes(c, *shard, DType::kBF16);
+  const Llama::Limits step = {.max_tokens = limits.token_budget,
+                              .max_logit_rows = std::min(kLogitRows, limits.token_budget)};
+  plan.workspace_bytes = Llama::WorkspaceBytes(c, *shard, step, DType::kBF16);
+  plan.block_bytes = KvBytesPerToken(c, *shard) * static_cast<uint64_t>(limits.block_size);
+  plan.cost = DeriveStepCost(c, gpus.gpu, gpus.count);
+
+  const int64_t prompt = demand.context - demand.answer_tokens;
+  for (int64_t at = 0; at < prompt; at += limits.token_budget) {
+    const int64_t tokens = std::min(limits.token_budget, prompt - at);
+    plan.ttft += StepTime(
+        plan.cost, {.sequences = 1, .tokens = tokens, .prefill_context = at * tokens + tokens * (tokens + 1) / 2});
+  }
+  plan.itl = StepTime(plan.cost, {.sequences = demand.concurrency,
+                                  .tokens = demand.concurrency,
+                                  .decode_context = demand.concurrency * (prompt + demand.answer_tokens / 2)});
+  plan.tokens_per_second = static_cast<double>(demand.concurrency) / Seconds(plan.itl);
+
+  const uint64_t fixed = plan.weight_bytes + plan.workspace_bytes;
+  if (fixed + plan.block_bytes > plan.usable_bytes) {
+    plan.why_not =
+        StrCat("each GPU would hold ", HumanBytes(plan.weight_bytes), " of weights and ",
+               HumanBytes(plan.workspace_bytes), " of activations, and may use ", HumanBytes(plan.usable_bytes));
+    return plan;
+  }
+  const auto blocks = static_cast<int64_t>((plan.usable_bytes - fixed) / plan.block_bytes);
+  plan.kv_tokens = blocks * limits.block_size;
+  const int64_t blocks_each = (demand.context + limits.block_size - 1) / limits.block_size;
+  plan.largest_batch = std::min(blocks / blocks_each, limits.max_running);
+  plan.longest_context = std::min(blocks / demand.concurrency * limits.block_size, c.max_position);
+  if (demand.context > c.max_position) {
+    plan.why_not = StrCat("the model was made for ", c.max_position, " positions");
+  } else if (demand.concurrency > limits.max_running) {
+    plan.why_not =
+        StrCat(demand.concurrency, " requests at one time are more than --max-num-seqs ", limits.max_running);
+  } else if (plan.largest_batch < demand.concurrency) {
+    plan.why_not = StrCat("the KV cache holds ", plan.kv_tokens, " tokens, ", demand.concurrency, " requests of ",
+                          demand.context, " need ", demand.concurrency * blocks_each * limits.block_size);
+  }
+  return plan;
+}
+
+int FewestGpus(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits) {
+  for (int count : {1, 2, 4, 8, 16}) {
+    if (PlanCapacity(config, {gpu, count}, demand, limits).why_not.empty()) return count;
+  }
+  return 0;
+}
+
+}  // namespace altiplano::bench

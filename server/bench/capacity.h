@@ -1,0 +1,73 @@
+// What a model needs on GPUs and what they would give: the arithmetic of "altiplano plan". Predictions, not
+// measurements.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "server/base/status.h"
+#include "server/bench/step_cost.h"
+#include "server/model/config.h"
+
+namespace altiplano::bench {
+
+// Datasheet figures.
+struct Gpu {
+  std::string_view name;
+  double memory_bytes = 0;
+  double bytes_per_second = 0;
+};
+std::span<const Gpu> Gpus();
+
+struct GpuGroup {
+  Gpu gpu;
+  int count = 1;
+};
+// "8xH200", "H100". INVALID_ARGUMENT names what there is.
+StatusOr<GpuGroup> ParseGpus(std::string_view text);
+
+// bf16 weights and KV cache on `ranks` tensor-parallel GPUs, derived as the presets of FindMachine are (step_cost.cc).
+// The ranks must be a size that the model can be cut into.
+StepCost DeriveStepCost(const ModelConfig& config, const Gpu& gpu, int ranks);
+
+struct Demand {
+  int64_t context = 8192;       // tokens of a request, prompt and answer
+  int64_t answer_tokens = 512;  // of them
+  int64_t concurrency = 1;      // requests that run at one time
+};
+
+struct ServingLimits {
+  int64_t block_size = 64;
+  int64_t max_running = 256;
+  int64_t token_budget = 2048;
+  double memory_fraction = 0.9;  // of a GPU's memory that may be used
+};
+
+// Sizes are of one GPU.
+struct Capacity {
+  int gpus = 1;
+  std::string why_not;  // empty: the demand fits
+  uint64_t memory_bytes = 0;
+  uint64_t usable_bytes = 0;
+  uint64_t weight_bytes = 0;
+  uint64_t workspace_bytes = 0;  // activations of the largest step
+  uint64_t block_bytes = 0;
+  int64_t kv_tokens = 0;        // whole blocks; 0: not even the weights fit
+  int64_t largest_batch = 0;    // requests of the demanded context
+  int64_t longest_context = 0;  // of one request, when the demanded number of them run
+  StepCost cost;
+  // Of the demanded load, if it ran: an idle server's time to first token; the time of a decode step of all requests in
+  // the middle of their answers.
+  Duration ttft{}, itl{};
+  double tokens_per_second = 0;  // of all requests, while all decode
+};
+Capacity PlanCapacity(const ModelConfig& config, const GpuGroup& gpus, const Demand& demand,
+                      const ServingLimits& limits);
+
+// The fewest of 1, 2, 4, 8, 16 GPUs of this kind that the demand fits on; 0: none of them.
+int FewestGpus(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits);
+
+}  // namespace altiplano::bench

@@ -1,0 +1,117 @@
+#include "server/bench/capacity.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace altiplano::bench {
+namespace {
+
+using testing::HasSubstr;
+
+ModelConfig Published(std::string_view name) {
+  return PublishedModelConfig(name).value();
+}
+
+Capacity Plan(std::string_view model, std::string_view gpus, Demand demand = {}) {
+  return PlanCapacity(Published(model), ParseGpus(gpus).value(), demand, {});
+}
+
+TEST(PublishedModels, HaveTheirParameters) {
+  EXPECT_EQ(Published("1b").parameters(), 1'235'814'400u);
+  EXPECT_EQ(Published("3b").parameters(), 3'212'749'824u);
+  EXPECT_EQ(Published("8b").parameters(), 8'030'261'248u);
+  EXPECT_EQ(Published("70b").parameters(), 70'553'706'496u);
+  EXPECT_EQ(Published("405b").parameters(), 405'853'388'800u);
+  EXPECT_FALSE(PublishedModelConfig("13b").has_value());
+  for (const char* name : {"1b", "3b", "8b", "70b", "405b"}) EXPECT_TRUE(CheckModelConfig(Published(name)).ok());
+}
+
+TEST(ParseGpus, NumberAndKind) {
+  EXPECT_EQ(ParseGpus("8xH200")->count, 8);
+  EXPECT_EQ(ParseGpus("8xh200")->gpu.name, "H200");
+  EXPECT_EQ(ParseGpus("H100")->count, 1);
+  for (const char* bad : {"", "8x", "0xH100", "-1xH100", "xH100", "8xB200", "8H200", "99999xH100"}) {
+    EXPECT_THAT(ParseGpus(bad).status().message(), HasSubstr("H100, H200")) << bad;
+  }
+}
+
+// The presets were computed apart from this code.
+TEST(StepCost, EqualsThePresets) {
+  auto near = [](double a, double b) { EXPECT_NEAR(a, b, 0.002 * b); };
+  for (const char* gpu : {"h100", "h200"}) {
+    const StepCost derived = DeriveStepCost(Published("8b"), ParseGpus(gpu)->gpu, 1);
+    const StepCost preset = FindMachine(std::string("8b-") + gpu)->cost;
+    near(derived.step_us, preset.step_us);
+    near(derived.weights_us, preset.weights_us);
+    near(derived.token_us, preset.token_us);
+    near(derived.kv_token_us, preset.kv_token_us);
+    near(derived.attention_us, preset.attention_us);
+  }
+  // Those of 8 GPUs have FP8 weights: other terms are the same.
+  for (const char* model : {"70b", "405b"}) {
+    const StepCost derived = DeriveStepCost(Published(model), ParseGpus("H200")->gpu, 8);
+    const StepCost preset = FindMachine(std::string(model) + "-8xh200")->cost;
+    near(derived.step_us, preset.step_us);
+    near(derived.kv_token_us, preset.kv_token_us);
+    near(derived.attention_us, preset.attention_us);
+  }
+}
+
+TEST(Plan, SizesOfAGpu) {
+  const Capacity plan = Plan("405b", "8xH200");
+  EXPECT_EQ(plan.why_not, "");
+  EXPECT_NEAR(static_cast<double>(plan.weight_bytes), 101.5e9, 0.1e9);
+  EXPECT_EQ(plan.block_bytes, 64u * 64'512u);
+  // The memory is spent to less than a block.
+  const uint64_t blocks = static_cast<uint64_t>(plan.kv_tokens) / 64;
+  const uint64_t spent = plan.weight_bytes + plan.workspace_bytes + blocks * plan.block_bytes;
+  EXPECT_LE(spent, plan.usable_bytes);
+  EXPECT_GT(spent + plan.block_bytes, plan.usable_bytes);
+}
+
+TEST(Plan, WhatDoesNotFitSaysWhy) {
+  const Capacity weights = Plan("405b", "8xH100");
+  EXPECT_THAT(weights.why_not, HasSubstr("of weights"));
+  EXPECT_EQ(weights.kv_tokens, 0);
+  EXPECT_THAT(Plan("8b", "3xH100").why_not, HasSubstr("3 ranks"));
+  EXPECT_THAT(Plan("8b", "H100", {.context = 200'000}).why_not, HasSubstr("131072 positions"));
+  EXPECT_THAT(Plan("8b", "H100", {.context = 1024, .concurrency = 300}).why_not, HasSubstr("--max-num-seqs 256"));
+
+  const Demand crowd = {.context = 32'768, .concurrency = 100};
+  const Capacity kv = Plan("8b", "H100", crowd);
+  EXPECT_THAT(kv.why_not, HasSubstr("KV cache"));
+  // What it says would fit does, and no more than that.
+  Demand less = crowd;
+  less.concurrency = kv.largest_batch;
+  EXPECT_EQ(Plan("8b", "H100", less).why_not, "");
+  ++less.concurrency;
+  EXPECT_NE(Plan("8b", "H100", less).why_not, "");
+  less = crowd;
+  less.context = kv.longest_context;
+  EXPECT_EQ(Plan("8b", "H100", less).why_not, "");
+  ++less.context;
+  EXPECT_NE(Plan("8b", "H100", less).why_not, "");
+}
+
+TEST(Plan, FewestGpus) {
+  const Gpu h100 = ParseGpus("H100")->gpu, h200 = ParseGpus("H200")->gpu;
+  EXPECT_EQ(FewestGpus(Published("8b"), h100, {}, {}), 1);
+  EXPECT_EQ(FewestGpus(Published("70b"), h200, {}, {}), 2);
+  EXPECT_EQ(FewestGpus(Published("405b"), h200, {}, {}), 8);
+  EXPECT_EQ(FewestGpus(Published("8b"), h100, {.context = 131'072, .concurrency = 4096}, {}), 0);
+}
+
+TEST(Plan, TimesAddUp) {
+  const Demand demand = {.context = 5000, .answer_tokens = 1000, .concurrency = 16};
+  const Capacity plan = Plan("70b", "8xH200", demand);
+  // 4,000 prompt tokens in steps of 2,048.
+  const Duration first = StepTime(plan.cost, {.sequences = 1, .tokens = 2048, .prefill_context = 2048 * 2049 / 2});
+  const Duration second =
+      StepTime(plan.cost, {.sequences = 1, .tokens = 1952, .prefill_context = 4000 * 4001 / 2 - 2048 * 2049 / 2});
+  EXPECT_EQ(plan.ttft, first + second);
+  EXPECT_EQ(plan.itl, StepTime(plan.cost, {.sequences = 16, .tokens = 16, .decode_context = 16 * 4500}));
+  EXPECT_NEAR(plan.tokens_per_second, 16 / Seconds(plan.itl), 1e-6);
+}
+
+}  // namespace
+}  // namespace altiplano::bench
