@@ -1,4 +1,5 @@
 #include "server/model/config.h"
+
 #include <algorithm>
 #include <cmath>
 #include <iterator>
