@@ -51,7 +51,7 @@ class Simulation {
       Deliver();
     }
     report_.duration = last_end_ - kBegin;
-    totals_.preemptions = scheduler_->load().preemptions;
+    totals_.load = scheduler_->load();
     return totals_;
   }
 

@@ -7,8 +7,8 @@
 #include "server/base/status.h"
 #include "server/bench/dataset.h"
 #include "server/bench/report.h"
-#include "server/bench/step_cost.h"
 #include "server/scheduler/scheduler.h"
+#include "server/scheduler/step_cost.h"
 
 namespace altiplano::bench {
 
@@ -25,8 +25,8 @@ struct SimulationTotals {
   Duration longest_step{};
   uint64_t sequences = 0;  // of all steps together
   uint64_t tokens = 0;
-  int32_t peak_blocks = 0;   // held at one time
-  uint64_t preemptions = 0;  // of requests that failed as well
+  int32_t peak_blocks = 0;  // held at one time
+  SchedulerLoad load;       // at the end
 };
 
 // Fills report->requests and ->duration; report->max_concurrency limits what runs at one time. Steps overlap with

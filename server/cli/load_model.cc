@@ -5,6 +5,7 @@
 #include "kernels/cpu/cpu_features.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
+#include "server/bench/machine.h"
 #include "server/cli/units.h"
 #include "server/engine/fault_drill.h"
 #include "server/engine/local_executor.h"
@@ -88,6 +89,10 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
 
 StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
   RETURN_IF_ERROR(ChooseDevice(config.model()));
+  bench::Machine machine;
+  if (!config.scheduler().step_cost().empty()) {
+    ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
+  }
   LoadedModel model;
   ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
   ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
@@ -100,6 +105,8 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   EngineOptions options;
   options.scheduler = executor->scheduler_options();
   options.scheduler.prefix_cache = config.kv().prefix_cache();
+  options.scheduler.max_itl = ParseDuration(config.scheduler().max_itl()).value();
+  options.scheduler.step_cost = machine.cost;
   options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
   options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();

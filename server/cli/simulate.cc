@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "server/base/strings.h"
+#include "server/bench/machine.h"
 #include "server/bench/simulation.h"
 #include "server/cli/command.h"
 #include "server/cli/config.h"
@@ -11,9 +12,9 @@ namespace altiplano::cli {
 
 namespace {
 
-constexpr std::string_view kSchedulerFlags[] = {"block-size",          "enable-prefix-caching",
-                                                "max-num-seqs",        "max-num-batched-tokens",
-                                                "max-queued-requests", "max-queued-tokens"};
+constexpr std::string_view kSchedulerFlags[] = {
+    "block-size",          "enable-prefix-caching", "max-num-seqs", "max-num-batched-tokens",
+    "max-queued-requests", "max-queued-tokens",     "max-itl"};
 
 StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const bench::Machine& machine) {
   bench::SimulationOptions options;
@@ -28,6 +29,8 @@ StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const ben
   scheduler.prefix_cache = flags.boolean("enable-prefix-caching");
   options.max_queued_requests = static_cast<int32_t>(flags.count("max-queued-requests"));
   options.max_queued_tokens = flags.count("max-queued-tokens");
+  scheduler.max_itl = flags.duration("max-itl");
+  scheduler.step_cost = machine.cost;
   RETURN_IF_ERROR(Scheduler::Create(scheduler).status());
   return options;
 }
@@ -57,6 +60,11 @@ int Run(const ParsedFlags& flags) {
                  {"Tokens in a step:", static_cast<double>(totals->tokens) / steps},
                  {"Time in steps (%):", 100 * Seconds(totals->busy) / seconds},
                  {"KV blocks held at most (%):", 100.0 * totals->peak_blocks / scheduler.num_blocks}};
+  if (scheduler.max_itl > Duration(0)) {
+    report.rows.insert(report.rows.end(),
+                       {{"Tokens later than max-itl:", static_cast<double>(totals->load.late_tokens)},
+                        {"Latest by (ms):", Seconds(totals->load.late_most) * 1e3}});
+  }
   report.notes.push_back(StrCat("simulated with step cost ", machine->name, " (", machine->description,
                                 "); no network, no text, no gRPC"));
   return PrintReport(kName, flags, report,
@@ -69,6 +77,9 @@ int Run(const ParsedFlags& flags) {
                       {"mean_step_sequences", static_cast<double>(totals->sequences) / steps},
                       {"mean_step_tokens", static_cast<double>(totals->tokens) / steps},
                       {"busy_percent", 100 * Seconds(totals->busy) / seconds},
+                      {"late_tokens", totals->load.late_tokens},
+                      {"late_total_ms", Seconds(totals->load.late_total) * 1e3},
+                      {"late_most_ms", Seconds(totals->load.late_most) * 1e3},
                       {"peak_kv_percent", 100.0 * totals->peak_blocks / scheduler.num_blocks}});
 }
 

@@ -27,6 +27,9 @@ void FillLoad(const FrontendState& state, const Engine& engine, v1::Load* out) {
   out->set_steps(load.scheduler.steps);
   out->set_tokens_per_second(load.tokens_per_second);
   out->set_draining(load.draining || !state.accepting());
+  out->set_late_tokens(load.scheduler.late_tokens);
+  *out->mutable_late_total() = DurationToProto(load.scheduler.late_total);
+  *out->mutable_late_most() = DurationToProto(load.scheduler.late_most);
 }
 
 Status CancelledByAdmin(const std::string& reason) {

@@ -42,6 +42,7 @@ struct Sequence {
   int32_t computed = 0;
   uint64_t last_step = 0;  // the last step that it is part of; 0: none
   std::vector<TokenId> generated;
+  TimePoint last_token_at{};  // once something has been generated
   std::vector<BlockId> blocks;
   int32_t published = 0;          // leading blocks that have been offered to the prefix cache (or came from it)
   std::vector<BlockHash> hashes;  // of its full blocks that reach behind the prompt, in order, as far as needed

@@ -26,6 +26,14 @@ Status CheckOptions(const SchedulerOptions& options) {
   if (options.max_context < 2) {
     return invalid("max_context is ", options.max_context, ", must hold a prompt token and an answer token at least");
   }
+  const Duration least = StepTime(options.step_cost, {.sequences = 1, .tokens = 1, .decode_context = 1});
+  if (options.max_itl < Duration(0)) return invalid("max_itl is negative");
+  if (options.max_itl > Duration(0) && least == Duration(0))
+    return invalid("max_itl needs a step_cost to predict with");
+  if (options.max_itl > Duration(0) && options.max_itl < least) {
+    return invalid("max_itl is ", Seconds(options.max_itl) * 1e3, " ms, but by step_cost a step of one token takes ",
+                   Seconds(least) * 1e3, " ms");
+  }
   if (options.num_blocks * block_size < 2) {
     return invalid("a pool of one block of one token holds no request: raise num_blocks or block_size");
   }
@@ -334,6 +342,9 @@ SchedulerLoad Scheduler::Impl::load() const {
   load.prompt_tokens = prompt_tokens_;
   load.cached_tokens = cached_tokens_;
   load.generated_tokens = generated_tokens_;
+  load.late_tokens = late_tokens_;
+  load.late_total = late_total_;
+  load.late_most = late_most_;
   return load;
 }
 

@@ -11,6 +11,7 @@
 #include "server/base/clock.h"
 #include "server/base/status.h"
 #include "server/scheduler/request.h"
+#include "server/scheduler/step_cost.h"
 #include "server/scheduler/step_plan.h"
 
 namespace altiplano {
@@ -23,6 +24,9 @@ struct SchedulerOptions {
   int32_t max_context = 0;      // prompt and answer together
   bool prefix_cache = true;
   std::vector<TokenId> eos_ids;
+  // While answers are being streamed, prompts get no more of a step than keeps it within max_itl by step_cost.
+  Duration max_itl{};  // zero: no ceiling
+  StepCost step_cost;
 };
 
 struct SchedulerLoad {
@@ -37,6 +41,9 @@ struct SchedulerLoad {
   uint64_t prompt_tokens = 0;  // of admitted requests
   uint64_t cached_tokens = 0;  // of these, found in the prefix cache
   uint64_t generated_tokens = 0;
+  // Tokens that came later after the one before them than max_itl, and by how much.
+  uint64_t late_tokens = 0;
+  Duration late_total{}, late_most{};
 };
 
 class Scheduler {

@@ -71,6 +71,7 @@ void Scheduler::Impl::AppendToken(const Call& call, Sequence* sequence, const To
   sequence->generated.push_back(score.token);
   ++generated_tokens_;
   if (!request.first_token_at) request.first_token_at = call.now;
+  CountLateness(call, sequence);
 
   Event& event = call.events->emplace_back();
   event.kind = Event::Kind::kToken;
@@ -80,6 +81,15 @@ void Scheduler::Impl::AppendToken(const Call& call, Sequence* sequence, const To
   event.finish = finish;
   if (finish == FinishReason::kEos || finish == FinishReason::kStop) event.stop_token = score.token;
   if (finish != FinishReason::kNone) EndSequence(call, sequence);
+}
+
+void Scheduler::Impl::CountLateness(const Call& call, Sequence* sequence) {
+  const Duration late = call.now - sequence->last_token_at - options_.max_itl;
+  sequence->last_token_at = call.now;
+  if (options_.max_itl == Duration(0) || sequence->generated.size() == 1 || late <= Duration(0)) return;
+  ++late_tokens_;
+  late_total_ += late;
+  late_most_ = std::max(late_most_, late);
 }
 
 // Why the sequence ends with this token, which is not appended yet.

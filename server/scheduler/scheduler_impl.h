@@ -71,6 +71,7 @@ class Scheduler::Impl {
   bool TryAdmit(Sequence* sequence, const Call& call);
   void ReserveAnswer(Sequence* sequence);
   int32_t Headroom() const;
+  int32_t PrefillRoom(int32_t first_position) const;
   void MatchPrefix(Sequence* sequence, std::vector<BlockId>* blocks);
   bool Grow(Sequence* sequence);
   bool GiveUpSomething(const Sequence* wanting);
@@ -86,6 +87,7 @@ class Scheduler::Impl {
                 const std::vector<TokenScore>* prompt_scores);
   bool DeliverPromptScores(const Call& call, LiveRequest& request, const std::vector<TokenScore>& scores);
   void AppendToken(const Call& call, Sequence* sequence, const TokenScore& score);
+  void CountLateness(const Call& call, Sequence* sequence);
   FinishReason StopReason(const Sequence& sequence, TokenId token) const;
   void Publish(Sequence* sequence);
   void ShareWithSiblings(Sequence* leader);
@@ -126,9 +128,14 @@ class Scheduler::Impl {
 
   uint64_t step_ = 0;  // of the last plan
   uint64_t arrivals_ = 0;
-  int32_t budget_left_ = 0;  // of the plan being made
-  int32_t shortage_ = 0;     // blocks that sequences of the plan being made went without
-  bool pressed_ = false;     // a running sequence found no block at once in the plan being made
+  // Of the plan being made:
+  int32_t budget_left_ = 0;
+  StepWork work_;
+  int32_t streams_ = 0;   // answers that wait for a token of this step
+  int32_t prefills_ = 0;  // the other sequences
+  int32_t shortage_ = 0;  // blocks that sequences went without
+  bool pressed_ = false;  // a running sequence found no block at once
+
   // The head of the queue did not fit: it is tried again when that many blocks are available, or some steps later,
   // since what it may share with the prefix cache changes. Saves matching its whole prompt in every step.
   const Sequence* blocked_ = nullptr;
@@ -141,7 +148,8 @@ class Scheduler::Impl {
   // Load.
   int32_t waiting_requests_ = 0;
   int64_t waiting_tokens_ = 0;
-  uint64_t preemptions_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, generated_tokens_ = 0;
+  uint64_t preemptions_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, generated_tokens_ = 0, late_tokens_ = 0;
+  Duration late_total_{}, late_most_{};
 
   std::vector<BlockId> match_;          // scratch of TryAdmit
   std::vector<Sequence*> first_;        // scratch of PlanDecodes

@@ -22,6 +22,8 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   InFlight& in_flight = in_flight_.emplace_back(std::move(spare_in_flight_));
   in_flight.step = step_;
   budget_left_ = options_.token_budget;
+  work_ = {};
+  streams_ = prefills_ = 0;
   shortage_ = 0;
   pressed_ = false;
   std::shared_ptr<StepPlan> plan = plans_.Get();
@@ -70,9 +72,35 @@ void Scheduler::Impl::PlanDecode(StepPlan* plan, Sequence* sequence) {
 
 void Scheduler::Impl::PlanPrefills(StepPlan* plan) {
   for (Sequence* sequence : running_) {
-    if (budget_left_ == 0) return;
-    if (sequence->remaining() > 1) AppendChunk(plan, sequence, budget_left_);
+    if (sequence->remaining() <= 1) continue;
+    const int32_t room = PrefillRoom(sequence->scheduled);
+    if (room == 0) {
+      budget_left_ = 0;  // nor for what waits
+      return;
+    }
+    AppendChunk(plan, sequence, room);
   }
+}
+
+// Tokens of a prompt, from `first_position` on, that this step may still take. Under a ceiling the first prompt in
+// order gets a block's worth in any case: it must not wait for the streams' ends.
+int32_t Scheduler::Impl::PrefillRoom(int32_t first_position) const {
+  if (options_.max_itl == Duration(0) || streams_ == 0) return budget_left_;
+  auto fits = [&](int32_t tokens) {
+    StepWork work = work_;
+    work.Add(first_position, tokens);
+    return StepTime(options_.step_cost, work) <= options_.max_itl;
+  };
+  int32_t room = 0;
+  for (int32_t above = budget_left_; room < above;) {
+    const int32_t middle = room + (above - room + 1) / 2;
+    if (fits(middle)) {
+      room = middle;
+    } else {
+      above = middle - 1;
+    }
+  }
+  return prefills_ > 0 ? room : std::max(room, std::min(options_.block_size, budget_left_));
 }
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -146,11 +174,12 @@ void Scheduler::Impl::Preempt(Sequence* victim) {
 // --- Admission -------------------------------------------------------------------------------------------------------
 
 void Scheduler::Impl::AdmitWaiting(StepPlan* plan, const Call& call) {
-  while (!waiting_.empty() && !free_slots_.empty() && budget_left_ > 0) {
+  while (!waiting_.empty() && !free_slots_.empty() && PrefillRoom(0) > 0) {
     Sequence* sequence = *waiting_.begin();
     // Strictly in order: nobody overtakes the head, or a large request would wait for ever.
     if (!TryAdmit(sequence, call)) return;
-    AppendChunk(plan, sequence, budget_left_);
+    // Behind a prefix that was found there may be less room than PrefillRoom(0) said; it is in the step all the same.
+    AppendChunk(plan, sequence, std::max(1, PrefillRoom(sequence->scheduled)));
   }
 }
 
@@ -288,6 +317,8 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
   planned.ban_stops = planned.sample && generated < request.stop().min_new_tokens;
   const bool decode = tokens == 1 && planned.sample && generated > 0;
   if (!decode) plan->num_prefill_tokens += tokens;
+  ++(decode ? streams_ : prefills_);
+  work_.Add(planned.first_position, tokens);
 
   sequence->scheduled = end;
   if (planned.sample) ++sequence->pending;

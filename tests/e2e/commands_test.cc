@@ -238,6 +238,17 @@ TEST(Offline, BenchLoadsTheEngineWithADataset) {
   EXPECT_EQ(both.code, 64);
 }
 
+TEST(Offline, ACeilingOnItlNeedsACost) {
+  std::vector<std::string> arguments = {"bench", "offline",     "--model", kTiny,       "--streams",
+                                        "2",     "--kv-memory", "16MiB",   "--max-itl", "1s"};
+  Finished without = RunToEnd(arguments);
+  EXPECT_EQ(without.code, 65);
+  EXPECT_THAT(without.err, HasSubstr("max_itl needs a step_cost"));
+  for (const char* more : {"--step-cost", ALTIPLANO_SOURCE_DIR "/config/step_cost.json"}) arguments.push_back(more);
+  Finished with = RunToEnd(arguments);
+  EXPECT_EQ(with.code, 0) << with.err;
+}
+
 TEST(Offline, BenchMeasuresEachNumberOfStreams) {
   Finished bench = RunToEnd({"bench", "offline", "--model", kTiny, "--streams", "1,3", "--input-len", "20",
                              "--output-len", "12", "--kv-memory", "16MiB", "--json"});

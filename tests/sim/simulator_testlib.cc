@@ -83,6 +83,10 @@ void Simulator::MakeOptions() {
   lockstep_rate_ = sometimes(0.5, 0.3);
   deadline_rate_ = sometimes(0.3, 0.4);
   step_milliseconds_ = random_.Between(1, 10);
+  if (random_.Chance(0.3)) {  // the sums need not be true: a ceiling must never keep anybody from progress
+    options_.step_cost = {.step_us = 500, .token_us = 100.0 * random_.Below(20), .kv_token_us = 10, .attention_us = 5};
+    options_.max_itl = milliseconds(random_.Between(3, 20));
+  }
 }
 
 std::shared_ptr<Request> Simulator::MakeRequest(RequestKey key) {

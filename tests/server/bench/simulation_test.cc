@@ -117,12 +117,31 @@ TEST(Simulation, TooFewBlocksPreemptAndEveryoneStillEnds) {
   options.scheduler.prefix_cache = false;
   BenchReport report;
   SimulationTotals totals = *Simulate(Random(12, 20, 150), std::vector<Duration>(12), options, &report);
-  EXPECT_GT(totals.preemptions, 0u);
+  EXPECT_GT(totals.load.preemptions, 0u);
   EXPECT_LE(totals.peak_blocks, 20);
   for (const RequestRecord& request : report.requests) {
     EXPECT_TRUE(request.ok);
     EXPECT_EQ(request.output_tokens, 150u);
   }
+}
+
+TEST(Simulation, ACeilingTradesTimeToFirstTokenForSteadyStreams) {
+  SimulationOptions options = TenMillisecondSteps();
+  options.scheduler.num_blocks = 10000;
+  options.scheduler.token_budget = 1000;
+  options.cost = {
+      .step_us = 1000, .weights_us = 0, .token_us = 100, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
+  options.scheduler.step_cost = options.cost;
+  Dataset dataset = Random(20, 500, 50);
+  std::vector<Duration> arrivals = *MakeArrivals({.kind = ArrivalOptions::Kind::kRate, .rate = 5, .seed = 1}, dataset);
+  BenchReport free, bound;
+  ASSERT_TRUE(Simulate(dataset, arrivals, options, &free).ok());
+  options.scheduler.max_itl = milliseconds(10);
+  SimulationTotals totals = *Simulate(dataset, arrivals, options, &bound);
+  EXPECT_GT(free.ToJson()["max_itl_ms"], 50) << "a prompt of 500 tokens holds everybody up";
+  EXPECT_LE(bound.ToJson()["max_itl_ms"], 10);
+  EXPECT_EQ(totals.load.late_tokens, 0u) << "the formula is the truth here";
+  EXPECT_GT(bound.ToJson()["mean_ttft_ms"], free.ToJson()["mean_ttft_ms"]);
 }
 
 TEST(Simulation, TheSameArgumentsGiveTheSameTable) {

@@ -33,6 +33,10 @@ TEST(SchedulerOptions, ContradictionsAreRefusedByName) {
   EXPECT_THAT(refusal([](auto& o) { o.token_budget = 0; }), HasSubstr("token_budget is 0"));
   EXPECT_THAT(refusal([](auto& o) { o.max_context = 1; }), HasSubstr("max_context is 1"));
   EXPECT_THAT(refusal([](auto& o) { o.num_blocks = o.block_size = 1; }), HasSubstr("one block of one token"));
+  EXPECT_THAT(refusal([](auto& o) { o.max_itl = -milliseconds(1); }), HasSubstr("max_itl is negative"));
+  EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1); }), HasSubstr("needs a step_cost"));
+  EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1), o.step_cost.step_us = 1500; }),
+              HasSubstr("max_itl is 1 ms, but by step_cost a step of one token takes 1.5 ms"));
 }
 
 TEST(SchedulerOptions, ServableIsBoundedByContextAndByThePool) {
@@ -212,6 +216,86 @@ TEST(Scheduler, ABlockedHeadIsAdmittedOnceThePrefixCacheHoldsEnoughOfIt) {
   while (plan->sequences.size() == 1) ASSERT_LE((plan = driver.Step())->step, 9u);
   EXPECT_EQ(plan->step, 9u);  // tried again after eight steps, and not in each of them
   EXPECT_EQ(driver.CachedTokensOf(2), 16u);
+}
+
+// --- The ceiling on inter-token latency ------------------------------------------------------------------------------
+
+SchedulerOptions CeilingOptions(Duration max_itl) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 200;
+  options.max_context = 400;
+  options.token_budget = 64;
+  options.prefix_cache = false;
+  options.max_itl = max_itl;
+  options.step_cost.step_us = 1000;
+  options.step_cost.token_us = 1000;  // a millisecond, and one more for each token
+  return options;
+}
+
+TEST(Ceiling, PromptsGetWhatKeepsTheStepUnderItWhileAnswersAreStreamed) {
+  Driver driver(CeilingOptions(milliseconds(12)));
+  driver->Add(1, MakeRequest(40, 50));
+  auto plan = driver.Step();
+  EXPECT_EQ(plan->tokens.size(), 40u);  // nobody is waiting for a token yet
+  driver->Add(2, MakeRequest(100, 5));
+  driver->Add(3, MakeRequest(100, 5));
+  plan = driver.Step();
+  ASSERT_EQ(plan->sequences.size(), 2u);  // and no room is left for 3
+  EXPECT_EQ(plan->sequences[0].request, 1u);
+  EXPECT_EQ(plan->sequences[1].num_tokens, 10);  // 1 + 1 + 10 ms
+  while (driver.TokensOf(3).empty()) {
+    plan = driver.Step();
+    EXPECT_LE(StepTime(CeilingOptions({}).step_cost, WorkOf(*plan)), milliseconds(12));
+    EXPECT_EQ(plan->tokens.size(), 11u) << "and no less than that";
+    if (driver.TokensOf(3).size() + driver.TokensOf(2).size() > 0) break;
+  }
+  driver.RunAll();
+  for (RequestKey key = 1; key <= 3; ++key) EXPECT_EQ(driver.FinishOf(key), FinishReason::kLength);
+}
+
+TEST(Ceiling, AttentionToALongContextShrinksTheChunk) {
+  SchedulerOptions options = CeilingOptions(milliseconds(12));
+  options.step_cost.attention_us = 20;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(2, 100));
+  driver.Step();
+  driver->Add(2, MakeRequest(200, 5));
+  std::vector<int32_t> chunks;
+  while (driver.TokensOf(2).empty()) {
+    auto plan = driver.Step();
+    ASSERT_EQ(plan->sequences.size(), 2u);
+    chunks.push_back(plan->sequences[1].num_tokens);
+  }
+  EXPECT_GT(chunks.front(), chunks[chunks.size() - 2]);
+}
+
+TEST(Ceiling, TheFirstPromptGetsABlockInAnyCase) {
+  Driver driver(CeilingOptions(milliseconds(4)));
+  for (RequestKey key = 1; key <= 5; ++key) driver->Add(key, MakeRequest(2, 50));
+  driver.Step();
+  driver->Add(6, MakeRequest(9, 5));
+  driver->Add(7, MakeRequest(9, 5));
+  std::vector<int32_t> chunks;
+  while (driver.TokensOf(6).empty()) {
+    auto plan = driver.Step();  // the decodes alone take 6 ms
+    ASSERT_EQ(plan->sequences.size(), 6u) << "nobody but the first prompt";
+    chunks.push_back(plan->sequences[5].num_tokens);
+  }
+  EXPECT_THAT(chunks, ElementsAre(4, 4, 1));
+}
+
+TEST(Ceiling, LateTokensAreCountedWithHowLateTheyWere) {
+  Driver driver(CeilingOptions(milliseconds(12)));
+  driver->Add(1, MakeRequest(2, 4));
+  for (int ms : {100, 12, 15, 22}) {  // a first token is never late
+    driver.Plan();
+    driver.now += milliseconds(ms);
+    driver.Apply();
+  }
+  EXPECT_TRUE(driver.Ended(1));
+  EXPECT_EQ(driver->load().late_tokens, 2u);
+  EXPECT_EQ(driver->load().late_total, milliseconds(3 + 10));
+  EXPECT_EQ(driver->load().late_most, milliseconds(10));
 }
 
 // --- Ends ------------------------------------------------------------------------------------------------------------

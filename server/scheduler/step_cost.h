@@ -1,24 +1,22 @@
-// What one step of the engine costs, as a formula: for simulations, and for whoever plans by predicted time.
+// What one step of the engine costs, as a formula: for the ceiling on inter-token latency, and for simulations.
 #pragma once
 
 #include <cstdint>
-#include <span>
-#include <string>
-#include <string_view>
-#include <vector>
 
 #include "server/base/clock.h"
-#include "server/base/status.h"
 #include "server/scheduler/step_plan.h"
 
-namespace altiplano::bench {
+namespace altiplano {
 
 // The work of a step that its time depends on.
 struct StepWork {
   int64_t sequences = 0;
   int64_t tokens = 0;
-  int64_t decode_context = 0;   // tokens that the decodes look back at, all of them together
-  int64_t prefill_context = 0;  // the same of all tokens of prompts under way
+  int64_t decode_context = 0;   // tokens that sequences with one token look back at, all of them together
+  int64_t prefill_context = 0;  // the same for each token of the other sequences
+
+  // One sequence's part: `count` tokens from position `first` on.
+  void Add(int64_t first, int64_t count);
 };
 StepWork WorkOf(const StepPlan& plan);
 
@@ -36,19 +34,4 @@ struct StepCost {
 };
 Duration StepTime(const StepCost& cost, const StepWork& work);
 
-// A model on a machine.
-struct Machine {
-  std::string name;
-  std::string description;  // where the numbers come from
-  int64_t kv_tokens = 0;    // that fit beside the weights
-  StepCost cost;
-};
-std::span<const Machine> MachinePresets();
-
-// A file such as config/step_cost.json: every field of StepCost, kv_tokens and description, nothing else.
-StatusOr<Machine> ParseMachine(std::string_view json);
-
-// A preset by name, else the file of that path. NOT_FOUND names the presets.
-StatusOr<Machine> FindMachine(const std::string& name_or_path);
-
-}  // namespace altiplano::bench
+}  // namespace altiplano

@@ -1,8 +1,7 @@
-#include "server/bench/step_cost.h"
+#include "server/bench/machine.h"
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
@@ -49,29 +48,6 @@ Status Invalid(std::string message) {
 }
 
 }  // namespace
-
-StepWork WorkOf(const StepPlan& plan) {
-  StepWork work;
-  work.sequences = static_cast<int64_t>(plan.sequences.size());
-  for (const PlannedSequence& planned : plan.sequences) {
-    const int64_t first = planned.first_position, count = planned.num_tokens;
-    work.tokens += count;
-    if (count == 1) {
-      work.decode_context += first + 1;
-    } else {
-      work.prefill_context += first * count + count * (count + 1) / 2;  // the token at position p looks at p + 1
-    }
-  }
-  return work;
-}
-
-Duration StepTime(const StepCost& cost, const StepWork& work) {
-  const double us = cost.step_us + std::max(cost.weights_us, static_cast<double>(work.tokens) * cost.token_us) +
-                    static_cast<double>(work.sequences) * cost.sequence_us +
-                    static_cast<double>(work.decode_context) * cost.kv_token_us +
-                    static_cast<double>(work.prefill_context) * cost.attention_us;
-  return Duration(std::llround(us * 1e3));
-}
 
 std::span<const Machine> MachinePresets() {
   return Presets();

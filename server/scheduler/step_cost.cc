@@ -1,0 +1,32 @@
+#include "server/scheduler/step_cost.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace altiplano {
+
+void StepWork::Add(int64_t first, int64_t count) {
+  ++sequences;
+  tokens += count;
+  if (count == 1) {
+    decode_context += first + 1;
+  } else {
+    prefill_context += first * count + count * (count + 1) / 2;  // the token at position p looks at p + 1
+  }
+}
+
+StepWork WorkOf(const StepPlan& plan) {
+  StepWork work;
+  for (const PlannedSequence& planned : plan.sequences) work.Add(planned.first_position, planned.num_tokens);
+  return work;
+}
+
+Duration StepTime(const StepCost& cost, const StepWork& work) {
+  const double us = cost.step_us + std::max(cost.weights_us, static_cast<double>(work.tokens) * cost.token_us) +
+                    static_cast<double>(work.sequences) * cost.sequence_us +
+                    static_cast<double>(work.decode_context) * cost.kv_token_us +
+                    static_cast<double>(work.prefill_context) * cost.attention_us;
+  return Duration(std::llround(us * 1e3));
+}
+
+}  // namespace altiplano
