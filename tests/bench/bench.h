@@ -79,7 +79,8 @@ class Report {
   double start_stolen_ = 0;   // CPU seconds that the hypervisor gave to others
 };
 
-double Now();  // seconds, monotonic
+double Now();            // seconds, monotonic
+double ThreadSeconds();  // CPU time of the calling thread
 
 // Seconds that all threads of this process have together been ready to run while others had the cores; 0 where the
 // kernel does not tell.

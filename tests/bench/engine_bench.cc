@@ -7,7 +7,6 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -34,12 +33,6 @@ struct Step {
   double period = 0;      // seconds since the step before ended; 0: there was none
   double engine_cpu = 0;  // seconds that the engine's thread computed meanwhile
 };
-
-double ThreadSeconds() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
-}
 
 // Launch and Wait: engine thread. TakeSteps: any thread, while the engine is idle.
 class TimedExecutor : public Executor {

@@ -1,5 +1,5 @@
-// What the scheduler costs a step: Plan and Apply with many sequences that all decode, and the memory they ask for. The
-// executor is a loop that samples one token for each sequence.
+// What the scheduler costs a step, in CPU time: Plan and Apply with many sequences that all decode, and the memory they
+// ask for. The executor is a loop that samples one token for each sequence.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -48,7 +48,7 @@ class Driver {
   Scheduler& scheduler() { return *scheduler_; }
 
   struct Cost {
-    double plan = 0, apply = 0;  // seconds
+    double plan = 0, apply = 0;  // CPU seconds
     int64_t allocations = 0;     // in both
     size_t sequences = 0;        // in the step
     int32_t prefill_tokens = 0;
@@ -57,9 +57,9 @@ class Driver {
     Cost cost;
     events_.clear();
     const int64_t before_plan = allocations;
-    const double begin = Now();
+    const double begin = ThreadSeconds();
     std::shared_ptr<const StepPlan> next = scheduler_->Plan(now_, &events_);
-    cost.plan = Now() - begin;
+    cost.plan = ThreadSeconds() - begin;
     cost.allocations = allocations - before_plan;
     if (running_ != nullptr) {
       cost.sequences = running_->sequences.size();
@@ -70,9 +70,9 @@ class Driver {
         if (planned.sample) result_.sampled.emplace_back().token = static_cast<TokenId>(random_() % 100'000);
       }
       const int64_t before_apply = allocations;
-      const double apply = Now();
+      const double apply = ThreadSeconds();
       scheduler_->Apply(*running_, result_, now_, &events_);
-      cost.apply = Now() - apply;
+      cost.apply = ThreadSeconds() - apply;
       cost.allocations += allocations - before_apply;
     }
     running_ = std::move(next);
