@@ -16,10 +16,14 @@ function(altiplano_library name)
   endif()
 endfunction()
 
-# altiplano_test(NAME  DIR folder  DEPS ...  [LABELS slow]): every *_test.cc of the folder in one gtest program.
+# altiplano_test(NAME  DIR folder  DEPS ...  [EXCLUDE regex...]  [LABELS slow]): every *_test.cc of the folder in one gtest
+# program.
 function(altiplano_test name)
-  cmake_parse_arguments(ARG "" "DIR;TIMEOUT" "DEPS;LABELS;ENVIRONMENT" ${ARGN})
+  cmake_parse_arguments(ARG "" "DIR;TIMEOUT" "DEPS;LABELS;ENVIRONMENT;EXCLUDE" ${ARGN})
   file(GLOB sources CONFIGURE_DEPENDS ${ARG_DIR}/*_test.cc ${ARG_DIR}/*_testlib.cc)
+  foreach(pattern IN LISTS ARG_EXCLUDE)
+    list(FILTER sources EXCLUDE REGEX ${pattern})
+  endforeach()
   if(NOT sources)
     return()
   endif()

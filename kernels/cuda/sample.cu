@@ -12,6 +12,7 @@
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/sample_plan.h"
+#include "kernels/cuda/sample_weights.h"
 
 namespace altiplano::cuda {
 
@@ -19,7 +20,6 @@ namespace {
 
 constexpr int kThreads = static_cast<int>(kSampleThreads);
 constexpr int kWarps = kSampleWarps;
-constexpr float kInf = __builtin_huge_valf();
 constexpr float kLeast = 0x1p-149f;  // weighs nothing, but is above 0
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
@@ -51,28 +51,6 @@ struct SampleMemory {
   SampleResult* results;
   int vocab;
 };
-
-// ---- numbers, as kernels/cpu/math_vec.h and sample_kernels.h have them
-
-PTX_FUNCTION float Exp(float x) {
-  constexpr float kMagic = 0x1.8p23f, kLow = -87.0f, kHigh = 88.0f;
-  if (x < kLow) return 0;
-  if (x > kHigh) return kInf;
-  const float t = fmaf(x, 0x1.715476p+0f, kMagic);
-  const float n = ptx::Add(t, -kMagic);
-  float r = fmaf(-n, 0x1.62e43p-1f, x);
-  r = fmaf(n, 0x1.05c61p-29f, r);
-  float q = fmaf(0x1.6d10fep-10f, r, 0x1.120b64p-7f);
-  q = fmaf(q, r, 0x1.55551ap-5f);
-  q = fmaf(q, r, 0x1.5554dep-3f);
-  q = fmaf(q, r, 0.5f);
-  const float p = ptx::Add(fmaf(q, ptx::Multiply(r, r), r), 1.0f);
-  return ptx::FloatOfBits(ptx::BitsOfFloat(p) + (ptx::BitsOfFloat(t) << 23));
-}
-
-PTX_FUNCTION uint64_t WeightOf(float e) {
-  return ptx::RoundToInteger(static_cast<double>(e) * 0x1p40);
-}
 
 // Integers in the order of floats, 0 and -0 being one.
 PTX_FUNCTION uint32_t KeyOf(float x) {
@@ -219,7 +197,6 @@ PTX_FUNCTION Kept KeepLargest(const float* x, int n, uint64_t target) {
     __syncthreads();
     prefix |= ptx::LdShared(chosen_bin) << shift;
     above = ptx::LdShared(above_bin);
-    __syncthreads();
   }
   const float value = FloatOf(prefix);
   const uint64_t weight = kByWeight ? WeightOf(value) : 1, each = weight > 0 ? weight : 1;

@@ -60,7 +60,7 @@ TEST_F(CudaLinearTest, IsNearTheOracle) {
   for (int64_t tokens : {1, 7, 8, 9, 16, 17, 70}) {
     for (int64_t n : kColumns) {
       for (int64_t k : kDepths) {
-        if (tokens == 70 && k > 200) continue;
+        if ((tokens == 70 || kUnderTsan) && k > 200) continue;
         ExpectNearOracle({tokens, n, k}, DType::kBF16, DType::kF32, false, 0);
       }
     }
@@ -105,6 +105,7 @@ TEST_F(CudaLinearTest, ARowDoesNotDependOnTheOthers) {
   }
 }
 
+#ifndef ALTIPLANO_ON_GPU
 // The weights once, in whole sectors, and x once for each block of 16 columns.
 TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
   constexpr int64_t kN = 64, kK = 2048;
@@ -124,6 +125,7 @@ TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
     sim::CountTraffic(false);
   }
 }
+#endif
 
 TEST(CudaLinearPlan, CoversTokensAndColumns) {
   EXPECT_EQ(cuda::MmaLinearPlan(1, 6144),

@@ -81,6 +81,17 @@ MUTATIONS = [
      "CudaLinear*"),
     ("linear: one warp's sum is left out", "linear.cu", "int w = 0; w", "int w = 1; w", 0, "CudaLinear*"),
     ("linear: does not accumulate", "linear.cu", "sum += before[0];", "", 0, "CudaLinear*"),
+    ("sample: warps' sums read before the barrier", "sample.cu", SYNC, "", 0, "CudaSample*"),
+    ("sample: warps' sums written before all have read the last", "sample.cu", SYNC, "", 1, "CudaSample*"),
+    ("sample: warps' maxima read before the barrier", "sample.cu", SYNC, "", 2, "CudaSample*"),
+    ("sample: bins counted before they are empty", "sample.cu", SYNC, "", 7, "CudaSample*"),
+    ("sample: bins read before they are counted", "sample.cu", SYNC, "", 8, "CudaSample*"),
+    ("sample: the chosen bin read before the barrier", "sample.cu", SYNC, "", 9, "CudaSample*"),
+    ("sample: counts are not atomic", "sample.cu", "ptx::AddShared(&bins[key >> shift & 255],",
+     "[](auto* to, auto x) { const auto before = ptx::LdShared(to); __syncwarp(1u << threadIdx.x % 32); "
+     "ptx::StShared(to, before + x); }(&bins[key >> shift & 255],", 0, "CudaSample*"),
+    ("sample: one tie too many", "sample.cu", "last_tie + 1 : n", "last_tie + 2 : n", 0, "CudaSample*"),
+    ("sample: the higher of equal ids", "sample.cu", "b.index < a.index", "b.index > a.index", 0, "CudaSample*"),
 ]
 RACES = [
     ("attention: the state before the barrier", "paged_attention.cu", SYNC, "", 0, "CudaPagedAttention*DecodeIs*"),
@@ -92,6 +103,8 @@ RACES = [
     ("mma attention: the last state is read before the barrier", "paged_attention_mma.cu", SYNC, "", 3,
      "CudaPagedAttention*DecodeIs*"),
     ("norm: no barrier before the warps' sums are read", "rms_norm.cu", SYNC, "", 0, "CudaRowOps*RmsNormIs*"),
+    ("sample: warps' maxima written before all have read the last", "sample.cu", SYNC, "", 3, "CudaSample*Equal*"),
+    ("sample: what was found is written before all have read the last", "sample.cu", SYNC, "", 6, "CudaSample*Equal*"),
 ]
 
 

@@ -210,7 +210,9 @@ TEST_F(CudaPagedAttentionTest, DecodeIsNearTheOracle) {
   for (const Shape& s : WithDTypes({.kv_heads = 2, .group = 4, .dim = 64})) {
     const Sequences sequences = MakeSequences(s, {700});
     std::vector<Part> parts;
-    for (int64_t context : kContexts) parts.push_back({0, context - 1, context});
+    for (int64_t context : kContexts) {
+      if (!kUnderTsan || context % 16 == 1) parts.push_back({0, context - 1, context});
+    }
     const auto out = Attend(s, sequences, parts, {.gap = 4});
     for (size_t i = 0; i < parts.size(); ++i) {
       ExpectNearOracle(s, *sequences[0], *out, static_cast<int64_t>(i), parts[i].begin);
@@ -221,6 +223,7 @@ TEST_F(CudaPagedAttentionTest, DecodeIsNearTheOracle) {
 TEST_F(CudaPagedAttentionTest, IsNearTheOracleForEveryHeadSizeAndGroup) {
   for (int64_t dim : {16, 32, 33, 80, 128, 256}) {
     for (int64_t group : {1, 3, 8, 16, 20}) {
+      if (kUnderTsan && group != 3) continue;
       for (const Shape& s : WithDTypes({.group = group, .dim = dim})) {
         const Sequences sequences = MakeSequences(s, {40});
         const auto out = Attend(s, sequences, {{0, 37, 40}, {0, 0, 2}, {0, 16, 17}}, {});
@@ -319,6 +322,7 @@ TEST_F(CudaPagedAttentionTest, StandsScoresOfAnySize) {
   }
 }
 
+#ifndef ALTIPLANO_ON_GPU
 // A decode of Llama 3.1 8B's heads reads each key and value once for the whole group, in whole sectors.
 TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
   for (int64_t dim : {64, 128}) {
@@ -338,6 +342,7 @@ TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
     sim::CountTraffic(false);
   }
 }
+#endif
 
 TEST(CudaPagedAttentionPlan, SplitsOnlyWhereBlocksAreFew) {
   // Llama 3.1 8B, one sequence of up to 8192 tokens.

@@ -213,6 +213,7 @@ TEST_F(CudaRowOpsTest, AddRmsNormAddsToTheResidualFirst) {
   }
 }
 
+#ifndef ALTIPLANO_ON_GPU
 // Every byte of the operands once, in whole sectors, and no bank conflicts.
 TEST_F(CudaRowOpsTest, TrafficIsTheLeastPossible) {
   constexpr int64_t kTokens = 2, kHidden = 2048;
@@ -249,6 +250,7 @@ TEST_F(CudaRowOpsTest, TrafficIsTheLeastPossible) {
   }
   sim::CountTraffic(false);
 }
+#endif
 
 TEST(CudaRowsPlan, CoversEveryRowAndPack) {
   for (int64_t rows : {1, 7, 70000}) {
