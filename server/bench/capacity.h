@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "server/base/status.h"
-#include "server/bench/step_cost.h"
+#include "server/scheduler/step_cost.h"
 #include "server/model/config.h"
 
 namespace altiplano::bench {
@@ -29,7 +29,7 @@ struct GpuGroup {
 // "8xH200", "H100". INVALID_ARGUMENT names what there is.
 StatusOr<GpuGroup> ParseGpus(std::string_view text);
 
-// bf16 weights and KV cache on `ranks` tensor-parallel GPUs, derived as the presets of FindMachine are (step_cost.cc).
+// bf16 weights and KV cache on `ranks` tensor-parallel GPUs, derived as the presets of FindMachine are (machine.cc).
 // The ranks must be a size that the model can be cut into.
 StepCost DeriveStepCost(const ModelConfig& config, const Gpu& gpu, int ranks);
 
