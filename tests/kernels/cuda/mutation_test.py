@@ -104,7 +104,6 @@ RACES = [
      "CudaPagedAttention*DecodeIs*"),
     ("norm: no barrier before the warps' sums are read", "rms_norm.cu", SYNC, "", 0, "CudaRowOps*RmsNormIs*"),
     ("sample: warps' maxima written before all have read the last", "sample.cu", SYNC, "", 3, "CudaSample*Equal*"),
-    ("sample: what was found is written before all have read the last", "sample.cu", SYNC, "", 6, "CudaSample*Equal*"),
 ]
 
 

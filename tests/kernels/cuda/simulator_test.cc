@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/ptx.h"
 #include "kernels/cuda/sim/sim.h"
+#include "kernels/device.h"
 #include "kernels/tensor.h"
 
 namespace altiplano {
@@ -369,6 +370,45 @@ TEST(Simulator, DeviceMemoryIsCounted) {
     EXPECT_EQ(sim::LiveDeviceBytes(), before + 400);
   }
   EXPECT_EQ(sim::LiveDeviceBytes(), before);
+}
+
+// ---- the simulated GPU behind Stream::Cuda
+
+TEST(SimulatedGpu, IsNumberZeroAlone) {
+  std::string error;
+  EXPECT_EQ(Stream::Cuda(1, &error), nullptr);
+  EXPECT_EQ(error, "no simulated GPU 1, only 0");
+  const auto stream = Stream::Cuda(0, &error);
+  ASSERT_NE(stream, nullptr);
+  EXPECT_EQ(stream->device(), Device::kCuda);
+  EXPECT_EQ(Describe(*stream), "simulated GPU");
+}
+
+TEST(SimulatedGpu, HasNoMoreMemoryThanItSays) {
+  const MemoryInfo before = QueryMemory(Device::kCuda);
+  {
+    const Buffer buffer = Buffer::Allocate(Device::kCuda, 1 << 20);
+    EXPECT_EQ(QueryMemory(Device::kCuda).free_bytes, before.free_bytes - (1 << 20));
+  }
+  EXPECT_EQ(QueryMemory(Device::kCuda).free_bytes, before.free_bytes);
+  EXPECT_FALSE(Buffer::Allocate(Device::kCuda, before.free_bytes + 1));
+}
+
+TEST(SimulatedGpu, NamesCopiesOutOfBounds) {
+  std::string error;
+  const auto stream = Stream::Cuda(0, &error);
+  const Buffer buffer = Buffer::Allocate(Device::kCuda, 8);
+  char host[16] = {1, 2, 3};
+  Copy(*stream, buffer.data(), Device::kCuda, host, Device::kCpu, 8);
+  EXPECT_EQ(stream->Synchronize(), "");
+  Copy(*stream, host + 8, Device::kCpu, buffer.data(), Device::kCuda, 8);
+  EXPECT_EQ(host[10], 3);
+  Copy(*stream, buffer.data(), Device::kCuda, host, Device::kCpu, 9);
+  EXPECT_EQ(stream->Synchronize(), "a copy of 9 bytes to outside of device memory");
+  Copy(*stream, host, Device::kCpu, buffer.data(), Device::kCuda, 9);
+  EXPECT_EQ(sim::TakeError(), "a copy of 9 bytes to outside of device memory") << "the first error sticks";
+  Copy(*stream, host, Device::kCpu, buffer.data(), Device::kCuda, 9);
+  EXPECT_EQ(sim::TakeError(), "a copy of 9 bytes from outside of device memory");
 }
 
 // ---- counters
