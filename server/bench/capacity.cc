@@ -19,7 +19,7 @@ constexpr std::array kGpus = {
     Gpu{"H200", 141e9, 4.8e12},
 };
 
-// What good engines reach of a datasheet's figures on Hopper (step_cost.cc says the same of the presets).
+// What good engines reach of a datasheet's figures on Hopper (machine.cc says the same of the presets).
 constexpr double kWeightEfficiency = 0.75;
 constexpr double kKvEfficiency = 0.83;
 constexpr double kGemmFlops = 790e12;

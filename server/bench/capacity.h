@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "server/base/status.h"
-#include "server/scheduler/step_cost.h"
 #include "server/model/config.h"
+#include "server/scheduler/step_cost.h"
 
 namespace altiplano::bench {
 

@@ -363,9 +363,23 @@ StatusOr<Dataset> LoadDataset(const DatasetOptions& options, const TokenizeFn& t
   return Status(dataset.status().code(), StrCat(options.path, ": ", dataset.status().message()));
 }
 
+int64_t CountForeign(const Dataset& dataset, int32_t vocabulary_size) {
+  return std::count_if(dataset.requests.begin(), dataset.requests.end(), [&](const LoadRequest& request) {
+    return std::any_of(request.ids.begin(), request.ids.end(), [&](TokenId id) { return id >= vocabulary_size; });
+  });
+}
+
 std::vector<TokenId> PromptOf(const LoadRequest& request, const Vocabulary& vocabulary) {
-  if (!request.ids.empty()) return request.ids;
   CHECK(vocabulary.size > static_cast<int32_t>(vocabulary.excluded.size()));
+  if (!request.ids.empty()) {
+    std::vector<TokenId> ids = request.ids;
+    for (TokenId& id : ids) {
+      if (id >= vocabulary.size) {
+        id = static_cast<TokenId>(Mix(static_cast<uint64_t>(id)) % static_cast<uint64_t>(vocabulary.size));
+      }
+    }
+    return ids;
+  }
   std::vector<TokenId> ids;
   ids.reserve(static_cast<size_t>(request.input_tokens));
   for (const PromptPart& part : request.parts) {

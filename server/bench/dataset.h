@@ -72,6 +72,9 @@ struct Vocabulary {
   int32_t size = 0;
   std::vector<TokenId> excluded;
 };
+// Ids of a larger vocabulary become others of this one: equal ids equal ones, so that prefixes stay shared.
 std::vector<TokenId> PromptOf(const LoadRequest& request, const Vocabulary& vocabulary);
+// Requests with ids from a larger vocabulary.
+int64_t CountForeign(const Dataset& dataset, int32_t vocabulary_size);
 
 }  // namespace altiplano::bench

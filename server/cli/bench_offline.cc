@@ -193,7 +193,7 @@ int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
     tokenizer.Encode(text, &ids);
     return ids;
   };
-  auto load = ReadLoad(&plan, model.engine->max_servable_tokens(), tokenize);
+  auto load = ReadLoad(&plan, model.engine->max_servable_tokens(), tokenizer.vocab_size(), tokenize);
   if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
   bench::Vocabulary vocabulary{.size = tokenizer.vocab_size(), .excluded = {}};
   for (TokenId id = 0; id < vocabulary.size; ++id) {

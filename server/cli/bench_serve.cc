@@ -132,7 +132,7 @@ int Run(const ParsedFlags& flags) {
     ASSIGN_OR_RETURN(v1::TokenizeResponse response, (*control)->Tokenize(request));
     return std::vector<TokenId>(response.token_ids().begin(), response.token_ids().end());
   };
-  auto load = ReadLoad(&*plan, max_context, tokenize);
+  auto load = ReadLoad(&*plan, max_context, static_cast<int32_t>(model.vocab_size()), tokenize);
   if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
 
   const auto requests = static_cast<int64_t>(load->arrivals.size());

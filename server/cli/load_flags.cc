@@ -206,7 +206,8 @@ StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags) {
   return plan;
 }
 
-StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, const bench::TokenizeFn& tokenize) {
+StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, int32_t vocabulary_size,
+                        const bench::TokenizeFn& tokenize) {
   plan->dataset.max_tokens = max_context;
   Load load;
   ASSIGN_OR_RETURN(load.dataset, bench::LoadDataset(plan->dataset, tokenize));
@@ -214,6 +215,10 @@ StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, const bench::Tokeni
   if (load.dataset.left_out > 0) {
     plan->report.notes.push_back(StrCat(load.dataset.left_out, " requests of the dataset were left out: longer than ",
                                         max_context, " tokens with their answers"));
+  }
+  if (int64_t foreign = bench::CountForeign(load.dataset, vocabulary_size); foreign > 0) {
+    plan->report.notes.push_back(StrCat(foreign, " prompts have ids outside the vocabulary of ", vocabulary_size,
+                                        " tokens, made by another tokenizer; other ids were sent instead"));
   }
   if (static_cast<int64_t>(load.dataset.requests.size()) < plan->dataset.num_prompts) {
     plan->report.notes.push_back(StrCat("the dataset had only ", load.dataset.requests.size(), " requests to send"));

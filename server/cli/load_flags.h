@@ -26,7 +26,8 @@ struct Load {
   std::vector<Duration> arrivals;
 };
 // Reads the dataset. max_context: tokens of one request at most, here. Notes go to plan->report.
-StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, const bench::TokenizeFn& tokenize);
+StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, int32_t vocabulary_size,
+                        const bench::TokenizeFn& tokenize);
 
 // Prints the report as table or (--json) as JSON, and writes --result-filename. `facts` go before the report's fields.
 // Returns the exit code: that of failure when a request failed.

@@ -44,7 +44,8 @@ int Run(const ParsedFlags& flags) {
   auto options = OptionsOf(flags, *machine);
   if (!options.ok()) return Fail(kName, options.status().message(), kExitUsage);
   const SchedulerOptions& scheduler = options->scheduler;
-  auto load = ReadLoad(&*plan, std::min(scheduler.max_context, scheduler.num_blocks * scheduler.block_size), nullptr);
+  auto load = ReadLoad(&*plan, std::min(scheduler.max_context, scheduler.num_blocks * scheduler.block_size), INT32_MAX,
+                       nullptr);
   if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
 
   bench::BenchReport& report = plan->report;

@@ -224,16 +224,27 @@ TEST(Mooncake, BadLinesAreNamed) {
 
 TEST(ShareGpt, TokenIdsAreSentAsTheyAre) {
   Dataset dataset = Parse(Options("sharegpt"), R"({"input_toks": 3, "output_toks": 5, "arrival_time_ns": 1000, )"
-                                               R"("input_tok_ids": [5, 6, 99], "output_tok_ids": [1]})"
+                                               R"("input_tok_ids": [5, 6, 49], "output_tok_ids": [1]})"
                                                "\n");
   ASSERT_EQ(dataset.requests.size(), 1u);
-  EXPECT_THAT(PromptOf(dataset.requests[0], kVocabulary), ElementsAre(5, 6, 99));
+  EXPECT_THAT(PromptOf(dataset.requests[0], kVocabulary), ElementsAre(5, 6, 49));
+  EXPECT_EQ(CountForeign(dataset, 50), 0);
   EXPECT_EQ(dataset.requests[0].input_tokens, 3);
   EXPECT_EQ(dataset.requests[0].output_tokens, 5);
   EXPECT_TRUE(dataset.timed);
   EXPECT_FALSE(Parse(Options("sharegpt"), R"({"output_toks": 5, "input_tok_ids": [5]})").timed);
   EXPECT_THAT(Refusal(Options("sharegpt"), R"({"output_toks": 5, "input_tok_ids": []})"), HasSubstr("line 1"));
   EXPECT_THAT(Refusal(Options("sharegpt"), R"({"output_toks": 5, "input_tok_ids": [1.5]})"), HasSubstr("line 1"));
+}
+
+TEST(ShareGpt, IdsOfALargerVocabularyAreMappedIntoThisOne) {
+  Dataset dataset = Parse(Options("sharegpt"), R"({"output_toks": 5, "input_tok_ids": [5, 99000, 6, 99000, 50, 51]})");
+  EXPECT_EQ(CountForeign(dataset, 50), 1);
+  std::vector<TokenId> ids = PromptOf(dataset.requests[0], kVocabulary);
+  EXPECT_EQ(ids[0], 5);
+  EXPECT_EQ(ids[2], 6);
+  EXPECT_EQ(ids[1], ids[3]);
+  for (TokenId id : ids) EXPECT_LT(id, 50);
 }
 
 TEST(ShareGpt, ConversationsAreTokenizedFilteredAndShuffledBySeed) {
