@@ -62,6 +62,7 @@ class Guard : public nlohmann::json_sax<J> {
 
 template <typename J>
 StatusOr<J> Parse(std::string_view text, int max_depth) {
+  RETURN_IF_ERROR(CheckNoNul(text));
   Guard<J> guard(max_depth);
   if (!J::sax_parse(text, &guard)) return Status(Code::kInvalidArgument, StrCat("not valid JSON: ", guard.error()));
   return J::parse(text, nullptr, /*allow_exceptions=*/false);
@@ -74,6 +75,12 @@ StatusOr<Json> ParseJson(std::string_view text, int max_depth) {
 }
 StatusOr<OrderedJson> ParseOrderedJson(std::string_view text, int max_depth) {
   return Parse<OrderedJson>(text, max_depth);
+}
+
+Status CheckNoNul(std::string_view text) {
+  const size_t at = text.find('\0');
+  if (at == std::string_view::npos) return Status();
+  return Status(Code::kInvalidArgument, StrCat("not valid JSON: a NUL byte (byte ", at + 1, ")"));
 }
 
 std::string JsonErrorText(std::size_t position, const nlohmann::detail::exception& error) {

@@ -20,6 +20,9 @@ inline constexpr int kMaxJsonDepth = 64;
 StatusOr<Json> ParseJson(std::string_view text, int max_depth = kMaxJsonDepth);
 StatusOr<OrderedJson> ParseOrderedJson(std::string_view text, int max_depth = kMaxJsonDepth);
 
+// nlohmann takes a NUL for the end of the text, whatever follows. INVALID_ARGUMENT with its byte offset: JSON has none.
+Status CheckNoNul(std::string_view text);
+
 // What nlohmann says of a malformed text, for the parse_error of a json_sax. It quotes the text, so it is an excerpt.
 std::string JsonErrorText(std::size_t position, const nlohmann::detail::exception& error);
 

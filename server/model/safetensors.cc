@@ -245,6 +245,9 @@ StatusOr<std::vector<SafetensorsTensor>> ReadSafetensorsHeader(const ByteSource&
     return Status(Code::kInvalidArgument,
                   StrCat(name, ": the header does not start with '{': not a safetensors file?"));
   }
+  if (const Status status = CheckNoNul(header); !status.ok()) {
+    return Status(status.code(), StrCat(name, ": the header is ", status.message()));
+  }
   HeaderReader reader;
   if (!Json::sax_parse(header, &reader)) {
     return Status(Code::kInvalidArgument, StrCat(name, ": ", reader.error()));

@@ -236,6 +236,7 @@ const PyValue* PyValue::Find(std::string_view key) const {
 }
 
 StatusOr<PyValue> ParsePyJson(std::string_view text, int max_depth) {
+  RETURN_IF_ERROR(CheckNoNul(text));
   PyValue value;
   Builder builder(max_depth, &value);
   if (!Json::sax_parse(text, &builder)) {

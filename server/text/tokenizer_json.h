@@ -10,11 +10,11 @@
 
 namespace altiplano {
 
-// Reads forward over `text`, which must be valid UTF-8 and outlive it. Functions return false on malformed input; the
-// first error stays in status(), with its byte offset.
+// Reads forward over `text`, which must be valid UTF-8 and outlive it; a byte order mark is skipped, as base/json.h
+// does. Functions return false on malformed input; the first error stays in status(), with its byte offset.
 class JsonCursor {
  public:
-  explicit JsonCursor(std::string_view text) : text_(text) {}
+  explicit JsonCursor(std::string_view text) : text_(text), at_(text.starts_with("\xEF\xBB\xBF") ? 3 : 0) {}
 
   // Consumes `c` if it is next after white space; without it, no error.
   bool Accept(char c);
@@ -56,7 +56,7 @@ class JsonCursor {
   bool ReadHex4(uint32_t* code_unit);
 
   std::string_view text_;
-  size_t at_ = 0;
+  size_t at_;
   std::string unescaped_;
   Status status_;
 };

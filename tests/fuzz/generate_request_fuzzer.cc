@@ -8,6 +8,8 @@
 #include <string>
 
 #include "altiplano/inference/v1/inference.pb.h"
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
 #include "server/base/check.h"
 #include "server/base/strings.h"
 #include "server/frontend/error_mapping.h"
@@ -58,8 +60,11 @@ bool Within(T value, T low, T high) {
 void CheckError(const Status& status) {
   CHECK(status.code() == Code::kInvalidArgument || status.code() == Code::kNotFound ||
         status.code() == Code::kUnimplemented || status.code() == Code::kFailedPrecondition);
-  CHECK(!status.reason().empty());
   const grpc::Status sent = ToGrpcStatus(status);
+  google::rpc::Status details;
+  google::rpc::ErrorInfo info;
+  CHECK(details.ParseFromString(sent.error_details()) && details.message() == sent.error_message());
+  CHECK(details.details_size() >= 1 && details.details(0).UnpackTo(&info) && !info.reason().empty());
   CHECK(!sent.error_message().empty() && IsValidUtf8(sent.error_message()));
   CHECK(sent.error_message().size() + sent.error_details().size() <= 6 << 10);  // of the 8 KiB that clients take
 }

@@ -89,6 +89,15 @@ TEST(ParseJson, RefusesWhatNlohmannLetsThrough) {
   }
 }
 
+TEST(ParseJson, RefusesANulInsteadOfEndingThere) {
+  for (const std::string_view bad : {std::string_view("{}\0x", 4), std::string_view("{}\0", 3)}) {
+    const Status status = ParseJson(bad).status();
+    EXPECT_EQ(status.code(), Code::kInvalidArgument);
+    EXPECT_THAT(status.message(), HasSubstr("NUL byte (byte 3)"));
+  }
+  EXPECT_EQ(*ParseJson(R"("\u0000")"), std::string(1, '\0'));
+}
+
 TEST(ParseJson, QuotesOnlyAPrintableBeginningOfTheText) {
   EXPECT_THAT(ParseJson("[\"\xFF\"]").status().message(), HasSubstr("last read: '\"\\xff'"));
   const std::string key = std::string(63, 'k') + "\xC3\xA9";

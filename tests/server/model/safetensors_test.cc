@@ -85,6 +85,7 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"header_cut", SafetensorsFile(R"({"w":{"dtype":"F32")", ""), kBad, {"not valid JSON", "byte 20"}},
         Refusal{"trailing_text", SafetensorsFile("{}{}", ""), kBad, {"not valid JSON"}},
         Refusal{"bad_utf8", SafetensorsFile("{\"\xFF\":1}", ""), kBad, {"not valid JSON", "\\xff"}},
+        Refusal{"nul", SafetensorsFile(std::string("{}\0x", 4), ""), kBad, {"header is not valid JSON", "NUL"}},
         Refusal{"tensor_is_a_number", One("1"), kBad, {"tensor w: is the number 1, expected an object"}},
         Refusal{"tensor_is_null", One("null"), kBad, {"tensor w: is null, expected an object"}},
         Refusal{"metadata_number",

@@ -83,6 +83,7 @@ TEST(PythonJsonTest, RefusesWhatParseJsonRefuses) {
     EXPECT_EQ(ParsePyJson(bad).status().code(), Code::kInvalidArgument) << bad;
   }
   EXPECT_NE(ParsePyJson("\"\xff\"").status().message().find("\\xff"), std::string::npos);
+  EXPECT_EQ(ParsePyJson({"1\0x", 3}).status().code(), Code::kInvalidArgument);
   const auto deep = ParsePyJson("[[[[1]]]]", 3);
   EXPECT_EQ(deep.status().code(), Code::kInvalidArgument);
   EXPECT_NE(deep.status().message().find("nested deeper than 3"), std::string::npos) << deep.status().ToString();
