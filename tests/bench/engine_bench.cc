@@ -1,12 +1,16 @@
 // The engine on a real model: decode against the read bandwidth, prefill against the GEMM peak, what the engine adds to
 // a step. Requests go through Engine::Submit; an executor in between notes what each step was and how long it took.
 //
+// With --threads 1 a step's time is the CPU time of the process, in which the thread that computes is all there is:
+// this holds on a machine that is never quiet. Otherwise it is the time between the ends of two steps.
+//
 // The least time of a step: reading all weights (the embedding is the head), and the KV cache of its sequences, or
 // its products, whichever takes longer at the limits' rates.
 #include <algorithm>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -32,7 +36,14 @@ struct Step {
   double model = 0;                                                 // seconds from the worker's begin to its end
   double period = 0;      // seconds since the step before ended; 0: there was none
   double engine_cpu = 0;  // seconds that the engine's thread computed meanwhile
+  double cpu = 0;         // of the process, in that time
 };
+
+double ProcessSeconds() {
+  timespec time{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+}
 
 // Launch and Wait: engine thread. TakeSteps: any thread, while the engine is idle.
 class TimedExecutor : public Executor {
@@ -42,6 +53,7 @@ class TimedExecutor : public Executor {
   void Launch(std::shared_ptr<const StepPlan> plan) override {
     {
       std::lock_guard lock(mutex_);
+      if (steps_.empty()) begin_process_ = ProcessSeconds();
       Step& step = steps_.emplace_back();
       step.tokens = static_cast<int64_t>(plan->tokens.size());
       step.sequences = static_cast<int64_t>(plan->sequences.size());
@@ -58,13 +70,15 @@ class TimedExecutor : public Executor {
   // The engine has one step in the executor at a time: the last of steps_.
   StepResult Wait() override {
     StepResult result = executor_->Wait();
-    const double now = Now(), cpu = ThreadSeconds();
+    const double now = Now(), cpu = ThreadSeconds(), process = ProcessSeconds();
     std::lock_guard lock(mutex_);
     Step& step = steps_.back();
     step.model = std::chrono::duration<double>(result.device_time).count();
+    step.cpu = process - (steps_.size() > 1 ? last_process_ : begin_process_);
     if (steps_.size() > 1) step.period = now - last_end_, step.engine_cpu = cpu - last_cpu_;
     last_end_ = now;
     last_cpu_ = cpu;
+    last_process_ = process;
     return result;
   }
 
@@ -77,7 +91,7 @@ class TimedExecutor : public Executor {
   const std::unique_ptr<LocalExecutor> executor_;
   std::mutex mutex_;  // guards what follows
   std::vector<Step> steps_;
-  double last_end_ = 0, last_cpu_ = 0;
+  double last_end_ = 0, last_cpu_ = 0, last_process_ = 0, begin_process_ = 0;
 };
 
 class EndSink : public RequestSink {
@@ -115,11 +129,12 @@ double Quantile(std::vector<double> values, double at) {
 
 class EngineBench {
  public:
-  EngineBench(Report& report, const std::string& path) : report_(report) {
+  EngineBench(Report& report, const std::string& path, int threads) : report_(report), by_cpu_(threads == 1) {
     auto checkpoint = Checkpoint::Open(path);
     if (!checkpoint.ok()) Fail(checkpoint.status());
     config_ = (*checkpoint)->config();
     LocalExecutorOptions options;
+    options.threads = threads;
     options.max_running = kMostStreams;
     options.max_context = kPrompt + kNew;
     auto executor = LocalExecutor::Create(**checkpoint, options);
@@ -132,13 +147,13 @@ class EngineBench {
     auto engine = Engine::Start(engine_options, std::move(timed));
     if (!engine.ok()) Fail(engine.status());
     engine_ = *std::move(engine);
-    stream_ = Stream::Cpu();
+    stream_ = Stream::Cpu(threads);
     limits_ = std::make_unique<Limits>(*stream_);
   }
 
   void Run() {
-    report_.Section(
-        StrCat("engine: ", config_.name, ", bf16, on ", device_, "; ", kPrompt, " + ", kNew, " tokens a stream"));
+    report_.Section(StrCat("engine: ", config_.name, ", bf16, on ", device_, "; ", kPrompt, " + ", kNew,
+                           " tokens a stream", by_cpu_ ? "; in CPU time" : ""));
     MeasureStreams(1, 8);
     MeasureStreams(8, 3);
     MeasureStreams(kMostStreams, 2);
@@ -209,7 +224,7 @@ class EngineBench {
     Add(StrCat("prefill, ", name), prefill, best_read, best_multiply, {}, tokens_per_second);
     Add(StrCat("decode, ", name), decode, best_read, best_multiply, streams == 1 ? std::optional(0.8) : std::nullopt,
         tokens_per_second);
-    AddEngineTime(name, decode);
+    if (!by_cpu_) AddEngineTime(name, decode);
   }
 
   // Of the best tenth of the steps, as limits are of the best tenth of their rounds.
@@ -219,7 +234,7 @@ class EngineBench {
     double by_bytes = 0, by_flops = 0;
     for (const Step& step : steps) {
       // A prefill step is often the first of its round, which has no period.
-      const double seconds = step.prefill_tokens > 0 ? step.model : step.period;
+      const double seconds = by_cpu_ ? step.cpu : step.prefill_tokens > 0 ? step.model : step.period;
       by_bytes += Bytes(step) / read;
       by_flops += Flops(step) / multiply;
       shares.push_back(std::max(Bytes(step) / read, Flops(step) / multiply) / seconds);
@@ -268,6 +283,7 @@ class EngineBench {
   }
 
   Report& report_;
+  const bool by_cpu_;
   ModelConfig config_;
   std::string device_;
   std::unique_ptr<Engine> engine_;
@@ -281,11 +297,11 @@ class EngineBench {
 }  // namespace altiplano::bench
 
 int main(int argc, char** argv) {
-  altiplano::bench::Report report("engine", argc, argv, {"--model"});
+  altiplano::bench::Report report("engine", argc, argv, {"--model", "--threads"});
   const std::string model = report.option("--model");
   if (model.empty()) {
     std::fprintf(stderr, "engine_bench: --model says which checkpoint: a folder or a GGUF file\n");
     return 64;
   }
-  altiplano::bench::EngineBench(report, model).Run();
+  altiplano::bench::EngineBench(report, model, std::atoi(report.option("--threads", "0").c_str())).Run();
 }

@@ -3,18 +3,18 @@
 #   run_benches.sh BUILD [NAME...] [--json FILE] [--cpu]
 # NAME: limits, kernels, engine, scheduler, tokenizer, frontend; without, all of these. peer: this engine beside
 # llama.cpp, which it fetches from PyPI (ALTIPLANO_LLAMA_BATCHED_BENCH=PROGRAM also measures a build of your own). --cpu:
-# in CPU seconds of one thread, for a machine that is never quiet. FILE gets a JSON line for each result.
+# engine and peer in CPU seconds of one thread, for a machine that is never quiet. FILE gets a JSON line for each result.
 set -euo pipefail
 usage() { sed -n 's/^# \{0,1\}//;2,6p' "$0"; exit 64; }
 
 build=${1:-}
 [ -n "$build" ] || usage >&2
 shift
-names=() arguments=() peer_arguments=()
+names=() arguments=() peer_arguments=() engine_arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --json) [ $# -ge 2 ] || usage >&2; arguments+=(--json "$2"); : >"$2"; shift 2 ;;
-    --cpu) peer_arguments+=(--cpu); shift ;;
+    --cpu) peer_arguments+=(--cpu) engine_arguments+=(--threads 1); shift ;;
     -*) usage >&2 ;;
     *) names+=("$1"); shift ;;
   esac
@@ -47,7 +47,7 @@ for name in "${names[@]}"; do
   case "$name" in
     engine)
       model=$(docker/fetch-demo-model.sh) || { echo "engine: left out, there is no model to measure"; continue; }
-      own=(--model "$model") ;;
+      own=(--model "$model" "${engine_arguments[@]}") ;;
     frontend) own=(--program "$build/altiplano") ;;
     tokenizer)
       if python=$(python_with tiktoken); then own=(--tiktoken-python "$python"); fi ;;
