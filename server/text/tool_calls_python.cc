@@ -183,6 +183,9 @@ class Parser {
       return true;
     }
     if (nonzero > 0) return false;  // "007" is no Python
+    double as_double = 0;           // JSON readers refuse what overflows it
+    const auto [end, error] = std::from_chars(token.data(), token.data() + token.size(), as_double);
+    if (error != std::errc() || end != token.data() + token.size()) return false;
     value->text = std::move(sign.append(token));
     return true;
   }
