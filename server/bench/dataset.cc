@@ -52,7 +52,8 @@ class Builder {
   bool full() const { return static_cast<int64_t>(dataset_.requests.size()) >= options_.num_prompts; }
   uint64_t next_index() const { return seen_; }
   int32_t Scaled(int32_t tokens) const {
-    return std::max(1, static_cast<int32_t>(std::lround(tokens * options_.length_scale)));
+    const double scaled = std::clamp(tokens * options_.length_scale, 1.0, static_cast<double>(kMaxLength));
+    return static_cast<int32_t>(std::lround(scaled));
   }
   // How long a trace's answer becomes here.
   int32_t OutputLen(int32_t tokens) const { return options_.output_len.value_or(Scaled(tokens)); }
@@ -160,7 +161,7 @@ std::optional<Duration> Timestamp(std::string_view text) {
   auto second = Number<double>(text.substr(17));
   if (!year || !month || !day || !hour || !minute || !second || !(*second >= 0 && *second < 61)) return std::nullopt;
   std::chrono::year_month_day date{std::chrono::year(*year), std::chrono::month(*month), std::chrono::day(*day)};
-  if (!date.ok()) return std::nullopt;
+  if (!date.ok() || *year < 1970 || *year > 2200 || *hour < 0 || *minute < 0) return std::nullopt;
   return std::chrono::sys_days(date).time_since_epoch() + std::chrono::hours(*hour) + std::chrono::minutes(*minute) +
          std::chrono::nanoseconds(std::llround(*second * 1e9));
 }

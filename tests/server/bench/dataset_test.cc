@@ -141,6 +141,8 @@ TEST(Azure, ScaledCutAndLeftOut) {
   options.length_scale = 0.1;
   EXPECT_EQ(Parse(options, kAzure).requests[0].input_tokens, 37);
   EXPECT_EQ(Parse(options, kAzure).requests[2].output_tokens, 1) << "never below one token";
+  options.length_scale = 1e6;
+  EXPECT_EQ(Parse(options, kAzure).requests[0].input_tokens, 1 << 24) << "nor above what any model could take";
   options = Options("azure");
   options.max_tokens = 418;
   Dataset dataset = Parse(options, kAzure);
@@ -162,7 +164,9 @@ TEST(Azure, BadFilesNameTheLine) {
   EXPECT_THAT(refusal("a,b\n1,2\n"), HasSubstr("line 1 must name the columns TIMESTAMP"));
   const std::string header = "TIMESTAMP,ContextTokens,GeneratedTokens\n";
   EXPECT_THAT(refusal((header + "2023-11-16 18:15:46.68,1\n").c_str()), HasSubstr("line 2 has 2 fields"));
-  EXPECT_THAT(refusal((header + "2023-13-16 18:15:46.68,1,1\n").c_str()), HasSubstr("line 2: the time"));
+  for (const char* time : {"2023-13-16 18:15:46.68", "9999-01-01 00:00:00", "2023-11-16 18:-5:46", "2023-11-16"}) {
+    EXPECT_THAT(refusal(StrCat(header, time, ",1,1\n").c_str()), HasSubstr("line 2: the time")) << time;
+  }
   for (const char* bad : {"0,1", "x,1", "1,-1", "1,99999999999"}) {
     EXPECT_THAT(refusal(StrCat(header, "\n2023-11-16 18:15:46,", bad, "\n").c_str()),
                 HasSubstr("line 3: token counts"));
