@@ -29,7 +29,7 @@ class Serving {
   void RefuseNew();      // UNAVAILABLE DRAINING
   int32_t live_requests() const;
   bool failed_for_good() const;  // the engine, after Load
-  void Stop();  // live requests end with UNAVAILABLE
+  void Stop();                   // live requests end with UNAVAILABLE
 
   const std::string& address() const;        // with the port that was taken
   const std::string& admin_address() const;  // "": none
