@@ -204,7 +204,7 @@ TEST_F(Serve, TwoHundredRandomCancelsLeaveThePoolFull) {
 }
 
 TEST(Drain, LiveStreamFinishesNewOnesAreRefusedExitIsZero) {
-  Server server;
+  Server server({"--drain-timeout", "10m"});  // sanitizers are slow
   auto client = ConnectTo(server);
   ASSERT_NE(client, nullptr);
   std::atomic<bool> started = false;
