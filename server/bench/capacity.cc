@@ -29,17 +29,11 @@ constexpr double kAllReduceUs = 7.8;                            // of a small me
 constexpr double kStepUs = 150;
 constexpr double kSequenceUs = 1;
 
-constexpr int64_t kLogitRows = 256;  // as the executor's
-
 // Read once for every step: all but the embedding, of which a step reads a row for each token.
 double MatrixParameters(const ModelConfig& c) {
   const double layer =
       static_cast<double>(c.hidden) * static_cast<double>(2 * c.q_size() + 2 * c.kv_size() + 3 * c.ffn);
   return static_cast<double>(c.layers) * layer + static_cast<double>(c.vocab) * static_cast<double>(c.hidden);
-}
-
-uint64_t KvBytesPerToken(const ModelConfig& c, const Shard& shard) {
-  return 2 * static_cast<uint64_t>(c.layers * shard.kv_heads(c) * c.head_dim) * SizeOf(DType::kBF16);
 }
 
 }  // namespace
@@ -79,7 +73,8 @@ StepCost DeriveStepCost(const ModelConfig& c, const Gpu& gpu, int ranks) {
   cost.weights_us = parameters * SizeOf(DType::kBF16) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6;
   cost.token_us = 2 * parameters / kGemmFlops * 1e6 + all_reduces * message / kAllReduceBytesPerSecond * 1e6;
   cost.sequence_us = kSequenceUs;
-  cost.kv_token_us = static_cast<double>(KvBytesPerToken(c, shard)) / (kKvEfficiency * gpu.bytes_per_second) * 1e6;
+  cost.kv_token_us =
+      static_cast<double>(shard.kv_bytes_per_token(c, DType::kBF16)) / (kKvEfficiency * gpu.bytes_per_second) * 1e6;
   cost.attention_us = 4.0 * static_cast<double>(c.layers * c.q_size()) / ranks / kAttentionFlops * 1e6;
   return cost;
 }
@@ -95,10 +90,11 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
     return plan;
   }
   plan.weight_bytes = RankWeightBytes(c, *shard, DType::kBF16);
-  const Llama::Limits step = {.max_tokens = limits.token_budget,
-                              .max_logit_rows = std::min(kLogitRows, limits.token_budget)};
+  Llama::Limits step;
+  step.max_tokens = limits.token_budget;
+  step.max_logit_rows = std::min(step.max_logit_rows, limits.token_budget);
   plan.workspace_bytes = Llama::WorkspaceBytes(c, *shard, step, DType::kBF16);
-  plan.block_bytes = KvBytesPerToken(c, *shard) * static_cast<uint64_t>(limits.block_size);
+  plan.block_bytes = shard->kv_bytes_per_token(c, DType::kBF16) * static_cast<uint64_t>(limits.block_size);
   plan.cost = DeriveStepCost(c, gpus.gpu, gpus.count);
 
   const int64_t prompt = demand.context - demand.answer_tokens;

@@ -92,7 +92,7 @@ class Engine::Impl {
     {
       std::lock_guard lock(mutex_);
       if (stop_) return Unavailable("ENGINE_DOWN", "the engine has stopped");
-      if (failed_) return Unavailable("ENGINE_DOWN", "the engine has failed");
+      if (down_) return Unavailable("ENGINE_DOWN", "the engine has failed");
       if (draining_) return Unavailable("DRAINING", "the server is draining");
       if (queued_requests_ >= options_.max_queued_requests ||
           (queued_requests_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens)) {
@@ -163,7 +163,7 @@ class Engine::Impl {
     std::future<int32_t> answer;
     {
       std::lock_guard lock(mutex_);
-      if (stop_ || failed_) return 0;  // a restart begins with an empty cache
+      if (stop_ || down_) return 0;  // a restart begins with an empty cache
       inbox_.cache_resets.emplace_back();
       answer = inbox_.cache_resets.back().get_future();
     }
@@ -377,10 +377,6 @@ class Engine::Impl {
   void Fail(const Status& status) {
     log::Error("engine failed", {{"error", status.ToString()}});
     down_.store(true, std::memory_order_release);
-    {
-      std::lock_guard lock(mutex_);
-      failed_ = true;
-    }
     scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat("the engine failed: ", status.message())), clock_.Now(),
                       &events_);
     Deliver();
@@ -395,10 +391,6 @@ class Engine::Impl {
       if (executor.ok()) {
         executor_ = std::move(executor).value();
         restarted_ = true;
-        {
-          std::lock_guard lock(mutex_);
-          failed_ = false;
-        }
         step_started_.store(0, std::memory_order_release);
         down_.store(false, std::memory_order_release);
         log::Info("the engine serves again");
@@ -454,7 +446,6 @@ class Engine::Impl {
   std::condition_variable wake_;
   Inbox inbox_;
   bool stop_ = false;
-  bool failed_ = false;
   bool draining_ = false;
   RequestKey last_key_ = 0;
   int32_t queued_requests_ = 0;

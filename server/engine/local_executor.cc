@@ -11,8 +11,6 @@ namespace altiplano {
 
 namespace {
 
-constexpr int64_t kMaxLogitRows = 256;
-
 constexpr auto kJoinPatience = std::chrono::seconds(5);
 
 // Pages for the KV cache of each rank: as asked, or as much as could be used within half of the free memory.
@@ -67,7 +65,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   // Activations before KV: the pool takes a part of what is left.
   Llama::Limits limits;
   limits.max_tokens = options.token_budget;
-  limits.max_logit_rows = std::min<int64_t>(kMaxLogitRows, options.token_budget);
+  limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
   std::vector<std::unique_ptr<Communicator>> group(1);
   if (options.ranks > 1) group = MakeInProcessGroup(options.ranks, options.patience);
   std::vector<std::unique_ptr<Llama>> models;

@@ -16,8 +16,7 @@ std::vector<SplitOption> Splits(const ModelConfig& c) {
     option.ranks = ranks;
     if (auto shard = Shard::Make(c, 0, ranks); shard.ok()) {
       option.weight_bytes_per_rank = RankWeightBytes(c, *shard, DType::kBF16);
-      option.kv_bytes_per_token_rank =
-          2 * static_cast<uint64_t>(c.layers * shard->kv_heads(c) * c.head_dim) * SizeOf(DType::kBF16);
+      option.kv_bytes_per_token_rank = shard->kv_bytes_per_token(c, DType::kBF16);
     } else {
       option.why_not = shard.status().message();
       if (auto at = option.why_not.find(": "); at != option.why_not.npos) option.why_not.erase(0, at + 2);

@@ -31,6 +31,10 @@ struct Shard {
     return (c.vocab + size - 1) / size;
   }  // V': the last rank's may be padded
   int64_t vocab_begin(const ModelConfig& c) const { return rank * vocab(c); }
+  // Of this rank's pool: does not shrink once KV heads are replicated.
+  uint64_t kv_bytes_per_token(const ModelConfig& c, DType dtype) const {
+    return 2 * static_cast<uint64_t>(c.layers * kv_heads(c) * c.head_dim) * SizeOf(dtype);
+  }
 };
 
 // What one rank's weights take in memory: matrices in dtype, padding of the last vocabulary shard included, norms in
