@@ -137,6 +137,21 @@ inline double RoundingBound(DType dtype, double exact, double bound) {
   return (dtype == DType::kBF16 ? kUnitBF16 : kUnitF32) * (std::abs(exact) + bound) + 0x1p-149;
 }
 
+// out's row t is x's, divided by its root mean square and times weight. bound(n, exact, dtype): how far off it may be.
+template <typename Bound>
+void ExpectRmsNorm(const Matrix& x, const Matrix& weight, float eps, const Matrix& out, int64_t t, Bound bound) {
+  const int64_t n = x.columns();
+  double squares = 0;
+  for (int64_t j = 0; j < n; ++j) squares += x.at(t, j) * x.at(t, j);
+  const double rms = std::sqrt(squares / static_cast<double>(n) + static_cast<double>(eps));
+  for (int64_t j = 0; j < n; ++j) {
+    const double exact = x.at(t, j) / rms * weight.at(0, j);
+    ASSERT_NEAR(out.at(t, j), exact, bound(n, exact, out.dtype()))
+        << "token " << t << ", column " << j << " of " << n << ", x " << Name(x.dtype()) << ", weight "
+        << Name(weight.dtype()) << ", out " << Name(out.dtype());
+  }
+}
+
 // A test that runs on each instruction set of the machine.
 class IsaTest : public testing::TestWithParam<Isa> {
  protected:

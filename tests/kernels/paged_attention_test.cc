@@ -13,37 +13,12 @@
 #include <vector>
 
 #include "kernels/ops.h"
-#include "tests/kernels/kernels_testlib.h"
+#include "tests/kernels/paged_attention_testlib.h"
 
 namespace altiplano {
 namespace {
 
-struct Shape {
-  int64_t kv_heads = 1, group = 1, dim = 64;
-  DType act = DType::kF32;
-  DType q = DType::kF32;
-
-  int64_t q_width() const { return kv_heads * group * dim; }
-  int64_t kv_width() const { return kv_heads * dim; }
-};
-
-// All that attention may know of a sequence: what each token asks, and what it leaves in the cache.
-struct Sequence {
-  Sequence(const Shape& s, int64_t length, uint32_t seed)
-      : q(length, s.q_width(), s.q), k(length, s.kv_width(), s.act), v(length, s.kv_width(), s.act) {
-    q.FillNormal(seed);
-    k.FillNormal(seed + 1000);
-    v.FillNormal(seed + 2000);
-  }
-  Matrix q, k, v;
-};
-using Sequences = std::vector<std::unique_ptr<Sequence>>;
-
-// Queries [begin, end) of a sequence, whose first `end` tokens are in the cache.
-struct Part {
-  size_t sequence;
-  int64_t begin, end;
-};
+using Shape = AttentionShape;
 
 struct Layout {
   int64_t page_size = 16;
@@ -51,66 +26,20 @@ struct Layout {
   int64_t gap = 0;
 };
 
-// A step over `parts`. Every part has pages of its own, scattered over the pool; what its queries do not see, in its
-// last page or in pages of nobody, is NaN, and what its table does not need points nowhere. Rows of q in order.
 std::unique_ptr<Matrix> Attend(const Shape& s, const Sequences& sequences, const std::vector<Part>& parts,
                                const Layout& layout) {
-  const int64_t page_size = layout.page_size;
-  int64_t tokens = 0, most_pages = 1, used = 0;
-  for (const Part& part : parts) {
-    tokens += part.end - part.begin;
-    const int64_t pages = (part.end + page_size - 1) / page_size;
-    most_pages = std::max(most_pages, pages);
-    used += pages;
-  }
-  const auto count = static_cast<int64_t>(parts.size());
-  std::vector<int32_t> order(static_cast<size_t>(used + 3));
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), std::mt19937(7));
-  const auto pages = static_cast<int64_t>(order.size());
-  Matrix k_pages(pages * s.kv_heads * page_size, s.dim, s.act), v_pages(pages * s.kv_heads * page_size, s.dim, s.act);
-  Matrix tables(count, most_pages, DType::kI32, layout.gap), q(tokens, s.q_width(), s.q, layout.gap);
-  std::vector<int32_t> q_begin = {0}, lengths;
-  const size_t element = SizeOf(s.act), head_bytes = static_cast<size_t>(s.dim) * element;
-  int64_t token = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    const Part& part = parts[static_cast<size_t>(b)];
-    const Sequence& sequence = *sequences[part.sequence];
-    for (int64_t i = 0; i < most_pages; ++i) tables.set(b, i, std::numeric_limits<int32_t>::max());
-    for (int64_t position = 0; position < part.end; ++position) {
-      if (position % page_size == 0) {
-        tables.set(b, position / page_size, order.back());
-        order.pop_back();
-      }
-      const auto page = static_cast<int64_t>(tables.at(b, position / page_size));
-      for (int64_t h = 0; h < s.kv_heads; ++h) {
-        const int64_t row = (page * s.kv_heads + h) * page_size + position % page_size;
-        const size_t at = static_cast<size_t>(h * s.dim) * element;
-        std::memcpy(k_pages.view().row<char>(row * static_cast<int64_t>(element)),
-                    sequence.k.RowBytes(position).data() + at, head_bytes);
-        std::memcpy(v_pages.view().row<char>(row * static_cast<int64_t>(element)),
-                    sequence.v.RowBytes(position).data() + at, head_bytes);
-      }
-    }
-    for (int64_t i = part.begin; i < part.end; ++i, ++token) {
-      std::memcpy(q.view().row<char>(0) + static_cast<size_t>(token * (s.q_width() + layout.gap)) * SizeOf(s.q),
-                  sequence.q.RowBytes(i).data(), sequence.q.RowBytes(i).size());
-    }
-    q_begin.push_back(static_cast<int32_t>(token));
-    lengths.push_back(static_cast<int32_t>(part.end));
-  }
-  auto out = std::make_unique<Matrix>(tokens, s.q_width(), s.act, layout.gap);
+  AttentionStep step(s, sequences, parts, layout.page_size, layout.gap);
   const auto stream = Stream::Cpu(layout.threads);
-  PagedAttention(*stream, {.out = out->view(),
-                           .q = q.view(),
-                           .k_pages = k_pages.pool(pages, s.kv_heads, page_size),
-                           .v_pages = v_pages.pool(pages, s.kv_heads, page_size),
-                           .q_begin = VectorOf(q_begin),
-                           .context_lengths = VectorOf(lengths),
-                           .block_tables = tables.view(),
-                           .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s.dim)))});
-  EXPECT_TRUE(out->GapsUntouched());
-  return out;
+  PagedAttention(*stream, {.out = step.out->view(),
+                           .q = step.q.view(),
+                           .k_pages = step.k_pages.pool(step.pages(), s.kv_heads, layout.page_size),
+                           .v_pages = step.v_pages.pool(step.pages(), s.kv_heads, layout.page_size),
+                           .q_begin = VectorOf(step.q_begin),
+                           .context_lengths = VectorOf(step.lengths),
+                           .block_tables = step.tables.view(),
+                           .scale = s.scale()});
+  EXPECT_TRUE(step.out->GapsUntouched());
+  return std::move(step.out);
 }
 
 std::vector<double> Doubles(const Matrix& x) {
@@ -209,32 +138,11 @@ void ExpectSameBits(const Shape& s, const Sequences& sequences, const std::vecto
   }
 }
 
-Sequences MakeSequences(const Shape& s, const std::vector<int64_t>& lengths) {
-  Sequences sequences;
-  for (size_t i = 0; i < lengths.size(); ++i) {
-    sequences.push_back(std::make_unique<Sequence>(s, lengths[i], static_cast<uint32_t>(i + 1)));
-  }
-  return sequences;
-}
-
 // Around the tiles of 64 keys and the segments of 512.
 const std::vector<int64_t> kContexts = {1,   2,   3,   31,  63,  64,  65,   127,  128,  129,
                                         191, 511, 512, 513, 575, 577, 1023, 1024, 1025, 1100};
 
-class PagedAttentionTest : public IsaTest {
- protected:
-  // Pages and queries of one dtype, and f32 queries on bf16 pages.
-  static std::vector<Shape> WithDTypes(Shape s) {
-    std::vector<Shape> all;
-    for (const auto& [act, q] :
-         {std::pair{DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kBF16, DType::kF32}}) {
-      s.act = act;
-      s.q = q;
-      all.push_back(s);
-    }
-    return all;
-  }
-};
+class PagedAttentionTest : public IsaTest {};
 
 TEST_P(PagedAttentionTest, IsNearTheOracleForEveryGroupAndHeadSize) {
   for (int64_t group = 1; group <= 8; ++group) {

@@ -14,43 +14,12 @@
 
 #include "kernels/cuda/paged_attention_plan.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
+#include "tests/kernels/paged_attention_testlib.h"
 
 namespace altiplano {
 namespace {
 
-struct Shape {
-  int64_t kv_heads = 1, group = 1, dim = 64;
-  DType act = DType::kBF16, q = DType::kBF16;
-
-  int64_t q_width() const { return kv_heads * group * dim; }
-  int64_t kv_width() const { return kv_heads * dim; }
-};
-
-// All that attention may know of a sequence: what each token asks, and what it leaves in the cache.
-struct Sequence {
-  Sequence(const Shape& s, int64_t length, uint32_t seed)
-      : q(length, s.q_width(), s.q), k(length, s.kv_width(), s.act), v(length, s.kv_width(), s.act) {
-    q.FillNormal(seed);
-    k.FillNormal(seed + 1000);
-    v.FillNormal(seed + 2000);
-  }
-  Matrix q, k, v;
-};
-using Sequences = std::vector<std::unique_ptr<Sequence>>;
-
-Sequences MakeSequences(const Shape& s, const std::vector<int64_t>& lengths) {
-  Sequences sequences;
-  for (int64_t length : lengths) {
-    sequences.push_back(std::make_unique<Sequence>(s, length, static_cast<uint32_t>(sequences.size())));
-  }
-  return sequences;
-}
-
-// Queries [begin, end) of a sequence, whose first `end` tokens are in the cache.
-struct Part {
-  size_t sequence;
-  int64_t begin, end;
-};
+using Shape = AttentionShape;
 
 struct Layout {
   int64_t page_size = 16;
@@ -60,77 +29,33 @@ struct Layout {
 
 class CudaPagedAttentionTest : public CudaTest {
  protected:
-  // A step over `parts`. Every part has pages of its own, scattered over the pool; what its queries do not see, in its
-  // last page or in pages of nobody, is NaN, and what its table does not need points nowhere. Rows of q in order.
   std::unique_ptr<Matrix> Attend(const Shape& s, const Sequences& sequences, const std::vector<Part>& parts,
                                  const Layout& layout) {
-    const int64_t page_size = layout.page_size;
-    int64_t tokens = 0, most_pages = 1, used = 0;
-    for (const Part& part : parts) {
-      tokens += part.end - part.begin;
-      const int64_t pages = (part.end + page_size - 1) / page_size;
-      most_pages = std::max(most_pages, pages);
-      used += pages;
-    }
-    const auto count = static_cast<int64_t>(parts.size());
-    std::vector<int32_t> order(static_cast<size_t>(used + 3));
-    std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), std::mt19937(7));
-    const auto pages = static_cast<int64_t>(order.size());
-    Matrix k_pages(pages * s.kv_heads * page_size, s.dim, s.act), v_pages(pages * s.kv_heads * page_size, s.dim, s.act);
-    Matrix tables(count, most_pages, DType::kI32, layout.gap), q(tokens, s.q_width(), s.q, layout.gap);
-    std::vector<int32_t> q_begin = {0}, lengths;
-    const size_t element = SizeOf(s.act), head_bytes = static_cast<size_t>(s.dim) * element;
-    int64_t token = 0;
-    for (int64_t b = 0; b < count; ++b) {
-      const Part& part = parts[static_cast<size_t>(b)];
-      const Sequence& sequence = *sequences[part.sequence];
-      for (int64_t i = 0; i < most_pages; ++i) tables.set(b, i, std::numeric_limits<int32_t>::max());
-      for (int64_t position = 0; position < part.end; ++position) {
-        if (position % page_size == 0) {
-          tables.set(b, position / page_size, order.back());
-          order.pop_back();
-        }
-        const auto page = static_cast<int64_t>(tables.at(b, position / page_size));
-        for (int64_t h = 0; h < s.kv_heads; ++h) {
-          const int64_t row = (page * s.kv_heads + h) * page_size + position % page_size;
-          const size_t at = static_cast<size_t>(h * s.dim) * element;
-          std::memcpy(k_pages.view().row<char>(row * static_cast<int64_t>(element)),
-                      sequence.k.RowBytes(position).data() + at, head_bytes);
-          std::memcpy(v_pages.view().row<char>(row * static_cast<int64_t>(element)),
-                      sequence.v.RowBytes(position).data() + at, head_bytes);
-        }
-      }
-      for (int64_t i = part.begin; i < part.end; ++i, ++token) {
-        for (int64_t j = 0; j < s.q_width(); ++j) q.set(token, j, sequence.q.at(i, j));
-      }
-      q_begin.push_back(static_cast<int32_t>(token));
-      lengths.push_back(static_cast<int32_t>(part.end));
-    }
-    auto out = std::make_unique<Matrix>(tokens, s.q_width(), s.act, layout.gap);
-    const OnDevice d_out(stream(), *out), d_q(stream(), q), d_k(stream(), k_pages), d_v(stream(), v_pages);
-    const OnDevice d_begin(stream(), q_begin), d_lengths(stream(), lengths), d_tables(stream(), tables);
-    const cuda::AttentionSizes sizes = {.tokens = tokens,
-                                        .sequences = count,
+    AttentionStep step(s, sequences, parts, layout.page_size, layout.gap);
+    const OnDevice d_out(stream(), *step.out), d_q(stream(), step.q), d_k(stream(), step.k_pages);
+    const OnDevice d_v(stream(), step.v_pages), d_begin(stream(), step.q_begin), d_lengths(stream(), step.lengths);
+    const OnDevice d_tables(stream(), step.tables);
+    const cuda::AttentionSizes sizes = {.tokens = step.tokens(),
+                                        .sequences = step.tables.rows(),
                                         .q_heads = s.kv_heads * s.group,
                                         .kv_heads = s.kv_heads,
                                         .dim = s.dim,
-                                        .most_context = most_pages * page_size};
+                                        .most_context = step.most_pages() * layout.page_size};
     const size_t scratch_bytes = layout.split ? cuda::PlanPagedAttention(sizes, 0, 0).scratch_bytes : 0;
     const Buffer scratch = Buffer::Allocate(Device::kCuda, scratch_bytes);
     PagedAttention(stream(), {.out = d_out.view(),
                               .q = d_q.view(),
-                              .k_pages = d_k.pool(pages, s.kv_heads, page_size),
-                              .v_pages = d_v.pool(pages, s.kv_heads, page_size),
+                              .k_pages = d_k.pool(step.pages(), s.kv_heads, layout.page_size),
+                              .v_pages = d_v.pool(step.pages(), s.kv_heads, layout.page_size),
                               .q_begin = d_begin.view(),
                               .context_lengths = d_lengths.view(),
                               .block_tables = d_tables.view(),
-                              .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s.dim))),
+                              .scale = s.scale(),
                               .scratch = scratch.data(),
                               .scratch_bytes = scratch_bytes});
-    d_out.Fetch(*out);
-    EXPECT_TRUE(out->GapsUntouched());
-    return out;
+    d_out.Fetch(*step.out);
+    EXPECT_TRUE(step.out->GapsUntouched());
+    return std::move(step.out);
   }
 
   void ExpectSameBits(const Shape& s, const Sequences& sequences, const std::vector<Part>& parts, const Layout& layout,
@@ -192,17 +117,6 @@ void ExpectNearOracle(const Shape& s, const Sequence& sequence, const Matrix& ou
 }
 
 // Both dtypes of q, both of the cache.
-std::vector<Shape> WithDTypes(Shape s) {
-  std::vector<Shape> shapes;
-  for (const auto& [q, act] :
-       {std::pair{DType::kF32, DType::kF32}, {DType::kF32, DType::kBF16}, {DType::kBF16, DType::kBF16}}) {
-    s.q = q;
-    s.act = act;
-    shapes.push_back(s);
-  }
-  return shapes;
-}
-
 // Contexts around a tile of keys, a page and a split.
 constexpr int64_t kContexts[] = {1, 2, 15, 16, 17, 63, 64, 65, 511, 512, 513, 700};
 
@@ -326,7 +240,7 @@ TEST_F(CudaPagedAttentionTest, StandsScoresOfAnySize) {
 // A decode of Llama 3.1 8B's heads reads each key and value once for the whole group, in whole sectors.
 TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
   for (int64_t dim : {64, 128}) {
-    const Shape s = {.kv_heads = 2, .group = 4, .dim = dim};
+    const Shape s = {.kv_heads = 2, .group = 4, .dim = dim, .act = DType::kBF16, .q = DType::kBF16};
     const Sequences sequences = MakeSequences(s, {512});
     sim::CountTraffic(true);
     Attend(s, sequences, {{0, 511, 512}}, {.page_size = 64});

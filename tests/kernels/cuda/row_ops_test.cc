@@ -97,15 +97,7 @@ double NormBound(int64_t n, double exact, DType out) {
 }
 
 void ExpectNormOf(const Matrix& x, const Matrix& weight, float eps, const Matrix& out, int64_t t) {
-  const int64_t n = x.columns();
-  double squares = 0;
-  for (int64_t j = 0; j < n; ++j) squares += x.at(t, j) * x.at(t, j);
-  const double rms = std::sqrt(squares / static_cast<double>(n) + static_cast<double>(eps));
-  for (int64_t j = 0; j < n; ++j) {
-    const double exact = x.at(t, j) / rms * weight.at(0, j);
-    ASSERT_NEAR(out.at(t, j), exact, NormBound(n, exact, out.dtype()))
-        << "token " << t << ", column " << j << " of " << n;
-  }
+  ExpectRmsNorm(x, weight, eps, out, t, NormBound);
 }
 
 TEST_F(CudaRowOpsTest, RmsNormIsNearTheOracle) {
