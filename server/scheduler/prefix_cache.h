@@ -21,6 +21,15 @@ using BlockHash = Sha256Digest;
 BlockHash RootHash(std::string_view tenant, std::string_view salt);
 BlockHash ChainHash(const BlockHash& parent, std::span<const TokenId> tokens);
 
+// Gives full blocks their names in place of ChainHash: a replay has the names of the tokens, not the tokens.
+class BlockNamer {
+ public:
+  virtual ~BlockNamer() = default;
+  // sequence: kPrompt for blocks within the prompt, whose names all sequences share.
+  static constexpr uint32_t kPrompt = UINT32_MAX;
+  virtual BlockHash Name(RequestKey request, uint32_t sequence, int32_t block) const = 0;
+};
+
 class PrefixCache {
  public:
   PrefixCache(BlockPool* pool, int32_t block_size);

@@ -5,6 +5,7 @@
 
 #include "server/base/check.h"
 #include "server/base/strings.h"
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/scheduler_impl.h"
 
 namespace altiplano {
@@ -62,21 +63,34 @@ int32_t Scheduler::max_servable_tokens() const {
   return impl_->max_servable_tokens();
 }
 void Scheduler::Add(RequestKey key, std::shared_ptr<const Request> request) {
+  if (auto* recorder = impl_->recorder()) recorder->OnArrival(key, *request);
   impl_->Add(key, std::move(request));
 }
 void Scheduler::Cancel(RequestKey key, Status why) {
+  if (auto* recorder = impl_->recorder()) recorder->OnCancel(key, why.code());
   impl_->Cancel(key, std::move(why));
 }
 void Scheduler::StopSequence(RequestKey key, uint32_t sequence) {
+  if (auto* recorder = impl_->recorder()) recorder->OnStop(key, sequence);
   impl_->StopSequence(key, sequence);
 }
 std::shared_ptr<const StepPlan> Scheduler::Plan(TimePoint now, std::vector<Event>* events) {
-  return impl_->Plan(now, events);
+  const size_t before = events->size();
+  std::shared_ptr<const StepPlan> plan = impl_->Plan(now, events);
+  if (auto* recorder = impl_->recorder()) {
+    recorder->OnPlan(now, plan.get(), impl_->Notes(plan.get()), std::span(*events).subspan(before));
+  }
+  return plan;
 }
 void Scheduler::Apply(const StepPlan& plan, const StepResult& result, TimePoint now, std::vector<Event>* events) {
+  const size_t before = events->size();
   impl_->Apply(plan, result, now, events);
+  if (auto* recorder = impl_->recorder()) {
+    recorder->OnResult(now, plan, result, std::span(*events).subspan(before));
+  }
 }
 void Scheduler::Abort(const Status& why, TimePoint now, std::vector<Event>* events) {
+  if (auto* recorder = impl_->recorder()) recorder->OnAbort(now);
   impl_->Abort(why, now, events);
 }
 bool Scheduler::idle() const {
@@ -89,6 +103,7 @@ SchedulerLoad Scheduler::load() const {
   return impl_->load();
 }
 int32_t Scheduler::ResetPrefixCache() {
+  if (auto* recorder = impl_->recorder()) recorder->OnCacheReset();
   return impl_->ResetPrefixCache();
 }
 void Scheduler::CheckInvariants() const {

@@ -16,6 +16,9 @@
 
 namespace altiplano {
 
+class BlockNamer;
+class FlightRecorder;
+
 struct SchedulerOptions {
   int32_t num_blocks = 0;       // KV blocks in the pool
   int32_t block_size = 16;      // tokens in a block, a power of two
@@ -27,6 +30,28 @@ struct SchedulerOptions {
   // While answers are being streamed, prompts get no more of a step than keeps it within max_itl by step_cost.
   Duration max_itl{};  // zero: no ceiling
   StepCost step_cost;
+  FlightRecorder* recorder = nullptr;  // outlives the scheduler; null: nothing is recorded
+  // Null but in replays: gives blocks their recorded names, since their tokens are not there.
+  const BlockNamer* namer = nullptr;
+};
+
+// What one plan leaves behind for people: why the head of the queue waits, and what the pool looks like.
+struct PlanNotes {
+  enum class Why : uint8_t {
+    kNobodyWaits,
+    kNoSlot,        // max_running sequences run
+    kNoBlocks,      // the pool has too few for it
+    kRunningFirst,  // a running sequence found no block at once: nobody is admitted in this step
+    kBudget,        // the step's tokens are spent
+    kCeiling,       // max_itl leaves no room
+  };
+  Why why = Why::kNobodyWaits;
+  int32_t waiting = 0;  // sequences
+  RequestKey head = 0;
+  uint32_t head_sequence = 0;
+  int32_t blocks_held = 0, blocks_cached = 0;
+
+  bool operator==(const PlanNotes&) const = default;
 };
 
 struct SchedulerLoad {

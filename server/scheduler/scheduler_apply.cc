@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "server/base/check.h"
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/scheduler_impl.h"
 
 namespace altiplano {
@@ -171,7 +172,12 @@ const BlockHash& Scheduler::Impl::HashOf(Sequence* sequence, int32_t i) {
   // Names are needed in order, so that at most a few are missing here.
   for (int32_t next = i; KnownHash(*sequence, i) == nullptr;) {
     while (next > 0 && KnownHash(*sequence, next - 1) == nullptr) --next;
-    const BlockHash hash = ChainHash(ParentOf(sequence, next), BlockTokens(*sequence, next, &token_scratch_));
+    const RequestKey key = sequence->request->key;
+    const uint32_t owner = next < in_prompt ? BlockNamer::kPrompt : sequence->index;
+    const BlockHash hash = options_.namer != nullptr
+                               ? options_.namer->Name(key, owner, next)
+                               : ChainHash(ParentOf(sequence, next), BlockTokens(*sequence, next, &token_scratch_));
+    if (options_.recorder != nullptr) options_.recorder->OnBlockName(key, owner, next, hash);
     (next < in_prompt ? sequence->request->prompt_hashes : sequence->hashes).push_back(hash);
     ++next;
   }

@@ -33,6 +33,8 @@ class Scheduler::Impl {
   SchedulerLoad load() const;
   int32_t ResetPrefixCache() { return cache_.Reset(); }
   void CheckInvariants() const;
+  PlanNotes Notes(const StepPlan* plan) const;  // of the plan just made
+  FlightRecorder* recorder() const { return options_.recorder; }
 
  private:
   // What a plan that has not been applied yet still touches.

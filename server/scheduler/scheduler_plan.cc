@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "server/base/check.h"
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/scheduler_impl.h"
 
 namespace altiplano {
@@ -47,6 +48,29 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   // With nothing under way, whatever is live could be planned.
   CHECK(!in_flight_.empty() || live_.empty());
   return nullptr;
+}
+
+PlanNotes Scheduler::Impl::Notes(const StepPlan* plan) const {
+  PlanNotes notes;
+  notes.blocks_held = pool_.num_held();
+  notes.blocks_cached = pool_.num_cached();
+  notes.waiting = static_cast<int32_t>(waiting_.size());
+  if (waiting_.empty()) return notes;
+  const Sequence* head = *waiting_.begin();
+  notes.head = head->request->key;
+  notes.head_sequence = head->index;
+  if (pressed_) {
+    notes.why = PlanNotes::Why::kRunningFirst;
+  } else if (free_slots_.empty()) {
+    notes.why = PlanNotes::Why::kNoSlot;
+  } else if (head == blocked_) {
+    notes.why = PlanNotes::Why::kNoBlocks;
+  } else if (plan != nullptr && static_cast<int32_t>(plan->tokens.size()) >= options_.token_budget) {
+    notes.why = PlanNotes::Why::kBudget;
+  } else {
+    notes.why = PlanNotes::Why::kCeiling;
+  }
+  return notes;
 }
 
 // Every running sequence with one token to compute. The oldest running request comes first: it is never preempted, so
@@ -167,6 +191,7 @@ void Scheduler::Impl::Preempt(Sequence* victim) {
   LeaveQueueOrSlot(victim);
   ReleaseBlocks(victim);
   MakeWaiting(victim);
+  if (options_.recorder != nullptr) options_.recorder->OnPreempt(victim->request->key, victim->index);
   ++victim->request->preemptions;
   ++preemptions_;
 }

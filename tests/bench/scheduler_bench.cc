@@ -1,5 +1,5 @@
-// What the scheduler costs a step, in CPU time: Plan and Apply with many sequences that all decode, and the memory they
-// ask for. The executor is a loop that samples one token for each sequence.
+// What the scheduler costs a step, in CPU time: Plan and Apply with many sequences that all decode, without and with
+// the flight recorder, and the memory they ask for. The executor is a loop that samples one token for each sequence.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "server/base/strings.h"
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/scheduler.h"
 #include "tests/bench/bench.h"
 
@@ -18,15 +19,16 @@ namespace {
 int64_t allocations = 0;  // one thread
 }
 
-void* operator new(size_t bytes) {
+[[gnu::noinline]] void* operator new(size_t bytes) {
   ++allocations;
   if (void* p = std::malloc(bytes)) return p;
   std::abort();
 }
-void operator delete(void* p) noexcept {
+// Not inlined: else the compiler sees free() meet a pointer of new and warns.
+[[gnu::noinline]] void operator delete(void* p) noexcept {
   std::free(p);
 }
-void operator delete(void* p, size_t) noexcept {
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept {
   std::free(p);
 }
 
@@ -89,23 +91,32 @@ class Driver {
   std::minstd_rand random_{1};
 };
 
+constexpr size_t kRecordBytes = 8 << 20;  // full before the clock starts, so that old steps leave it
+
 double Quantile(std::vector<double> values, double at) {
   std::sort(values.begin(), values.end());
   return values[static_cast<size_t>(at * static_cast<double>(values.size() - 1))];
 }
 
-// Prompts of different lengths, so that in every step some sequences fill a block and publish it.
-void Measure(Report& report, int32_t sequences, bool prefix_cache, double goal_us) {
-  constexpr int32_t kShortest = 500, kSpread = 500, kSteps = 600;
-  SchedulerOptions options;
-  options.block_size = 16;
-  options.max_running = sequences;
-  options.token_budget = 16384;
-  options.max_context = 4096;
-  options.num_blocks = sequences * (kShortest + kSpread + kSteps + 200) / options.block_size;
-  options.prefix_cache = prefix_cache;
-  options.eos_ids = {128001, 128008, 128009};
-  Driver driver(options);
+constexpr int32_t kShortest = 500, kSpread = 500, kSteps = 600;
+
+// What the steps of one scheduler cost.
+struct Costs {
+  std::vector<double> plan, apply, both;
+  int64_t allocations = 0, steps_allocating = 0;
+
+  void Add(const Driver::Cost& cost) {
+    plan.push_back(cost.plan);
+    apply.push_back(cost.apply);
+    both.push_back(cost.plan + cost.apply);
+    allocations += cost.allocations;
+    steps_allocating += cost.allocations > 0;
+  }
+};
+
+// Every sequence decodes from here on. Prompts of different lengths, so that in every step some fill a block and
+// publish it.
+void Begin(Driver& driver, int32_t sequences) {
   std::minstd_rand random(2);
   for (int32_t i = 0; i < sequences; ++i) {
     auto request = std::make_shared<Request>();
@@ -114,50 +125,99 @@ void Measure(Report& report, int32_t sequences, bool prefix_cache, double goal_u
     request->stop.max_new_tokens = 2048;
     driver.scheduler().Add(static_cast<RequestKey>(i) + 1, std::move(request));
   }
-  auto steady = [&](const Driver::Cost& cost) {
-    return cost.sequences == static_cast<size_t>(sequences) && cost.prefill_tokens == 0;
-  };
-  while (!steady(driver.Step())) {
+  for (Driver::Cost cost; cost.sequences != static_cast<size_t>(sequences) || cost.prefill_tokens != 0;) {
+    cost = driver.Step();
   }
   for (int i = 0; i < 20; ++i) driver.Step();
-  std::vector<double> plan, apply, both;
-  int64_t asked = 0, steps_asking = 0;
+}
+
+void ReportAllocations(Report& report, const std::string& name, const Costs& costs) {
+  Result memory;
+  memory.name = StrCat("allocations, ", name);
+  memory.value = static_cast<double>(costs.allocations) / kSteps;
+  memory.unit = "per step";
+  memory.remark = StrCat(costs.allocations, " in ", costs.steps_allocating, " of ", kSteps,
+                         " steps; goal 0: ", costs.allocations == 0 ? "met" : "MISSED");
+  memory.extra = {{"allocations", costs.allocations}, {"steps", kSteps}, {"met", costs.allocations == 0}};
+  report.Add(memory);
+}
+
+SchedulerOptions Options(int32_t sequences, bool prefix_cache) {
+  SchedulerOptions options;
+  options.block_size = 16;
+  options.max_running = sequences;
+  options.token_budget = 16384;
+  options.max_context = 4096;
+  options.num_blocks = sequences * (kShortest + kSpread + kSteps + 200) / options.block_size;
+  options.prefix_cache = prefix_cache;
+  options.eos_ids = {128001, 128008, 128009};
+  return options;
+}
+
+// Steps of several schedulers in turns, so that what else the machine does meets all of them.
+std::vector<Costs> Collect(const std::vector<Driver*>& drivers, int32_t sequences) {
+  for (Driver* driver : drivers) Begin(*driver, sequences);
+  std::vector<Costs> costs(drivers.size());
   for (int32_t i = 0; i < kSteps; ++i) {
-    const Driver::Cost cost = driver.Step();
-    if (!steady(cost)) {
-      std::fprintf(stderr, "scheduler_bench: a step of %zu sequences, %d were to decode\n", cost.sequences, sequences);
-      std::exit(1);
+    for (size_t d = 0; d < drivers.size(); ++d) {
+      const Driver::Cost cost = drivers[d]->Step();
+      if (cost.sequences != static_cast<size_t>(sequences) || cost.prefill_tokens != 0) {
+        std::fprintf(stderr, "scheduler_bench: a step of %zu sequences, %d were to decode\n", cost.sequences,
+                     sequences);
+        std::exit(1);
+      }
+      costs[d].Add(cost);
     }
-    plan.push_back(cost.plan);
-    apply.push_back(cost.apply);
-    both.push_back(cost.plan + cost.apply);
-    asked += cost.allocations;
-    steps_asking += cost.allocations > 0;
   }
+  return costs;
+}
+
+void Measure(Report& report, int32_t sequences, bool prefix_cache, double goal_us) {
+  Driver driver(Options(sequences, prefix_cache));
+  const Costs costs = Collect({&driver}, sequences)[0];
   const std::string name = StrCat(sequences, " sequences, ", prefix_cache ? "prefix cache" : "no prefix cache");
+  const double plan = Quantile(costs.plan, 0.1) * 1e6, apply = Quantile(costs.apply, 0.1) * 1e6;
   Result result;
   result.name = StrCat("Plan + Apply, ", name);
-  result.value = Quantile(both, 0.1) * 1e6;
+  result.value = Quantile(costs.both, 0.1) * 1e6;
   result.unit = "us/step";
   result.limit = goal_us;
   result.limit_name = "the allowed us";
-  result.median_ratio = Quantile(both, 0.5) * 1e6 / goal_us;
+  result.median_ratio = Quantile(costs.both, 0.5) * 1e6 / goal_us;
   result.at_most = 1;
-  result.remark = StrCat("Plan ", Number(Quantile(plan, 0.1) * 1e6), " us, Apply ", Number(Quantile(apply, 0.1) * 1e6),
-                         " us, ", Number(Quantile(both, 0.1) / sequences * 1e9), " ns a sequence");
-  result.extra = {{"plan_us", Quantile(plan, 0.1) * 1e6},
-                  {"apply_us", Quantile(apply, 0.1) * 1e6},
-                  {"median_us", Quantile(both, 0.5) * 1e6},
-                  {"p99_us", Quantile(both, 0.99) * 1e6}};
+  result.remark = StrCat("Plan ", Number(plan), " us, Apply ", Number(apply), " us, ",
+                         Number(Quantile(costs.both, 0.1) / sequences * 1e9), " ns a sequence");
+  result.extra = {{"plan_us", plan},
+                  {"apply_us", apply},
+                  {"median_us", Quantile(costs.both, 0.5) * 1e6},
+                  {"p99_us", Quantile(costs.both, 0.99) * 1e6}};
   report.Add(result);
-  Result memory;
-  memory.name = StrCat("allocations, ", name);
-  memory.value = static_cast<double>(asked) / kSteps;
-  memory.unit = "per step";
-  memory.remark =
-      StrCat(asked, " in ", steps_asking, " of ", kSteps, " steps; goal 0: ", asked == 0 ? "met" : "MISSED");
-  memory.extra = {{"allocations", asked}, {"steps", kSteps}, {"met", asked == 0}};
-  report.Add(memory);
+  ReportAllocations(report, name, costs);
+}
+
+// Beside a scheduler without it.
+void MeasureRecorder(Report& report, int32_t sequences) {
+  SchedulerOptions options = Options(sequences, /*prefix_cache=*/true);
+  FlightRecorder recorder(options, kRecordBytes);
+  Driver plain(options);
+  options.recorder = &recorder;
+  Driver recorded(options);
+  const std::vector<Costs> costs = Collect({&plain, &recorded}, sequences);
+  auto more = [&](std::vector<double> Costs::*part) {
+    return (Quantile(costs[1].*part, 0.1) - Quantile(costs[0].*part, 0.1)) * 1e6;
+  };
+  const std::string name = StrCat(sequences, " sequences, prefix cache");
+  Result result;
+  result.name = StrCat("flight recorder, ", name);
+  result.value = more(&Costs::both);
+  result.unit = "us/step";
+  result.limit = Quantile(costs[0].both, 0.1) * 1e6;
+  result.limit_name = "Plan + Apply without it";
+  result.median_ratio = Quantile(costs[1].both, 0.5) / Quantile(costs[0].both, 0.5) - 1;
+  result.at_most = 0.15;
+  result.remark = StrCat("Plan ", Number(more(&Costs::plan)), " us, Apply ", Number(more(&Costs::apply)), " us more");
+  report.Add(result);
+  ReportAllocations(report, StrCat(name, ", recorded"), costs[1]);
 }
 
 }  // namespace
@@ -169,5 +229,8 @@ int main(int argc, char** argv) {
   for (bool prefix_cache : {true, false}) {
     altiplano::bench::Measure(report, 512, prefix_cache, 100);
     altiplano::bench::Measure(report, 4096, prefix_cache, 1000);
+    if (!prefix_cache) continue;
+    altiplano::bench::MeasureRecorder(report, 512);
+    altiplano::bench::MeasureRecorder(report, 4096);
   }
 }

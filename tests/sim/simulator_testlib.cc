@@ -11,6 +11,7 @@
 
 #include "server/base/check.h"
 #include "server/base/strings.h"
+#include "server/scheduler/flight_replay.h"
 
 namespace altiplano::sim {
 
@@ -146,6 +147,10 @@ void Simulator::MakeWorkload() {
 std::string Simulator::Run() {
   AnnounceSeedOnAbort(seed_);
   MakeOptions();
+  if (seed_ % 4 == 0) {
+    recorder_ = std::make_unique<FlightRecorder>(options_, 1 << 20);
+    options_.recorder = recorder_.get();
+  }
   auto scheduler = Scheduler::Create(options_);
   if (!scheduler.ok()) return scheduler.status().ToString();
   scheduler_ = std::move(*scheduler);
@@ -155,6 +160,7 @@ std::string Simulator::Run() {
         options_.max_running, " slots, budget ", options_.token_budget, ", context ", scheduler_->max_servable_tokens(),
         ", prefix cache ", options_.prefix_cache);
   Loop();
+  if (error_.empty() && recorder_ != nullptr) JudgeRecord();
   if (error_.empty()) JudgeRest();
   std::signal(SIGABRT, SIG_DFL);
   return error_;
@@ -443,6 +449,16 @@ void Simulator::JudgePromises(bool after_plan) {
 void Simulator::JudgeProgress() {
   const int32_t tokens = options_.num_blocks * options_.block_size;
   if (plans_without_progress_ > 64 + 4 * tokens / options_.token_budget) Fail("many steps, and not one token");
+}
+
+// Whoever replays the record decides as the scheduler did, without having seen a token.
+void Simulator::JudgeRecord() {
+  auto record = ParseFlightRecord(recorder_->Write(now_, 0));
+  if (!record.ok()) return Fail(StrCat("the flight record ", record.status().message()));
+  auto replay = ReplayFlightRecord(*record);
+  if (!replay.ok()) return Fail(StrCat("the flight record cannot be replayed: ", replay.status().message()));
+  if (!replay->difference.empty()) return Fail(StrCat("the replay parts: ", replay->difference));
+  coverage_.replayed += replay->steps;
 }
 
 void Simulator::JudgeRest() {

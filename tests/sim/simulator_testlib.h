@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/scheduler.h"
 #include "tests/sim/fake_executor_testlib.h"
 #include "tests/sim/oracle_testlib.h"
@@ -20,7 +21,7 @@ struct Coverage {
   uint64_t steps = 0, tokens = 0, requests = 0;
   uint64_t preemptions = 0, cached_tokens = 0, siblings = 0, prompt_scores = 0, from_slot = 0, chunked = 0;
   uint64_t cancelled = 0, stopped = 0, time_limits = 0, deadlines = 0, queue_timeouts = 0, non_finite = 0, aborts = 0;
-  uint64_t dropped_results = 0;
+  uint64_t dropped_results = 0, replayed = 0;
 };
 
 class Simulator {
@@ -71,6 +72,7 @@ class Simulator {
   void JudgeEnd(const Event& event, SimRequest& request);
   void JudgePromises(bool after_plan);
   void JudgeProgress();
+  void JudgeRecord();
   void JudgeRest();
   void Count(const StepPlan& plan);
   void Fail(std::string what);
@@ -83,6 +85,7 @@ class Simulator {
   Random random_;
   FakeModel model_;
   SchedulerOptions options_;
+  std::unique_ptr<FlightRecorder> recorder_;  // of every fourth world
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<FakeExecutor> executor_;
   std::map<RequestKey, SimRequest> requests_;

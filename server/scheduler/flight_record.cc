@@ -1,0 +1,273 @@
+#include "server/scheduler/flight_record.h"
+
+#include <bit>
+#include <limits>
+
+#include "server/base/sha256.h"
+#include "server/base/strings.h"
+#include "server/scheduler/flight_options.h"
+
+namespace altiplano {
+
+namespace {
+
+constexpr size_t kDigestBytes = sizeof(Sha256Digest);
+// Times within this of zero: sums and differences of a few cannot overflow.
+constexpr int64_t kMostNanoseconds = int64_t{1} << 60;
+
+// Reads numbers until one is wrong; from then on everything is zero and error() says what it was.
+class Reader {
+ public:
+  explicit Reader(std::string_view bytes) : left_(bytes) {}
+
+  const std::string& error() const { return error_; }
+  bool ok() const { return error_.empty(); }
+  bool done() const { return !ok() || left_.empty(); }
+  size_t left() const { return left_.size(); }
+  void Fail(std::string what) {
+    if (ok()) error_ = std::move(what);
+    left_ = {};
+  }
+
+  uint64_t Number() {
+    uint64_t value = 0;
+    for (int shift = 0; shift < 64; shift += 7) {
+      if (left_.empty()) return Fail("it ends within a number"), 0;
+      const auto byte = static_cast<uint8_t>(left_[0]);
+      left_.remove_prefix(1);
+      if (shift == 63 && byte > 1) break;
+      value |= uint64_t{byte & 0x7fu} << shift;
+      if ((byte & 0x80) == 0) return value;
+    }
+    Fail("a number has more than 64 bits");
+    return 0;
+  }
+  int64_t Signed() {
+    const uint64_t value = Number();
+    return static_cast<int64_t>(value >> 1) ^ -static_cast<int64_t>(value & 1);
+  }
+  uint64_t UpTo(uint64_t most, const char* what) {
+    const uint64_t value = Number();
+    if (value <= most) return value;
+    Fail(StrCat(what, " is ", value, ", at most ", most, " is possible"));
+    return 0;
+  }
+  int32_t Count(const char* what) { return static_cast<int32_t>(UpTo(INT32_MAX, what)); }
+  bool Flag(const char* what) { return UpTo(1, what) != 0; }
+  int32_t Small(const char* what) {
+    const int64_t value = Signed();
+    if (value >= INT32_MIN && value <= INT32_MAX) return static_cast<int32_t>(value);
+    Fail(StrCat(what, " is ", value, ", which has more than 32 bits"));
+    return 0;
+  }
+  Duration Span(const char* what) {
+    const int64_t value = Signed();
+    if (value >= -kMostNanoseconds && value <= kMostNanoseconds) return Duration(value);
+    Fail(StrCat(what, " is ", value, " ns, out of range"));
+    return {};
+  }
+  TimePoint Time(const char* what) { return TimePoint(Span(what)); }
+  TimePoint TimeOrNever(const char* what) {
+    const std::string_view before = left_;
+    if (Signed() == kNever.time_since_epoch().count()) return kNever;
+    if (ok()) left_ = before;
+    return Time(what);
+  }
+  std::string_view Bytes(size_t size, const char* what) {
+    if (size > left_.size()) return Fail(StrCat(what, " reaches beyond its end")), "";
+    const std::string_view bytes = left_.substr(0, size);
+    left_.remove_prefix(size);
+    return bytes;
+  }
+  std::string Text(const char* what) { return std::string(Bytes(Number(), what)); }
+  uint64_t Fixed64(const char* what) {
+    uint64_t value = 0;
+    const std::string_view bytes = Bytes(8, what);
+    for (size_t i = 0; i < bytes.size(); ++i) value |= uint64_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
+    return value;
+  }
+  // Of things that take at least `least` bytes each: more than fit are wrong before memory is asked for.
+  size_t Length(size_t least, const char* what) {
+    const uint64_t count = Number();
+    if (count <= left_.size() / least) return static_cast<size_t>(count);
+    Fail(StrCat("there are said to be ", count, " ", what, ", but only ", left_.size(), " bytes are left"));
+    return 0;
+  }
+
+ private:
+  std::string_view left_;
+  std::string error_;
+};
+
+struct OptionReader {
+  Reader& in;
+  void operator()(bool& value) const { value = in.Flag("an option"); }
+  void operator()(int32_t& value) const { value = in.Small("an option"); }
+  void operator()(Duration& value) const { value = in.Span("an option"); }
+  void operator()(double& value) const { value = std::bit_cast<double>(in.Fixed64("an option")); }
+};
+
+FlightArrival ReadArrival(Reader& in) {
+  FlightArrival arrival;
+  arrival.key = in.Number();
+  arrival.id = in.Text("the request id");
+  arrival.tenant = in.Text("the tenant");
+  arrival.prompt_tokens = in.Count("the prompt's length");
+  arrival.num_sequences = in.Count("the number of sequences");
+  arrival.max_new_tokens = in.Count("max_new_tokens");
+  arrival.priority = in.Small("the priority");
+  arrival.bypasses_cache = in.Flag("bypass_prefix_cache");
+  arrival.scores_prompt = in.Flag("prompt_logprobs");
+  arrival.arrival = in.Time("the arrival");
+  arrival.queue_deadline = in.TimeOrNever("the queue deadline");
+  arrival.deadline = in.TimeOrNever("the deadline");
+  arrival.time_limit = in.TimeOrNever("the time limit");
+  arrival.ttft_target = in.Span("the TTFT target");
+  return arrival;
+}
+
+FlightNames ReadNames(Reader& in) {
+  FlightNames names;
+  names.key = in.Number();
+  names.sequence = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"));
+  names.first_block = in.Count("the first block");
+  while (!in.done()) names.names.push_back(in.Fixed64("a block's name"));
+  return names;
+}
+
+std::vector<FlightEnd> ReadEnds(Reader& in) {
+  std::vector<FlightEnd> ends;
+  while (in.Flag("whether another end follows")) {
+    FlightEnd& end = ends.emplace_back();
+    end.key = in.Number();
+    end.sequence = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"));
+    if (end.sequence == FlightEnd::kRequest) {
+      end.code = static_cast<Code>(in.UpTo(static_cast<uint64_t>(Code::kUnauthenticated), "the status code"));
+    } else {
+      end.finish = static_cast<FinishReason>(in.UpTo(static_cast<uint64_t>(FinishReason::kCancelled), "the finish"));
+    }
+    end.with_token = in.Flag("with_token");
+  }
+  return ends;
+}
+
+FlightPlan ReadPlan(Reader& in) {
+  FlightPlan plan;
+  plan.now = in.Time("now");
+  plan.step = in.Number();
+  plan.notes.why =
+      static_cast<PlanNotes::Why>(in.UpTo(static_cast<uint64_t>(PlanNotes::Why::kCeiling), "the reason to wait"));
+  plan.notes.waiting = in.Count("the number of waiting sequences");
+  plan.notes.head = in.Number();
+  plan.notes.head_sequence = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"));
+  plan.notes.blocks_held = in.Count("blocks held");
+  plan.notes.blocks_cached = in.Count("blocks cached");
+  plan.prefill_tokens = in.Count("the prefill tokens");
+  plan.preempted.resize(in.Length(2, "preempted sequences"));
+  for (FlightPreempted& preempted : plan.preempted) {
+    preempted.key = in.Number();
+    preempted.sequence = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"));
+  }
+  plan.ends = ReadEnds(in);
+  plan.sequences.resize(in.Length(5, "planned sequences"));
+  RequestKey last = 0;
+  for (FlightPlanned& planned : plan.sequences) {
+    planned.key = last += static_cast<RequestKey>(in.Signed());
+    const uint64_t flags = in.UpTo(uint64_t{UINT32_MAX} << 3 | 7, "the sequence");
+    planned.sequence = static_cast<uint32_t>(flags >> 3);
+    planned.scores = (flags & 4) != 0;
+    planned.admitted = (flags & 2) != 0;
+    planned.sample = (flags & 1) != 0;
+    planned.slot = in.Count("the slot");
+    planned.first_position = in.Count("the first position");
+    planned.num_tokens = in.Count("the number of tokens");
+  }
+  return plan;
+}
+
+FlightResult ReadResult(Reader& in) {
+  FlightResult result;
+  result.now = in.Time("now");
+  result.step = in.Number();
+  result.device_time = Duration(static_cast<int64_t>(in.UpTo(kMostNanoseconds, "the device time")));
+  result.non_finite.resize(in.Length(1, "non-finite results"));
+  for (uint32_t& index : result.non_finite) index = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the index"));
+  result.ends = ReadEnds(in);
+  return result;
+}
+
+FlightFrame ReadFrame(Reader& in) {
+  const auto kind = static_cast<FlightKind>(in.UpTo(UINT8_MAX, "the kind"));
+  switch (kind) {
+    case FlightKind::kArrival:
+      return ReadArrival(in);
+    case FlightKind::kCancel: {
+      const RequestKey key = in.Number();
+      return FlightCancel{key, static_cast<Code>(in.UpTo(static_cast<uint64_t>(Code::kUnauthenticated), "the code"))};
+    }
+    case FlightKind::kStop: {
+      const RequestKey key = in.Number();
+      return FlightStop{key, static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"))};
+    }
+    case FlightKind::kCacheReset:
+      return FlightCacheReset{};
+    case FlightKind::kAbort:
+      return FlightAbort{in.Time("now")};
+    case FlightKind::kNames:
+      return ReadNames(in);
+    case FlightKind::kPlan:
+      return ReadPlan(in);
+    case FlightKind::kResult:
+      return ReadResult(in);
+  }
+  in.Fail(StrCat("there is no kind ", static_cast<int>(kind)));
+  return FlightCacheReset{};
+}
+
+Status Invalid(std::string message) {
+  return Status(Code::kInvalidArgument, std::move(message));
+}
+
+}  // namespace
+
+StatusOr<FlightRecord> ParseFlightRecord(std::string_view file) {
+  if (!file.starts_with(kFlightMagic)) return Invalid("is not a flight record: it does not begin with ALTIFLR");
+  constexpr size_t kFixed = kFlightMagic.size() + sizeof kFlightVersion;
+  if (file.size() < kFixed) return Invalid("ends within its header");
+  uint32_t version = 0;
+  for (size_t i = 0; i < sizeof version; ++i) {
+    version |= uint32_t{static_cast<uint8_t>(file[kFlightMagic.size() + i])} << (8 * i);
+  }
+  if (version != kFlightVersion) {
+    return Invalid(StrCat("is a flight record of version ", version, "; this program reads version ", kFlightVersion));
+  }
+  if (file.size() < kFixed + kDigestBytes) return Invalid("ends within its header");
+  const std::string_view body = file.substr(0, file.size() - kDigestBytes);
+  Sha256 sha;
+  sha.Update(body.data(), body.size());
+  const Sha256Digest digest = sha.Finish();
+  if (file.substr(body.size()) != std::string_view(reinterpret_cast<const char*>(digest.data()), digest.size())) {
+    return Invalid("is truncated or damaged: its checksum is not that of its contents");
+  }
+
+  Reader in(body.substr(kFixed));
+  FlightRecord record;
+  VisitFlightOptions(record.options, OptionReader{in});
+  record.written_at_ns = in.Signed();
+  record.written = in.Time("the time of writing");
+  record.dropped_frames = in.Number();
+  record.dropped_steps = in.Number();
+  if (!in.ok()) return Invalid(StrCat("has a bad header: ", in.error()));
+  record.frame_bytes = in.left();
+  while (!in.done()) {
+    Reader frame(in.Bytes(in.Number(), "a frame"));
+    if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
+    record.frames.push_back(ReadFrame(frame));
+    if (frame.ok() && !frame.done()) frame.Fail(StrCat(frame.left(), " bytes are left over"));
+    if (!frame.ok()) return Invalid(StrCat("frame ", record.frames.size() - 1, ": ", frame.error()));
+  }
+  if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
+  return record;
+}
+
+}  // namespace altiplano

@@ -1,0 +1,87 @@
+// FlightRecorder: the last calls of a scheduler with what it decided, in a ring of fixed size. Costs a few microseconds
+// a step and no allocation once its scratch has grown to the largest step. docs/flight_records.md.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "server/base/clock.h"
+#include "server/scheduler/flight_record.h"
+#include "server/scheduler/prefix_cache.h"
+#include "server/scheduler/request.h"
+#include "server/scheduler/scheduler.h"
+#include "server/scheduler/step_plan.h"
+
+namespace altiplano {
+
+class FlightRecorder {
+ public:
+  // Of one scheduler, made with these options; `bytes` of frames are kept.
+  FlightRecorder(const SchedulerOptions& options, size_t bytes);
+
+  // The scheduler's thread.
+  void OnArrival(RequestKey key, const Request& request);
+  void OnCancel(RequestKey key, Code code);
+  void OnStop(RequestKey key, uint32_t sequence);
+  void OnCacheReset();
+  void OnAbort(TimePoint now);
+  void OnBlockName(RequestKey key, uint32_t sequence, int32_t block, const BlockHash& name);
+  void OnPreempt(RequestKey key, uint32_t sequence);
+  // `events`: those of this call.
+  void OnPlan(TimePoint now, const StepPlan* plan, const PlanNotes& notes, std::span<const Event> events);
+  void OnResult(TimePoint now, const StepPlan& plan, const StepResult& result, std::span<const Event> events);
+
+  // Any thread: the file, as of now. The scheduler's thread waits while the ring is copied.
+  std::string Write(TimePoint now, int64_t unix_ns) const;
+
+ private:
+  // Appends numbers to a buffer that keeps its memory.
+  class Frame {
+   public:
+    void Begin(FlightKind kind);
+    void Number(uint64_t value);
+    void Signed(int64_t value);
+    void Time(TimePoint time) { Signed(time.time_since_epoch().count()); }
+    void Bytes(const void* data, size_t size);
+    void Text(std::string_view text) {
+      Number(text.size());
+      Bytes(text.data(), text.size());
+    }
+    void Room(size_t more);  // behind End(), for whoever writes there
+    uint8_t* End() { return buffer_.data() + size_; }
+    void End(const uint8_t* at) { size_ = static_cast<size_t>(at - buffer_.data()); }
+    std::span<const uint8_t> bytes() const { return {buffer_.data(), size_}; }
+    bool empty() const { return size_ == 0; }
+    void Clear() { size_ = 0; }
+
+   private:
+    std::vector<uint8_t> buffer_;
+    size_t size_ = 0;
+  };
+  void Keep(Frame* frame);  // moves it into the ring
+  void FlushNames();
+  void AddEnds(std::span<const Event> events);
+  void DropOldest();
+  void Put(std::span<const uint8_t> bytes);
+
+  const std::string header_;  // the options
+
+  // The scheduler's thread.
+  Frame frame_;
+  Frame names_;  // of consecutive blocks of one sequence
+  RequestKey names_key_ = 0;
+  uint32_t names_sequence_ = 0;
+  int32_t names_next_ = 0;
+  std::vector<FlightPreempted> preempted_;  // since the last plan
+
+  mutable std::mutex mutex_;
+  // Guarded by mutex_. Frames one after the other, each behind its length and kind.
+  std::vector<uint8_t> ring_;
+  size_t begin_ = 0, used_ = 0;
+  uint64_t dropped_frames_ = 0, dropped_steps_ = 0;
+};
+
+}  // namespace altiplano

@@ -1,0 +1,25 @@
+// Runs the real scheduler on what a flight record says went into it, and compares what it decides with what was
+// recorded.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "server/base/status.h"
+#include "server/scheduler/flight_record.h"
+
+namespace altiplano {
+
+struct ReplayResult {
+  uint64_t steps = 0;      // replayed
+  std::string difference;  // the first one, with its step; empty: every decision was the same
+};
+
+// FAILED_PRECONDITION for a record that does not begin with its scheduler: what had happened before is not in it.
+// INVALID_ARGUMENT when its frames are not what any scheduler could have been called with.
+StatusOr<ReplayResult> ReplayFlightRecord(const FlightRecord& record);
+
+// "kNoBlocks" and so on in words: "no blocks".
+std::string_view WhyWaits(PlanNotes::Why why);
+
+}  // namespace altiplano

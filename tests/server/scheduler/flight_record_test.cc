@@ -1,0 +1,240 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "server/base/sha256.h"
+#include "server/scheduler/flight_recorder.h"
+#include "server/scheduler/flight_replay.h"
+#include "tests/server/scheduler/driver_testlib.h"
+
+namespace altiplano {
+namespace {
+
+using testing::HasSubstr;
+
+// A scheduler with its recorder.
+struct Recorded {
+  explicit Recorded(SchedulerOptions options = SmallOptions(), size_t bytes = 1 << 20)
+      : recorder(options, bytes), driver(With(options, &recorder)) {}
+  static SchedulerOptions With(SchedulerOptions options, FlightRecorder* recorder) {
+    options.recorder = recorder;
+    return options;
+  }
+  std::string Write() const { return recorder.Write(driver.now, 1'700'000'000'000'000'000); }
+  FlightRecord Read() const {
+    auto record = ParseFlightRecord(Write());
+    EXPECT_TRUE(record.ok()) << record.status().ToString();
+    return *record;
+  }
+
+  FlightRecorder recorder;
+  Driver driver;
+};
+
+template <typename T>
+std::vector<T> All(const FlightRecord& record) {
+  std::vector<T> found;
+  for (const FlightFrame& frame : record.frames) {
+    if (const T* one = std::get_if<T>(&frame)) found.push_back(*one);
+  }
+  return found;
+}
+
+std::string Seal(std::string body) {
+  Sha256 sha;
+  sha.Update(body.data(), body.size());
+  const Sha256Digest digest = sha.Finish();
+  return body.append(reinterpret_cast<const char*>(digest.data()), digest.size());
+}
+
+TEST(FlightRecord, HoldsArrivalsPlansAndResults) {
+  Recorded recorded;
+  auto request = MakeRequest(/*prompt=*/20, /*max_new_tokens=*/3);
+  request->id = "r-1";
+  request->tenant = "someone";
+  request->priority = -2;
+  request->deadline = recorded.driver.now + std::chrono::hours(1);
+  recorded.driver->Add(5, request);
+  recorded.driver.RunAll();
+  const FlightRecord record = recorded.Read();
+  EXPECT_EQ(record.dropped_frames, 0u);
+  EXPECT_EQ(record.written, recorded.driver.now);
+  EXPECT_EQ(record.options.num_blocks, 32);
+
+  const auto arrivals = All<FlightArrival>(record);
+  ASSERT_EQ(arrivals.size(), 1u);
+  EXPECT_EQ(arrivals[0].key, 5u);
+  EXPECT_EQ(arrivals[0].id, "r-1");
+  EXPECT_EQ(arrivals[0].tenant, "someone");
+  EXPECT_EQ(arrivals[0].prompt_tokens, 20);
+  EXPECT_EQ(arrivals[0].max_new_tokens, 3);
+  EXPECT_EQ(arrivals[0].priority, -2);
+  EXPECT_EQ(arrivals[0].deadline, request->deadline);
+  EXPECT_EQ(arrivals[0].time_limit, kNever);
+
+  // 16 tokens and 4 of the prompt, then two of the answer; the budget is 16.
+  const auto plans = All<FlightPlan>(record);
+  ASSERT_GE(plans.size(), 4u);
+  ASSERT_EQ(plans[0].sequences.size(), 1u);
+  EXPECT_EQ(plans[0].sequences[0],
+            (FlightPlanned{.key = 5, .slot = 0, .num_tokens = 16, .admitted = true, .sample = false}));
+  EXPECT_EQ(plans[1].sequences[0], (FlightPlanned{.key = 5, .first_position = 16, .num_tokens = 4, .sample = true}));
+  EXPECT_EQ(plans[0].prefill_tokens, 16);
+  EXPECT_EQ(plans[0].notes.blocks_held, 6);
+
+  const auto results = All<FlightResult>(record);
+  ASSERT_EQ(results.size(), 4u);
+  ASSERT_EQ(results[3].ends.size(), 2u);
+  EXPECT_EQ(results[3].ends[0], (FlightEnd{.key = 5, .finish = FinishReason::kLength, .with_token = true}));
+  EXPECT_EQ(results[3].ends[1], (FlightEnd{.key = 5, .sequence = FlightEnd::kRequest}));
+}
+
+TEST(FlightRecord, SaysWhyTheHeadOfTheQueueWaits) {
+  auto why = [](SchedulerOptions options, int prompts) {
+    Recorded recorded(options);
+    for (int i = 1; i <= prompts; ++i) {
+      recorded.driver->Add(static_cast<RequestKey>(i), MakeRequest(12, 8, 1000 * i));
+    }
+    recorded.driver.Step();
+    return All<FlightPlan>(recorded.Read()).back().notes;
+  };
+  SchedulerOptions options = SmallOptions();
+  EXPECT_EQ(why(options, 1).why, PlanNotes::Why::kNobodyWaits);
+  const PlanNotes budget = why(options, 4);
+  EXPECT_EQ(budget.why, PlanNotes::Why::kBudget);
+  EXPECT_EQ(budget.waiting, 2);
+  EXPECT_EQ(budget.head, 3u);
+  options.max_running = 1;
+  EXPECT_EQ(why(options, 2).why, PlanNotes::Why::kNoSlot);
+  options = SmallOptions();
+  options.num_blocks = 6;
+  options.token_budget = 64;
+  EXPECT_EQ(why(options, 2).why, PlanNotes::Why::kNoBlocks);
+}
+
+TEST(FlightRecord, PromptsAreNotInIt) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 4096;
+  options.max_context = 10000;
+  options.token_budget = 10000;
+  options.prefix_cache = false;
+  Recorded recorded(options);
+  recorded.driver->Add(1, MakeRequest(9000, 2));
+  recorded.driver.RunAll();
+  EXPECT_LT(recorded.Write().size(), 400u);
+}
+
+TEST(FlightRecord, TheOldestStepsLeaveAFullRing) {
+  Recorded recorded(SmallOptions(), 600);
+  for (RequestKey key = 1; key <= 30; ++key) {
+    recorded.driver->Add(key, MakeRequest(8, 10, static_cast<TokenId>(100 * key)));
+    recorded.driver.RunAll();
+    const FlightRecord record = recorded.Read();  // whole frames, whatever was overwritten
+    EXPECT_LE(record.frame_bytes, 600u);
+  }
+  const FlightRecord record = recorded.Read();
+  EXPECT_GT(record.dropped_frames, 0u);
+  const auto results = All<FlightResult>(record);
+  ASSERT_FALSE(results.empty());
+  EXPECT_EQ(record.dropped_steps + results.size(), results.back().step);
+  auto replay = ReplayFlightRecord(record);
+  ASSERT_FALSE(replay.ok());
+  EXPECT_EQ(replay.status().code(), Code::kFailedPrecondition);
+}
+
+TEST(FlightReplay, DecidesAsRecorded) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 12;  // preemptions
+  Recorded recorded(options);
+  for (RequestKey key = 1; key <= 6; ++key) {
+    auto request = MakeRequest(9, 12, key % 2 == 0 ? 0 : 500);  // two prefixes
+    request->num_sequences = key == 3 ? 2 : 1;
+    recorded.driver->Add(key, request);
+  }
+  recorded.driver.token = [](const PlannedSequence& planned) {
+    return planned.request == 2 && planned.first_position == 12 ? 7 : 1000 + planned.first_position;  // 7: EOS
+  };
+  recorded.driver.RunAll();
+  const FlightRecord record = recorded.Read();
+  EXPECT_GT(recorded.driver->load().preemptions, 0u);
+  EXPECT_GT(recorded.driver->load().cached_tokens, 0u);
+  EXPECT_EQ(recorded.driver.FinishOf(2), FinishReason::kEos);
+  auto replay = ReplayFlightRecord(record);
+  ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+  EXPECT_EQ(replay->difference, "");
+  EXPECT_EQ(replay->steps, All<FlightResult>(record).size());
+}
+
+TEST(FlightReplay, SaysWhereDecisionsDiffer) {
+  Recorded recorded;
+  auto request = MakeRequest(20, 3);
+  request->id = "r-1";
+  recorded.driver->Add(5, request);
+  recorded.driver.RunAll();
+  FlightRecord record = recorded.Read();
+  for (FlightFrame& frame : record.frames) {
+    auto* plan = std::get_if<FlightPlan>(&frame);
+    if (plan != nullptr && plan->step == 2) plan->sequences[0].num_tokens = 3;
+  }
+  auto replay = ReplayFlightRecord(record);
+  ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+  EXPECT_EQ(replay->difference,
+            "plan of step 2: recorded: request r-1 in slot 0, gets 3 tokens from 16 and samples; replayed: request r-1 "
+            "in slot 0, gets 4 tokens from 16 and samples");
+}
+
+TEST(FlightReplay, RefusesWhatNoSchedulerCouldHaveBeenCalledWith) {
+  Recorded recorded;
+  recorded.driver->Add(1, MakeRequest(8, 2));
+  recorded.driver.RunAll();
+  const FlightRecord good = recorded.Read();
+  auto error = [](const FlightRecord& record) {
+    auto replay = ReplayFlightRecord(record);
+    return replay.ok() ? "" : replay.status().message();
+  };
+  FlightRecord bad = good;
+  bad.frames.push_back(bad.frames.front());
+  EXPECT_THAT(error(bad), HasSubstr("request 1 arrives again"));
+  bad = good;
+  std::get<FlightArrival>(bad.frames.front()).prompt_tokens = 1000;
+  EXPECT_THAT(error(bad), HasSubstr("frame 0: request 1 could not be served"));
+  bad = good;
+  bad.frames.push_back(FlightResult{.now = {}, .step = 77, .device_time = {}, .non_finite = {}, .ends = {}});
+  EXPECT_THAT(error(bad), HasSubstr("the result of step 77"));
+  bad = good;
+  bad.options.block_size = 3;
+  EXPECT_THAT(error(bad), HasSubstr("block_size is 3"));
+}
+
+TEST(FlightFile, DamageIsNamed) {
+  Recorded recorded;
+  recorded.driver->Add(1, MakeRequest(8, 2));
+  recorded.driver.RunAll();
+  const std::string file = recorded.Write();
+  auto error = [](const std::string& bytes) {
+    auto record = ParseFlightRecord(bytes);
+    return record.ok() ? "" : record.status().message();
+  };
+  EXPECT_EQ(error(file), "");
+  EXPECT_THAT(error(""), HasSubstr("is not a flight record"));
+  EXPECT_THAT(error("GGUF and more"), HasSubstr("is not a flight record"));
+  EXPECT_THAT(error(file.substr(0, 20)), HasSubstr("ends within its header"));
+  EXPECT_THAT(error(file.substr(0, file.size() - 1)), HasSubstr("truncated or damaged"));
+  std::string damaged = file;
+  damaged[file.size() / 2] ^= 1;
+  EXPECT_THAT(error(damaged), HasSubstr("truncated or damaged"));
+  std::string other = file;
+  other[8] = 9;
+  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 1"));
+  // Whoever writes the checksum too is told which frame is wrong.
+  const std::string body = file.substr(0, file.size() - sizeof(Sha256Digest));
+  EXPECT_THAT(error(Seal(body + '\x01')), HasSubstr("a frame reaches beyond its end"));
+  EXPECT_THAT(error(Seal(body + "\x01\x2a")), HasSubstr("there is no kind 42"));
+  EXPECT_THAT(error(Seal(body + std::string("\x02\x04\x00", 3))), HasSubstr("1 bytes are left over"));
+  EXPECT_THAT(error(Seal(body + "\x03\x02\x01\x7f")), HasSubstr("the code is 127, at most 16 is possible"));
+}
+
+}  // namespace
+}  // namespace altiplano
