@@ -16,7 +16,7 @@ namespace altiplano::ptx {
 
 // The launch's dynamic shared memory.
 PTX_FUNCTION void* DynamicShared() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   return dynamic_shared;
 }
 PTX_FUNCTION uint32_t SharedAddress(const void* data) {

@@ -12,6 +12,7 @@
 #include "kernels/cuda/sim/rng.h"
 #include "kernels/cuda/sim/sanitizer.h"
 #include "kernels/cuda/sim/sim.h"
+#include "kernels/cuda/sim/tensor_map.h"
 #include "kernels/cuda/sim/thread.h"
 
 namespace altiplano::sim {
@@ -25,10 +26,11 @@ inline constexpr uint32_t kSharedBase = 1024;
 inline constexpr uint32_t kSharedLimit = 227 * 1024;  // that a block may ask for on sm_90
 inline constexpr uint32_t kSharedWindow = 512 * 1024;
 inline constexpr uint32_t kGuard = 256;
+inline constexpr size_t kMostMbarriers = 64;  // of a block
 
 struct Cancel {};  // thrown in threads that are stuck, so that their stacks unwind
 
-enum class Wait : uint8_t { kNothing, kWarp, kBarrier, kExited };
+enum class Wait : uint8_t { kNothing, kWarp, kBarrier, kMbarrier, kExited };
 
 // Of a happens-before edge: TSan knows an edge by an address.
 struct Token {
@@ -44,6 +46,27 @@ struct CpAsyncCopy {
   void* pc;
 };
 
+// Its state is here and not in shared memory, where a word shows whether somebody wrote over it.
+struct Mbarrier {
+  uint64_t* address = nullptr;
+  uint32_t arrivals = 0, pending = 0;
+  int64_t bytes = 0;  // expected and not yet copied
+  unsigned phase = 0;
+  Site site;  // of its initialization
+  int thread = 0;
+  uint32_t fences = 0;  // of the thread's, by then
+  std::array<Token, 2> tokens;
+};
+
+// A box that TMA was told to copy.
+struct BoxCopy {
+  TensorMap map;
+  int column, row;
+  char* to;
+  Mbarrier* barrier;
+  Site site;
+};
+
 struct Thread : ThreadView {
   Fiber fiber;
   int index = 0, lane = 0, warp = 0;
@@ -55,15 +78,42 @@ struct Thread : ThreadView {
   uint32_t mask = 0;
   const char* operation = "";
   Token* token = nullptr;
+  const Mbarrier* mbarrier = nullptr;  // that it waits for
+  uint32_t parity = 0;
+  uint32_t proxy_fences = 0;
   // Copies issued and not waited for.
   std::vector<CpAsyncCopy> copies;
   int copy_group = 0;
+};
+
+// Registers of a warp that wgmma writes to: their values when all that was issued is done. The registers hold NaN.
+struct Accumulator {
+  std::array<float*, kWarpSize> registers;
+  size_t per_lane;
+  std::vector<float> values;  // lane by lane
+  int operations = 0;         // not waited for
+};
+
+struct WgmmaOperation {
+  WgmmaOperands operands;  // of lane 0
+  std::array<const uint32_t*, kWarpSize> a;
+  uint32_t a_values[kWarpSize][4];
+  uint64_t b_hash;
+  size_t accumulator;
+  int group;
+  void* pc;
+  Site site;
 };
 
 struct Warp {
   uint32_t ready = 0, waiting = 0;  // lanes
   unsigned tokens_used = 0;
   std::array<Token, 64> tokens;
+  std::vector<WgmmaOperation> wgmmas;
+  std::vector<Accumulator> accumulators;
+  int wgmma_group = 0;
+  bool wgmma_fenced = false;
+  uint64_t wgmma_history = 0;  // must be the same in all warps of a warpgroup
 };
 
 struct Barrier {
@@ -80,6 +130,14 @@ struct ThreadSet {
   std::vector<std::unique_ptr<Thread>> threads;
   char* window = nullptr;
   Token exits;
+  std::array<Mbarrier, kMostMbarriers> mbarriers;
+};
+
+// Of 16 bytes of shared memory: who wrote to them last by other means than the async proxy.
+struct GenericWrite {
+  uint32_t block = 0;   // 0: nobody
+  uint32_t fences = 0;  // of the thread's, by then
+  int thread = 0;
 };
 
 struct StaticVariable {
@@ -134,6 +192,11 @@ class Runner {
   bool cancelling = false;
   Token launch_token, end_token;
   bool counting = false;
+  size_t mbarriers = 0;
+  std::vector<BoxCopy> boxes;
+  int eagerness = 0;      // how often, in eighths, a box is copied at a point where it might be
+  uint32_t block_id = 0;  // counts blocks
+  std::vector<GenericWrite> generic_writes = std::vector<GenericWrite>(kSharedWindow / 16);
 
  private:
   static void ThreadMain(void* thread);
@@ -162,10 +225,22 @@ bool IsDeviceMemory(const void* data, size_t bytes);
 uint32_t SharedAddress(const Runner& runner, const void* data);
 void CheckShared(Runner& runner, const void* data, int bytes, const char* what, Site site);
 
+void NoteGenericWrite(Runner& runner, const void* data, int bytes);
+
+// ---- async.cc
+void CopyOneBox(Runner& runner);
+// Fails if the async proxy may not see what threads wrote to the 16 bytes at this address.
+void CheckProxyFence(Runner& runner, uint32_t address, const char* what, Site site);
+
+// ---- wgmma.cc
+std::string UnfinishedWgmmas(const Runner& runner);  // what is wrong with them when the block ends
+
 // ---- counters.cc
 void CountAccess(const Runner& runner, Memory memory, const void* data, int bytes, Site site);
 void CountMatrixRows(const Runner& runner, const void* const* rows, int matrices, Site site);
 void CountCopy(const Runner& runner, const void* to, const void* from, int bytes, int from_bytes, Site site);
+void CountBox(const Runner& runner, const char* row, uint64_t rows, uint64_t stride_bytes, uint64_t row_bytes,
+              Site site);
 void CountLaunch(const Runner& runner);
 void FinishCounting(const Runner& runner);  // after each block
 

@@ -139,6 +139,20 @@ void CountMatrixRows(const Runner& runner, const void* const* rows, int matrices
   line.ideal += static_cast<uint64_t>(matrices);
 }
 
+void CountBox(const Runner& runner, const char* row, uint64_t rows, uint64_t stride_bytes, uint64_t row_bytes,
+              Site site) {
+  TsanIgnore ignore;
+  LineCount& line = ThisThread().lines[runner.grid.kernel][ToString(site) + " box"];
+  line.global = true;
+  ++line.accesses;
+  line.bytes += rows * row_bytes;
+  for (uint64_t r = 0; r < rows; ++r) {
+    const auto begin = reinterpret_cast<uintptr_t>(row + r * stride_bytes);
+    line.cost += (begin + row_bytes - 1) / 32 - begin / 32 + 1;
+  }
+  line.ideal += (rows * row_bytes + 31) / 32;
+}
+
 void FinishCounting(const Runner& runner) {
   for (const auto& [key, open] : ThisThread().open) {
     for (const WarpAccess& access : open.accesses) Close(runner, open, access);

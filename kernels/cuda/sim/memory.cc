@@ -75,6 +75,10 @@ uint32_t SharedAddress(const Runner& runner, const void* data) {
   return static_cast<uint32_t>(static_cast<const char*>(data) - runner.set->window);
 }
 
+uint32_t SharedAddress(const void* data) {
+  return SharedAddress(CurrentRunner(), data);
+}
+
 void CheckShared(Runner& runner, const void* data, int bytes, const char* what, Site site) {
   const char* address = static_cast<const char*>(data);
   const char* begin = runner.set->window + kSharedBase;
@@ -98,12 +102,21 @@ void Access(Memory memory, const void* data, int bytes, Site site) {
                     std::to_string(bytes) + " bytes is outside of device memory",
                 site);
   }
+  if (memory == Memory::kSharedStore) NoteGenericWrite(runner, data, bytes);
   if (runner.counting) CountAccess(runner, memory, data, bytes, site);
+}
+
+void NoteGenericWrite(Runner& runner, const void* data, int bytes) {
+  const uint32_t first = SharedAddress(runner, data);
+  for (uint32_t i = first / 16; i <= (first + static_cast<uint32_t>(bytes) - 1) / 16; ++i) {
+    runner.generic_writes[i] = {runner.block_id, runner.current->proxy_fences, runner.current->index};
+  }
 }
 
 void BeforeAtomic(const void* data, int bytes, Site site) {
   Runner& runner = CurrentRunner();
   CheckShared(runner, data, bytes, "an atomic operation", site);
+  NoteGenericWrite(runner, data, bytes);
   runner.SwitchAway();
 }
 

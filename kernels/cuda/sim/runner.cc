@@ -85,6 +85,9 @@ void Runner::Fail(const std::string& what, Site site) {
 }
 
 Thread* Runner::Pick() {
+  while (!boxes.empty() && exited < threads && (ready_warps == 0 || static_cast<int>(rng.Below(8)) < eagerness)) {
+    CopyOneBox(*this);
+  }
   if (ready_warps == 0) return nullptr;  // all have exited, or none can go on
   if ((ready_warps >> current_warp & 1) == 0 || static_cast<int>(rng() & 7) >= stickiness) {
     current_warp = RandomBit(rng, ready_warps);
@@ -186,7 +189,17 @@ void Runner::Prepare() {
   statics.clear();
   failure.clear();
   barrier.arrived = 0;
-  for (Warp& warp : warps) warp.ready = warp.waiting = 0;
+  for (Warp& warp : warps) {
+    warp.ready = warp.waiting = 0;
+    warp.wgmmas.clear();
+    warp.accumulators.clear();
+    warp.wgmma_group = 0;
+    warp.wgmma_fenced = false;
+    warp.wgmma_history = 0;
+  }
+  mbarriers = 0;
+  boxes.clear();
+  ++block_id;
   AsanUnpoison(set->window, kSharedWindow);
   PoisonBytes(set->window, kSharedBase + grid.shared_bytes + kGuard);
   AsanPoison(set->window, kSharedWindow);
@@ -202,6 +215,7 @@ void Runner::Prepare() {
     thread.grid_dim = grid.grid;
     thread.copies.clear();
     thread.copy_group = 0;
+    thread.proxy_fences = 0;
     Wake(thread);
   }
 }
@@ -213,6 +227,11 @@ void Runner::RunBlock(uint3 index) {
   current_thread = current;
   SwitchFiber(&host, &current->fiber);
   if (failure.empty() && exited < threads) failure = DescribeDeadlock();
+  if (failure.empty() && !boxes.empty()) {
+    failure = Where() + ": the block has ended, and the box that TMA was told to copy at " + ToString(boxes[0].site) +
+              " is under way";
+  }
+  if (failure.empty()) failure = UnfinishedWgmmas(*this);
   if (!failure.empty()) CancelAll();
   AsanUnpoison(set->window, kSharedWindow);
   CheckGuards();
@@ -239,6 +258,13 @@ std::string Runner::DescribeDeadlock() const {
     if (thread.wait == Wait::kBarrier) {
       wait = "__syncthreads at " + ToString(thread.site) + " (" + std::to_string(barrier.arrived) + " of " +
              std::to_string(threads) + " arrived)";
+    }
+    if (thread.wait == Wait::kMbarrier) {
+      const Mbarrier& awaited = *thread.mbarrier;
+      wait = "mbarrier.try_wait at " + ToString(thread.site) + " for phase " + std::to_string(thread.parity) +
+             " of the mbarrier of " + ToString(awaited.site) + ", which is in phase " +
+             std::to_string(awaited.phase & 1) + ", " + std::to_string(awaited.pending) + " of " +
+             std::to_string(awaited.arrivals) + " arrivals and " + std::to_string(awaited.bytes) + " bytes missing";
     }
     ++groups.try_emplace(wait, 0, i).first->second.first;
   }
@@ -270,6 +296,8 @@ std::string Runner::Run(const Grid& launch, const std::function<void()>& thread_
   rng = Rng(seed + 1000003 * ++launches);
   constexpr int kStickiness[] = {0, 4, 7, 8};
   stickiness = kStickiness[rng.Below(4)];
+  constexpr int kEagerness[] = {0, 1, 4};
+  eagerness = kEagerness[rng.Below(3)];
   CountLaunch(*this);
   TsanRelease(launch_token.address);
   std::vector<uint32_t> order(blocks);

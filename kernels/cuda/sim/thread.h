@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/sim/cuda_language.h"
 #include "kernels/cuda/sim/site.h"
+#include "kernels/cuda/sim/tensor_map.h"
 
 namespace altiplano::sim {
 
@@ -45,6 +46,29 @@ void Mma16816(float* d, const uint32_t* a, const uint32_t* b, Site site);
 void CpAsync(void* to, const void* from, int bytes, int from_bytes, Site site);
 void CpAsyncCommit();
 void CpAsyncWait(int pending);
+
+// ---- mbarriers and TMA
+void MbarrierInit(uint64_t* barrier, uint32_t arrivals, Site site);
+void MbarrierArrive(uint64_t* barrier, uint32_t expected_bytes, Site site);
+void MbarrierWait(uint64_t* barrier, uint32_t parity, Site site);
+void FenceProxyAsync();
+void CopyBox(void* to, const TensorMap& map, int column, int row, uint64_t* barrier, Site site);
+uint32_t SharedAddress(const void* data);
+
+// ---- matrices of a warpgroup
+struct WgmmaOperands {
+  float* d;  // columns / 2 registers
+  const uint32_t* a;
+  uint64_t b;  // a matrix descriptor
+  int columns;
+  bool b_mn_major, accumulate;
+
+  bool operator==(const WgmmaOperands&) const = default;
+};
+void WgmmaFence(Site site);
+void Wgmma(const WgmmaOperands& operands, Site site);
+void WgmmaCommit(Site site);
+void WgmmaWait(int pending, Site site);
 
 // `exact`, off by as much as an approximate instruction may be. The same for the same number, always.
 float Inexact(float exact, float relative_error);
