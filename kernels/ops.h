@@ -91,6 +91,9 @@ struct PagedAttentionArgs {
   // kernels/cuda/paged_attention_plan.h for how much that needs; less is as good as none.
   void* scratch = nullptr;
   size_t scratch_bytes = 0;
+  // CUDA only: a token's bits must not depend on how its prompt was cut into steps. Without it long parts of a prompt
+  // go through a faster kernel that sums in another order.
+  bool batch_invariant = false;
 };
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args);
 

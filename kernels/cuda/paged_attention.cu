@@ -15,6 +15,7 @@ namespace {
 constexpr int kRows = kAttentionRows;
 constexpr int kSplit = static_cast<int>(kAttentionSplit);
 constexpr int kThreads = static_cast<int>(kAttentionThreads);
+constexpr int64_t kMostPoolRows = 0x7FFFFFFF;  // that TMA's coordinates reach
 
 template <int kPack>
 struct alignas(4 * kPack) Floats {
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kAttentionThreads) PlainAttentionKernel(Attent
   PTX_SHARED(float, old_weight, kRows);
   PTX_SHARED(float, new_weight, kRows);
 
-  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x));
+  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x), kRows, 1, args.most_rows);
   if (tile.sequence < 0) return;
   const int end = KeysSeen(args, tile, tile.rows - 1);
   const int first_split = args.scratch != nullptr ? static_cast<int>(blockIdx.z) : 0;
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kAttentionThreads) CombineSplitsKernel(Attenti
     (ptx::LdGlobal(args.q_begin + middle) <= token ? sequence : beyond) = middle;
   }
   const int64_t end = ptx::LdGlobal(args.q_begin + sequence + 1);
-  if (token >= end) return;
+  if (token >= end || (end - ptx::LdGlobal(args.q_begin + sequence)) * args.group > args.most_rows) return;
   const int64_t seen = ptx::LdGlobal(args.context_lengths + sequence) - (end - token) + 1;
   const int64_t first_part = (token * args.q_heads + head) * args.splits;
   for (int column = static_cast<int>(threadIdx.x); column < args.dim; column += kThreads) {
@@ -170,16 +171,19 @@ __global__ void __launch_bounds__(kAttentionThreads) CombineSplitsKernel(Attenti
 
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   const int64_t dim = args.k_pages.dim(3), kv_heads = args.k_pages.dim(1), page_size = args.k_pages.dim(2);
+  const int64_t pool_rows = args.k_pages.dim(0) * kv_heads * page_size;
+  const bool packed = IsPacked(args.k_pages, kRowPack) && IsPacked(args.v_pages, kRowPack);
+  const bool mma = args.k_pages.dtype == DType::kBF16 && (dim == 64 || dim == 128) && IsPacked(args.k_pages, 8) &&
+                   IsPacked(args.v_pages, 8) && IsPacked(args.q, kRowPack);
   const AttentionSizes sizes = {.tokens = args.q.dim(0),
                                 .sequences = args.context_lengths.dim(0),
                                 .q_heads = args.q.dim(1) / dim,
                                 .kv_heads = kv_heads,
                                 .dim = dim,
-                                .most_context = args.block_tables.dim(1) * page_size};
+                                .most_context = args.block_tables.dim(1) * page_size,
+                                .may_prefill = mma && !args.batch_invariant && page_size % kPrefillKeys == 0 &&
+                                               IsPacked(args.out, 8) && pool_rows <= kMostPoolRows};
   if (sizes.q_heads == 0) return;
-  const bool packed = IsPacked(args.k_pages, kRowPack) && IsPacked(args.v_pages, kRowPack);
-  const bool mma = args.k_pages.dtype == DType::kBF16 && (dim == 64 || dim == 128) && IsPacked(args.k_pages, 8) &&
-                   IsPacked(args.v_pages, 8) && IsPacked(args.q, kRowPack);
   const AttentionPlan plan = PlanPagedAttention(
       sizes, mma ? MmaAttentionSharedBytes(dim) : PlainAttentionSharedBytes(dim), args.scratch_bytes);
   AttentionArgs a;
@@ -201,6 +205,10 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   a.splits = plan.splits;
   a.parts = sizes.tokens * sizes.q_heads * plan.splits;
   a.scratch = plan.split ? static_cast<float*>(args.scratch) : nullptr;
+  if (plan.prefill) {
+    LaunchPrefillAttention(stream, plan.prefill_attend, a, pool_rows);
+    a.most_rows = kFewestPrefillRows - 1;
+  }
   if (mma) {
     LaunchMmaAttention(stream, plan.attend, a);
   } else {

@@ -10,6 +10,8 @@
 
 namespace altiplano::cuda {
 
+inline constexpr int kAnyRows = 0x7FFFFFFF;
+
 struct AttentionArgs {
   Elements out, q, k_pages, v_pages;
   const int32_t* q_begin = nullptr;
@@ -22,9 +24,11 @@ struct AttentionArgs {
   float* scratch = nullptr;
   int64_t splits = 1;
   int64_t parts = 0;  // T * Hq * splits
+  // Sequences with more rows than this are the prefill kernel's.
+  int most_rows = kAnyRows;
 };
 
-// 16 rows of one sequence: row r of n * group is head r % group of the KV head's group, of query r / group.
+// Rows of one sequence: row r of n * group is head r % group of the KV head's group, of query r / group.
 struct AttentionTile {
   int sequence = -1;  // -1: the tile does not exist
   int first_row = 0, rows = 0;
@@ -32,8 +36,10 @@ struct AttentionTile {
   int before = 0;       // keys that the first query sees beside its own
 };
 
-// The index-th tile of the step, the same in each lane: 32 sequences at a time, their tiles summed by shuffles.
-PTX_FUNCTION AttentionTile FindTile(const AttentionArgs& args, int index) {
+// The index-th tile of `tile_rows` rows in the step, of the sequences that have `fewest` to `most` rows; the same in
+// each lane. 32 sequences at a time, their tiles summed by shuffles. The last tiles of a sequence, whose rows see most
+// keys, come first, so that the GPU does not end on them.
+PTX_FUNCTION AttentionTile FindTile(const AttentionArgs& args, int index, int tile_rows, int fewest, int most) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int first = 0; first < args.sequences; first += 32) {
     const int b = first + lane;
@@ -42,7 +48,7 @@ PTX_FUNCTION AttentionTile FindTile(const AttentionArgs& args, int index) {
       begin = ptx::LdGlobal(args.q_begin + b);
       rows = (ptx::LdGlobal(args.q_begin + b + 1) - begin) * args.group;
     }
-    const int tiles = (rows + kAttentionRows - 1) / kAttentionRows;
+    const int tiles = rows < fewest || rows > most ? 0 : (rows + tile_rows - 1) / tile_rows;
     int through = tiles;  // of the lanes up to this one
     for (int lanes = 1; lanes < 32; lanes *= 2) {
       const int below = __shfl_sync(0xFFFFFFFF, through, lane - lanes);
@@ -56,10 +62,10 @@ PTX_FUNCTION AttentionTile FindTile(const AttentionArgs& args, int index) {
     if (owner >= 0) {
       AttentionTile tile;
       tile.sequence = first + owner;
-      tile.first_row = (index - __shfl_sync(0xFFFFFFFF, through - tiles, owner)) * kAttentionRows;
+      tile.first_row = (__shfl_sync(0xFFFFFFFF, through, owner) - 1 - index) * tile_rows;
       tile.first_token = __shfl_sync(0xFFFFFFFF, begin, owner);
       const int all_rows = __shfl_sync(0xFFFFFFFF, rows, owner);
-      tile.rows = all_rows - tile.first_row < kAttentionRows ? all_rows - tile.first_row : kAttentionRows;
+      tile.rows = all_rows - tile.first_row < tile_rows ? all_rows - tile.first_row : tile_rows;
       tile.before = ptx::LdGlobal(args.context_lengths + tile.sequence) - all_rows / args.group;
       return tile;
     }
@@ -87,6 +93,24 @@ PTX_FUNCTION RowPlace PlaceOf(const AttentionArgs& args, const AttentionTile& ti
 PTX_FUNCTION int64_t PoolRow(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int position) {
   const int page = ptx::LdGlobal(args.block_tables + tile.sequence * args.table_stride + position / args.page_size);
   return (int64_t{page} * args.kv_heads + kv_head) * args.page_size + position % args.page_size;
+}
+
+// ---- rows of kDim elements in shared memory, in chunks of 16 bytes. The chunk's index is XORed with the row's:
+// ldmatrix reads one chunk of eight rows, which then lie in different banks.
+template <int kDim>
+PTX_FUNCTION int ChunkAt(int row, int chunk) {
+  return row * (kDim / 8) + (chunk ^ (row & 7));
+}
+// Four elements of the query of row `r` of the tile, in bf16, into their half of a chunk; zeros where there is no row.
+template <int kDim>
+PTX_FUNCTION void StoreQuery(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int r, int pack,
+                             uint4* to) {
+  float x[4] = {};
+  if (r < tile.rows) {
+    const RowPlace place = PlaceOf(args, tile, kv_head, r);
+    Load(args.q, place.token * args.q.stride + int64_t{place.head} * kDim + pack * 4, x);
+  }
+  ptx::StShared(reinterpret_cast<uint2*>(to) + pack % 2, uint2{ptx::PackBF16(x[0], x[1]), ptx::PackBF16(x[2], x[3])});
 }
 
 // ---- the state of a row: the largest score, the sum of weights 2^(score - largest), the weighted sum of values.
@@ -123,5 +147,9 @@ PTX_FUNCTION void StoreState(const AttentionArgs& args, const RowPlace& place, i
 // ---- paged_attention_mma.cu: bf16 keys and values, dim 64 or 128, rows of q aligned to 4 elements.
 uint32_t MmaAttentionSharedBytes(int64_t dim);
 void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args);
+
+// ---- paged_attention_hopper.cu: the sequences of at least kFewestPrefillRows rows, on sm_90a. `pool_rows`: P * Hkv *
+// S.
+void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows);
 
 }  // namespace altiplano::cuda

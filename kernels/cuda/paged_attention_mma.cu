@@ -37,13 +37,6 @@ struct Shared {
   WarpState rows[kRows];
 };
 
-// Rows of kDim elements in chunks of 16 bytes. The chunk's index is XORed with the row's: ldmatrix reads one chunk of
-// eight rows, which then lie in different banks.
-template <int kDim>
-PTX_FUNCTION int ChunkAt(int row, int chunk) {
-  return row * (kDim / 8) + (chunk ^ (row & 7));
-}
-
 // Keys first_key + 0..15 and their values, zeros from `end` on.
 template <int kDim>
 PTX_FUNCTION void CopyKeys(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int first_key, int end,
@@ -127,18 +120,9 @@ PTX_FUNCTION void AddKeys(Fragment<kDim>& own, const uint4* q, const uint4 (*sta
 
 template <int kDim>
 PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionTile& tile, int kv_head, uint4* q) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim / 8; i += static_cast<int>(kAttentionThreads)) {
-    const int r = i / (kDim / 8), chunk = i % (kDim / 8);
-    float x[4] = {}, y[4] = {};
-    if (r < tile.rows) {
-      const RowPlace place = PlaceOf(args, tile, kv_head, r);
-      const int64_t at = place.token * args.q.stride + int64_t{place.head} * kDim + chunk * 8;
-      Load(args.q, at, x);
-      Load(args.q, at + 4, y);
-    }
-    const uint4 packed = {ptx::PackBF16(x[0], x[1]), ptx::PackBF16(x[2], x[3]), ptx::PackBF16(y[0], y[1]),
-                          ptx::PackBF16(y[2], y[3])};
-    ptx::StShared(&q[ChunkAt<kDim>(r, chunk)], packed);
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim / 4; i += static_cast<int>(kAttentionThreads)) {
+    const int r = i / (kDim / 4), pack = i % (kDim / 4);
+    StoreQuery<kDim>(args, tile, kv_head, r, pack, &q[ChunkAt<kDim>(r, pack / 2)]);
   }
 }
 
@@ -184,7 +168,7 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
   auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int kv_head = static_cast<int>(blockIdx.y);
-  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x));
+  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x), kRows, 1, args.most_rows);
   if (tile.sequence < 0) return;
   const int seen = KeysSeen(args, tile, tile.rows - 1);
   constexpr int kSplit = static_cast<int>(kAttentionSplit);

@@ -25,6 +25,7 @@ struct Layout {
   int64_t page_size = 16;
   bool split = false;
   int64_t gap = 0;
+  bool batch_invariant = false;
 };
 
 class CudaPagedAttentionTest : public CudaTest {
@@ -52,7 +53,8 @@ class CudaPagedAttentionTest : public CudaTest {
                               .block_tables = d_tables.view(),
                               .scale = s.scale(),
                               .scratch = scratch.data(),
-                              .scratch_bytes = scratch_bytes});
+                              .scratch_bytes = scratch_bytes,
+                              .batch_invariant = layout.batch_invariant});
     d_out.Fetch(*step.out);
     EXPECT_TRUE(step.out->GapsUntouched());
     return std::move(step.out);
@@ -236,7 +238,121 @@ TEST_F(CudaPagedAttentionTest, StandsScoresOfAnySize) {
   }
 }
 
+// ---- parts of at least 128 rows, on pages of 64: the prefill kernel's, where there is one
+
+// Heads of a bf16 cache, and parts around a tile of rows and a run of keys: whole prompts, chunks that begin within a
+// run, contexts that go round the ring, and beside them parts that are another kernel's.
+TEST_F(CudaPagedAttentionTest, LongPartsAreNearTheOracle) {
+  struct Case {
+    int64_t kv_heads, group, dim;
+    std::vector<Part> parts;
+  };
+  const Case cases[] = {
+      {1, 4, 128, {{0, 360, 401}, {0, 0, 32}, {0, 20, 22}, {0, 64, 128}}},
+      {2, 4, 64, {{0, 330, 394}, {0, 0, 1}, {0, 100, 133}}},
+      {1, 1, 64, {{0, 0, 128}, {0, 271, 401}}},
+      {1, 3, 64, {{0, 190, 255}, {0, 0, 42}}},
+      {1, 16, 128, {{0, 120, 129}, {0, 300, 307}}},
+  };
+  for (const Case& c : cases) {
+    for (const Shape& s : WithDTypes({.kv_heads = c.kv_heads, .group = c.group, .dim = c.dim})) {
+      if (s.act == DType::kF32 || (kUnderTsan && (s.q == DType::kF32 || c.group > 4))) continue;
+      const Sequences sequences = MakeSequences(s, {401});
+      const auto out = Attend(s, sequences, c.parts, {.page_size = 64, .gap = 8});
+      int64_t row = 0;
+      for (const Part& part : c.parts) {
+        for (int64_t query = part.begin; query < part.end; ++query, ++row) {
+          if (query % 8 == 0 || query + 1 == part.end) ExpectNearOracle(s, *sequences[0], *out, row, query);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaPagedAttentionTest, LongPartsSeeEachKeyUpToTheirOwnOnce) {
+  constexpr int64_t kLength = 300;
+  const Shape s = {.kv_heads = 1, .group = 4, .dim = 128, .act = DType::kBF16, .q = DType::kBF16};
+  const Sequences sequences = MakeSequences(s, {kLength});
+  Sequence& sequence = *sequences[0];
+  for (int64_t i = 0; i < kLength; ++i) {
+    for (int64_t j = 0; j < s.q_width(); ++j) sequence.q.set(i, j, 0);
+    for (int64_t j = 0; j < s.kv_width(); ++j) sequence.v.set(i, j, j == i % s.dim);
+  }
+  const auto out = Attend(s, sequences, {{0, 0, kLength}}, {.page_size = 64});
+  for (int64_t i = 0; i < kLength; ++i) {
+    for (int64_t j = 0; j < s.q_width(); ++j) {
+      const int64_t seen = i / s.dim + (j % s.dim <= i % s.dim ? 1 : 0);
+      const double exact = static_cast<double>(seen) / static_cast<double>(i + 1);
+      ASSERT_NEAR(out->at(i, j), exact, kUnitF32 * exact + RoundingBound(s.act, exact, 0)) << i << ", " << j;
+    }
+  }
+}
+
+// However a prompt is cut, as long as each part is the prefill kernel's, and whatever else is in the step.
+TEST_F(CudaPagedAttentionTest, LongPartsGiveTheSameBitsInChunksAndInBatches) {
+  const Shape s = {.kv_heads = 2, .group = 4, .dim = 64, .act = DType::kBF16, .q = DType::kBF16};
+  const Sequences sequences = MakeSequences(s, {170, 70});
+  const auto whole = Attend(s, sequences, {{0, 0, 170}}, {.page_size = 64});
+  ExpectSameBits(s, sequences, {{0, 0, 37}, {0, 37, 101}, {0, 101, 170}}, {.page_size = 64, .split = true}, *whole);
+  ExpectSameBits(s, sequences, {{0, 90, 170}}, {.page_size = 128}, *whole);
+
+  sequences[1]->v.set(0, 3, NAN);  // ruins sequence 1, and it alone
+  std::vector<Part> parts = {{1, 0, 40}, {0, 60, 170}, {1, 69, 70}};
+  for (int i = 0; i < 40; ++i) parts.push_back({1, 0, 1});
+  parts.push_back({0, 0, 33});
+  const auto together = Attend(s, sequences, parts, {.page_size = 64});
+  for (int64_t i = 0; i < 110; ++i) ASSERT_EQ(together->RowBytes(40 + i), whole->RowBytes(60 + i)) << i;
+  for (int64_t i = 0; i < 33; ++i) ASSERT_EQ(together->RowBytes(191 + i), whole->RowBytes(i)) << i;
+  EXPECT_TRUE(std::isnan(together->at(0, 3)));
+}
+
+TEST_F(CudaPagedAttentionTest, ABatchInvariantPromptHasTheBitsOfItsDecodes) {
+  const Shape s = {.group = 4, .dim = 64, .act = DType::kBF16, .q = DType::kBF16};
+  const Sequences sequences = MakeSequences(s, {100});
+  const auto whole = Attend(s, sequences, {{0, 0, 100}}, {.page_size = 64, .batch_invariant = true});
+  ExpectSameBits(s, sequences, {{0, 30, 31}, {0, 70, 72}, {0, 99, 100}}, {.page_size = 64}, *whole);
+}
+
+TEST_F(CudaPagedAttentionTest, LongPartsStandScoresOfAnySize) {
+  constexpr int64_t kLength = 200;
+  const Shape s = {.group = 4, .dim = 64, .act = DType::kBF16, .q = DType::kBF16};
+  for (bool growing : {true, false}) {
+    const Sequences sequences = MakeSequences(s, {kLength});
+    Sequence& sequence = *sequences[0];
+    for (int64_t i = 0; i < kLength; ++i) {
+      const double size = static_cast<double>(growing ? i : kLength - i) / 12 - 8;
+      for (int64_t j = 0; j < s.q_width(); ++j) sequence.q.set(i, j, 10 + sequence.q.at(i, j));
+      for (int64_t j = 0; j < s.kv_width(); ++j) sequence.k.set(i, j, 10 * size + sequence.k.at(i, j));
+    }
+    const auto out = Attend(s, sequences, {{0, 150, 200}}, {.page_size = 64});
+    for (int64_t i : {0, 23, 49}) ExpectNearOracle(s, sequence, *out, i, 150 + i);
+  }
+}
+
 #ifndef ALTIPLANO_ON_GPU
+// Every tile of 128 rows reads the keys and values that it sees once, and all but the queries' share in whole sectors.
+TEST_F(CudaPagedAttentionTest, LongPartsReadKeysAndValuesOnceForATile) {
+  for (int64_t dim : {64, 128}) {
+    const Shape s = {.kv_heads = 2, .group = 4, .dim = dim, .act = DType::kBF16, .q = DType::kBF16};
+    const Sequences sequences = MakeSequences(s, {192});
+    sim::CountTraffic(true);
+    Attend(s, sequences, {{0, 128, 192}}, {.page_size = 64});
+    const sim::Traffic traffic = sim::TrafficOf("PrefillAttention");
+    EXPECT_EQ(traffic.launches, 1u);
+    // Two tiles of 32 queries, which see 160 and 192 keys in three pages each.
+    const auto cache = static_cast<uint64_t>(2 * 192 * 2 * s.kv_width() * 2);
+    const auto rows = static_cast<uint64_t>(64 * s.q_width() * 2);
+    EXPECT_GE(traffic.load_bytes, cache + rows);
+    EXPECT_LT(static_cast<double>(traffic.load_bytes), 1.03 * static_cast<double>(cache + rows))
+        << sim::TrafficByLine();
+    EXPECT_EQ(traffic.store_bytes, rows);
+    EXPECT_LT(static_cast<double>(traffic.sectors), 1.02 * static_cast<double>(traffic.ideal_sectors))
+        << sim::TrafficByLine();
+    EXPECT_EQ(traffic.wavefronts, traffic.ideal_wavefronts) << sim::TrafficByLine();
+    sim::CountTraffic(false);
+  }
+}
+
 // A decode of Llama 3.1 8B's heads reads each key and value once for the whole group, in whole sectors.
 TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
   for (int64_t dim : {64, 128}) {
@@ -283,6 +399,39 @@ TEST(CudaPagedAttentionPlan, SplitsOnlyWhereBlocksAreFew) {
   mixed.tokens = 1002;
   mixed.sequences = 3;
   EXPECT_EQ(cuda::PlanPagedAttention(mixed, 0, 0).attend.grid_x, 1002u / 4 + 3);
+}
+
+TEST(CudaPagedAttentionPlan, PrefillsWhereASequenceMayFillATile) {
+  cuda::AttentionSizes sizes = {.tokens = 1002,
+                                .sequences = 3,
+                                .q_heads = 32,
+                                .kv_heads = 8,
+                                .dim = 128,
+                                .most_context = 8192,
+                                .may_prefill = true};
+  const cuda::AttentionPlan plan = cuda::PlanPagedAttention(sizes, 0, 0);
+  EXPECT_TRUE(plan.prefill);
+  // 4008 rows: 31 full tiles, and one more for each sequence; what is left to the other kernel is less than a tile
+  // each.
+  EXPECT_EQ(plan.prefill_attend,
+            (cuda::LaunchShape{
+                .grid_x = 8, .grid_y = 31 + 3, .threads = 384, .shared_bytes = cuda::PrefillSharedBytes(128)}));
+  EXPECT_LE(plan.prefill_attend.shared_bytes, cuda::kSharedBytesPerBlock);
+  EXPECT_EQ(plan.attend.grid_x, 3u * 127 / 16 + 3);
+
+  sizes.may_prefill = false;
+  EXPECT_FALSE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
+  sizes.may_prefill = true;
+  // 31 tokens of one sequence are 124 rows; a decode of each of 500 sequences has 4.
+  sizes.tokens = 31;
+  sizes.sequences = 1;
+  EXPECT_FALSE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
+  sizes.tokens = 32;
+  EXPECT_TRUE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
+  sizes.tokens = sizes.sequences = 500;
+  EXPECT_FALSE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
+  sizes.tokens = 531;
+  EXPECT_TRUE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""No kernel spills registers or keeps anything on a stack. Reads what ptxas said when the kernels were compiled.
+"""No kernel spills registers, keeps anything on a stack, or has wgmmas that wait for each other (C7510 and the like).
+Reads what ptxas said when the kernels were compiled.
 
     ptxas_test.py FOLDER [--table]     every *.ptxas below it; --table prints docs/kernels.md's table
 """
@@ -45,9 +46,11 @@ def main():
             print(f"| {file} | `{short(name)}` | {registers} | {shared} |")
     problems = [f"{file}: {name}: stack {stack[0]}, spill stores {stack[1]}, spill loads {stack[2]} bytes"
                 for file, name, stack, _, _ in found if stack is None or any(stack)]
+    problems += [f"{path.name.removesuffix('.o.ptxas')}: {line}" for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.ptxas"))
+                 for line in path.read_text().splitlines() if "are serialized" in line]
     if not found:
         problems = [f"no kernel in any *.ptxas below {sys.argv[1]}: were the kernels built?"]
-    print("\n".join(problems) or f"{len(found)} kernels, no spills, nothing on a stack")
+    print("\n".join(problems) or f"{len(found)} kernels, no spills, nothing on a stack, no wgmma serialized")
     return 1 if problems else 0
 
 
