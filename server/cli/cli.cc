@@ -37,9 +37,9 @@ void Print(const std::string& text) {
 }  // namespace
 
 std::vector<Subcommand> Subcommands() {
-  return {ServeCommand(),   GenerateCommand(),   ChatCommand(),         TokenizeCommand(),
-          InspectCommand(), BenchServeCommand(), BenchOfflineCommand(), SimulateCommand(),
-          PlanCommand(),    DemoCommand(),       HealthCommand(),       VersionCommand()};
+  return {ServeCommand(),      GenerateCommand(),     ChatCommand(),     TokenizeCommand(), InspectCommand(),
+          BenchServeCommand(), BenchOfflineCommand(), SimulateCommand(), PlanCommand(),     MakeRandomCommand(),
+          DemoCommand(),       HealthCommand(),       VersionCommand()};
 }
 
 int Fail(std::string_view name, std::string_view message, ExitCode code) {

@@ -19,6 +19,7 @@ Subcommand GenerateCommand();
 Subcommand ChatCommand();
 Subcommand TokenizeCommand();
 Subcommand InspectCommand();
+Subcommand MakeRandomCommand();
 Subcommand BenchServeCommand();
 Subcommand BenchOfflineCommand();
 Subcommand SimulateCommand();

@@ -31,7 +31,9 @@ constexpr std::array kSettings = {
     Flag{.name = "model",
          .type = FlagType::kPath,
          .default_value = "",
-         .meaning = "A Hugging Face folder as downloaded (config.json, safetensors, tokenizer) or a GGUF v3 file.",
+         .meaning = "A Hugging Face folder as downloaded (config.json, safetensors, tokenizer), a GGUF v3 file, or "
+                    "random:8b for "
+                    "random weights in a published shape (1b, 3b, 8b, 70b, 405b; random:8b,layers=4,seed=7).",
          .example = "models/Llama-3.2-1B-Instruct",
          .field = "model.path",
          .group = kGroupModel},

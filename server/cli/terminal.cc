@@ -58,17 +58,18 @@ void LoadProgressPrinter::operator()(const LoadProgress& progress) {
   bool done = progress.bytes_done == progress.bytes_total;
   if (!log::Enabled(log::Level::kInfo)) return;
   if (IsTerminal(stderr)) {
-    std::fprintf(stderr, "\r\033[Kloading weights: %s of %s, %.2f GB/s%s", HumanBytes(progress.bytes_done).c_str(),
-                 HumanBytes(progress.bytes_total).c_str(), rate, done ? "\n" : "");
+    std::fprintf(stderr, "\r\033[K%s: %s of %s, %.2f GB/s%s", std::string(doing_).c_str(),
+                 HumanBytes(progress.bytes_done).c_str(), HumanBytes(progress.bytes_total).c_str(), rate,
+                 done ? "\n" : "");
     std::fflush(stderr);
     return;
   }
   if (!done && progress.seconds < Seconds(next_line_)) return;
   while (Seconds(next_line_) <= progress.seconds) next_line_ += std::chrono::seconds(5);
-  log::Info("loading weights", {{"bytes", progress.bytes_done},
-                                {"of", progress.bytes_total},
-                                {"seconds", progress.seconds},
-                                {"gb_per_second", rate}});
+  log::Info(doing_, {{"bytes", progress.bytes_done},
+                     {"of", progress.bytes_total},
+                     {"seconds", progress.seconds},
+                     {"gb_per_second", rate}});
 }
 
 InterleavedPrinter::InterleavedPrinter(std::FILE* out, std::vector<std::string> labels, size_t width, bool live)

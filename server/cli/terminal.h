@@ -20,13 +20,15 @@ std::string HumanTime(Duration d);
 // Control characters (but newline and tab) of a model's text would steer the terminal: they become U+FFFD.
 std::string Printable(std::string_view text);
 
-// How far a checkpoint is read, on stderr: one live line on a terminal, else a log line every five seconds and at the
-// end. One thread.
+// How far a checkpoint is read or written, on stderr: one live line on a terminal, else a log line every five seconds
+// and at the end. One thread.
 class LoadProgressPrinter {
  public:
+  explicit LoadProgressPrinter(std::string_view doing = "loading weights") : doing_(doing) {}
   void operator()(const LoadProgress& progress);
 
  private:
+  std::string_view doing_;  // a literal
   Duration next_line_ = std::chrono::seconds(5);
 };
 

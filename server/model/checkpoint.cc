@@ -7,10 +7,15 @@
 #include "server/model/gguf.h"
 #include "server/model/gguf_checkpoint.h"
 #include "server/model/hf_folder.h"
+#include "server/model/random_checkpoint.h"
 
 namespace altiplano {
 
 StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& path) {
+  if (path.starts_with(kRandomPrefix)) {
+    ASSIGN_OR_RETURN(const RandomModel model, ParseRandomModel(path));
+    return MakeRandomCheckpoint(model);
+  }
   std::error_code error;
   if (std::filesystem::is_directory(path, error)) return OpenHuggingFaceFolder(path);
   ASSIGN_OR_RETURN(std::shared_ptr<const ByteSource> file, FileReader::Open(path));

@@ -1,6 +1,6 @@
 // Checkpoint: a model on disk, opened and wholly checked before a byte of weights is read. Hugging Face folders
-// (safetensors) and GGUF v3 files look the same from here: Hugging Face tensor names, row-major [out, in] matrices, Q
-// and K rows in the half-split RoPE order.
+// (safetensors), GGUF v3 files and models of random numbers look the same from here: Hugging Face tensor names,
+// row-major [out, in] matrices, Q and K rows in the half-split RoPE order.
 #pragma once
 
 #include <cstdint>
@@ -44,14 +44,14 @@ struct TextAssets {
 
 class Checkpoint {
  public:
-  // A folder or a .gguf file. Checks everything: headers, offsets, the exact set of tensors, shapes against the config.
-  // Each error names file, tensor, expected and found. Reads by pread: a file that shrinks later is an error, no
-  // SIGBUS.
+  // A folder, a .gguf file or "random:8b" (random_checkpoint.h). Checks everything: headers, offsets, the exact set of
+  // tensors, shapes against the config. Each error names file, tensor, expected and found. Reads by pread: a file that
+  // shrinks later is an error, no SIGBUS.
   static StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& path);
   virtual ~Checkpoint() = default;
 
   virtual const std::string& path() const = 0;
-  virtual std::string_view format() const = 0;  // "safetensors" | "gguf"
+  virtual std::string_view format() const = 0;  // "safetensors" | "gguf" | "random"
   virtual const ModelConfig& config() const = 0;
   virtual const GenerationDefaults& generation_defaults() const = 0;
   virtual const TextAssets& text_assets() const = 0;

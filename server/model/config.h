@@ -72,6 +72,10 @@ StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json);
 StatusOr<GenerationDefaults> ParseGenerationDefaults(std::string_view generation_config_json,
                                                      std::string_view config_json);
 
+// What the two functions above read back as the same. UNIMPLEMENTED for RoPE factors that only a GGUF can hold.
+StatusOr<std::string> ModelConfigJson(const ModelConfig& config, const GenerationDefaults& defaults);
+std::string GenerationDefaultsJson(const GenerationDefaults& defaults);
+
 // The shapes of the published Llama 3.1 and 3.2 text models: "1b", "3b", "8b", "70b", "405b" (their config.json files).
 // nullopt: any other name.
 std::optional<ModelConfig> PublishedModelConfig(std::string_view name);

@@ -277,4 +277,73 @@ StatusOr<GenerationDefaults> ParseGenerationDefaults(std::string_view generation
   return defaults;
 }
 
+namespace {
+
+void PutIds(const GenerationDefaults& defaults, OrderedJson* json) {
+  if (defaults.bos_id) (*json)["bos_token_id"] = *defaults.bos_id;
+  if (!defaults.eos_ids.empty()) (*json)["eos_token_id"] = defaults.eos_ids;
+}
+
+}  // namespace
+
+StatusOr<std::string> ModelConfigJson(const ModelConfig& config, const GenerationDefaults& defaults) {
+  OrderedJson rope = {{"rope_theta", config.rope_theta}, {"rope_type", "default"}};
+  const RopeScaling& scaling = config.rope_scaling;
+  switch (scaling.type) {
+    case RopeScaling::Type::kNone:
+      break;
+    case RopeScaling::Type::kLinear:
+      rope["rope_type"] = "linear";
+      rope["factor"] = scaling.factor;
+      break;
+    case RopeScaling::Type::kLlama3:
+      rope["rope_type"] = "llama3";
+      rope["factor"] = scaling.factor;
+      rope["low_freq_factor"] = scaling.low_freq_factor;
+      rope["high_freq_factor"] = scaling.high_freq_factor;
+      rope["original_max_position_embeddings"] = scaling.original_max_position;
+      break;
+    case RopeScaling::Type::kFactors:
+      return Unimplemented(
+          "RoPE with a divisor for each frequency, as GGUF files have it, has no place in config.json");
+  }
+  OrderedJson json = {{"architectures", OrderedJson::array({config.architecture})},
+                      {"attention_bias", false},
+                      {"dtype", config.stored_dtype == DType::kBF16 ? "bfloat16" : "float32"},
+                      {"head_dim", config.head_dim},
+                      {"hidden_act", "silu"},
+                      {"hidden_size", config.hidden},
+                      {"intermediate_size", config.ffn},
+                      {"max_position_embeddings", config.max_position},
+                      {"mlp_bias", false},
+                      {"model_type", "llama"},
+                      {"num_attention_heads", config.q_heads},
+                      {"num_hidden_layers", config.layers},
+                      {"num_key_value_heads", config.kv_heads},
+                      {"rms_norm_eps", config.rms_eps},
+                      {"rope_parameters", std::move(rope)},
+                      {"tie_word_embeddings", config.tied_embeddings},
+                      {"vocab_size", config.vocab}};
+  PutIds(defaults, &json);
+  return json.dump(2) + "\n";
+}
+
+std::string GenerationDefaultsJson(const GenerationDefaults& defaults) {
+  OrderedJson json = OrderedJson::object();
+  PutIds(defaults, &json);
+  const auto put = [&json](const char* name, const auto& value) {
+    if (value) json[name] = *value;
+  };
+  if (defaults.temperature == 0.0f) {
+    json["do_sample"] = false;
+  } else {
+    put("temperature", defaults.temperature);
+    put("top_p", defaults.top_p);
+    put("min_p", defaults.min_p);
+    put("top_k", defaults.top_k);
+    put("repetition_penalty", defaults.repetition_penalty);
+  }
+  return json.dump(2) + "\n";
+}
+
 }  // namespace altiplano
