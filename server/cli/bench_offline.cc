@@ -158,7 +158,8 @@ class RecordingSink : public RequestSink {
 
 class EngineTarget : public LoadTarget {
  public:
-  EngineTarget(Engine& engine, bench::Vocabulary vocabulary) : engine_(engine), vocabulary_(std::move(vocabulary)) {}
+  EngineTarget(InferenceEngine& engine, bench::Vocabulary vocabulary)
+      : engine_(engine), vocabulary_(std::move(vocabulary)) {}
 
   std::function<void(Done)> Prepare(const bench::LoadRequest& load) override {
     auto request = std::make_shared<Request>();
@@ -180,7 +181,7 @@ class EngineTarget : public LoadTarget {
   }
 
  private:
-  Engine& engine_;
+  InferenceEngine& engine_;
   const bench::Vocabulary vocabulary_;
   std::vector<RequestHandle> handles_;  // the sending thread's
 };

@@ -54,13 +54,16 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
   LocalExecutorOptions options;
   options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
   options.ranks = static_cast<int>(config.model().tensor_parallel());
-  options.threads = static_cast<int>(config.threads().compute());
+  const auto replicas = static_cast<int>(config.model().replicas());
+  const auto threads = static_cast<int>(config.threads().compute());
+  options.threads = std::max(1, (threads > 0 ? threads : UsableCores()) / replicas);
+  options.executors = replicas;
   options.readers = static_cast<int>(config.threads().load());
   options.page_size = static_cast<int32_t>(config.kv().block_size());
   options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = static_cast<int32_t>(config.model().max_context());
-  options.kv_bytes = ParseBytes(config.kv().memory()).value();
+  options.kv_bytes = ParseBytes(config.kv().memory()).value() / static_cast<uint64_t>(replicas);
   options.patience =
       std::chrono::duration_cast<std::chrono::milliseconds>(ParseDuration(config.scheduler().step_deadline()).value());
   options.progress = hooks.progress;
@@ -71,6 +74,27 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
 StatusOr<std::unique_ptr<Executor>> MakeExecutor(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
   ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor, LocalExecutor::Create(checkpoint, options));
   return executor;
+}
+
+EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const StepCost& cost) {
+  EngineOptions options;
+  options.scheduler.prefix_cache = config.kv().prefix_cache();
+  options.scheduler.max_itl = ParseDuration(config.scheduler().max_itl()).value();
+  options.scheduler.step_cost = cost;
+  options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
+  options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
+  options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
+  return options;
+}
+
+// What the executor says of itself.
+void SetSize(const SchedulerOptions& executor, SchedulerOptions* scheduler) {
+  scheduler->num_blocks = executor.num_blocks;
+  scheduler->block_size = executor.block_size;
+  scheduler->max_running = executor.max_running;
+  scheduler->token_budget = executor.token_budget;
+  scheduler->max_context = executor.max_context;
+  scheduler->eos_ids = executor.eos_ids;
 }
 
 }  // namespace
@@ -100,30 +124,39 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   model.dtype = config.model().dtype();
 
   LocalExecutorOptions executor_options = ExecutorOptions(config, hooks);
-  ASSIGN_OR_RETURN(executor_options.before_step, FaultDrillFromEnvironment());
-  ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(*model.checkpoint, executor_options));
-  EngineOptions options;
-  options.scheduler = executor->scheduler_options();
-  options.scheduler.prefix_cache = config.kv().prefix_cache();
-  options.scheduler.max_itl = ParseDuration(config.scheduler().max_itl()).value();
-  options.scheduler.step_cost = machine.cost;
-  options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
-  options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
-  options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
-  if (config.scheduler().on_engine_failure() == "restart") {
-    executor_options.kv_bytes = executor->kv_bytes();  // the scheduler's blocks, however much memory is free then
-    executor_options.progress = {};
-    options.restart = [checkpoint = model.checkpoint.get(), executor_options]() {
-      return MakeExecutor(*checkpoint, executor_options);
-    };
+  ASSIGN_OR_RETURN(const auto drill, FaultDrillFromEnvironment());
+  const int replicas = executor_options.executors;
+  if (replicas > 1) {
+    ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
   }
-  model.device = executor->DescribeDevice();
-  model.tensor_parallel = executor->ranks();
-  model.weight_bytes = executor->weight_bytes();
-  model.kv_bytes = executor->kv_bytes();
-  model.kv_tokens = static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;
-  model.max_context = options.scheduler.max_context;
-  ASSIGN_OR_RETURN(model.engine, Engine::Start(options, std::move(executor), hooks.on_step));
+  EngineOptions options = EngineOptionsOf(config, machine.cost);
+  std::vector<std::unique_ptr<Engine>> engines;
+  for (int replica = 0; replica < replicas; ++replica) {
+    if (drill) {
+      executor_options.before_step = [=, first = replica * executor_options.ranks](int rank, uint64_t step) {
+        drill(first + rank, step);
+      };
+    }
+    ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(*model.checkpoint, executor_options));
+    SetSize(executor->scheduler_options(), &options.scheduler);
+    executor_options.kv_bytes = executor->kv_bytes();  // of the next replica, and of one made again
+    executor_options.progress = {};
+    if (config.scheduler().on_engine_failure() == "restart") {
+      options.restart = [checkpoint = model.checkpoint.get(), executor_options]() {
+        return MakeExecutor(*checkpoint, executor_options);
+      };
+    }
+    model.device = executor->DescribeDevice();
+    model.tensor_parallel = executor->ranks();
+    model.weight_bytes = executor->weight_bytes();  // the replicas share them
+    model.kv_bytes += executor->kv_bytes();
+    model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;
+    model.max_context = options.scheduler.max_context;
+    ASSIGN_OR_RETURN(auto engine, Engine::Start(options, std::move(executor), hooks.on_step));
+    engines.push_back(std::move(engine));
+  }
+  if (replicas > 1) model.device = StrCat(replicas, " replicas, each ", model.device);
+  model.engine = std::make_unique<ReplicaSet>(std::move(engines), config.kv().prefix_cache());
   return model;
 }
 

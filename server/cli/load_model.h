@@ -9,7 +9,7 @@
 
 #include "altiplano/config/v1/server_config.pb.h"
 #include "server/base/status.h"
-#include "server/engine/engine.h"
+#include "server/engine/replica_set.h"
 #include "server/model/checkpoint.h"
 #include "server/model/weights.h"
 #include "server/text/chat_format.h"
@@ -42,10 +42,10 @@ struct LoadedModel {
   std::string dtype;   // "bf16"
   int32_t tensor_parallel = 1;
   int32_t max_context = 0;
-  int64_t kv_tokens = 0;  // that the pool holds
+  int64_t kv_tokens = 0;  // that the pools of all replicas hold
   uint64_t kv_bytes = 0;
   uint64_t weight_bytes = 0;
-  std::unique_ptr<Engine> engine;
+  std::unique_ptr<ReplicaSet> engine;
 };
 
 // UNAVAILABLE without a usable device, RESOURCE_EXHAUSTED when memory does not suffice, else what is wrong with the

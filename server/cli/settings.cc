@@ -101,11 +101,25 @@ constexpr std::array kSettings = {
          .max = 64,
          .alias = "tp",
          .group = kGroupModel},
+    Flag{.name = "replicas",
+         .type = FlagType::kCount,
+         .default_value = "1",
+         .meaning =
+             "Engines of the same model behind one front end. Each has its own ranks, KV cache, queue and limits; "
+             "a request goes to the one that has its beginning cached or the least to do. On the CPU they share "
+             "the weights, --threads and --kv-memory. One that fails is left out while another serves.",
+         .example = "2",
+         .field = "model.replicas",
+         .min = 1,
+         .max = 64,
+         .alias = "data-parallel-size",
+         .group = kGroupModel},
     Flag{.name = "kv-memory",
          .type = FlagType::kBytes,
          .default_value = "0",
-         .meaning = "Memory for the KV cache. 0: what --max-num-seqs full contexts can use, but at most half of the "
-                    "memory that is free after loading.",
+         .meaning =
+             "Memory for the KV cache, of all replicas together. 0: what --max-num-seqs full contexts can use, but at "
+             "most half of the memory that is free after loading.",
          .example = "4GiB",
          .field = "kv.memory",
          .group = kGroupKv},

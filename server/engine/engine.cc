@@ -149,6 +149,7 @@ class Engine::Impl {
     EngineLoad load = load_;
     TimePoint now = clock_.Now();
     load.draining = draining_;
+    load.healthy = healthy();
     load.tokens_per_second = tokens_.PerSecond(now);
     if (last_step_end_ != TimePoint{}) load.last_step_age = now - last_step_end_;
     // What the engine thread has not seen yet waits too.

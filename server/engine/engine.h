@@ -4,6 +4,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "server/base/clock.h"
 #include "server/base/status.h"
@@ -36,8 +37,11 @@ struct EngineLoad {
   int32_t block_size = 0;
   double tokens_per_second = 0;  // generated, over the last seconds
   bool draining = false;
+  bool healthy = true;       // Engine::healthy
   Duration last_step_age{};  // since the last step ended; zero before the first
 };
+// Sums; of last_step_age the least. Healthy when one is, draining when all are.
+EngineLoad Total(const std::vector<EngineLoad>& loads);
 
 class Engine;
 
@@ -62,33 +66,47 @@ class RequestHandle {
   RequestKey key_ = 0;
 };
 
-class Engine {
+// What the front end needs of whatever computes: an Engine, or several (replica_set.h). Any thread.
+class InferenceEngine {
+ public:
+  virtual ~InferenceEngine() = default;
+
+  // Never blocks. Errors, with details for the caller:
+  //   RESOURCE_EXHAUSTED QUEUE_FULL (retry_after from the drain rate), UNAVAILABLE DRAINING or ENGINE_DOWN,
+  //   FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER.
+  // On success the sink gets events until one kEnded; on error it gets none.
+  virtual StatusOr<RequestHandle> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) = 0;
+  // Progress, not liveness: a request sent now would be computed.
+  virtual bool healthy() const = 0;
+  virtual std::vector<EngineLoad> loads() const = 0;  // of each replica
+  virtual int32_t ResetPrefixCache() = 0;             // waits for the step that runs; returns how many blocks it freed
+  virtual int32_t max_servable_tokens() const = 0;    // prompt and answer of one sequence
+};
+
+class Engine final : public InferenceEngine {
  public:
   // on_step runs on the engine thread after the events of a step have been handed out: wake the egress thread there.
   static StatusOr<std::unique_ptr<Engine>> Start(EngineOptions options, std::unique_ptr<Executor> executor,
                                                  std::function<void()> on_step = {});
   // Stops at once: live requests end with UNAVAILABLE.
-  ~Engine();
+  ~Engine() override;
 
-  // Any thread, never blocks. Errors, with details for the caller:
-  //   RESOURCE_EXHAUSTED QUEUE_FULL (retry_after from the drain rate), UNAVAILABLE DRAINING or ENGINE_DOWN,
-  //   FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER.
-  // On success the sink gets events until one kEnded; on error it gets none.
-  StatusOr<RequestHandle> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink);
+  StatusOr<RequestHandle> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) override;
 
   void Drain();  // refuse new requests with UNAVAILABLE DRAINING; live ones go on
   void Resume();
   // Ends what is live with `why`. Any thread.
   void CancelAll(Status why);
 
-  // Progress, not liveness: false when a step is overdue or the device failed. Any thread.
-  bool healthy() const;
+  // False when a step is overdue or the device failed.
+  bool healthy() const override;
   // It failed and will not come back: there is no `restart`, or that failed, or the first step after it did. Any
   // thread.
   bool failed_for_good() const;
   EngineLoad load() const;
-  int32_t ResetPrefixCache();
-  int32_t max_servable_tokens() const;
+  std::vector<EngineLoad> loads() const override { return {load()}; }
+  int32_t ResetPrefixCache() override;
+  int32_t max_servable_tokens() const override;
 
  private:
   friend class RequestHandle;

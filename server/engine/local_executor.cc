@@ -21,7 +21,7 @@ StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const KvCache
   uint64_t bytes = options.kv_bytes;
   if (bytes == 0) {
     uint64_t useful = page_bytes * static_cast<uint64_t>(pages_for_one) * static_cast<uint64_t>(options.max_running);
-    bytes = std::min(free_bytes / 2, useful);
+    bytes = std::min(free_bytes / 2 / static_cast<uint64_t>(options.executors), useful);
   } else if (bytes > free_bytes) {
     return Status(Code::kResourceExhausted, StrCat("the KV cache was given ", HumanBytes(bytes), ", but only ",
                                                    HumanBytes(free_bytes), " of memory are free"));
@@ -35,7 +35,24 @@ StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const KvCache
   return static_cast<int32_t>(pages);
 }
 
+StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
+  LoadOptions load;
+  load.dtype = options.dtype;
+  load.readers = options.readers;
+  load.progress = options.progress;
+  load.cancelled = options.cancelled;
+  return LoadAllRanks(checkpoint, load, options.ranks);
+}
+
 }  // namespace
+
+StatusOr<std::shared_ptr<const RankWeights>> LocalExecutor::LoadShared(const Checkpoint& checkpoint,
+                                                                       const LocalExecutorOptions& options) {
+  ASSIGN_OR_RETURN(std::vector<LlamaWeights> loaded, Load(checkpoint, options));
+  auto weights = std::make_shared<RankWeights>();
+  for (LlamaWeights& rank : loaded) weights->push_back(std::make_shared<const LlamaWeights>(std::move(rank)));
+  return std::shared_ptr<const RankWeights>(std::move(weights));
+}
 
 StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint& checkpoint,
                                                                LocalExecutorOptions options) {
@@ -47,12 +64,12 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   }
   if (options.max_context > 0) max_context = options.max_context;
 
-  LoadOptions load;
-  load.dtype = options.dtype;
-  load.readers = options.readers;
-  load.progress = options.progress;
-  load.cancelled = options.cancelled;
-  ASSIGN_OR_RETURN(std::vector<LlamaWeights> weights, LoadAllRanks(checkpoint, load, options.ranks));
+  std::vector<LlamaWeights> weights;
+  if (options.weights != nullptr) {
+    for (const auto& rank : *options.weights) weights.push_back(Share(rank));
+  } else {
+    ASSIGN_OR_RETURN(weights, Load(checkpoint, options));
+  }
 
   KvCache::Shape shape;
   shape.layers = config.layers;

@@ -24,6 +24,8 @@
 
 namespace altiplano {
 
+using RankWeights = std::vector<std::shared_ptr<const LlamaWeights>>;  // [ranks]
+
 struct LocalExecutorOptions {
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
   int ranks = 1;               // of the tensor-parallel group
@@ -33,8 +35,10 @@ struct LocalExecutorOptions {
   int32_t max_running = 256;
   int32_t token_budget = 2048;
   int32_t max_context = 0;  // 0: the model's own
+  int executors = 1;        // that will share this machine's memory
   uint64_t kv_bytes = 0;    // memory for the KV cache; 0: what max_running full contexts could use, but at most half
-                            // of the memory that is free after loading
+                            // of the memory that is free after loading, shared out among the executors
+  std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
   std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
@@ -43,6 +47,9 @@ struct LocalExecutorOptions {
 
 class LocalExecutor : public Executor {
  public:
+  // For options.weights of several executors. Looks at options.dtype, ranks, readers, progress and cancelled.
+  static StatusOr<std::shared_ptr<const RankWeights>> LoadShared(const Checkpoint& checkpoint,
+                                                                 const LocalExecutorOptions& options);
   // Loads the weights, allocates everything, warms up. RESOURCE_EXHAUSTED with numbers when something does not fit.
   static StatusOr<std::unique_ptr<LocalExecutor>> Create(const Checkpoint& checkpoint, LocalExecutorOptions options);
   ~LocalExecutor() override;

@@ -24,7 +24,7 @@ struct LiveCounters {
 };
 
 struct Backend {
-  Engine* engine = nullptr;
+  InferenceEngine* engine = nullptr;
   ServedModel model;
   std::string device;
 };

@@ -52,7 +52,7 @@ std::string_view FinishName(FinishReason reason) {
 
 }  // namespace
 
-GenerateCall::GenerateCall(CallKey key, FrontendState* state, Engine* engine)
+GenerateCall::GenerateCall(CallKey key, FrontendState* state, InferenceEngine* engine)
     : key_(key), state_(state), engine_(engine), arrival_(Clock::Real().Now()) {
   ++state_->live->calls;
 }

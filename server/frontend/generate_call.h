@@ -20,7 +20,7 @@ namespace altiplano {
 class GenerateCall : public EgressCall {
  public:
   // engine null: nothing is submitted (tests feed the events).
-  GenerateCall(CallKey key, FrontendState* state, Engine* engine);
+  GenerateCall(CallKey key, FrontendState* state, InferenceEngine* engine);
   ~GenerateCall() override;
 
   void OnNotice(Notice notice, TimePoint now) override;
@@ -66,7 +66,7 @@ class GenerateCall : public EgressCall {
 
   const CallKey key_;
   FrontendState* const state_;
-  Engine* const engine_;
+  InferenceEngine* const engine_;
   const TimePoint arrival_;
 
   Phase phase_ = Phase::kPreparing;

@@ -136,7 +136,7 @@ std::function<void()> Server::step_callback() const {
   return [queue = impl_->state.egress.queue()] { queue->Wake(); };
 }
 
-void Server::Attach(Engine* engine, ServedModel model, std::string device) {
+void Server::Attach(InferenceEngine* engine, ServedModel model, std::string device) {
   auto backend = std::make_shared<Backend>();
   backend->engine = engine;
   backend->model = std::move(model);

@@ -80,7 +80,7 @@ class Server {
   std::function<void()> step_callback() const;
 
   // Serves this model from now on; health becomes SERVING. Once. The engine must outlive Stop().
-  void Attach(Engine* engine, ServedModel model, std::string device = {});
+  void Attach(InferenceEngine* engine, ServedModel model, std::string device = {});
 
   // What health says while nothing else speaks against it (no model, draining, engine unhealthy). Calls are still
   // taken.

@@ -16,8 +16,9 @@ constexpr Duration kDefaultInterval = std::chrono::seconds(1);
 constexpr Duration kLeastInterval = std::chrono::milliseconds(100);
 constexpr size_t kMaxReasonBytes = 256;
 
-void FillLoad(const FrontendState& state, const Engine& engine, v1::Load* out) {
-  EngineLoad load = engine.load();
+void FillLoad(const FrontendState& state, const InferenceEngine& engine, v1::Load* out) {
+  const std::vector<EngineLoad> loads = engine.loads();
+  const EngineLoad load = Total(loads);
   out->set_running_requests(static_cast<uint32_t>(load.scheduler.running_requests));
   out->set_waiting_requests(static_cast<uint32_t>(load.scheduler.waiting_requests));
   out->set_kv_blocks_total(static_cast<uint64_t>(load.scheduler.blocks_total));
@@ -30,6 +31,17 @@ void FillLoad(const FrontendState& state, const Engine& engine, v1::Load* out) {
   out->set_late_tokens(load.scheduler.late_tokens);
   *out->mutable_late_total() = DurationToProto(load.scheduler.late_total);
   *out->mutable_late_most() = DurationToProto(load.scheduler.late_most);
+  for (const EngineLoad& one : loads) {
+    v1::ReplicaLoad* replica = out->add_replicas();
+    replica->set_healthy(one.healthy);
+    replica->set_running_requests(static_cast<uint32_t>(one.scheduler.running_requests));
+    replica->set_waiting_requests(static_cast<uint32_t>(one.scheduler.waiting_requests));
+    replica->set_kv_blocks_total(static_cast<uint64_t>(one.scheduler.blocks_total));
+    replica->set_kv_blocks_used(static_cast<uint64_t>(one.scheduler.blocks_used));
+    replica->set_kv_blocks_cached(static_cast<uint64_t>(one.scheduler.blocks_cached));
+    replica->set_steps(one.scheduler.steps);
+    replica->set_tokens_per_second(one.tokens_per_second);
+  }
 }
 
 Status CancelledByAdmin(const std::string& reason) {

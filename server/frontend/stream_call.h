@@ -20,7 +20,7 @@ class StreamTransport {
 
 class StreamCall : public GenerateCall {
  public:
-  StreamCall(CallKey key, FrontendState* state, Engine* engine, std::unique_ptr<StreamTransport> transport)
+  StreamCall(CallKey key, FrontendState* state, InferenceEngine* engine, std::unique_ptr<StreamTransport> transport)
       : GenerateCall(key, state, engine), transport_(std::move(transport)) {}
 
   void Flush(TimePoint now) override;

@@ -17,7 +17,7 @@ class UnaryTransport {
 
 class UnaryCall : public GenerateCall {
  public:
-  UnaryCall(CallKey key, FrontendState* state, Engine* engine, std::unique_ptr<UnaryTransport> transport)
+  UnaryCall(CallKey key, FrontendState* state, InferenceEngine* engine, std::unique_ptr<UnaryTransport> transport)
       : GenerateCall(key, state, engine), transport_(std::move(transport)) {}
 
   void Flush(TimePoint now) override;

@@ -261,6 +261,21 @@ uint64_t RankWeightBytes(const ModelConfig& c, const Shard& shard, DType dtype) 
   return (outer + size(c.layers) * (qkv + o + ffn)) * SizeOf(dtype) + norms * SizeOf(DType::kF32);
 }
 
+LlamaWeights Share(std::shared_ptr<const LlamaWeights> weights) {
+  LlamaWeights views;
+  views.embedding = weights->embedding;
+  views.final_norm = weights->final_norm;
+  views.lm_head = weights->lm_head;
+  views.inv_freq = weights->inv_freq;
+  for (const LayerWeights& layer : weights->layers) {
+    views.layers.push_back(
+        {layer.attention_norm, layer.qkv, layer.o, layer.ffn_norm, layer.gate_up, layer.down, Buffer()});
+  }
+  views.bytes = weights->bytes;
+  views.shared = std::move(weights);
+  return views;
+}
+
 StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options) {
   return Loader(checkpoint, options).Load();
 }

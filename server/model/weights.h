@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -57,9 +58,13 @@ struct LlamaWeights {
   TensorView lm_head;     // [V', H] act; the embedding itself when tied
   TensorView inv_freq;    // [D/2] f32
   std::vector<LayerWeights> layers;
-  Buffer memory;       // embedding, norm, head
-  uint64_t bytes = 0;  // of this rank
+  Buffer memory;                               // embedding, norm, head
+  uint64_t bytes = 0;                          // of this rank
+  std::shared_ptr<const LlamaWeights> shared;  // not null: whose memory the views point into; both Buffers are empty
 };
+
+// The same tensors for another rank of the same process: views of `weights`, which they keep alive.
+LlamaWeights Share(std::shared_ptr<const LlamaWeights> weights);
 
 struct LoadProgress {
   uint64_t bytes_done = 0;   // read from disk

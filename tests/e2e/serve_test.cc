@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <filesystem>
@@ -345,6 +346,63 @@ TEST_F(FaultDrill, StayAnswersNotServingUntilStopped) {
   EXPECT_THAT(health.out + health.err, HasSubstr("NOT_SERVING"));
   server_->process().Signal(SIGTERM);
   EXPECT_EQ(server_->process().Wait(), 0) << server_->process().Errors();
+}
+
+// Two replicas of one rank each; the second one's rank fails once.
+TEST(Replicas, OneIsLostTheOtherServesAndTheProgramDrains) {
+  setenv("ALTIPLANO_FAULT", "1:40:throw", 1);
+  Server server({"--replicas", "2"});
+  unsetenv("ALTIPLANO_FAULT");
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  auto load = client->GetLoad();
+  ASSERT_TRUE(load.ok());
+  ASSERT_EQ(load->replicas_size(), 2);
+  EXPECT_EQ(load->kv_blocks_total(), load->replicas(0).kv_blocks_total() + load->replicas(1).kv_blocks_total());
+  std::vector<Status> statuses(2);
+  std::vector<std::thread> streams;
+  for (Status& status : statuses) {
+    streams.emplace_back([&] {
+      std::string text;
+      status = Ask(*client, Endless(400), &text);
+    });
+  }
+  for (std::thread& stream : streams) stream.join();
+  std::sort(statuses.begin(), statuses.end(), [](const Status& a, const Status& b) { return a.ok() > b.ok(); });
+  EXPECT_TRUE(statuses[0].ok()) << statuses[0].ToString();
+  EXPECT_EQ(statuses[1].reason(), "ENGINE_DOWN") << statuses[1].ToString();
+  EXPECT_EQ(client->Health("", std::chrono::seconds(kPatience)).value(), "SERVING");
+  load = client->GetLoad();
+  ASSERT_TRUE(load.ok());
+  EXPECT_TRUE(load->replicas(0).healthy());
+  EXPECT_FALSE(load->replicas(1).healthy());
+  for (const Golden& golden : ChatGoldens()) {
+    std::string text;
+    EXPECT_TRUE(Ask(*client, Chat(golden.question), &text).ok());
+    EXPECT_EQ(text, golden.text) << golden.id;
+  }
+  server.process().Signal(SIGTERM);
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+}
+
+TEST(Replicas, ALostOneIsMadeAgainWithTheSharedWeights) {
+  setenv("ALTIPLANO_FAULT", "0:10:throw", 1);
+  Server server({"--replicas", "2", "--on-engine-failure", "restart"});
+  unsetenv("ALTIPLANO_FAULT");
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  std::string text;
+  EXPECT_EQ(Ask(*client, Endless(400), &text).reason(), "ENGINE_DOWN");
+  EXPECT_TRUE(Eventually([&] {
+    auto load = client->GetLoad();
+    return load.ok() && load->replicas(0).healthy() && load->replicas(1).healthy();
+  }));
+  const Golden golden = ChatGoldens().front();
+  for (int i = 0; i < 2; ++i) {
+    text.clear();
+    EXPECT_TRUE(Ask(*client, Chat(golden.question), &text).ok());
+    EXPECT_EQ(text, golden.text);
+  }
 }
 
 TEST(BadStart, ModelErrorsAreOneLineAndExit65) {

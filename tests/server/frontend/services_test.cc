@@ -138,6 +138,9 @@ TEST(StatusServiceTest, InfoAndLoad) {
   EXPECT_EQ(load.kv_blocks_used(), 0U);
   EXPECT_EQ(load.kv_block_tokens(), 16U);
   EXPECT_GE(load.steps(), 3U);
+  ASSERT_EQ(load.replicas_size(), 1);
+  EXPECT_TRUE(load.replicas(0).healthy());
+  EXPECT_EQ(load.replicas(0).kv_blocks_total(), 1024U);
   EXPECT_FALSE(load.draining());
   server.server().RefuseNew();
   grpc::ClientContext again;

@@ -1,0 +1,113 @@
+#include "server/engine/replica_set.h"
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+
+#include "server/base/check.h"
+#include "server/engine/replica_router.h"
+
+namespace altiplano {
+
+// The router, which any thread that submits and every engine's thread talk to.
+class ReplicaSet::Routing {
+ public:
+  Routing(int replicas, const EngineLoad& one, bool prefix_cache)
+      : router(replicas, one.block_size, prefix_cache ? one.scheduler.blocks_total : 0) {}
+
+  std::mutex mutex;
+  ReplicaRouter router;  // guarded by mutex
+};
+
+// Tells the router how far a request is, before its owner learns of it.
+class ReplicaSet::TrackingSink : public RequestSink {
+ public:
+  TrackingSink(std::shared_ptr<Routing> routing, std::shared_ptr<RequestSink> sink)
+      : routing_(std::move(routing)), sink_(std::move(sink)) {}
+
+  void Sent(ReplicaRouter::Work work) { work_ = work; }  // under the routing's mutex, before any event
+  ReplicaRouter::Work* work() { return &work_; }
+
+  void OnEvent(Event event) override {
+    const bool first_token = event.kind == Event::Kind::kToken && !std::exchange(computed_, true);
+    if (first_token || event.kind == Event::Kind::kEnded) {
+      std::lock_guard lock(routing_->mutex);
+      first_token ? routing_->router.Computed(&work_) : routing_->router.Ended(&work_);
+    }
+    sink_->OnEvent(std::move(event));
+  }
+
+ private:
+  const std::shared_ptr<Routing> routing_;
+  const std::shared_ptr<RequestSink> sink_;
+  ReplicaRouter::Work work_;  // guarded by the routing's mutex
+  bool computed_ = false;     // engine thread
+};
+
+ReplicaSet::ReplicaSet(std::vector<std::unique_ptr<Engine>> replicas, bool prefix_cache)
+    : routing_(replicas.size() > 1 ? std::make_shared<Routing>(static_cast<int>(replicas.size()),
+                                                               replicas.front()->load(), prefix_cache)
+                                   : nullptr),
+      replicas_(std::move(replicas)) {
+  CHECK(!replicas_.empty());
+}
+
+ReplicaSet::~ReplicaSet() = default;
+
+StatusOr<RequestHandle> ReplicaSet::Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) {
+  if (routing_ == nullptr) return replicas_.front()->Submit(std::move(request), std::move(sink));
+  const auto tracking = std::make_shared<TrackingSink>(routing_, std::move(sink));
+  std::vector<bool> healthy;
+  for (const auto& replica : replicas_) healthy.push_back(replica->healthy());
+  // Held until the request is counted: its first events, and the next Submit, wait for that.
+  std::lock_guard lock(routing_->mutex);
+  for (size_t i = 0; i < replicas_.size(); ++i) {
+    if (!healthy[i]) routing_->router.Forget(static_cast<int>(i));
+  }
+  const ReplicaRouter::Route route = routing_->router.Find(*request);
+  Status refused;
+  for (const int index : route.order) {
+    const auto at = static_cast<size_t>(index);
+    if (!healthy[at]) continue;
+    tracking->Sent(routing_->router.Sent(*request, route, index));
+    auto handle = replicas_[at]->Submit(request, tracking);
+    if (handle.ok()) return handle;
+    routing_->router.Ended(tracking->work());
+    if (refused.ok() || refused.reason() == "ENGINE_DOWN") refused = handle.status();
+  }
+  // None is healthy: one of them says why.
+  if (refused.ok()) return replicas_[static_cast<size_t>(route.order.front())]->Submit(request, tracking);
+  return refused;
+}
+
+bool ReplicaSet::healthy() const {
+  return std::any_of(replicas_.begin(), replicas_.end(), [](const auto& replica) { return replica->healthy(); });
+}
+
+bool ReplicaSet::failed_for_good() const {
+  return std::all_of(replicas_.begin(), replicas_.end(),
+                     [](const auto& replica) { return replica->failed_for_good(); });
+}
+
+std::vector<EngineLoad> ReplicaSet::loads() const {
+  std::vector<EngineLoad> loads;
+  for (const auto& replica : replicas_) loads.push_back(replica->load());
+  return loads;
+}
+
+int32_t ReplicaSet::ResetPrefixCache() {
+  int32_t freed = 0;
+  for (size_t i = 0; i < replicas_.size(); ++i) {
+    freed += replicas_[i]->ResetPrefixCache();
+    if (routing_ == nullptr) continue;
+    std::lock_guard lock(routing_->mutex);
+    routing_->router.Forget(static_cast<int>(i));
+  }
+  return freed;
+}
+
+int32_t ReplicaSet::max_servable_tokens() const {
+  return replicas_.front()->max_servable_tokens();
+}
+
+}  // namespace altiplano
