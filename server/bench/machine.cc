@@ -83,6 +83,18 @@ StatusOr<Machine> ParseMachine(std::string_view text) {
   return machine;
 }
 
+OrderedJson ToJson(const StepCost& cost) {
+  OrderedJson json;
+  for (const Field& field : kFields) json[field.name] = cost.*field.value;
+  return json;
+}
+
+OrderedJson ToJson(const Machine& machine) {
+  OrderedJson json = {{"description", machine.description}, {"kv_tokens", machine.kv_tokens}};
+  json.update(ToJson(machine.cost));
+  return json;
+}
+
 StatusOr<Machine> FindMachine(const std::string& name_or_path) {
   std::string names;
   for (const Machine& machine : MachinePresets()) {

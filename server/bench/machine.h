@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "server/base/json.h"
 #include "server/base/status.h"
 #include "server/scheduler/step_cost.h"
 
@@ -22,6 +23,9 @@ std::span<const Machine> MachinePresets();
 
 // A file such as config/step_cost.json: every field of StepCost, kv_tokens and description, nothing else.
 StatusOr<Machine> ParseMachine(std::string_view json);
+// What ParseMachine reads back, but for the name.
+OrderedJson ToJson(const Machine& machine);
+OrderedJson ToJson(const StepCost& cost);
 
 // A preset by name, else the file of that path. NOT_FOUND names the presets.
 StatusOr<Machine> FindMachine(const std::string& name_or_path);

@@ -104,6 +104,7 @@ class Simulation {
   StepResult Sample(const StepPlan& plan) {
     StepResult result;
     result.step = plan.step;
+    result.device_time = StepTime(options_.cost, WorkOf(plan));
     for (const PlannedSequence& planned : plan.sequences) {
       if (!planned.sample) continue;
       const uint64_t position = static_cast<uint64_t>(planned.first_position + planned.num_tokens);

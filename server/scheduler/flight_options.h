@@ -22,6 +22,7 @@ void VisitFlightOptions(Options& options, Visit&& visit) {
   visit(options.step_cost.sequence_us);
   visit(options.step_cost.kv_token_us);
   visit(options.step_cost.attention_us);
+  visit(options.learn_step_cost);
 }
 
 }  // namespace altiplano

@@ -21,7 +21,7 @@
 namespace altiplano {
 
 inline constexpr std::string_view kFlightMagic = "ALTIFLR\n";
-inline constexpr uint32_t kFlightVersion = 1;
+inline constexpr uint32_t kFlightVersion = 2;
 
 enum class FlightKind : uint8_t { kArrival = 1, kCancel, kStop, kCacheReset, kAbort, kNames, kPlan, kResult };
 

@@ -29,8 +29,9 @@ Status CheckOptions(const SchedulerOptions& options) {
   }
   const Duration least = StepTime(options.step_cost, {.sequences = 1, .tokens = 1, .decode_context = 1});
   if (options.max_itl < Duration(0)) return invalid("max_itl is negative");
-  if (options.max_itl > Duration(0) && least == Duration(0))
-    return invalid("max_itl needs a step_cost to predict with");
+  if (options.max_itl > Duration(0) && least == Duration(0) && !options.learn_step_cost) {
+    return invalid("max_itl needs a step_cost to predict with, or learn_step_cost");
+  }
   if (options.max_itl > Duration(0) && options.max_itl < least) {
     return invalid("max_itl is ", Seconds(options.max_itl) * 1e3, " ms, but by step_cost a step of one token takes ",
                    Seconds(least) * 1e3, " ms");
@@ -113,7 +114,10 @@ void Scheduler::CheckInvariants() const {
 // --- Life of requests ------------------------------------------------------------------------------------------------
 
 Scheduler::Impl::Impl(SchedulerOptions options)
-    : options_(std::move(options)), pool_(options_.num_blocks), cache_(&pool_, options_.block_size) {
+    : options_(std::move(options)),
+      pool_(options_.num_blocks),
+      cache_(&pool_, options_.block_size),
+      learner_(options_.step_cost) {
   for (int32_t slot = options_.max_running - 1; slot >= 0; --slot) free_slots_.push_back(slot);
   running_.reserve(static_cast<size_t>(options_.max_running));
   in_flight_.reserve(2);
@@ -360,6 +364,9 @@ SchedulerLoad Scheduler::Impl::load() const {
   load.late_tokens = late_tokens_;
   load.late_total = late_total_;
   load.late_most = late_most_;
+  load.step_cost = learner_.cost();
+  load.measured_steps = learner_.steps();
+  load.step_cost_error = learner_.error();
   return load;
 }
 

@@ -30,6 +30,7 @@ struct SchedulerOptions {
   // While answers are being streamed, prompts get no more of a step than keeps it within max_itl by step_cost.
   Duration max_itl{};  // zero: no ceiling
   StepCost step_cost;
+  bool learn_step_cost = false;        // corrects step_cost by StepResult::device_time
   FlightRecorder* recorder = nullptr;  // outlives the scheduler; null: nothing is recorded
   // Null but in replays: gives blocks their recorded names, since their tokens are not there.
   const BlockNamer* namer = nullptr;
@@ -69,6 +70,9 @@ struct SchedulerLoad {
   // Tokens that came later after the one before them than max_itl, and by how much.
   uint64_t late_tokens = 0;
   Duration late_total{}, late_most{};
+  StepCost step_cost;           // as learned by now
+  uint64_t measured_steps = 0;  // that it was learned from
+  double step_cost_error = 0;   // mean of |predicted - measured| / measured lately
 };
 
 class Scheduler {

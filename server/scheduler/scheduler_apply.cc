@@ -14,6 +14,7 @@ void Scheduler::Impl::Apply(const StepPlan& plan, const StepResult& result, Time
   in_flight_.erase(in_flight_.begin());
   CHECK(in_flight.sequences.size() == plan.sequences.size());
 
+  if (options_.learn_step_cost) learner_.Learn(in_flight.work, result.device_time);
   const Call call{now, events};
   size_t sampled = 0, scored = 0;
   // The step has ended: what it held can be used again, and what ends from here on has nothing to wait for in it.

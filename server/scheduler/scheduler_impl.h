@@ -14,6 +14,7 @@
 #include "server/scheduler/plan_pool.h"
 #include "server/scheduler/prefix_cache.h"
 #include "server/scheduler/scheduler.h"
+#include "server/scheduler/step_cost_learner.h"
 
 namespace altiplano {
 
@@ -40,6 +41,7 @@ class Scheduler::Impl {
   // What a plan that has not been applied yet still touches.
   struct InFlight {
     uint64_t step = 0;
+    StepWork work;
     std::vector<Sequence*> sequences;  // as planned
     std::vector<BlockId> retired;      // references that end with the step
   };
@@ -114,6 +116,7 @@ class Scheduler::Impl {
   BlockPool pool_;
   PrefixCache cache_;
   PlanPool plans_;
+  StepCostLearner learner_;
 
   std::unordered_map<RequestKey, std::unique_ptr<LiveRequest>> live_;
   std::vector<std::unique_ptr<LiveRequest>> ended_;  // ended, but steps in flight still point at them
@@ -131,12 +134,11 @@ class Scheduler::Impl {
   uint64_t step_ = 0;  // of the last plan
   uint64_t arrivals_ = 0;
   // Of the plan being made:
-  int32_t budget_left_ = 0;
-  StepWork work_;
-  int32_t streams_ = 0;   // answers that wait for a token of this step
-  int32_t prefills_ = 0;  // the other sequences
-  int32_t shortage_ = 0;  // blocks that sequences went without
-  bool pressed_ = false;  // a running sequence found no block at once
+  int32_t budget_left_ = 0;  // its work is in_flight_.back().work
+  int32_t streams_ = 0;      // answers that wait for a token of this step
+  int32_t prefills_ = 0;     // the other sequences
+  int32_t shortage_ = 0;     // blocks that sequences went without
+  bool pressed_ = false;     // a running sequence found no block at once
 
   // The head of the queue did not fit: it is tried again when that many blocks are available, or some steps later,
   // since what it may share with the prefix cache changes. Saves matching its whole prompt in every step.

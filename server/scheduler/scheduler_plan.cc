@@ -22,8 +22,8 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   ++step_;
   InFlight& in_flight = in_flight_.emplace_back(std::move(spare_in_flight_));
   in_flight.step = step_;
+  in_flight.work = {};
   budget_left_ = options_.token_budget;
-  work_ = {};
   streams_ = prefills_ = 0;
   shortage_ = 0;
   pressed_ = false;
@@ -111,9 +111,9 @@ void Scheduler::Impl::PlanPrefills(StepPlan* plan) {
 int32_t Scheduler::Impl::PrefillRoom(int32_t first_position) const {
   if (options_.max_itl == Duration(0) || streams_ == 0) return budget_left_;
   auto fits = [&](int32_t tokens) {
-    StepWork work = work_;
+    StepWork work = in_flight_.back().work;
     work.Add(first_position, tokens);
-    return StepTime(options_.step_cost, work) <= options_.max_itl;
+    return StepTime(learner_.cost(), work) <= options_.max_itl;
   };
   int32_t room = 0;
   for (int32_t above = budget_left_; room < above;) {
@@ -343,7 +343,7 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
   const bool decode = tokens == 1 && planned.sample && generated > 0;
   if (!decode) plan->num_prefill_tokens += tokens;
   ++(decode ? streams_ : prefills_);
-  work_.Add(planned.first_position, tokens);
+  in_flight_.back().work.Add(planned.first_position, tokens);
 
   sequence->scheduled = end;
   if (planned.sample) ++sequence->pending;

@@ -88,6 +88,7 @@ void Simulator::MakeOptions() {
     options_.step_cost = {.step_us = 500, .token_us = 100.0 * random_.Below(20), .kv_token_us = 10, .attention_us = 5};
     options_.max_itl = milliseconds(random_.Between(3, 20));
   }
+  options_.learn_step_cost = random_.Chance(0.5);
 }
 
 std::shared_ptr<Request> Simulator::MakeRequest(RequestKey key) {
@@ -270,6 +271,8 @@ Simulator::Running Simulator::Launch(std::shared_ptr<const StepPlan> plan) {
     if ((planned.sample || planned.num_prompt_scores > 0) && random_.Chance(nan_rate_)) running.nan.push_back(i);
   }
   running.result = executor_->Execute(*plan, running.nan);
+  // Whatever is measured, it must keep nobody from progress.
+  running.result.device_time = std::chrono::microseconds(Mix(seed_, plan->step) % 20'000);
   if (!executor_->error().empty()) Fail(executor_->error());
   running.plan = std::move(plan);
   return running;

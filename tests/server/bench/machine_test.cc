@@ -26,6 +26,14 @@ TEST(Machines, TheFileInConfigIsAPreset) {
   EXPECT_EQ(StepTime(machine->cost, large), StepTime(preset->cost, large));
 }
 
+TEST(Machines, WhatIsWrittenIsReadBack) {
+  for (const Machine& preset : MachinePresets()) {
+    auto machine = ParseMachine(ToJson(preset).dump());
+    ASSERT_TRUE(machine.ok()) << machine.status().ToString();
+    EXPECT_EQ(ToJson(*machine), ToJson(preset));
+  }
+}
+
 // One stream at a time, as published for these machines, to the accuracy that a formula can have.
 TEST(Machines, PresetsAreNearPublishedSpeeds) {
   auto one_stream = [](const char* name) {

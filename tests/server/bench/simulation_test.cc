@@ -144,6 +144,19 @@ TEST(Simulation, ACeilingTradesTimeToFirstTokenForSteadyStreams) {
   EXPECT_GT(bound.ToJson()["mean_ttft_ms"], free.ToJson()["mean_ttft_ms"]);
 }
 
+TEST(Simulation, TheStepCostIsLearnedWhereTheSchedulerDoesNotKnowIt) {
+  SimulationOptions options = TenMillisecondSteps();
+  options.cost = {.step_us = 500, .weights_us = 4000, .token_us = 30, .sequence_us = 10, .kv_token_us = 1};
+  options.scheduler.num_blocks = 10000;
+  options.scheduler.learn_step_cost = true;
+  Dataset dataset = Random(60, 200, 40);
+  std::vector<Duration> arrivals = *MakeArrivals({.kind = ArrivalOptions::Kind::kRate, .rate = 5, .seed = 1}, dataset);
+  BenchReport report;
+  const SchedulerLoad load = Simulate(dataset, arrivals, options, &report)->load;
+  EXPECT_EQ(load.measured_steps, load.steps);
+  EXPECT_LT(load.step_cost_error, 0.03);
+}
+
 TEST(Simulation, TheSameArgumentsGiveTheSameTable) {
   Dataset dataset = Random(50, 80, 30);
   std::vector<Duration> arrivals =

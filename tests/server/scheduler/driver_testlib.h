@@ -33,6 +33,7 @@ class Driver {
     in_flight_.pop_front();
     StepResult result;
     result.step = plan->step;
+    result.device_time = device_time(*plan);
     for (const PlannedSequence& planned : plan->sequences) {
       if (planned.num_prompt_scores > 0) {
         std::vector<TokenScore>& scores = result.prompt_scores.emplace_back();
@@ -114,6 +115,7 @@ class Driver {
     return 1000 + planned.first_position + planned.num_tokens;  // its position
   };
   std::function<bool(const PlannedSequence&)> finite = [](const PlannedSequence&) { return true; };
+  std::function<Duration(const StepPlan&)> device_time = [](const StepPlan&) { return Duration(0); };
 
  private:
   std::unique_ptr<Scheduler> scheduler_;

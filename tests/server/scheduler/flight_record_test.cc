@@ -227,7 +227,7 @@ TEST(FlightFile, DamageIsNamed) {
   EXPECT_THAT(error(damaged), HasSubstr("truncated or damaged"));
   std::string other = file;
   other[8] = 9;
-  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 1"));
+  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 2"));
   // Whoever writes the checksum too is told which frame is wrong.
   const std::string body = file.substr(0, file.size() - sizeof(Sha256Digest));
   EXPECT_THAT(error(Seal(body + '\x01')), HasSubstr("a frame reaches beyond its end"));

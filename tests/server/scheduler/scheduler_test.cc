@@ -11,6 +11,7 @@
 namespace altiplano {
 namespace {
 
+using std::chrono::microseconds;
 using std::chrono::milliseconds;
 using testing::AllOf;
 using testing::ElementsAre;
@@ -282,6 +283,35 @@ TEST(Ceiling, TheFirstPromptGetsABlockInAnyCase) {
     chunks.push_back(plan->sequences[5].num_tokens);
   }
   EXPECT_THAT(chunks, ElementsAre(4, 4, 1));
+}
+
+TEST(Ceiling, KeepsToWhatStepsWereMeasuredToTake) {
+  SchedulerOptions options = CeilingOptions(microseconds(12500));
+  const StepCost truth = options.step_cost;
+  for (double assumed : {0.0, 0.25, 4.0}) {  // of the truth; 0: nothing is known
+    options.step_cost = {.step_us = assumed * truth.step_us, .token_us = assumed * truth.token_us};
+    options.learn_step_cost = true;
+    Driver driver(options);
+    driver.device_time = [&](const StepPlan& plan) { return StepTime(truth, WorkOf(plan)); };
+    for (RequestKey key = 1; key <= 6; ++key) driver->Add(key, MakeRequest(100, 30));
+    driver.RunAll();
+    const SchedulerLoad load = driver->load();
+    EXPECT_EQ(load.measured_steps, load.steps);
+    EXPECT_NEAR(load.step_cost.token_us, truth.token_us, 0.02 * truth.token_us);
+    driver->Add(7, MakeRequest(2, 100));
+    driver.Step();
+    driver->Add(8, MakeRequest(200, 5));
+    EXPECT_EQ(driver.Step()->tokens.size(), 11u) << "1 ms and 11 tokens of 1 ms, from " << assumed;
+  }
+}
+
+TEST(Ceiling, LearnsOnlyWhenItIsToldTo) {
+  Driver driver(CeilingOptions(milliseconds(12)));
+  driver.device_time = [](const StepPlan&) { return milliseconds(100); };
+  driver->Add(1, MakeRequest(40, 5));
+  driver.RunAll();
+  EXPECT_EQ(driver->load().measured_steps, 0u);
+  EXPECT_EQ(driver->load().step_cost.token_us, 1000);
 }
 
 TEST(Ceiling, LateTokensAreCountedWithHowLateTheyWere) {
