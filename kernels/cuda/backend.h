@@ -20,6 +20,9 @@ std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
 std::string Describe(void* stream);     // "NVIDIA H200, sm_90, 141 GB"
 void* Allocate(size_t bytes);           // of the current device; null when it has no more
 void Free(void* data);
+// Host memory that kernels of all GPUs reach, zero at first; null when it cannot be had.
+void* AllocateShared(size_t bytes);
+void FreeShared(void* data);
 void Copy(void* stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
 MemoryInfo QueryMemory(int ordinal);
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstring>
 #include <string>
 
 #include "kernels/cpu/thread_team.h"
@@ -71,6 +72,20 @@ void* Allocate(size_t bytes) {
 
 void Free(void* data) {
   cudaFree(data);
+}
+
+void* AllocateShared(size_t bytes) {
+  void* data = nullptr;
+  if (cudaHostAlloc(&data, bytes, cudaHostAllocPortable | cudaHostAllocMapped) == cudaSuccess) {
+    std::memset(data, 0, bytes);
+    return data;
+  }
+  cudaGetLastError();
+  return nullptr;
+}
+
+void FreeShared(void* data) {
+  cudaFreeHost(data);
 }
 
 void Copy(void* stream, void* to, Device, const void* from, Device, size_t bytes) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/launch_shape.h"
+#include "kernels/cuda/peers.h"
 #include "kernels/cuda/ptx.h"
 #include "kernels/device.h"
 
@@ -32,6 +33,31 @@ void Launch(Stream& stream, [[maybe_unused]] const char* name, const LaunchShape
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
   sim::LaunchGrid({.kernel = name, .grid = grid, .block = dim3(shape.threads), .shared_bytes = shape.shared_bytes},
                   [&] { std::apply(kernel, values); });
+#endif
+}
+
+// A kernel of one rank that waits for the same launch of the others; its first parameter is `peers`. All blocks of all
+// ranks must be resident at once.
+template <typename... Parameters, typename... Arguments>
+void LaunchWithPeers(Stream& stream, const Peers& peers, const char* name, const LaunchShape& shape,
+                     void (*kernel)(Peers, Parameters...), const Arguments&... arguments) {
+#ifdef __CUDACC__
+  Launch(stream, name, shape, kernel, peers, arguments...);
+#else
+  static_cast<void>(stream);
+  sim::LaunchWithPeers(
+      {.group = peers.verdicts,
+       .rank = peers.rank,
+       .ranks = peers.ranks,
+       .patience = std::chrono::nanoseconds(peers.patience_ns),
+       .ended = [peers] { return HasFailed(*peers.verdicts); }},
+      {.grid = {.kernel = name,
+                .grid = dim3(shape.grid_x, shape.grid_y, shape.grid_z),
+                .block = dim3(shape.threads),
+                .shared_bytes = shape.shared_bytes},
+       .body = [kernel, values = std::tuple<Peers, Parameters...>(peers, static_cast<Parameters>(arguments)...)] {
+         std::apply(kernel, values);
+       }});
 #endif
 }
 

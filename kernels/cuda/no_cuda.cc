@@ -28,6 +28,13 @@ MemoryInfo QueryMemory(int) {
   return {};
 }
 
+void* AllocateShared(size_t) {
+  return nullptr;
+}
+
+void FreeShared(void*) {
+  Die();
+}
 void DestroyStream(void*) {
   Die();
 }

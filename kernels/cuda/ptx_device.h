@@ -103,6 +103,35 @@ PTX_FUNCTION void AddShared(T* to, T value) {
   atomicAdd_block(to, value);
 }
 
+// ---- between GPUs and with the host
+// What was stored before a release is seen by whoever has acquired what it wrote.
+PTX_FUNCTION uint32_t LdAcquireSys(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+PTX_FUNCTION uint32_t LdRelaxedSys(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+PTX_FUNCTION void StReleaseSys(uint32_t* to, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+PTX_FUNCTION void StRelaxedSys(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+// Atomic on this GPU; orders nothing. What was there before.
+PTX_FUNCTION uint32_t AddGlobal(uint32_t* to, uint32_t value) {
+  return atomicAdd(to, value);
+}
+// Nanoseconds, in coarse ticks.
+PTX_FUNCTION uint64_t GlobalTimer() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
 // ---- asynchronous copies from global to shared memory
 // 16 bytes past the L1 cache; zeros when not `inside`, and `from` is then not read.
 PTX_FUNCTION void CpAsync16(void* to, const void* from, bool inside) {

@@ -71,6 +71,13 @@ inline void* DynamicShared() {
 template <typename T>
 T LdGlobal(const T* from, PTX_SITE) {
   sim::Access(sim::Memory::kGlobalLoad, from, sizeof(T), site);
+#ifndef __SANITIZE_THREAD__  // which sees what was not ordered, and needs no values that show it
+  if (sim::Self().together) {
+    T value;
+    sim::LoadTogether(from, &value, sizeof(T));
+    return value;
+  }
+#endif
   return *from;
 }
 template <typename T>
@@ -80,6 +87,9 @@ T LdGlobalOnce(const T* from, PTX_SITE) {
 template <typename T>
 void StGlobal(T* to, T value, PTX_SITE) {
   sim::Access(sim::Memory::kGlobalStore, to, sizeof(T), site);
+#ifndef __SANITIZE_THREAD__
+  if (sim::Self().together) return sim::StoreTogether(to, &value, sizeof(T));
+#endif
   *to = value;
 }
 template <typename T>
@@ -129,6 +139,39 @@ template <typename T>
 void AddShared(T* to, T value, PTX_SITE) {
   sim::BeforeAtomic(to, sizeof(T), site);
   std::atomic_ref<T>(*to).fetch_add(value, std::memory_order_relaxed);
+}
+
+inline uint32_t LdAcquireSys(const uint32_t* from, PTX_SITE) {
+  sim::BeforePoll(from, sizeof(*from), site);
+  const uint32_t value = std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(from)).load(std::memory_order_acquire);
+  sim::AfterPoll(from, true);
+  return value;
+}
+inline uint32_t LdRelaxedSys(const uint32_t* from, PTX_SITE) {
+  sim::BeforePoll(from, sizeof(*from), site);
+  const uint32_t value = std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(from)).load(std::memory_order_relaxed);
+  sim::AfterPoll(from, false);
+  return value;
+}
+inline void StReleaseSys(uint32_t* to, uint32_t value, PTX_SITE) {
+  sim::Access(sim::Memory::kGlobalStore, to, sizeof(value), site);
+  sim::BeforeRelease();
+  std::atomic_ref<uint32_t>(*to).store(value, std::memory_order_release);
+  sim::AfterStoringFlag();
+}
+inline void StRelaxedSys(uint32_t* to, uint32_t value, PTX_SITE) {
+  sim::Access(sim::Memory::kGlobalStore, to, sizeof(value), site);
+  std::atomic_ref<uint32_t>(*to).store(value, std::memory_order_relaxed);
+  sim::AfterStoringFlag();
+}
+inline uint32_t AddGlobal(uint32_t* to, uint32_t value, PTX_SITE) {
+  sim::Access(sim::Memory::kGlobalStore, to, sizeof(value), site);
+  const uint32_t before = std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
+  sim::AfterStoringFlag();
+  return before;
+}
+inline uint64_t GlobalTimer() {
+  return sim::Clock();
 }
 
 inline void CpAsync16(void* to, const void* from, bool inside, PTX_SITE) {

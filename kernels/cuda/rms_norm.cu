@@ -4,27 +4,12 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rows_plan.h"
 
 namespace altiplano::cuda {
 
 namespace {
-
-// The same sum in every thread.
-PTX_FUNCTION float BlockSum(float x) {
-  PTX_SHARED(float, sums, kMostNormThreads / 32);
-  x = WarpSum(x);
-  if (threadIdx.x % 32 == 0) ptx::StShared(&sums[threadIdx.x / 32], x);
-  __syncthreads();
-  float total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += ptx::LdShared(&sums[warp]);
-  return total;
-}
-
-template <int kPack>
-struct alignas(4 * kPack) Waiting {
-  float x[kPack];
-};
 
 template <int kPack, bool kAdd>
 __global__ void __launch_bounds__(kMostNormThreads)
@@ -47,16 +32,7 @@ __global__ void __launch_bounds__(kMostNormThreads)
     for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
     ptx::StShared(&row[pack], waiting);
   }
-  const float mean = ptx::Divide(BlockSum(squares), static_cast<float>(width));
-  const float scale = ptx::Divide(1.0f, sqrtf(mean + eps));
-  for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
-    Waiting<kPack> waiting = ptx::LdShared(&row[pack]);
-    float w[kPack];
-    Load(weight, pack * kPack, w);
-    PTX_UNROLL
-    for (int i = 0; i < kPack; ++i) waiting.x[i] = waiting.x[i] * scale * w[i];
-    Store(out, token * out.stride + pack * kPack, waiting.x);
-  }
+  ScaleRow(out, token * out.stride, weight, row, squares, eps, width);
 }
 
 template <bool kAdd>

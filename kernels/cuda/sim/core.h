@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "kernels/cuda/sim/fiber.h"
@@ -84,6 +85,12 @@ struct Thread : ThreadView {
   // Copies issued and not waited for.
   std::vector<CpAsyncCopy> copies;
   int copy_group = 0;
+  // Of blocks that run together: stores of other streams that it must see are those numbered up to `view`; where it
+  // polls, and what it polled last and when.
+  uint64_t view = 0;
+  const void* polls = nullptr;
+  const void* polled = nullptr;
+  uint64_t polled_at = 0;
 };
 
 // Registers of a warp that wgmma writes to: their values when all that was issued is done. The registers hold NaN.
@@ -146,6 +153,17 @@ struct StaticVariable {
   size_t bytes;
 };
 
+class Together;
+
+// A store that its own thread sees and others may not yet.
+struct PendingStore {
+  int thread;
+  unsigned phase;  // how many barriers the block had passed
+  char* to;
+  int bytes;
+  char value[16];
+};
+
 // What a warp-wide operation demands of its lanes beyond the same operation and mask.
 enum class Meeting : uint8_t {
   kAnywhere,  // shuffles: each lane may be at another line
@@ -156,6 +174,9 @@ enum class Meeting : uint8_t {
 class Runner {
  public:
   Runner() { AdoptThread(&host); }
+  ~Runner();
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
 
   std::string Run(const Grid& launch, const std::function<void()>& thread_body);
 
@@ -197,20 +218,38 @@ class Runner {
   int eagerness = 0;      // how often, in eighths, a box is copied at a point where it might be
   uint32_t block_id = 0;  // counts blocks
   std::vector<GenericWrite> generic_writes = std::vector<GenericWrite>(kSharedWindow / 16);
+  // Of a block that runs together with others.
+  Together* together = nullptr;
+  int stream = 0;
+  bool yielded = false;                                              // it could go on
+  uint64_t polls_alone = 0;                                          // of a block that nobody runs beside
+  std::unordered_map<uintptr_t, std::vector<PendingStore>> pending;  // of each 16 bytes, oldest first
+
+  // ---- a block: Begin, then Continue while it yields, then End
+  void Begin(uint3 index);
+  void Continue();
+  void End();
+  // Lets other blocks run. Only of a block that runs together with others.
+  void Yield();
+  std::string DescribeThreads() const;
+  void SetGrid(const Grid& launch, const std::function<void()>& thread_body);
 
  private:
   static void ThreadMain(void* thread);
   void Prepare();
-  void RunBlock(uint3 index);
   void CheckGuards();
   Thread* Pick();
   void Resume(Thread* next);  // null: the host
   void Suspend(Wait wait, Site site);
   void CancelAll();
-  std::string DescribeDeadlock() const;
 };
 
+// Of the block that runs.
 Runner& CurrentRunner();
+// Makes `runner` the current one; null: the OS thread's own, whose blocks run one after the other.
+void SetCurrentRunner(Runner* runner);
+// Empty, or why a GPU refuses the launch.
+std::string RefusalOf(const Grid& launch);
 
 // Not memset and memcpy: TSan intercepts them and would charge them to the running fiber.
 inline void PoisonBytes(void* data, size_t bytes) {

@@ -35,6 +35,7 @@ struct OpenLine {
 };
 
 struct Key {
+  const Runner* block;
   int warp;
   const char* file;
   int line;
@@ -105,7 +106,7 @@ void Close(const Runner& runner, const OpenLine& open, const WarpAccess& access)
 void CountAccess(const Runner& runner, Memory memory, const void* data, int bytes, Site site) {
   TsanIgnore ignore;
   const Thread& thread = *runner.current;
-  OpenLine& open = ThisThread().open[{thread.warp, site.file, site.line, memory}];
+  OpenLine& open = ThisThread().open[{&runner, thread.warp, site.file, site.line, memory}];
   open.memory = memory;
   open.bytes = bytes;
   open.site = site;
@@ -155,9 +156,10 @@ void CountBox(const Runner& runner, const char* row, uint64_t rows, uint64_t str
 
 void FinishCounting(const Runner& runner) {
   for (const auto& [key, open] : ThisThread().open) {
+    if (key.block != &runner) continue;
     for (const WarpAccess& access : open.accesses) Close(runner, open, access);
   }
-  ThisThread().open.clear();
+  std::erase_if(ThisThread().open, [&](const auto& entry) { return entry.first.block == &runner; });
 }
 
 void CountLaunch(const Runner& runner) {

@@ -42,6 +42,16 @@ void Free(void* data) {
   sim::FreeDevice(data);
 }
 
+void* AllocateShared(size_t bytes) {
+  void* data = sim::AllocateDevice(bytes);
+  std::memset(data, 0, bytes);
+  return data;
+}
+
+void FreeShared(void* data) {
+  sim::FreeDevice(data);
+}
+
 void Copy(void*, void* to, Device to_device, const void* from, Device from_device, size_t bytes) {
   if (to_device == Device::kCuda && !sim::IsDeviceMemory(to, bytes)) {
     return sim::Stick("a copy of " + std::to_string(bytes) + " bytes to outside of device memory");

@@ -73,6 +73,12 @@ void CreateFiber(Fiber* fiber, size_t stack_bytes, void (*entry)(void*), void* a
   fiber->tsan = TsanCreateFiber(name);
 }
 
+void DestroyFiber(Fiber* fiber) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  TsanDestroyFiber(fiber->tsan);
+  munmap(fiber->stack - page, fiber->stack_bytes + page);
+}
+
 void AdoptThread(Fiber* fiber) {
   pthread_attr_t attributes;
   void* stack = nullptr;

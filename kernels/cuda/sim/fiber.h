@@ -17,6 +17,8 @@ struct Fiber {
 // `color` shifts the first frame: stacks begin at the same offset of a page, and hundreds of hot frames would otherwise
 // share a few sets of the cache.
 void CreateFiber(Fiber* fiber, size_t stack_bytes, void (*entry)(void*), void* argument, unsigned color);
+// Of a fiber that runs no more.
+void DestroyFiber(Fiber* fiber);
 // Describes the running thread's own stack, so that fibers can switch back to it.
 void AdoptThread(Fiber* fiber);
 // Suspends `from`, which runs, and resumes `to`. No happens-before edge.

@@ -34,12 +34,18 @@ std::string Coordinates(uint3 index) {
 }
 
 thread_local std::string stuck_error;
+thread_local Runner* runner_of_block = nullptr;
 
 }  // namespace
 
 Runner& CurrentRunner() {
+  if (runner_of_block != nullptr) return *runner_of_block;
   static thread_local std::unique_ptr<Runner> runner = std::make_unique<Runner>();
   return *runner;
+}
+
+void SetCurrentRunner(Runner* runner) {
+  runner_of_block = runner;
 }
 
 std::string ToString(const Site& site) {
@@ -70,6 +76,15 @@ std::string StuckError() {
 
 std::string TakeError() {
   return std::exchange(stuck_error, "");
+}
+
+Runner::~Runner() {
+  for (ThreadSet& each : sets) {
+    for (const auto& thread : each.threads) DestroyFiber(&thread->fiber);
+    if (each.window == nullptr) continue;
+    AsanUnpoison(each.window, kSharedWindow);
+    munmap(each.window, kSharedWindow);
+  }
 }
 
 std::string Runner::Where() const {
@@ -104,6 +119,7 @@ void Runner::Resume(Thread* next) {
 }
 
 void Runner::SwitchAway() {
+  current->polls = nullptr;
   Resume(Pick());
   if (cancelling) throw Cancel{};
 }
@@ -184,6 +200,7 @@ void Runner::Prepare() {
     set->threads.push_back(std::move(thread));
   }
   exited = 0;
+  polls_alone = 0;
   ready_warps = 0;
   current_warp = 0;
   statics.clear();
@@ -213,20 +230,37 @@ void Runner::Prepare() {
     thread.block_idx = block_idx;
     thread.block_dim = block;
     thread.grid_dim = grid.grid;
+    thread.together = together != nullptr;
     thread.copies.clear();
     thread.copy_group = 0;
     thread.proxy_fences = 0;
+    thread.polls = thread.polled = nullptr;
     Wake(thread);
   }
 }
 
-void Runner::RunBlock(uint3 index) {
+void Runner::Begin(uint3 index) {
   block_idx = index;
   Prepare();
+}
+
+void Runner::Continue() {
+  if (yielded) current_warp = RandomBit(rng, ready_warps);  // a warp that polls must not keep the others from running
+  yielded = false;
   current = Pick();
+  if (current == nullptr) return;
   current_thread = current;
   SwitchFiber(&host, &current->fiber);
-  if (failure.empty() && exited < threads) failure = DescribeDeadlock();
+}
+
+void Runner::Yield() {
+  yielded = true;
+  Resume(nullptr);
+  if (cancelling) throw Cancel{};
+}
+
+void Runner::End() {
+  if (failure.empty() && exited < threads) failure = "deadlock in " + Where() + DescribeThreads();
   if (failure.empty() && !boxes.empty()) {
     failure = Where() + ": the block has ended, and the box that TMA was told to copy at " + ToString(boxes[0].site) +
               " is under way";
@@ -249,11 +283,12 @@ void Runner::CheckGuards() {
   for (const StaticVariable& variable : statics) check(variable.data + variable.bytes, "a shared variable");
 }
 
-std::string Runner::DescribeDeadlock() const {
+std::string Runner::DescribeThreads() const {
   std::map<std::string, std::pair<int, int>> groups;  // what they wait for -> how many, the first
   for (int i = 0; i < threads; ++i) {
     const Thread& thread = ThreadAt(i);
     std::string wait = "exited";
+    if (thread.wait == Wait::kNothing) wait = "polls at " + ToString(thread.site);
     if (thread.wait == Wait::kWarp) wait = std::string(thread.operation) + " at " + ToString(thread.site);
     if (thread.wait == Wait::kBarrier) {
       wait = "__syncthreads at " + ToString(thread.site) + " (" + std::to_string(barrier.arrived) + " of " +
@@ -268,7 +303,7 @@ std::string Runner::DescribeDeadlock() const {
     }
     ++groups.try_emplace(wait, 0, i).first->second.first;
   }
-  std::string out = "deadlock in " + Where();
+  std::string out;
   for (const auto& [wait, group] : groups) {
     out +=
         "\n  " + std::to_string(group.first) + " threads, the first is " + std::to_string(group.second) + ": " + wait;
@@ -276,7 +311,7 @@ std::string Runner::DescribeDeadlock() const {
   return out;
 }
 
-std::string Runner::Run(const Grid& launch, const std::function<void()>& thread_body) {
+std::string RefusalOf(const Grid& launch) {
   const uint64_t size = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
   const std::string kernel = "kernel " + std::string(launch.kernel);
   if (size == 0 || size > kMostThreads) return kernel + ": " + std::to_string(size) + " threads per block, 1 to 1024";
@@ -290,17 +325,26 @@ std::string Runner::Run(const Grid& launch, const std::function<void()>& thread_
     return kernel + ": grid " + Coordinates({launch.grid.x, launch.grid.y, launch.grid.z}) +
            ", each at least 1 and at most (2147483647,65535,65535)";
   }
+  return "";
+}
+
+void Runner::SetGrid(const Grid& launch, const std::function<void()>& thread_body) {
   grid = launch;
   body = &thread_body;
-  threads = static_cast<int>(size);
+  threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   rng = Rng(seed + 1000003 * ++launches);
   constexpr int kStickiness[] = {0, 4, 7, 8};
   stickiness = kStickiness[rng.Below(4)];
   constexpr int kEagerness[] = {0, 1, 4};
   eagerness = kEagerness[rng.Below(3)];
+}
+
+std::string Runner::Run(const Grid& launch, const std::function<void()>& thread_body) {
+  if (std::string refusal = RefusalOf(launch); !refusal.empty()) return refusal;
+  SetGrid(launch, thread_body);
   CountLaunch(*this);
   TsanRelease(launch_token.address);
-  std::vector<uint32_t> order(blocks);
+  std::vector<uint32_t> order(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z);
   std::iota(order.begin(), order.end(), 0u);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.Below(static_cast<uint32_t>(i))]);
   failure.clear();
@@ -312,7 +356,9 @@ std::string Runner::Run(const Grid& launch, const std::function<void()>& thread_
 #endif
     const uint32_t block = order[i];
     const dim3& g = launch.grid;
-    RunBlock({block % g.x, block / g.x % g.y, block / (g.x * g.y)});
+    Begin({block % g.x, block / g.x % g.y, block / (g.x * g.y)});
+    Continue();
+    End();
   }
   TsanAcquire(end_token.address);
   return failure;

@@ -4,6 +4,7 @@
 #ifdef ALTIPLANO_SIM_TSAN
 extern "C" {
 void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
 void* __tsan_get_current_fiber();
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_set_fiber_name(void* fiber, const char* name);
@@ -40,6 +41,9 @@ void* TsanCreateFiber(const char* name) {
   __tsan_set_fiber_name(fiber, name);
   return fiber;
 }
+void TsanDestroyFiber(void* fiber) {
+  __tsan_destroy_fiber(fiber);
+}
 void* TsanCurrentFiber() {
   return __tsan_get_current_fiber();
 }
@@ -61,6 +65,7 @@ void TsanWrite(void*, size_t, void*) {}
 void* TsanCreateFiber(const char*) {
   return nullptr;
 }
+void TsanDestroyFiber(void*) {}
 void* TsanCurrentFiber() {
   return nullptr;
 }

@@ -16,6 +16,7 @@ void TsanRead(const void* data, size_t bytes, void* pc);
 void TsanWrite(void* data, size_t bytes, void* pc);
 
 void* TsanCreateFiber(const char* name);
+void TsanDestroyFiber(void* fiber);
 void* TsanCurrentFiber();
 void TsanSwitchTo(void* fiber);  // makes no happens-before edge
 

@@ -3,9 +3,11 @@
 // It belongs to one OS thread: the one that launches.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "kernels/cuda/sim/cuda_language.h"
 
@@ -23,6 +25,29 @@ struct Grid {
 // Runs body once per thread, every block to its end. Empty, or what the kernel did that CUDA forbids, or how its
 // threads wait for each other for ever: kernel, block, thread, file and line.
 std::string RunGrid(const Grid& grid, const std::function<void()>& body);
+
+// Streams side by side, each with its kernels one after the other. The blocks of the kernels that run at one time are
+// interleaved and may wait for each other; a store becomes visible to other streams late, until it is released and
+// acquired. All blocks are resident at once: they must fit a GPU. Empty, or what went wrong, a wait for ever included.
+struct Kernel {
+  Grid grid;
+  std::function<void()> body;
+};
+inline constexpr uint64_t kMultiprocessors = 132;
+std::string RunTogether(const std::vector<std::vector<Kernel>>& streams);
+
+// As a launch on rank `rank`'s stream of a kernel that waits for the same launch of the `ranks` ranks of `group`. While
+// an OS thread collects, its launches wait for RunCollected. Otherwise the ranks' threads come together here; those who
+// have waited for `patience`, or until the group has `ended`, go on without the others. Errors stick as LaunchGrid's.
+struct PeerLaunch {
+  const void* group;
+  int rank, ranks;
+  std::chrono::nanoseconds patience;
+  std::function<bool()> ended;
+};
+void LaunchWithPeers(const PeerLaunch& launch, Kernel kernel);
+void Collect();
+std::string RunCollected();
 
 // As a launch on a stream: an error sticks, and what is launched after it does not run.
 void LaunchGrid(const Grid& grid, const std::function<void()>& body);

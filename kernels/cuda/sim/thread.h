@@ -14,6 +14,7 @@ namespace altiplano::sim {
 struct ThreadView {
   uint3 thread_idx, block_idx;
   dim3 block_dim, grid_dim;
+  bool together = false;  // the block runs together with others, of other streams too
 };
 // Set at every switch. A block stays on one OS thread, so that the variable's address may be kept.
 extern thread_local ThreadView* current_thread;
@@ -31,6 +32,19 @@ enum class Memory : uint8_t { kGlobalLoad, kGlobalStore, kSharedLoad, kSharedSto
 void Access(Memory memory, const void* data, int bytes, Site site);
 // Before an atomic operation on shared memory: also a point where other threads may run.
 void BeforeAtomic(const void* data, int bytes, Site site);
+
+// ---- blocks that run together: what they load and store
+// Global memory as others see it in their time; `value` has `bytes`, at most 16.
+void LoadTogether(const void* from, void* value, int bytes);
+void StoreTogether(void* to, const void* value, int bytes);
+// Around accesses of flags. A poll lets other blocks run first; after an acquiring one the block sees all that was
+// released. A release makes visible what the thread, or others before the block's last barrier, have stored.
+void BeforePoll(const void* flag, int bytes, Site site);
+void AfterPoll(const void* flag, bool acquire);
+void BeforeRelease();
+void AfterStoringFlag();
+// Nanoseconds. Passes only when all threads wait for each other.
+uint64_t Clock();
 
 // ---- threads meeting
 void SyncThreads(Site site);

@@ -1,4 +1,5 @@
 // The operations in which the threads of a block or the lanes of a warp meet.
+#include <algorithm>
 #include <bit>
 
 #include "kernels/cuda/sim/core.h"
@@ -99,7 +100,10 @@ void SyncThreads(Site site) {
   if (++barrier.arrived == runner.threads) {
     barrier.arrived = 0;
     ++barrier.phase;
+    uint64_t view = 0;
+    for (int i = 0; i < runner.threads; ++i) view = std::max(view, runner.ThreadAt(i).view);
     for (int i = 0; i < runner.threads; ++i) {
+      runner.ThreadAt(i).view = view;
       if (runner.ThreadAt(i).wait == Wait::kBarrier) runner.Wake(runner.ThreadAt(i));
     }
     runner.SwitchAway();

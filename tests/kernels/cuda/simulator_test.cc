@@ -262,6 +262,114 @@ TEST(Simulator, ACopyFromOutsideIsZeros) {
   for (size_t i = 0; i < 128; ++i) EXPECT_EQ(out[i], 0);
 }
 
+// ---- blocks that run together
+
+// A value and then a flag, from one stream to the other; 96 threads, so that the flag's warp is one of several.
+struct Passing {
+  bool barrier_before = true, release = true, acquire = true, barrier_after = true;
+};
+std::vector<std::vector<sim::Kernel>> Pass(const Passing& how, DeviceArray<float>& value, DeviceArray<uint32_t>& flag,
+                                           DeviceArray<float>& out) {
+  const auto send = [&, how] {
+    ptx::StGlobal(&value[static_cast<size_t>(Thread())], static_cast<float>(Thread()));
+    if (how.barrier_before) __syncthreads();
+    if (Thread() != 40) return;
+    how.release ? ptx::StReleaseSys(flag.data(), 1u) : ptx::StRelaxedSys(flag.data(), 1u);
+  };
+  const auto receive = [&, how] {
+    if (Thread() == 40) {
+      while ((how.acquire ? ptx::LdAcquireSys(flag.data()) : ptx::LdRelaxedSys(flag.data())) == 0) {
+      }
+    }
+    if (how.barrier_after) __syncthreads();
+    ptx::StGlobal(&out[static_cast<size_t>(Thread())],
+                  ptx::LdGlobal(&value[static_cast<size_t>((Thread() + 41) % 96)]));
+  };
+  return {{{{"Send", 1, 96}, send}}, {{{"Receive", 1, 96}, receive}}};
+}
+
+// How many seeds end with another value than was sent.
+int SeedsThatSeeAnotherValue(const Passing& how) {
+  int seen = 0;
+  for (uint64_t seed = 1; seed <= kSeeds; ++seed) {
+    sim::SetSeed(seed);
+    DeviceArray<float> value(96), out(96);
+    DeviceArray<uint32_t> flag(1, [](size_t) { return 0u; });
+    EXPECT_EQ(sim::RunTogether(Pass(how, value, flag, out)), "");
+    bool wrong = false;
+    for (size_t i = 0; i < 96; ++i) wrong |= out[i] != static_cast<float>((i + 41) % 96);
+    seen += wrong;
+  }
+  return seen;
+}
+
+TEST(SimulatorTogether, AReleaseThatIsAcquiredShowsWhatWasStored) {
+  EXPECT_EQ(SeedsThatSeeAnotherValue({}), 0);
+}
+
+#ifndef __SANITIZE_THREAD__  // which ends the program at the race
+TEST(SimulatorTogether, StoresAreSeenLateWithoutReleaseAcquireOrBarrier) {
+  EXPECT_GT(SeedsThatSeeAnotherValue({.barrier_before = false}), kSeeds / 2);
+  EXPECT_GT(SeedsThatSeeAnotherValue({.release = false}), kSeeds / 2);
+  EXPECT_GT(SeedsThatSeeAnotherValue({.acquire = false}), kSeeds / 2);
+  EXPECT_GT(SeedsThatSeeAnotherValue({.barrier_after = false}), kSeeds / 2);
+}
+#endif
+
+TEST(SimulatorTogether, AKernelSeesTheOneBeforeItOnItsStream) {
+  for (uint64_t seed = 1; seed <= kSeeds; ++seed) {
+    sim::SetSeed(seed);
+    DeviceArray<int32_t> value(64, [](size_t) { return 0; });
+    const auto add = [&] {
+      int32_t* own = &value[static_cast<size_t>(Thread())];
+      ptx::StGlobal(own, 3 * ptx::LdGlobal(own) + 1);
+    };
+    const sim::Kernel kernel = {{"Add", 1, 32}, add};
+    const sim::Kernel other = {{"Other", 2, 32}, [&] { ptx::LdGlobal(&value[32]); }};
+    ASSERT_EQ(sim::RunTogether({{kernel, kernel, kernel}, {other, other}}), "");
+    for (size_t i = 0; i < 32; ++i) ASSERT_EQ(value[i], 13) << i;
+  }
+}
+
+TEST(SimulatorTogether, WaitingForEverIsADeadlockWithItsPlaces) {
+  DeviceArray<uint32_t> flag(1, [](size_t) { return 0u; });
+  const auto wait = [&] {
+    if (Thread() == 3) {
+      while (ptx::LdAcquireSys(flag.data()) == 0) {
+      }
+    }
+    __syncthreads();
+  };
+  EXPECT_THAT(sim::RunTogether({{{{"First", 1, 64}, wait}}, {{{"Second", 1, 64}, wait}}}),
+              AllOf(HasSubstr("deadlock of blocks that wait for each other, seed"), HasSubstr("kernel First"),
+                    HasSubstr("stream 1, kernel Second"), HasSubstr("the first is 3: polls at simulator_test.cc:"),
+                    HasSubstr("63 threads, the first is 0: __syncthreads at simulator_test.cc:")));
+  // A block alone has nobody to wait for.
+  EXPECT_THAT(sim::RunGrid({"Alone", 1, 64}, wait), HasSubstr("polls for ever"));
+  // Whoever looks at the clock may give up.
+  EXPECT_EQ(sim::RunTogether({{{{"Patient", 1, 32},
+                                [&] {
+                                  const uint64_t begin = ptx::GlobalTimer();
+                                  while (ptx::LdAcquireSys(flag.data()) == 0 && ptx::GlobalTimer() - begin < 1000) {
+                                  }
+                                }}}}),
+            "");
+}
+
+TEST(SimulatorTogether, AFailureEndsAllBlocks) {
+  DeviceArray<float> in(32, [](size_t) { return 1.0f; });
+  DeviceArray<uint32_t> flag(1, [](size_t) { return 0u; });
+  const sim::Kernel waits = {{"Waits", 3, 32}, [&] {
+                               while (ptx::LdAcquireSys(flag.data()) == 0) {
+                               }
+                             }};
+  const sim::Kernel fails = {{"Fails", 1, 32}, [&] { ptx::LdGlobal(in.data() + 1 + Thread()); }};
+  EXPECT_THAT(sim::RunTogether({{waits}, {fails}}),
+              AllOf(HasSubstr("kernel Fails"), HasSubstr("outside of device memory")));
+  EXPECT_THAT(sim::RunTogether({{{{"Many", 133, 32}, [] {}}}}), HasSubstr("133 blocks that wait for each other"));
+  EXPECT_THAT(sim::RunTogether({{{{"Odd", 1, 33}, [] {}}}}), HasSubstr("no multiple of 32"));
+}
+
 // ---- bounds
 
 TEST(Simulator, NamesAccessesOutOfBounds) {

@@ -1,0 +1,43 @@
+// The half of a norm that comes after a row's elements are known: their sum of squares, and scaling. Shared by the
+// plain norms and the one fused with an all-reduce, which must give the same bits.
+#pragma once
+
+#include "kernels/cuda/elements.h"
+#include "kernels/cuda/rows_plan.h"
+
+namespace altiplano::cuda {
+
+// The same sum in every thread.
+PTX_FUNCTION float BlockSum(float x) {
+  PTX_SHARED(float, sums, kMostNormThreads / 32);
+  x = WarpSum(x);
+  if (threadIdx.x % 32 == 0) ptx::StShared(&sums[threadIdx.x / 32], x);
+  __syncthreads();
+  float total = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += ptx::LdShared(&sums[warp]);
+  return total;
+}
+
+template <int kPack>
+struct alignas(4 * kPack) Waiting {
+  float x[kPack];
+};
+
+// Scales the row that waits in shared memory, each pack by the thread that put it there. `squares`: of its own packs.
+template <int kPack>
+PTX_FUNCTION void ScaleRow(const Elements& out, int64_t out_at, const Elements& weight, const Waiting<kPack>* row,
+                           float squares, float eps, int width) {
+  const int packs = width / kPack;
+  const float mean = ptx::Divide(BlockSum(squares), static_cast<float>(width));
+  const float scale = ptx::Divide(1.0f, sqrtf(mean + eps));
+  for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
+    Waiting<kPack> waiting = ptx::LdShared(&row[pack]);
+    float w[kPack];
+    Load(weight, pack * kPack, w);
+    PTX_UNROLL
+    for (int i = 0; i < kPack; ++i) waiting.x[i] = waiting.x[i] * scale * w[i];
+    Store(out, out_at + pack * kPack, waiting.x);
+  }
+}
+
+}  // namespace altiplano::cuda
