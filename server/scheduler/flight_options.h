@@ -23,6 +23,8 @@ void VisitFlightOptions(Options& options, Visit&& visit) {
   visit(options.step_cost.kv_token_us);
   visit(options.step_cost.attention_us);
   visit(options.learn_step_cost);
+  visit(options.default_ttft_target);
+  visit(options.priority_ageing);
 }
 
 }  // namespace altiplano

@@ -58,6 +58,11 @@ struct LiveRequest {
   RequestKey key = 0;
   std::shared_ptr<const Request> request;
   uint64_t order = 0;  // of arrival
+  // The place in the queue: see ComesBefore.
+  int64_t level = 0;
+  TimePoint start_by{};     // to meet its target; changes in the queue only
+  bool hurries = false;     // start_by is that of a target of its own, which has not been missed yet
+  TimePoint hopeless_at{};  // until its first admission: from then on the deadline cannot be met
   int32_t prompt_size = 0;
   int32_t limit = 0;                // tokens of one sequence, prompt and answer, at most
   std::vector<Sequence> sequences;  // never resized: steps in flight point into it
@@ -97,12 +102,12 @@ TokenId Sequence::TokenAt(int32_t position) const {
                                 : generated[static_cast<size_t>(position - prompt_size)];
 }
 
-// The order in which sequences get what is scarce: priority, then arrival, then index. The reverse order gives up
-// first.
+// The order in which sequences get what is scarce: priority, then latest start, then arrival, then index. The reverse
+// order gives up first. Where priority ages, it is in start_by, and all levels are the same.
 struct ComesBefore {
   bool operator()(const Sequence* a, const Sequence* b) const { return Rank(*a) < Rank(*b); }
-  static std::tuple<int64_t, uint64_t, uint32_t> Rank(const Sequence& s) {
-    return {-int64_t{s.request->request->priority}, s.request->order, s.index};
+  static std::tuple<int64_t, TimePoint, uint64_t, uint32_t> Rank(const Sequence& s) {
+    return {s.request->level, s.request->start_by, s.request->order, s.index};
   }
 };
 

@@ -36,6 +36,8 @@ Status CheckOptions(const SchedulerOptions& options) {
     return invalid("max_itl is ", Seconds(options.max_itl) * 1e3, " ms, but by step_cost a step of one token takes ",
                    Seconds(least) * 1e3, " ms");
   }
+  if (options.default_ttft_target < Duration(0)) return invalid("default_ttft_target is negative");
+  if (options.priority_ageing < Duration(0)) return invalid("priority_ageing is negative");
   if (options.num_blocks * block_size < 2) {
     return invalid("a pool of one block of one token holds no request: raise num_blocks or block_size");
   }
@@ -144,6 +146,7 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
     live->root = RootHash(request->tenant, request->cache_salt);
   }
   live->request = std::move(request);
+  SetOrder(live.get());
   live->sequences.resize(static_cast<size_t>(live->num_live));
   for (size_t i = 0; i < live->sequences.size(); ++i) {
     live->sequences[i].request = live.get();
@@ -156,6 +159,30 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
   next_expiry_ = std::min(next_expiry_, EarliestExpiry(*live));
   const bool is_new = live_.emplace(key, std::move(live)).second;
   CHECK(is_new);
+}
+
+// Where the request stands in the queue, and from when on it is hopeless. The former is predicted beside what decodes
+// now; what is hopeless would be so on an idle server, too.
+void Scheduler::Impl::SetOrder(LiveRequest* live) const {
+  const Request& request = *live->request;
+  const Duration prefill = PrefillTime(0, live->prompt_size, decodes_);
+  live->level = options_.priority_ageing > Duration(0) ? 0 : -int64_t{request.priority};
+  live->start_by = request.arrival + options_.default_ttft_target;
+  if (request.ttft_target > Duration(0)) {
+    live->hurries = true;
+    live->start_by = request.arrival + request.ttft_target - prefill;
+  }
+  live->start_by = std::min(live->start_by, request.deadline - prefill);
+  // Never before its arrival: so whoever has waited past its own start_by is not overtaken by newcomers.
+  live->start_by = std::max(live->start_by, request.arrival) - Aged(request);
+  live->hopeless_at = request.deadline - PrefillTime(0, live->prompt_size, {});
+}
+
+// Priority as the time that it is worth. A century at most, so that sums stay in range.
+Duration Scheduler::Impl::Aged(const Request& request) const {
+  constexpr double kMost = 100.0 * 365 * 24 * 3600 * 1e9;
+  const double worth = static_cast<double>(request.priority) * static_cast<double>(options_.priority_ageing.count());
+  return Duration(static_cast<int64_t>(std::clamp(worth, -kMost, kMost)));
 }
 
 void Scheduler::Impl::TakeCommands(const Call& call) {
@@ -185,7 +212,7 @@ void Scheduler::Impl::TakeCommands(const Call& call) {
 
 TimePoint Scheduler::Impl::EarliestExpiry(const LiveRequest& request) const {
   TimePoint earliest = std::min(request.request->deadline, request.request->time_limit);
-  return request.admitted ? earliest : std::min(earliest, request.request->queue_deadline);
+  return request.admitted ? earliest : std::min({earliest, request.request->queue_deadline, request.hopeless_at});
 }
 
 TimePoint Scheduler::Impl::next_deadline() const {
@@ -216,12 +243,44 @@ void Scheduler::Impl::ExpireOne(const Call& call, LiveRequest& request) {
     for (Sequence& sequence : request.sequences) {
       if (sequence.state != Sequence::State::kEnded) FinishWithoutToken(call, &sequence, FinishReason::kTimeLimit);
     }
-  } else if (at == request.request->deadline) {
+  } else if (at == request.request->deadline || (at == request.hopeless_at && call.now >= request.request->deadline)) {
     EndRequest(call, request, DeadlineExceeded("DEADLINE", "the deadline passed before the request was done"));
-  } else {
+  } else if (at == request.request->queue_deadline) {
     EndRequest(call, request,
                DeadlineExceeded("QUEUE_TIMEOUT", "the request was not admitted within its queue timeout"));
+  } else {
+    RefuseIfHopeless(call, request);
   }
+}
+
+// Its deadline leaves less time than its whole prompt takes. What the prefix cache holds need not be computed, and what
+// steps take may have been learned better since.
+void Scheduler::Impl::RefuseIfHopeless(const Call& call, LiveRequest& request) {
+  MatchPrefix(request.leader, &match_);
+  const auto cached = static_cast<int32_t>(match_.size()) * options_.block_size;
+  const Duration prefill = PrefillTime(cached, request.prompt_size - cached, {});
+  request.hopeless_at = request.request->deadline - prefill;
+  if (call.now < request.hopeless_at) {
+    if (call.now >= EarliestExpiry(request)) ExpireOne(call, request);  // it had another reason to end
+    return;
+  }
+  ++hopeless_;
+  ErrorDetail detail;
+  detail.reason = "HOPELESS";
+  const double left_ms = Seconds(request.request->deadline - call.now) * 1e3, prefill_ms = Seconds(prefill) * 1e3;
+  detail.metadata = {{"left_ms", StrCat(left_ms)}, {"prefill_ms", StrCat(prefill_ms)}};
+  EndRequest(call, request,
+             Status(Code::kDeadlineExceeded,
+                    StrCat("the deadline in ", left_ms, " ms cannot be met: ", request.prompt_size - cached,
+                           " tokens of the prompt are to be computed, which alone takes ", prefill_ms, " ms"),
+                    std::move(detail)));
+}
+
+// Of a request that has just got its first token, or ends without one.
+void Scheduler::Impl::CountTarget(const LiveRequest& request, TimePoint now) {
+  const Request& asked = *request.request;
+  if (asked.ttft_target == Duration(0)) return;
+  ++(now - asked.arrival <= asked.ttft_target ? targets_met_ : targets_missed_);
 }
 
 void Scheduler::Impl::MakeWaiting(Sequence* sequence) {
@@ -279,6 +338,9 @@ void Scheduler::Impl::EndRequest(const Call& call, LiveRequest& request, Status 
   if (request.first_token_at) event.timing.first_token = *request.first_token_at - arrival;
   event.timing.total = call.now - arrival;
   event.timing.preemptions = request.preemptions;
+
+  const bool due = call.now - arrival > request.request->ttft_target;
+  if (!request.first_token_at && due) CountTarget(request, call.now);
 
   ended_.push_back(std::move(live_.extract(request.key).mapped()));
 }
@@ -364,6 +426,9 @@ SchedulerLoad Scheduler::Impl::load() const {
   load.late_tokens = late_tokens_;
   load.late_total = late_total_;
   load.late_most = late_most_;
+  load.targets_met = targets_met_;
+  load.targets_missed = targets_missed_;
+  load.hopeless = hopeless_;
   load.step_cost = learner_.cost();
   load.measured_steps = learner_.steps();
   load.step_cost_error = learner_.error();

@@ -30,7 +30,11 @@ struct SchedulerOptions {
   // While answers are being streamed, prompts get no more of a step than keeps it within max_itl by step_cost.
   Duration max_itl{};  // zero: no ceiling
   StepCost step_cost;
-  bool learn_step_cost = false;        // corrects step_cost by StepResult::device_time
+  bool learn_step_cost = false;  // corrects step_cost by StepResult::device_time
+  // What waits is ordered by the latest start that meets its target. Who names none counts as if it had to start by
+  // then; who has missed its own, that much later.
+  Duration default_ttft_target = std::chrono::seconds(10);
+  Duration priority_ageing{};          // waiting for so long makes up for one level of priority; zero: nothing does
   FlightRecorder* recorder = nullptr;  // outlives the scheduler; null: nothing is recorded
   // Null but in replays: gives blocks their recorded names, since their tokens are not there.
   const BlockNamer* namer = nullptr;
@@ -70,6 +74,9 @@ struct SchedulerLoad {
   // Tokens that came later after the one before them than max_itl, and by how much.
   uint64_t late_tokens = 0;
   Duration late_total{}, late_most{};
+  // Of requests with a ttft_target: first tokens in time; late, or none by then.
+  uint64_t targets_met = 0, targets_missed = 0;
+  uint64_t hopeless = 0;        // requests refused because they could not meet their deadline
   StepCost step_cost;           // as learned by now
   uint64_t measured_steps = 0;  // that it was learned from
   double step_cost_error = 0;   // mean of |predicted - measured| / measured lately

@@ -72,7 +72,10 @@ void Scheduler::Impl::AppendToken(const Call& call, Sequence* sequence, const To
   const FinishReason finish = StopReason(*sequence, score.token);
   sequence->generated.push_back(score.token);
   ++generated_tokens_;
-  if (!request.first_token_at) request.first_token_at = call.now;
+  if (!request.first_token_at) {
+    request.first_token_at = call.now;
+    CountTarget(request, call.now);
+  }
   CountLateness(call, sequence);
 
   Event& event = call.events->emplace_back();

@@ -56,6 +56,10 @@ class Scheduler::Impl {
   void Expire(const Call& call);
   void ExpireOne(const Call& call, LiveRequest& request);
   TimePoint EarliestExpiry(const LiveRequest& request) const;
+  void RefuseIfHopeless(const Call& call, LiveRequest& request);
+  void SetOrder(LiveRequest* live) const;
+  Duration Aged(const Request& request) const;
+  void CountTarget(const LiveRequest& request, TimePoint now);
   void MakeWaiting(Sequence* sequence);
   void EndSequence(const Call& call, Sequence* sequence);  // its last event is out; ends the request with the last one
   void FinishWithoutToken(const Call& call, Sequence* sequence, FinishReason reason);
@@ -76,6 +80,9 @@ class Scheduler::Impl {
   void ReserveAnswer(Sequence* sequence);
   int32_t Headroom() const;
   int32_t PrefillRoom(int32_t first_position) const;
+  int32_t RoomUnderCeiling(const StepWork& beside, int32_t first_position, int32_t most) const;
+  Duration PrefillTime(int32_t first, int32_t count, const StepWork& beside) const;
+  bool StopHurrying(Sequence* sequence, TimePoint now);
   void MatchPrefix(Sequence* sequence, std::vector<BlockId>* blocks);
   bool Grow(Sequence* sequence);
   bool GiveUpSomething(const Sequence* wanting);
@@ -135,6 +142,7 @@ class Scheduler::Impl {
   uint64_t arrivals_ = 0;
   // Of the plan being made:
   int32_t budget_left_ = 0;  // its work is in_flight_.back().work
+  StepWork decodes_;         // stays until the next plan
   int32_t streams_ = 0;      // answers that wait for a token of this step
   int32_t prefills_ = 0;     // the other sequences
   int32_t shortage_ = 0;     // blocks that sequences went without
@@ -154,6 +162,7 @@ class Scheduler::Impl {
   int64_t waiting_tokens_ = 0;
   uint64_t preemptions_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, generated_tokens_ = 0, late_tokens_ = 0;
   Duration late_total_{}, late_most_{};
+  uint64_t targets_met_ = 0, targets_missed_ = 0, hopeless_ = 0;
 
   std::vector<BlockId> match_;          // scratch of TryAdmit
   std::vector<Sequence*> first_;        // scratch of PlanDecodes

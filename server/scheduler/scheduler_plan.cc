@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include "server/base/check.h"
 #include "server/scheduler/flight_recorder.h"
@@ -35,6 +36,7 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   plan->block_ids.reserve(static_cast<size_t>(pool_.size()));
 
   PlanDecodes(plan.get());
+  decodes_ = in_flight_.back().work;
   CompactRunning();
   PlanPrefills(plan.get());
   // What waits must not take blocks that a running sequence went without, nor come back in the step that preempted it.
@@ -110,21 +112,42 @@ void Scheduler::Impl::PlanPrefills(StepPlan* plan) {
 // order gets a block's worth in any case: it must not wait for the streams' ends.
 int32_t Scheduler::Impl::PrefillRoom(int32_t first_position) const {
   if (options_.max_itl == Duration(0) || streams_ == 0) return budget_left_;
-  auto fits = [&](int32_t tokens) {
-    StepWork work = in_flight_.back().work;
-    work.Add(first_position, tokens);
-    return StepTime(learner_.cost(), work) <= options_.max_itl;
-  };
+  const int32_t room = RoomUnderCeiling(in_flight_.back().work, first_position, budget_left_);
+  return prefills_ > 0 ? room : std::max(room, std::min(options_.block_size, budget_left_));
+}
+
+int32_t Scheduler::Impl::RoomUnderCeiling(const StepWork& beside, int32_t first_position, int32_t most) const {
   int32_t room = 0;
-  for (int32_t above = budget_left_; room < above;) {
-    const int32_t middle = room + (above - room + 1) / 2;
-    if (fits(middle)) {
+  while (room < most) {
+    const int32_t middle = room + (most - room + 1) / 2;
+    StepWork work = beside;
+    work.Add(first_position, middle);
+    if (StepTime(learner_.cost(), work) <= options_.max_itl) {
       room = middle;
     } else {
-      above = middle - 1;
+      most = middle - 1;
     }
   }
-  return prefills_ > 0 ? room : std::max(room, std::min(options_.block_size, budget_left_));
+  return room;
+}
+
+// How long `count` positions of a prompt take when nothing but `beside` is in their steps.
+Duration Scheduler::Impl::PrefillTime(int32_t first, int32_t count, const StepWork& beside) const {
+  int32_t chunk = std::max(1, options_.token_budget - static_cast<int32_t>(beside.tokens));
+  if (options_.max_itl > Duration(0) && beside.tokens > 0) {
+    chunk = std::max(std::min(options_.block_size, chunk), RoomUnderCeiling(beside, first, chunk));
+  }
+  auto step = [&](int32_t tokens) {
+    StepWork work = beside;
+    ++work.sequences;
+    work.tokens += tokens;
+    return StepTime(learner_.cost(), work);
+  };
+  StepWork prompt;
+  prompt.Add(first, count);
+  const double attention_us = learner_.cost().attention_us * static_cast<double>(prompt.prefill_context);
+  const int32_t before_last = (count - 1) / chunk;
+  return before_last * step(chunk) + step(count - before_last * chunk) + Duration(std::llround(attention_us * 1e3));
 }
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -201,11 +224,23 @@ void Scheduler::Impl::Preempt(Sequence* victim) {
 void Scheduler::Impl::AdmitWaiting(StepPlan* plan, const Call& call) {
   while (!waiting_.empty() && !free_slots_.empty() && PrefillRoom(0) > 0) {
     Sequence* sequence = *waiting_.begin();
-    // Strictly in order: nobody overtakes the head, or a large request would wait for ever.
+    if (StopHurrying(sequence, call.now)) continue;
+    // Nobody passes a head that does not fit, or a large request would wait for ever.
     if (!TryAdmit(sequence, call)) return;
     // Behind a prefix that was found there may be less room than PrefillRoom(0) said; it is in the step all the same.
     AppendChunk(plan, sequence, std::max(1, PrefillRoom(sequence->scheduled)));
   }
+}
+
+// A target that can no longer be met hurries nobody: those go first that can still meet theirs. False: it can.
+bool Scheduler::Impl::StopHurrying(Sequence* sequence, TimePoint now) {
+  LiveRequest& request = *sequence->request;
+  if (!request.hurries || request.admitted || now <= request.start_by + Aged(*request.request)) return false;
+  waiting_.erase(sequence);  // alone: its siblings wait for it to compute the prompt
+  request.hurries = false;
+  request.start_by += options_.default_ttft_target;
+  waiting_.insert(sequence);
+  return true;
 }
 
 // Blocks for all known tokens and the next one are taken at once, so that a prompt under way never has to wait or
@@ -252,13 +287,13 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   ++request.num_running;
   running_.insert(std::ranges::upper_bound(running_, sequence, ComesBefore()), sequence);
   if (!request.admitted) {
+    if (EarliestExpiry(request) <= next_expiry_) next_expiry_stale_ = true;
     request.admitted = true;
     request.admitted_at = call.now;
     --waiting_requests_;
     waiting_tokens_ -= request.prompt_size;
     prompt_tokens_ += static_cast<uint64_t>(request.prompt_size);
     cached_tokens_ += static_cast<uint64_t>(sequence->computed);
-    if (request.request->queue_deadline <= next_expiry_) next_expiry_stale_ = true;
     Event& event = call.events->emplace_back();
     event.kind = Event::Kind::kAdmitted;
     event.request = request.key;

@@ -35,20 +35,23 @@ TEST(Simulator, Seeds) {
     const std::string wrong = Simulator(seed, &coverage).Run();
     ASSERT_EQ(wrong, "") << ReplayCommand(seed);
   }
-  std::printf("%s\n", StrCat("steps ", coverage.steps, ", requests ", coverage.requests, ", tokens ", coverage.tokens,
-                             ", preemptions ", coverage.preemptions, ", cached tokens ", coverage.cached_tokens,
-                             ", sibling rows ", coverage.siblings, ", prompt scores ", coverage.prompt_scores,
-                             ", inputs from slot ", coverage.from_slot, ", chunks ", coverage.chunked, ", cancelled ",
-                             coverage.cancelled, ", stopped ", coverage.stopped, ", time limits ", coverage.time_limits,
-                             ", deadlines ", coverage.deadlines, ", queue timeouts ", coverage.queue_timeouts,
-                             ", non-finite ", coverage.non_finite, ", aborts ", coverage.aborts, ", dropped results ",
-                             coverage.dropped_results, ", replayed steps ", coverage.replayed)
-                          .c_str());
+  std::printf(
+      "%s\n",
+      StrCat("steps ", coverage.steps, ", requests ", coverage.requests, ", tokens ", coverage.tokens, ", preemptions ",
+             coverage.preemptions, ", cached tokens ", coverage.cached_tokens, ", sibling rows ", coverage.siblings,
+             ", prompt scores ", coverage.prompt_scores, ", inputs from slot ", coverage.from_slot, ", chunks ",
+             coverage.chunked, ", cancelled ", coverage.cancelled, ", stopped ", coverage.stopped, ", time limits ",
+             coverage.time_limits, ", deadlines ", coverage.deadlines, ", queue timeouts ", coverage.queue_timeouts,
+             ", non-finite ", coverage.non_finite, ", aborts ", coverage.aborts, ", dropped results ",
+             coverage.dropped_results, ", replayed steps ", coverage.replayed, ", targets met ", coverage.targets_met,
+             ", missed ", coverage.targets_missed, ", hopeless ", coverage.hopeless, ", overtaken ", coverage.overtaken)
+          .c_str());
   // Each of the things that the simulation is for did happen, about as often as with the seeds it was written with.
   for (uint64_t count :
        {coverage.preemptions, coverage.cached_tokens, coverage.siblings, coverage.prompt_scores, coverage.from_slot,
         coverage.chunked, coverage.cancelled, coverage.stopped, coverage.time_limits, coverage.deadlines,
-        coverage.queue_timeouts, coverage.non_finite, coverage.dropped_results, coverage.replayed}) {
+        coverage.queue_timeouts, coverage.non_finite, coverage.dropped_results, coverage.replayed, coverage.targets_met,
+        coverage.targets_missed, coverage.hopeless, coverage.overtaken}) {
     EXPECT_GT(count, seeds / 50);
   }
 }

@@ -87,7 +87,12 @@ void Simulator::MakeOptions() {
   if (random_.Chance(0.3)) {  // the sums need not be true: a ceiling must never keep anybody from progress
     options_.step_cost = {.step_us = 500, .token_us = 100.0 * random_.Below(20), .kv_token_us = 10, .attention_us = 5};
     options_.max_itl = milliseconds(random_.Between(3, 20));
+  } else if (random_.Chance(0.3)) {
+    options_.step_cost = {.step_us = 1000.0 * random_.Below(10), .token_us = 1000.0 * random_.Below(4)};
   }
+  options_.default_ttft_target = milliseconds(random_.Below(200));
+  if (random_.Chance(0.3)) options_.priority_ageing = milliseconds(random_.Between(1, 100));
+  target_rate_ = sometimes(0.4, 0.5);
   options_.learn_step_cost = random_.Chance(0.5);
 }
 
@@ -130,6 +135,7 @@ void Simulator::MakeWorkload() {
     if (random_.Chance(deadline_rate_)) request->queue_deadline = soon();
     if (random_.Chance(deadline_rate_)) request->deadline = soon();
     if (random_.Chance(deadline_rate_)) request->time_limit = soon();
+    if (random_.Chance(target_rate_)) request->ttft_target = milliseconds(step_milliseconds_ * random_.Between(1, 60));
     sim.request = request;
     const int32_t limit = std::min(static_cast<int32_t>(request->prompt.size()) + request->stop.max_new_tokens,
                                    scheduler_->max_servable_tokens());
@@ -329,6 +335,7 @@ void Simulator::JudgeEvent(const Event& event) {
       if (request.admitted) Fail(StrCat("request ", event.request, " is admitted twice"));
       request.admitted = true;
       coverage_.cached_tokens += event.cached_tokens;
+      JudgeOrder(event.request, request);
       if (cached >= static_cast<int32_t>(request.request->prompt.size()) || cached % options_.block_size != 0) {
         Fail(StrCat("request ", event.request, " claims ", cached, " cached tokens"));
       }
@@ -348,8 +355,33 @@ void Simulator::JudgeEvent(const Event& event) {
   }
 }
 
+// Nobody is overtaken by who came later than its own latest start, nor, without targets, by who came later at all.
+void Simulator::JudgeOrder(RequestKey key, const SimRequest& admitted) {
+  const Request& first = *admitted.request;
+  auto named = [](const Request& r) { return r.ttft_target > Duration(0) || r.deadline != kNever; };
+  for (const auto& [other, waiting] : requests_) {
+    if (!waiting.added || waiting.admitted || waiting.ended) continue;
+    const Request& second = *waiting.request;
+    Duration ahead{};  // by priority
+    if (options_.priority_ageing > Duration(0)) {
+      ahead = (first.priority - second.priority) * options_.priority_ageing;
+    } else if (first.priority != second.priority) {
+      if (first.priority < second.priority)
+        Fail(StrCat(key, " is admitted before ", other, ", whose priority is higher"));
+      continue;
+    }
+    const bool both_plain = !named(first) && !named(second);
+    const TimePoint start_by = second.arrival + second.ttft_target + options_.default_ttft_target;
+    coverage_.overtaken += first.arrival > second.arrival + ahead;
+    if (first.arrival - ahead > (both_plain ? second.arrival : start_by)) {
+      Fail(StrCat("request ", key, " overtakes ", other, ", which came too long before it"));
+    }
+  }
+}
+
 void Simulator::JudgeToken(const Event& event, SimRequest& request) {
   plans_without_progress_ = 0;
+  if (request.tokens == 0) JudgeTarget(request);
   ++coverage_.tokens;
   ++request.tokens;
   SimSequence& sequence = request.sequences[event.sequence];
@@ -420,6 +452,8 @@ void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
     justified = std::ranges::all_of(request.sequences, &SimSequence::finished);
   } else if (status.reason() == "QUEUE_TIMEOUT") {
     justified = !request.admitted && now_ >= r.queue_deadline && ++coverage_.queue_timeouts;
+  } else if (status.reason() == "HOPELESS") {
+    justified = !request.admitted && now_ < r.deadline && now_ + PrefillTime(r) >= r.deadline && ++coverage_.hopeless;
   } else if (status.reason() == "DEADLINE") {
     justified = now_ >= r.deadline && ++coverage_.deadlines;
   } else if (status.reason() == "NON_FINITE_LOGITS") {
@@ -429,6 +463,28 @@ void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   }
   if (!justified) Fail(StrCat("request ", event.request, " ends for no reason: ", status.ToString()));
   if (event.timing.total != now_ - r.arrival) Fail("wrong total time");
+  if (request.tokens == 0 && now_ - r.arrival > r.ttft_target) JudgeTarget(request);
+}
+
+void Simulator::JudgeTarget(const SimRequest& request) {
+  const Request& r = *request.request;
+  if (r.ttft_target > Duration(0)) ++(now_ - r.arrival <= r.ttft_target ? targets_met_ : targets_missed_);
+}
+
+// Of the whole prompt, on an idle machine. For ever where the scheduler learns what steps cost: then nobody else knows.
+Duration Simulator::PrefillTime(const Request& request) const {
+  if (options_.learn_step_cost) return kNever - now_;
+  Duration time{};
+  const auto size = static_cast<int32_t>(request.prompt.size());
+  for (int32_t first = 0; first < size; first += options_.token_budget) {
+    StepWork work;
+    const int32_t count = std::min(options_.token_budget, size - first);
+    work.tokens = count;
+    work.sequences = 1;
+    work.prefill_context = int64_t{first} * count + int64_t{count} * (count + 1) / 2;
+    time += StepTime(options_.step_cost, work);
+  }
+  return time;
 }
 
 // What must have happened by now.
@@ -443,6 +499,11 @@ void Simulator::JudgePromises(bool after_plan) {
     if (!after_plan) continue;
     const Request& r = *request.request;
     if (now_ >= r.deadline || now_ >= r.time_limit) Fail(StrCat("request ", key, " outlives its deadline"));
+    const bool can_be_cached = options_.prefix_cache || r.num_sequences > 1;
+    if (!request.admitted && !can_be_cached && !options_.learn_step_cost && r.deadline != kNever &&
+        now_ + PrefillTime(r) > r.deadline) {
+      Fail(StrCat("request ", key, " waits though it is hopeless"));
+    }
     if (!request.admitted && now_ >= r.queue_deadline)
       Fail(StrCat("request ", key, " waits beyond its queue deadline"));
   }
@@ -474,6 +535,9 @@ void Simulator::JudgeRest() {
   if (load.blocks_used != 0) Fail(StrCat(load.blocks_used, " blocks are still held"));
   if (load.running_requests != 0 || load.waiting_requests != 0 || load.waiting_tokens != 0) Fail("load is not zero");
   if (load.generated_tokens != tokens) Fail("generated tokens are miscounted");
+  if (load.targets_met != targets_met_ || load.targets_missed != targets_missed_) Fail("targets are miscounted");
+  coverage_.targets_met += targets_met_;
+  coverage_.targets_missed += targets_missed_;
   if (scheduler_->next_deadline() != kNever) Fail("a deadline is left");
   if (scheduler_->ResetPrefixCache() != load.blocks_cached) Fail("cached blocks are miscounted");
   scheduler_->CheckInvariants();

@@ -22,6 +22,7 @@ struct Coverage {
   uint64_t preemptions = 0, cached_tokens = 0, siblings = 0, prompt_scores = 0, from_slot = 0, chunked = 0;
   uint64_t cancelled = 0, stopped = 0, time_limits = 0, deadlines = 0, queue_timeouts = 0, non_finite = 0, aborts = 0;
   uint64_t dropped_results = 0, replayed = 0;
+  uint64_t targets_met = 0, targets_missed = 0, hopeless = 0, overtaken = 0;
 };
 
 class Simulator {
@@ -66,6 +67,9 @@ class Simulator {
   void AbortAll();
   void JudgeEvents(bool after_plan);
   void JudgeEvent(const Event& event);
+  void JudgeOrder(RequestKey key, const SimRequest& admitted);
+  void JudgeTarget(const SimRequest& request);
+  Duration PrefillTime(const Request& request) const;
   void JudgeToken(const Event& event, SimRequest& request);
   void JudgeScores(const Event& event, SimRequest& request);
   void JudgeFinished(const Event& event, SimRequest& request);
@@ -93,9 +97,10 @@ class Simulator {
   TimePoint now_{std::chrono::hours(1)};
   int32_t ticks_ = 0;
   int32_t plans_without_progress_ = 0;
+  uint64_t targets_met_ = 0, targets_missed_ = 0;
   // How this world behaves.
   double cancel_rate_ = 0, stop_rate_ = 0, nan_rate_ = 0, abort_rate_ = 0, lockstep_rate_ = 0, deadline_rate_ = 0;
-  double reset_rate_ = 0;
+  double reset_rate_ = 0, target_rate_ = 0;
   int32_t step_milliseconds_ = 1;
   std::string error_;
 };

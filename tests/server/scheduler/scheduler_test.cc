@@ -36,6 +36,8 @@ TEST(SchedulerOptions, ContradictionsAreRefusedByName) {
   EXPECT_THAT(refusal([](auto& o) { o.num_blocks = o.block_size = 1; }), HasSubstr("one block of one token"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = -milliseconds(1); }), HasSubstr("max_itl is negative"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1); }), HasSubstr("needs a step_cost"));
+  EXPECT_THAT(refusal([](auto& o) { o.default_ttft_target = -milliseconds(1); }), HasSubstr("target is negative"));
+  EXPECT_THAT(refusal([](auto& o) { o.priority_ageing = -milliseconds(1); }), HasSubstr("ageing is negative"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1), o.step_cost.step_us = 1500; }),
               HasSubstr("max_itl is 1 ms, but by step_cost a step of one token takes 1.5 ms"));
 }
@@ -217,6 +219,174 @@ TEST(Scheduler, ABlockedHeadIsAdmittedOnceThePrefixCacheHoldsEnoughOfIt) {
   while (plan->sequences.size() == 1) ASSERT_LE((plan = driver.Step())->step, 9u);
   EXPECT_EQ(plan->step, 9u);  // tried again after eight steps, and not in each of them
   EXPECT_EQ(driver.CachedTokensOf(2), 16u);
+}
+
+// --- Who is next -----------------------------------------------------------------------------------------------------
+
+// One sequence at a time, a millisecond for each token.
+SchedulerOptions OneByOne() {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 100;
+  options.max_context = 400;
+  options.max_running = 1;
+  options.token_budget = 64;
+  options.prefix_cache = false;
+  options.step_cost.token_us = 1000;
+  return options;
+}
+
+struct Asks {
+  int prompt = 4;
+  int arrives_ms = 0;
+  int target_ms = 0;
+  int priority = 0;
+  int deadline_ms = 0;  // after the driver's beginning; 0: none
+};
+
+void Add(Driver& driver, RequestKey key, const Asks& asks) {
+  const TimePoint begin{std::chrono::hours(1)};
+  auto request = MakeRequest(asks.prompt, 1);
+  request->arrival = begin + milliseconds(asks.arrives_ms);
+  request->ttft_target = milliseconds(asks.target_ms);
+  request->priority = asks.priority;
+  if (asks.deadline_ms > 0) request->deadline = begin + milliseconds(asks.deadline_ms);
+  driver->Add(key, request);
+}
+
+std::vector<RequestKey> AdmittedInOrder(Driver& driver) {
+  driver.RunAll();
+  std::vector<RequestKey> order;
+  for (const Event& event : driver.events) {
+    if (event.kind == Event::Kind::kAdmitted) order.push_back(event.request);
+  }
+  return order;
+}
+
+TEST(Targets, WhoHasToStartFirstGoesFirst) {
+  Driver driver(OneByOne());
+  Add(driver, 1, {.prompt = 10});                      // by 10 s
+  Add(driver, 2, {.prompt = 10, .target_ms = 2000});   // by 1990 ms
+  Add(driver, 3, {.prompt = 300, .target_ms = 2000});  // by 1700 ms
+  Add(driver, 4, {.prompt = 10, .deadline_ms = 1900});
+  Add(driver, 5, {.prompt = 10, .target_ms = 20000});  // by 19990 ms
+  Add(driver, 6, {.prompt = 10, .target_ms = 9000, .priority = 1});
+  EXPECT_THAT(AdmittedInOrder(driver), ElementsAre(6, 3, 4, 2, 1, 5));
+}
+
+TEST(Targets, OneThatCannotBeMetAnyMoreHurriesNobody) {
+  Driver driver(OneByOne());
+  Add(driver, 1, {.target_ms = 1000});
+  Add(driver, 2, {.target_ms = 9000});
+  Add(driver, 3, {});
+  driver.now += milliseconds(997);  // four tokens take four milliseconds
+  EXPECT_THAT(AdmittedInOrder(driver), ElementsAre(2, 3, 1));
+  EXPECT_EQ(driver->load().targets_met, 2u);
+  EXPECT_EQ(driver->load().targets_missed, 0u) << "in the end it came in time: the clock of this test stands still";
+}
+
+TEST(Targets, NobodyIsOvertakenByWhoComesAfterItsLatestStart) {
+  SchedulerOptions options = OneByOne();
+  options.default_ttft_target = milliseconds(50);
+  Driver driver(options);
+  Add(driver, 1000, {});
+  Add(driver, 1001, {.target_ms = 30});
+  std::vector<RequestKey> admitted;
+  auto has_been = [&](RequestKey key) { return std::ranges::find(admitted, key) != admitted.end(); };
+  for (int ms = 0; !has_been(1000) || !has_been(1001); ++ms) {  // always one in a hurry, and each takes a while
+    ASSERT_LT(ms, 900);
+    Add(driver, static_cast<RequestKey>(ms), {.arrives_ms = ms, .target_ms = 5});
+    driver.now = TimePoint(std::chrono::hours(1)) + milliseconds(ms);
+    if (ms % 8 == 0) driver.Step();
+    admitted.clear();
+    for (const Event& event : driver.events) {
+      if (event.kind == Event::Kind::kAdmitted) admitted.push_back(event.request);
+    }
+  }
+  auto latest_before = [&](RequestKey key) {
+    RequestKey latest = 0;
+    for (size_t i = 0; admitted[i] != key; ++i) latest = std::max(latest, admitted[i] < 1000 ? admitted[i] : 0);
+    return latest;
+  };
+  EXPECT_GT(latest_before(1000), 10u) << "some were in more of a hurry";
+  EXPECT_LE(latest_before(1000), 50u);
+  EXPECT_LE(latest_before(1001), 30u + 50u);
+}
+
+TEST(Targets, AreCountedWhenTheFirstTokenComesOrNever) {
+  SchedulerOptions options = OneByOne();
+  options.max_running = 8;
+  Driver driver(options);
+  Add(driver, 1, {.target_ms = 10});
+  Add(driver, 2, {.target_ms = 100});
+  Add(driver, 3, {});
+  driver.Plan();
+  driver.now += milliseconds(50);
+  driver.Apply();
+  EXPECT_EQ(driver->load().targets_met, 1u);
+  EXPECT_EQ(driver->load().targets_missed, 1u);
+  for (RequestKey key : {4, 5}) {
+    auto request = MakeRequest(4, 1);
+    request->ttft_target = milliseconds(key == 4 ? 60 : 1000);
+    driver->Add(key, request);
+  }
+  driver.now += milliseconds(20);
+  for (RequestKey key : {4, 5}) driver->Cancel(key, Status(Code::kCancelled, ""));
+  driver.RunAll();
+  EXPECT_EQ(driver->load().targets_met, 1u);
+  EXPECT_EQ(driver->load().targets_missed, 2u) << "5 gave up before its target had passed";
+}
+
+TEST(Deadlines, WhatCannotMeetItsOwnIsRefusedAtOnce) {
+  Driver driver(OneByOne());
+  Add(driver, 1, {.prompt = 100, .deadline_ms = 150});
+  Add(driver, 2, {.prompt = 100, .deadline_ms = 99});
+  driver.Step();
+  EXPECT_FALSE(driver.Ended(1));
+  const Event end = driver.EndOf(2);
+  EXPECT_EQ(end.status.code(), Code::kDeadlineExceeded);
+  EXPECT_EQ(end.status.reason(), "HOPELESS");
+  EXPECT_THAT(end.status.message(), AllOf(HasSubstr("in 99 ms"), HasSubstr("100 tokens"), HasSubstr("100 ms")));
+  Add(driver, 3, {.prompt = 100, .deadline_ms = 400});
+  EXPECT_EQ(driver->next_deadline(), TimePoint(std::chrono::hours(1)) + milliseconds(150));
+  while (!driver.Ended(1)) driver.now += milliseconds(64), driver.Step();
+  Add(driver, 4, {.prompt = 100, .deadline_ms = 700});
+  driver.Step();
+  driver.now = TimePoint(std::chrono::hours(1)) + milliseconds(600);
+  driver.Step();
+  EXPECT_EQ(driver.EndOf(4).status.reason(), "HOPELESS") << "it waited until it was";
+  EXPECT_EQ(driver->load().hopeless, 2u);
+}
+
+TEST(Deadlines, WhatThePrefixCacheHoldsTakesNoTime) {
+  for (bool cached : {false, true}) {
+    SchedulerOptions options = OneByOne();
+    options.prefix_cache = cached;
+    Driver driver(options);
+    Add(driver, 1, {.prompt = 100});
+    driver.RunAll();
+    Add(driver, 2, {.prompt = 100, .deadline_ms = 50});
+    driver.RunAll();
+    EXPECT_EQ(driver.EndOf(2).status.ok(), cached);
+  }
+}
+
+TEST(Priority, WaitingMakesUpForItWhereItAges) {
+  for (bool ages : {false, true}) {
+    SchedulerOptions options = OneByOne();
+    if (ages) options.priority_ageing = milliseconds(100);
+    Driver driver(options);
+    Add(driver, 1, {});
+    Add(driver, 2, {.arrives_ms = 150, .priority = 1});  // worth 100 ms, but 1 has waited 150 ms longer
+    Add(driver, 3, {.arrives_ms = 150, .priority = 2});
+    Add(driver, 4, {.arrives_ms = 150, .priority = INT32_MAX});
+    Add(driver, 5, {.priority = INT32_MIN});
+    driver.now += milliseconds(150);
+    if (ages) {
+      EXPECT_THAT(AdmittedInOrder(driver), ElementsAre(4, 3, 1, 2, 5));
+    } else {
+      EXPECT_THAT(AdmittedInOrder(driver), ElementsAre(4, 3, 2, 1, 5));
+    }
+  }
 }
 
 // --- The ceiling on inter-token latency ------------------------------------------------------------------------------
@@ -458,7 +628,9 @@ TEST(Scheduler, OfTwoExpiriesTheFirstDecides) {
     SchedulerOptions options = SmallOptions();
     options.max_running = 1;
     Driver driver(options);
-    driver->Add(1, MakeRequest(3, 90));
+    auto first = MakeRequest(3, 90);
+    first->priority = 1;
+    driver->Add(1, first);
     auto request = MakeRequest(3, 90);
     request->time_limit = driver.now + milliseconds(c.time_limit);
     request->deadline = driver.now + milliseconds(c.deadline);
