@@ -21,7 +21,7 @@ namespace altiplano::cpu {
 
 namespace {
 
-constexpr int64_t kSegment = 512;
+constexpr int64_t kSegment = 256;
 constexpr int64_t kTileRows = 96;                       // of q, for which a packed tile of keys is good
 constexpr size_t kMostPartialBytes = size_t{64} << 20;  // segments apart only while their results fit
 constexpr int64_t kWorthThreads = 1 << 16;              // multiplications
@@ -88,13 +88,16 @@ class Attention {
  private:
   int64_t Queries(int64_t b) const { return q_begin_[b + 1] - q_begin_[b]; }
   int64_t Tiles(int64_t b) const { return (Queries(b) + shape_.tile_queries - 1) / shape_.tile_queries; }
-  int64_t Segments(const Unit& unit) const {
-    return (unit.limit(unit.rows - 1, shape_.group) + kSegment - 1) / kSegment;
-  }
   Unit UnitAt(int64_t index) const;
+  int64_t Limit(const Unit& unit) const { return unit.limit(unit.rows - 1, shape_.group); }
+  int64_t Segments(const Unit& unit) const { return (Limit(unit) + kSegment - 1) / kSegment; }
+  int64_t SegmentEnd(const Unit& unit, int64_t segment) const {
+    return std::min(Limit(unit), (segment + 1) * kSegment);
+  }
   void PackQueries(const Unit& unit, const Workspace& work) const;
   void FindRows(const Unit& unit, int64_t begin, int64_t end, KeyRows* rows) const;
-  void AttendSegment(const Unit& unit, int64_t segment, const Workspace& work, AttentionState state) const;
+  void AttendSegment(const Unit& unit, int64_t segment, int64_t ahead, const Workspace& work,
+                     AttentionState state) const;
   void FoldSegment(const Unit& unit, int64_t segment, AttentionState total, AttentionState part) const;
   void FinishUnit(const Unit& unit, AttentionState total) const;
   void RunUnits(ThreadTeam& team, char* scratch);
@@ -174,33 +177,38 @@ void Attention::FindRows(const Unit& unit, int64_t begin, int64_t end, KeyRows* 
   std::fill(rows->v + keys, rows->v + kKeyTile, rows->v[keys - 1]);
 }
 
-void Attention::AttendSegment(const Unit& unit, int64_t segment, const Workspace& work, AttentionState state) const {
+// ahead: where the keys end that this thread will look at next, for fetching them in time.
+void Attention::AttendSegment(const Unit& unit, int64_t segment, int64_t ahead, const Workspace& work,
+                              AttentionState state) const {
   std::fill_n(state.max, unit.rows, -std::numeric_limits<float>::infinity());
   std::fill_n(state.sum, unit.rows, 0.0f);
   std::fill_n(state.acc, unit.rows * shape_.padded, 0.0f);
-  const int64_t last_limit = unit.limit(unit.rows - 1, shape_.group);
-  const int64_t segment_end = std::min(last_limit, (segment + 1) * kSegment);
+  const int64_t end = SegmentEnd(unit, segment);
   KeyRows tile[2];  // of a tile, and of the next one
-  FindRows(unit, segment * kSegment, segment_end, &tile[0]);
-  for (int64_t begin = segment * kSegment, side = 0; begin < segment_end; begin += kKeyTile, side = 1 - side) {
-    const int64_t keys = std::min(kKeyTile, segment_end - begin);
-    const bool last = begin + kKeyTile >= segment_end;
-    if (!last) FindRows(unit, begin + kKeyTile, segment_end, &tile[1 - side]);
-    kernel_.pack_kv(tile[side], tile[last ? side : 1 - side], keys, shape_.dim, shape_.padded, work.k, work.v);
+  FindRows(unit, segment * kSegment, end, &tile[0]);
+  for (int64_t begin = segment * kSegment, side = 0; begin < end; begin += kKeyTile, side = 1 - side) {
+    const int64_t keys = std::min(kKeyTile, end - begin);
+    const bool last = begin + kKeyTile >= ahead;
+    if (!last) FindRows(unit, begin + kKeyTile, ahead, &tile[1 - side]);
+    const KeyRows& next = tile[last ? side : 1 - side];
+    const UnpackedTile unpacked = {.rows = &tile[side], .next = &next, .keys = keys, .dim = shape_.dim};
+    const bool pack = kernel_.attend_unpacked == nullptr || unit.rows > kAttentionRows;
+    if (pack) kernel_.pack_kv(tile[side], next, keys, shape_.dim, shape_.padded, work.k, work.v);
     for (int64_t row = 0; row < unit.rows; row += kAttentionRows) {
       const int64_t rows = std::min<int64_t>(kAttentionRows, unit.rows - row);
       int64_t visible[kAttentionRows];
       for (int64_t r = 0; r < rows; ++r) visible[r] = unit.limit(row + r, shape_.group) - begin;
       if (visible[rows - 1] <= 0) continue;
-      kernel_.attend({.rows = rows,
-                      .visible = visible,
-                      .q = work.q + static_cast<size_t>(row * shape_.padded) * kernel_.packed_element,
-                      .k = work.k,
-                      .v = work.v,
-                      .keys = keys,
-                      .padded = shape_.padded,
-                      .scale = args_.scale,
-                      .state = {state.max + row, state.sum + row, state.acc + row * shape_.padded}});
+      const AttentionPanel panel = {.rows = rows,
+                                    .visible = visible,
+                                    .q = work.q + static_cast<size_t>(row * shape_.padded) * kernel_.packed_element,
+                                    .k = pack ? work.k : &unpacked,
+                                    .v = pack ? work.v : &unpacked,
+                                    .keys = keys,
+                                    .padded = shape_.padded,
+                                    .scale = args_.scale,
+                                    .state = {state.max + row, state.sum + row, state.acc + row * shape_.padded}};
+      pack ? kernel_.attend(panel) : kernel_.attend_unpacked(panel);
     }
   }
 }
@@ -229,9 +237,9 @@ void Attention::RunUnits(ThreadTeam& team, char* scratch) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units_;) {
       const Unit unit = UnitAt(i);
       PackQueries(unit, work);
-      AttendSegment(unit, 0, work, work.total);
+      AttendSegment(unit, 0, Limit(unit), work, work.total);
       for (int64_t segment = 1; segment < Segments(unit); ++segment) {
-        AttendSegment(unit, segment, work, work.part);
+        AttendSegment(unit, segment, Limit(unit), work, work.part);
         FoldSegment(unit, segment, work.total, work.part);
       }
       FinishUnit(unit, work.total);
@@ -255,7 +263,7 @@ void Attention::RunSegments(ThreadTeam& team, char* scratch) {
       const int64_t segment = i % most_segments_;
       if (segment >= Segments(unit)) continue;
       PackQueries(unit, work);
-      AttendSegment(unit, segment, work, state_of(i / most_segments_, segment));
+      AttendSegment(unit, segment, SegmentEnd(unit, segment), work, state_of(i / most_segments_, segment));
     }
   });
   ForRows(team, units_, shape_.tile_rows * shape_.padded * most_segments_, [&](int64_t i) {

@@ -69,7 +69,7 @@ void AttendRows(const AttentionPanel& a) {
   alignas(64) P p[kRows * kKeyTile];
   alignas(64) float max[Vec::kWidth], alpha[Vec::kWidth];
   Tile::template Scores<kRows>(static_cast<const typename Tile::Element*>(a.q),
-                               static_cast<const typename Tile::Element*>(a.k), a.padded, s);
+                               static_cast<const typename Tile::Keys*>(a.k), a.padded, s);
   for (int r = 0; r < kRows; ++r) {
     max[r] = a.state.max[r];
     if (a.visible[r] <= 0) continue;
@@ -87,8 +87,7 @@ void AttendRows(const AttentionPanel& a) {
     a.state.sum[r] = a.state.sum[r] * alpha[r] + Exponentials(s + r * kKeyTile, max[r], row);
     a.state.max[r] = max[r];
   }
-  Tile::template Values<kRows>(p, static_cast<const typename Tile::Element*>(a.v), a.padded, a.keys, alpha,
-                               a.state.acc);
+  Tile::template Values<kRows>(p, static_cast<const typename Tile::Keys*>(a.v), a.padded, a.keys, alpha, a.state.acc);
 }
 
 template <typename Tile>

@@ -12,6 +12,7 @@ namespace {
 
 struct TileF32 {
   using Element = float;
+  using Keys = float;
   using P = float;
   static constexpr int kVecs = Vec::kWidth == 16 ? 4 : 2;  // of 32 or 16 registers
 
@@ -112,7 +113,7 @@ void PackKvF32(const KeyRows& rows, const KeyRows& next, int64_t keys, int64_t d
 
 template <typename T>
 constexpr AttentionKernel KernelF32(const char* name) {
-  return {name, 16, sizeof(float), PackQF32, PackKvF32<T>, Attend<TileF32>, Fold, Finish};
+  return {name, 16, sizeof(float), PackQF32, PackKvF32<T>, Attend<TileF32>, nullptr, Fold, Finish};
 }
 
 }  // namespace

@@ -23,22 +23,30 @@ struct AttentionState {
   float* acc;  // [rows, padded], 0 at the start
 };
 
-struct AttentionPanel {
-  int64_t rows;            // 1 to kAttentionRows
-  const int64_t* visible;  // [rows]: how many of the tile's keys the row sees, at least 1 for the last; <= 0: none
-  const void* q;           // [rows, padded] packed
-  const void* k;           // packed tile
-  const void* v;           // packed tile
-  int64_t keys;            // in the tile
-  int64_t padded;          // D rounded up to the kernel's dim_unit
-  float scale;
-  AttentionState state;
-};
-
 // Where the keys and values of a tile lie.
 struct KeyRows {
   const void* k[kKeyTile];
   const void* v[kKeyTile];
+};
+
+// A tile as it lies in the pages.
+struct UnpackedTile {
+  const KeyRows* rows;  // all of them addresses, the first `keys` of them looked at
+  const KeyRows* next;  // of the next tile: on their way into the cache afterwards
+  int64_t keys;
+  int64_t dim;
+};
+
+struct AttentionPanel {
+  int64_t rows;            // 1 to kAttentionRows
+  const int64_t* visible;  // [rows]: how many of the tile's keys the row sees, at least 1 for the last; <= 0: none
+  const void* q;           // [rows, padded] packed
+  const void* k;           // packed tile, or an UnpackedTile
+  const void* v;           // packed tile, or the same UnpackedTile
+  int64_t keys;            // in the tile
+  int64_t padded;          // D rounded up to the kernel's dim_unit
+  float scale;
+  AttentionState state;
 };
 
 struct AttentionKernel {
@@ -52,6 +60,9 @@ struct AttentionKernel {
   void (*pack_kv)(const KeyRows& rows, const KeyRows& next, int64_t keys, int64_t dim, int64_t padded, void* k,
                   void* v);
   void (*attend)(const AttentionPanel& panel);
+  // The same, to the bit, on an UnpackedTile: when a tile serves one panel only, as in decode, packing it costs more
+  // than it saves. Null: pack always.
+  void (*attend_unpacked)(const AttentionPanel& panel);
   // total += part, as if the part's keys had followed the total's.
   void (*fold)(AttentionState total, AttentionState part, int64_t rows, int64_t padded);
   // out = acc / sum of one row.

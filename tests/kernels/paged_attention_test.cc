@@ -54,7 +54,7 @@ std::vector<double> Doubles(const Matrix& x) {
 //
 // With u = 2^-24, the score of key j is off by at most (D + 2) u times scale * sum |q k|: D additions of one rounding
 // each (two for each pair of dimensions in vdpbf16ps), the scale and the difference to the maximum. e^x adds 2.16 u
-// and, its argument being rounded, u |s_j - max|. Whenever the maximum grows, and whenever a segment of 512 is folded
+// and, its argument being rounded, u |s_j - max|. Whenever the maximum grows, and whenever a segment of 256 is folded
 // in, a weight is multiplied by another e^x, whose arguments add up to no more than |s_j - max|: 3.16 u for each of T
 // tiles and segments. vdpbf16ps takes weights rounded to bf16. All this is an error of the weights, the same in sum w v
 // and in sum w; each of these sums goes through at most n + 3 T roundings more. Weights below e^-87 may count as zero.
@@ -90,7 +90,7 @@ class Oracle {
       score.push_back(sum * scale);
       magnitude.push_back(absolute * scale);
     }
-    const double max = *std::max_element(score.begin(), score.end()), tiles = n / 64 + n / 512 + 2;
+    const double max = *std::max_element(score.begin(), score.end()), tiles = n / 64 + n / 256 + 2;
     const bool rounded_weights = s_.act == DType::kBF16 && s_.q == DType::kBF16 && CurrentIsa() >= Isa::kAvx512Bf16;
     double total = 0;
     std::vector<double> weight, error;
@@ -138,9 +138,9 @@ void ExpectSameBits(const Shape& s, const Sequences& sequences, const std::vecto
   }
 }
 
-// Around the tiles of 64 keys and the segments of 512.
-const std::vector<int64_t> kContexts = {1,   2,   3,   31,  63,  64,  65,   127,  128,  129,
-                                        191, 511, 512, 513, 575, 577, 1023, 1024, 1025, 1100};
+// Around the tiles of 64 keys and the segments of 256.
+const std::vector<int64_t> kContexts = {1,   2,   3,   31,  63,  64,  65,  127,  128,  129,  191, 255,
+                                        256, 257, 320, 321, 511, 512, 513, 1023, 1024, 1025, 1100};
 
 class PagedAttentionTest : public IsaTest {};
 
