@@ -138,6 +138,29 @@ void SiluMul(Stream& stream, const SiluMulArgs& args) {
   OnCuda(stream) ? cuda::SiluMul(stream, args) : cpu::SiluMul(stream.team(), args);
 }
 
+void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args) {
+  static constexpr char op[] = "LinearSiluMul";
+  const int64_t tokens = args.x.dim(0), k = args.x.dim(1), ffn = args.out.dim(1);
+  CheckViews(op, stream.device(),
+             {{"out", args.out, {tokens, ffn}},
+              {"x", args.x, {tokens, k}},
+              {"weight", args.weight, {2 * ffn, k}},
+              {"gate_up", args.gate_up, {tokens, 2 * ffn}}});
+  DOOR_CHECK(IsAct(args.weight.dtype));
+  DOOR_CHECK(args.x.dtype == args.weight.dtype);
+  DOOR_CHECK(args.out.dtype == args.weight.dtype);
+  DOOR_CHECK(args.gate_up.dtype == args.weight.dtype);
+  DOOR_CHECK(k > 0);
+  DOOR_CHECK(args.out.data != args.x.data || tokens == 0);
+  if (tokens == 0 || ffn == 0) return;
+  if (OnCuda(stream)) {
+    cuda::LinearSiluMul(stream, args);
+  } else {
+    cpu::Linear(stream.team(), {.out = args.gate_up, .x = args.x, .weight = args.weight});
+    cpu::SiluMul(stream.team(), {.out = args.out, .gate_up = args.gate_up});
+  }
+}
+
 void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args) {
   static constexpr char op[] = "RopeStoreKv";
   const int64_t tokens = args.positions.dim(0), pages = args.k_pages.dim(0), kv_heads = args.k_pages.dim(1);

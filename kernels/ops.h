@@ -61,6 +61,16 @@ struct SiluMulArgs {
 };
 void SiluMul(Stream& stream, const SiluMulArgs& args);
 
+// gate_up = x * weight^T, then out = silu(gate) * up, to the same bits as by Linear and SiluMul. Where the two are one
+// kernel, gate_up is left as it was.
+struct LinearSiluMulArgs {
+  TensorView out;      // [T, F'] act
+  TensorView x;        // [T, K] act
+  TensorView weight;   // [2F', K] act: all gate rows, then all up rows
+  TensorView gate_up;  // [T, 2F'] act: scratch
+};
+void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args);
+
 // Rotates q and k (pairs (j, j + D/2), angle position * inv_freq[j]) and writes k and v of each token into its page.
 // q is rotated in place.
 struct RopeStoreKvArgs {

@@ -31,6 +31,7 @@ void RmsNorm(Stream& stream, const RmsNormArgs& args);
 void AddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
 void Linear(Stream& stream, const LinearArgs& args);
 void SiluMul(Stream& stream, const SiluMulArgs& args);
+void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args);
 void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args);
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args);
 void GatherRows(Stream& stream, const GatherRowsArgs& args);

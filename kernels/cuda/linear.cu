@@ -7,60 +7,41 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/linear_plan.h"
+#include "kernels/cuda/linear.h"
 
 namespace altiplano::cuda {
 
 namespace {
 
-struct LinearOperands {
-  Elements out, x, weight;
-  int64_t tokens = 0, n = 0, k = 0;
-  bool accumulate = false;
-};
-
-constexpr int kChunk = 32;  // of K, for one warp at a time: 16 bytes for each of the four lanes of a row
-constexpr int kUnroll = 4;  // chunks whose weights are in flight together
-
-PTX_FUNCTION void StoreSum(const LinearOperands& args, int64_t token, int64_t column, float sum) {
-  const int64_t at = token * args.out.stride + column;
-  if (args.accumulate) {
-    float before[1];
-    Load(args.out, at, before);
-    sum += before[0];
-  }
-  const float x[1] = {sum};
-  Store(args.out, at, x);
-}
-
 template <int kTokenTiles>
-__global__ void __launch_bounds__(kLinearThreads) MmaLinearKernel(LinearOperands args) {
+__global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOperands args) {
   constexpr int kTokens = 8 * kTokenTiles;
-  auto* sums = static_cast<float*>(ptx::DynamicShared());  // [kLinearWarps, kTokens, kMmaLinearPadded]
+  auto* sums = static_cast<float*>(ptx::DynamicShared());  // [parts, kTokens, kMmaLinearPadded]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, part = lane % 4;
-  const int64_t first_column = int64_t{blockIdx.x} * kMmaLinearColumns, first_token = int64_t{blockIdx.y} * kTokens;
+  const int64_t group = blockIdx.x, first_token = int64_t{blockIdx.y} * kTokens;
   const auto* weight = static_cast<const BF16*>(args.weight.data);
   const auto* x = static_cast<const BF16*>(args.x.data);
 
   // K may end within a chunk, N within the block's columns and T within its tokens: zeros stand for what is beyond.
   float d[kTokenTiles][4] = {};
-  for (int64_t first = int64_t{warp} * kChunk; first < args.k; first += kChunk * kLinearWarps * kUnroll) {
-    uint4 a[kUnroll][2] = {};
+  const int stride = kLinearChunk * args.parts;
+  for (int64_t first = int64_t{warp} * kLinearChunk; first < args.k; first += kLinearUnroll * stride) {
+    uint4 a[kLinearUnroll][2] = {};
     PTX_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t k = first + u * kChunk * kLinearWarps + part * 8;
+    for (int u = 0; u < kLinearUnroll; ++u) {
+      const int64_t k = first + u * stride + part * 8;
       PTX_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int64_t column = first_column + row + 8 * half;
-        if (k < args.k && column < args.n) {
-          a[u][half] = ptx::LdGlobalOnce(reinterpret_cast<const uint4*>(weight + column * args.weight.stride + k));
+        if (k < args.k && ColumnOf(args, group, row + 8 * half) < args.n) {
+          const int64_t at = WeightRowOf(args, group, row + 8 * half) * args.weight.stride + k;
+          a[u][half] = ptx::LdGlobalOnce(reinterpret_cast<const uint4*>(weight + at));
         }
       }
     }
     PTX_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t k = first + u * kChunk * kLinearWarps + part * 8;
+    for (int u = 0; u < kLinearUnroll; ++u) {
+      const int64_t k = first + u * stride + part * 8;
       PTX_UNROLL
       for (int tile = 0; tile < kTokenTiles; ++tile) {
         const int64_t token = first_token + 8 * tile + row;
@@ -83,22 +64,28 @@ __global__ void __launch_bounds__(kLinearThreads) MmaLinearKernel(LinearOperands
     }
   }
   __syncthreads();
-  constexpr int kColumns = static_cast<int>(kMmaLinearColumns);
-  for (int i = thread; i < kTokens * kColumns; i += static_cast<int>(kLinearThreads)) {
-    const int token = i / kColumns, column = i % kColumns;
-    if (first_token + token >= args.tokens || first_column + column >= args.n) continue;
+  const auto sum_of = [&](int token, int row_of_group) {
     float sum = 0;
-    for (int w = 0; w < kLinearWarps; ++w) {
-      sum += ptx::LdShared(&sums[(w * kTokens + token) * kMmaLinearPadded + column]);
+    for (int w = 0; w < args.parts; ++w) {
+      sum += ptx::LdShared(&sums[(w * kTokens + token) * kMmaLinearPadded + row_of_group]);
     }
-    StoreSum(args, first_token + token, first_column + column, sum);
+    return sum;
+  };
+  const int columns = args.gated ? 8 : static_cast<int>(kMmaLinearColumns);
+  for (int i = thread; i < kTokens * columns; i += 32 * args.parts) {
+    const int token = i / columns, at = i % columns;
+    const int64_t column = ColumnOf(args, group, at);
+    if (first_token + token >= args.tokens || column >= args.n) continue;
+    float result[1] = {sum_of(token, at)};
+    if (args.gated) result[0] = Gated(args, result[0], sum_of(token, at + 8));
+    StoreSums(args, first_token + token, column, result);
   }
 }
 
 template <int kPack>
-__global__ void __launch_bounds__(kLinearThreads) PlainLinearKernel(LinearOperands args) {
+__global__ void __launch_bounds__(32 * kPlainLinearWarps) PlainLinearKernel(LinearOperands args) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t column = int64_t{blockIdx.x} * kLinearWarps + threadIdx.x / 32;
+  const int64_t column = int64_t{blockIdx.x} * kPlainLinearWarps + threadIdx.x / 32;
   const int64_t first_token = int64_t{blockIdx.y} * kPlainLinearTokens;
   if (column >= args.n) return;
   float sums[kPlainLinearTokens] = {};
@@ -116,9 +103,27 @@ __global__ void __launch_bounds__(kLinearThreads) PlainLinearKernel(LinearOperan
   }
   PTX_UNROLL
   for (int t = 0; t < kPlainLinearTokens; ++t) {
-    const float sum = WarpSum(sums[t]);
-    if (lane == 0 && first_token + t < args.tokens) StoreSum(args, first_token + t, column, sum);
+    float x[1] = {WarpSum(sums[t])};
+    if (lane == 0 && first_token + t < args.tokens) StoreSums(args, first_token + t, column, x);
   }
+}
+
+bool OnTensorCores(const TensorView& x, const TensorView& weight) {
+  return weight.dtype == DType::kBF16 && IsPacked(weight, 8) && IsPacked(x, 8);
+}
+
+void LaunchMmaLinear(Stream& stream, const LinearOperands& args, bool out_packed) {
+  const int64_t rows = args.gated ? 2 * args.n : args.n;
+  if (UsesTiles(args.tokens, rows)) {
+    LaunchTiledLinear(stream, args, out_packed);
+    return;
+  }
+  const int tiles = MmaLinearTokenTiles(args.tokens);
+  Launch(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts),
+         tiles == 1   ? MmaLinearKernel<1>
+         : tiles == 2 ? MmaLinearKernel<2>
+                      : MmaLinearKernel<8>,
+         args);
 }
 
 }  // namespace
@@ -130,19 +135,32 @@ void Linear(Stream& stream, const LinearArgs& args) {
                                    .tokens = args.x.dim(0),
                                    .n = args.weight.dim(0),
                                    .k = args.x.dim(1),
+                                   .parts = LinearParts(args.weight.dim(0), args.x.dim(1)),
                                    .accumulate = args.accumulate};
-  if (args.weight.dtype == DType::kBF16 && IsPacked(args.weight, 8) && IsPacked(args.x, 8)) {
-    const int tiles = MmaLinearTokenTiles(operands.tokens);
-    Launch(stream, "Linear", MmaLinearPlan(operands.tokens, operands.n),
-           tiles == 1   ? MmaLinearKernel<1>
-           : tiles == 2 ? MmaLinearKernel<2>
-                        : MmaLinearKernel<8>,
-           operands);
+  if (OnTensorCores(args.x, args.weight)) {
+    LaunchMmaLinear(stream, operands, IsPacked(args.out, 4));
     return;
   }
   const bool packed = IsPacked(args.weight, 4) && IsPacked(args.x, 4);
   Launch(stream, "Linear", PlainLinearPlan(operands.tokens, operands.n),
          packed ? PlainLinearKernel<4> : PlainLinearKernel<1>, operands);
+}
+
+void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args) {
+  if (!OnTensorCores(args.x, args.weight)) {
+    cuda::Linear(stream, {.out = args.gate_up, .x = args.x, .weight = args.weight});
+    cuda::SiluMul(stream, {.out = args.out, .gate_up = args.gate_up});
+    return;
+  }
+  const LinearOperands operands = {.out = Elements(args.out),
+                                   .x = Elements(args.x),
+                                   .weight = Elements(args.weight),
+                                   .tokens = args.x.dim(0),
+                                   .n = args.out.dim(1),
+                                   .k = args.x.dim(1),
+                                   .parts = LinearParts(args.weight.dim(0), args.x.dim(1)),
+                                   .gated = true};
+  LaunchMmaLinear(stream, operands, IsPacked(args.out, 4));
 }
 
 }  // namespace altiplano::cuda

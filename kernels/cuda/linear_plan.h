@@ -1,5 +1,5 @@
-// Launch geometry of Linear. Which kernel runs and how K is cut depend on dtype, N and K alone, so that a row of the
-// result does not depend on how many there are; how many tokens share a pass over the weights does not show in a bit.
+// Launch geometry of Linear. A row of the result has the same bits however many rows there are: which order its sum is
+// taken in depends on dtype, N and K alone. All else here may depend on the tokens, because it does not show in a bit.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,22 @@
 
 namespace altiplano::cuda {
 
-inline constexpr uint32_t kLinearThreads = 128;
-inline constexpr int kLinearWarps = kLinearThreads / 32;
+// The sum's order, on tensor cores: K in chunks of 32, which are dealt to the parts in turn; a part adds up its chunks
+// one after the other, then the parts are added one after the other.
+inline constexpr int kLinearChunk = 32;
+inline constexpr int kLinearUnroll = 4;  // chunks whose weights a warp has in flight together
 
-// ---- tensor cores: a block makes 16 columns of out for up to 8 tiles of 8 tokens, its warps sharing out K.
+// Of the few tokens of a decode step each part is a warp, so that parts are what few columns have to keep the memory
+// busy: bandwidth times latency is about 3 MB on an H100, a warp has 4 KB in flight, and 16 columns make a block.
+// 4096 columns and more get there with 4 warps a block; less with 8 or 16, if K feeds so many.
+constexpr int LinearParts(int64_t n, int64_t k) {
+  int parts = 4;
+  while (parts < 16 && n * parts < 4096 * 4 && k >= 2 * parts * kLinearUnroll * kLinearChunk) parts *= 2;
+  return parts;
+}
+inline constexpr uint32_t kMostLinearThreads = 32 * 16;
+
+// ---- few tokens: a block makes 16 columns of out for up to 8 tiles of 8 tokens, a warp for each part.
 inline constexpr int64_t kMmaLinearColumns = 16;
 inline constexpr int kMmaLinearPadded =
     20;  // of 16 columns in shared memory: the lanes of a store differ in their banks
@@ -21,20 +33,52 @@ constexpr int MmaLinearTokenTiles(int64_t tokens) {
   return tokens <= 8 ? 1 : tokens <= 16 ? 2 : 8;
 }
 
-constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t n) {
+// rows: of the weights.
+constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t rows, int parts) {
   const int64_t block_tokens = 8 * MmaLinearTokenTiles(tokens);
-  return {.grid_x = static_cast<uint32_t>((n + kMmaLinearColumns - 1) / kMmaLinearColumns),
+  return {.grid_x = static_cast<uint32_t>((rows + kMmaLinearColumns - 1) / kMmaLinearColumns),
           .grid_y = static_cast<uint32_t>((tokens + block_tokens - 1) / block_tokens),
-          .threads = kLinearThreads,
-          .shared_bytes = static_cast<uint32_t>(kLinearWarps * block_tokens * kMmaLinearPadded * 4)};
+          .threads = static_cast<uint32_t>(32 * parts),
+          .shared_bytes = static_cast<uint32_t>(parts * block_tokens * kMmaLinearPadded * 4)};
+}
+
+// ---- many tokens: tiles of 64 rows of the weights by 32 tokens for each warp, in a ring of stages.
+inline constexpr int kTileStages = 4;
+inline constexpr int kTileDepth = 64;  // of K in a stage: two chunks of one part
+
+struct LinearTile {
+  int row_warps, token_warps;
+  constexpr int rows() const { return 64 * row_warps; }
+  constexpr int tokens() const { return 32 * token_warps; }
+  constexpr int threads() const { return 32 * row_warps * token_warps; }
+};
+inline constexpr LinearTile kLargeTile = {2, 4}, kSmallTile = {1, 2};
+
+constexpr LaunchShape TiledLinearPlan(const LinearTile& tile, int64_t tokens, int64_t rows) {
+  return {.grid_x = static_cast<uint32_t>((tokens + tile.tokens() - 1) / tile.tokens()),
+          .grid_y = static_cast<uint32_t>((rows + tile.rows() - 1) / tile.rows()),
+          .threads = static_cast<uint32_t>(tile.threads()),
+          .shared_bytes = static_cast<uint32_t>(kTileStages * (tile.rows() + tile.tokens()) * kTileDepth * 2)};
+}
+
+// The large tile reads each operand half as often; it needs enough of them for all multiprocessors.
+constexpr bool IsLargeTile(int64_t tokens, int64_t rows) {
+  const LaunchShape large = TiledLinearPlan(kLargeTile, tokens, rows);
+  return int64_t{large.grid_x} * large.grid_y >= 132;
+}
+
+// Up to 64 tokens one pass over the weights serves all, in narrow blocks where tiles would leave multiprocessors idle.
+constexpr bool UsesTiles(int64_t tokens, int64_t rows) {
+  return tokens > 64 || (tokens > 16 && (rows + kSmallTile.rows() - 1) / kSmallTile.rows() >= 132);
 }
 
 // ---- plain: each warp makes one column of out for up to 8 tokens.
+inline constexpr int kPlainLinearWarps = 4;
 inline constexpr int kPlainLinearTokens = 8;
 constexpr LaunchShape PlainLinearPlan(int64_t tokens, int64_t n) {
-  return {.grid_x = static_cast<uint32_t>((n + kLinearWarps - 1) / kLinearWarps),
+  return {.grid_x = static_cast<uint32_t>((n + kPlainLinearWarps - 1) / kPlainLinearWarps),
           .grid_y = static_cast<uint32_t>((tokens + kPlainLinearTokens - 1) / kPlainLinearTokens),
-          .threads = kLinearThreads};
+          .threads = 32 * kPlainLinearWarps};
 }
 
 }  // namespace altiplano::cuda

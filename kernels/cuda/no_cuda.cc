@@ -66,6 +66,9 @@ void Linear(Stream&, const LinearArgs&) {
 void SiluMul(Stream&, const SiluMulArgs&) {
   Die();
 }
+void LinearSiluMul(Stream&, const LinearSiluMulArgs&) {
+  Die();
+}
 void RopeStoreKv(Stream&, const RopeStoreKvArgs&) {
   Die();
 }

@@ -7,6 +7,8 @@
 
 #define PTX_FUNCTION __device__ __forceinline__
 #define PTX_UNROLL _Pragma("unroll")
+// Before a loop that must stay one, where copies of its body would take too many registers.
+#define PTX_KEEP_LOOP _Pragma("unroll 1")
 #define PTX_CALLER
 #define PTX_PASS_CALLER
 // A __shared__ variable, one per place in the source and instantiation.

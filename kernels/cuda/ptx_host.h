@@ -19,6 +19,7 @@
 
 #define PTX_FUNCTION inline
 #define PTX_UNROLL
+#define PTX_KEEP_LOOP
 // For functions of ours that kernels call: the last parameter and the argument that carry the place of the call.
 #define PTX_CALLER , ::altiplano::sim::Site site = ::altiplano::sim::Site::Current()
 #define PTX_PASS_CALLER , site

@@ -3,15 +3,11 @@
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/rows_plan.h"
+#include "kernels/cuda/silu.h"
 
 namespace altiplano::cuda {
 
 namespace {
-
-// x / (1 + e^-x). For x below -88 the exponential is infinite and the quotient -0.
-PTX_FUNCTION float Silu(float x) {
-  return ptx::Divide(x, 1.0f + ptx::Exp2(-kLog2E * x));
-}
 
 template <int kPack>
 __global__ void __launch_bounds__(kMostRowThreads)

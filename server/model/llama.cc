@@ -116,8 +116,7 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
 
     AddRmsNorm(stream,
                {.out = normed, .residual = residual, .x = delta, .weight = layer.ffn_norm, .eps = config_.rms_eps});
-    Linear(stream, {.out = gate_up, .x = normed, .weight = layer.gate_up});
-    SiluMul(stream, {.out = ffn, .gate_up = gate_up});
+    LinearSiluMul(stream, {.out = ffn, .x = normed, .weight = layer.gate_up, .gate_up = gate_up});
     Linear(stream, {.out = delta, .x = ffn, .weight = layer.down});
     if (!AllReduce(stream, delta)) return false;
   }

@@ -78,27 +78,85 @@ TEST_F(CudaLinearTest, IsNearTheOracleForEveryDTypeAndStride) {
   }
 }
 
+// Few tokens, 64 and tiles of many are three kernels.
 TEST_F(CudaLinearTest, ARowDoesNotDependOnTheOthers) {
-  constexpr int64_t kTokens = 70, kN = 24, kK = 264;
-  for (DType act : {DType::kF32, DType::kBF16}) {
-    Matrix x(kTokens, kK, act), weight(kN, kK, act), together(kTokens, kN, DType::kF32), alone(1, kN, DType::kF32);
+  constexpr int64_t kTokens = 130, kN = 24;
+  struct {
+    DType act;
+    int64_t k;
+    int parts;
+  } cases[] = {{DType::kF32, 264, 4}, {DType::kBF16, 264, 4}, {DType::kBF16, 1064, 8}, {DType::kBF16, 2104, 16}};
+  for (const auto& [act, k, parts] : cases) {
+    if (kUnderTsan && k > 264) continue;
+    EXPECT_EQ(cuda::LinearParts(kN, k), parts);
+    Matrix x(kTokens, k, act), weight(kN, k, act), together(kTokens, kN, DType::kF32), alone(1, kN, DType::kF32);
     x.FillNormal(1);
     weight.FillNormal(2);
     x.set(40, 7, NAN);
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_together(stream(), together);
     const OnDevice d_alone(stream(), alone);
-    for (int64_t tokens : {70, 41, 16, 8, 3}) {
+    for (int64_t tokens : {130, 65, 41, 16, 8, 3}) {
       Linear(stream(),
              {.out = d_together.view().first(tokens), .x = d_x.view().first(tokens), .weight = d_weight.view()});
       d_together.Fetch(together);
       for (int64_t t = 0; t < tokens; t += 5) {
         TensorView row = d_x.view().first(1);
-        row.data = static_cast<char*>(row.data) + t * kK * static_cast<int64_t>(SizeOf(act));
+        row.data = static_cast<char*>(row.data) + t * k * static_cast<int64_t>(SizeOf(act));
         Linear(stream(), {.out = d_alone.view(), .x = row, .weight = d_weight.view()});
         d_alone.Fetch(alone);
         for (int64_t j = 0; j < kN; ++j) ASSERT_EQ(std::isnan(together.at(t, j)), t == 40) << t;
         if (t != 40) {
-          EXPECT_EQ(together.RowBytes(t), alone.RowBytes(0)) << t << " of " << tokens;
+          EXPECT_EQ(together.RowBytes(t), alone.RowBytes(0)) << t << " of " << tokens << ", K " << k;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaLinearTest, LargeTilesHaveTheBitsOfFewTokens) {
+  constexpr int64_t kTokens = 1500, kN = 1380, kK = 40;  // neither of them whole tiles
+  ASSERT_TRUE(cuda::IsLargeTile(kTokens, kN));
+  if (kUnderTsan) GTEST_SKIP() << "the small tile is the same code";
+  Matrix x(kTokens, kK, DType::kBF16), weight(kN, kK, DType::kBF16), many(kTokens, kN, DType::kBF16, 8);
+  Matrix few(3, kN, DType::kBF16);
+  x.FillNormal(1);
+  weight.FillNormal(2);
+  const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_many(stream(), many), d_few(stream(), few);
+  Linear(stream(), {.out = d_many.view(), .x = d_x.view(), .weight = d_weight.view()});
+  d_many.Fetch(many);
+  EXPECT_TRUE(many.GapsUntouched());
+  for (int64_t first : {0, 126, 700, 1497}) {
+    TensorView rows = d_x.view().first(3);
+    rows.data = static_cast<char*>(rows.data) + first * kK * 2;
+    Linear(stream(), {.out = d_few.view(), .x = rows, .weight = d_weight.view()});
+    d_few.Fetch(few);
+    for (int64_t t = 0; t < 3; ++t) EXPECT_EQ(many.RowBytes(first + t), few.RowBytes(t)) << first + t;
+  }
+}
+
+TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
+  for (DType act : {DType::kBF16, DType::kF32}) {
+    for (int64_t tokens : {1, 9, 40, 70}) {
+      for (int64_t ffn : {1, 8, 20, 72}) {
+        for (int64_t k : {40, 264}) {
+          if (kUnderTsan && (k > 40 || ffn > 20)) continue;
+          const int64_t gap = ffn % 8 == 0 ? 8 : 3;
+          Matrix x(tokens, k, act), weight(2 * ffn, k, act), gate_up(tokens, 2 * ffn, act), one(tokens, ffn, act, gap);
+          Matrix two(tokens, ffn, act, gap);
+          x.FillNormal(1);
+          weight.FillNormal(2, 0.3f);
+          const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_gate_up(stream(), gate_up);
+          const OnDevice d_one(stream(), one), d_two(stream(), two);
+          Linear(stream(), {.out = d_gate_up.view(), .x = d_x.view(), .weight = d_weight.view()});
+          SiluMul(stream(), {.out = d_two.view(), .gate_up = d_gate_up.view()});
+          LinearSiluMul(stream(),
+                        {.out = d_one.view(), .x = d_x.view(), .weight = d_weight.view(), .gate_up = d_gate_up.view()});
+          d_one.Fetch(one);
+          d_two.Fetch(two);
+          EXPECT_TRUE(one.GapsUntouched());
+          for (int64_t t = 0; t < tokens; ++t) {
+            ASSERT_EQ(one.RowBytes(t), two.RowBytes(t)) << t << " of " << tokens << ", ffn " << ffn << ", K " << k;
+          }
         }
       }
     }
@@ -125,15 +183,86 @@ TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
     sim::CountTraffic(false);
   }
 }
+
+// Each tile reads its rows of both operands once, in whole sectors, and shared memory without conflicts.
+TEST_F(CudaLinearTest, TrafficOfTilesIsTheirOperandsWithoutConflicts) {
+  constexpr int64_t kTokens = 128, kN = 128, kK = 512;
+  Matrix x(kTokens, kK, DType::kBF16), weight(kN, kK, DType::kBF16), out(kTokens, kN, DType::kBF16);
+  x.FillNormal(1);
+  weight.FillNormal(2);
+  const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
+  sim::CountTraffic(true);
+  Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view()});
+  const sim::Traffic traffic = sim::TrafficOf("Linear");
+  EXPECT_EQ(traffic.load_bytes, static_cast<uint64_t>(2 * 2 * (kTokens + kN) * kK));  // two tiles either way
+  EXPECT_EQ(traffic.store_bytes, static_cast<uint64_t>(2 * kTokens * kN));
+  EXPECT_EQ(traffic.sectors, traffic.ideal_sectors) << sim::TrafficByLine();
+  EXPECT_EQ(traffic.wavefronts, traffic.ideal_wavefronts) << sim::TrafficByLine();
+  sim::CountTraffic(false);
+}
+
+// The product and SiLU in one kernel: gate and up are neither stored nor read.
+TEST_F(CudaLinearTest, TrafficOfSiluMulInTheSameKernelIsThatOfTheProduct) {
+  constexpr int64_t kFfn = 32, kK = 1024;
+  Matrix x(1, kK, DType::kBF16), weight(2 * kFfn, kK, DType::kBF16), gate_up(1, 2 * kFfn, DType::kBF16);
+  Matrix out(1, kFfn, DType::kBF16);
+  x.FillNormal(1);
+  weight.FillNormal(2);
+  const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_gate_up(stream(), gate_up), d_out(stream(), out);
+  sim::CountTraffic(true);
+  LinearSiluMul(stream(),
+                {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .gate_up = d_gate_up.view()});
+  const sim::Traffic traffic = sim::TrafficOf("Linear");
+  EXPECT_EQ(traffic.launches, 1u);
+  EXPECT_EQ(sim::TrafficOf("SiluMul").launches, 0u);
+  EXPECT_EQ(traffic.load_bytes, static_cast<uint64_t>(2 * 2 * kFfn * kK + 2 * kK * 2 * kFfn / 16));
+  EXPECT_EQ(traffic.store_bytes, static_cast<uint64_t>(2 * kFfn));
+  EXPECT_EQ(traffic.sectors, traffic.ideal_sectors) << sim::TrafficByLine();
+  sim::CountTraffic(false);
+}
 #endif
 
 TEST(CudaLinearPlan, CoversTokensAndColumns) {
-  EXPECT_EQ(cuda::MmaLinearPlan(1, 6144),
+  EXPECT_EQ(cuda::MmaLinearPlan(1, 6144, 4),
             (cuda::LaunchShape{.grid_x = 384, .grid_y = 1, .threads = 128, .shared_bytes = 4 * 8 * 20 * 4}));
-  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145).grid_x, 385u);
-  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145).grid_y, 1u);
-  EXPECT_EQ(cuda::MmaLinearPlan(129, 16).grid_y, 3u);
+  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).grid_x, 385u);
+  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).grid_y, 1u);
+  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).threads, 256u);
+  EXPECT_EQ(cuda::MmaLinearPlan(129, 16, 4).grid_y, 3u);
   EXPECT_EQ(cuda::PlainLinearPlan(9, 5), (cuda::LaunchShape{.grid_x = 2, .grid_y = 2, .threads = 128}));
+  EXPECT_EQ(cuda::TiledLinearPlan(cuda::kLargeTile, 2049, 28672),
+            (cuda::LaunchShape{.grid_x = 17, .grid_y = 224, .threads = 256, .shared_bytes = 128 * 1024}));
+  EXPECT_EQ(cuda::TiledLinearPlan(cuda::kSmallTile, 65, 70),
+            (cuda::LaunchShape{.grid_x = 2, .grid_y = 2, .threads = 64, .shared_bytes = 64 * 1024}));
+}
+
+// Of every matrix of Llama 3.1, whole and as one of eight ranks: with up to 16 tokens at least 2 MB of weights are in
+// flight unless K is too short for more warps; the launch is one that a GPU takes.
+TEST(CudaLinearPlan, KeepsTheMemoryBusyInEveryShape) {
+  struct {
+    int64_t hidden, q_heads, kv_heads, ffn;
+  } models[] = {{4096, 32, 8, 14336}, {8192, 64, 8, 28672}, {16384, 128, 8, 53248}};
+  for (const auto& m : models) {
+    for (int64_t ranks : {1, 8}) {
+      const std::pair<int64_t, int64_t> shapes[] = {{(m.q_heads + 2 * m.kv_heads) / ranks * 128, m.hidden},
+                                                    {m.hidden, m.q_heads * 128 / ranks},
+                                                    {2 * m.ffn / ranks, m.hidden},
+                                                    {m.hidden, m.ffn / ranks},
+                                                    {128256 / ranks, m.hidden}};
+      for (const auto& [n, k] : shapes) {
+        const int parts = cuda::LinearParts(n, k);
+        for (int64_t tokens : {1, 16, 64}) {
+          const cuda::LaunchShape shape = cuda::MmaLinearPlan(tokens, n, parts);
+          EXPECT_LE(shape.threads, cuda::kMostLinearThreads);
+          EXPECT_LE(shape.shared_bytes, cuda::kSharedBytesPerBlock);
+          const int64_t warps = int64_t{shape.grid_x} * parts;
+          const int64_t in_flight = warps * std::min<int64_t>(cuda::kLinearUnroll, k / 32 / parts) * 16 * 64;
+          EXPECT_TRUE(in_flight >= 2'000'000 || parts * cuda::kLinearUnroll * 64 > k)
+              << n << " x " << k << ": " << parts << " parts, " << in_flight << " bytes in flight";
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
