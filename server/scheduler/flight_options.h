@@ -25,6 +25,7 @@ void VisitFlightOptions(Options& options, Visit&& visit) {
   visit(options.learn_step_cost);
   visit(options.default_ttft_target);
   visit(options.priority_ageing);
+  visit(options.tenants);
 }
 
 }  // namespace altiplano

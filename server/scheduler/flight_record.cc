@@ -104,6 +104,16 @@ struct OptionReader {
   void operator()(bool& value) const { value = in.Flag("an option"); }
   void operator()(int32_t& value) const { value = in.Small("an option"); }
   void operator()(Duration& value) const { value = in.Span("an option"); }
+  void operator()(std::vector<TenantOptions>& tenants) const {
+    tenants.resize(in.Length(5, "tenants"));
+    for (TenantOptions& tenant : tenants) {
+      tenant.name = in.Text("a tenant's name");
+      tenant.weight = in.Small("a weight");
+      tenant.max_running = in.Small("a tenant's limit");
+      tenant.max_queued_requests = in.Small("a tenant's limit");
+      tenant.max_queued_tokens = in.Signed();
+    }
+  }
   void operator()(double& value) const { value = std::bit_cast<double>(in.Fixed64("an option")); }
 };
 
@@ -156,7 +166,7 @@ FlightPlan ReadPlan(Reader& in) {
   plan.now = in.Time("now");
   plan.step = in.Number();
   plan.notes.why =
-      static_cast<PlanNotes::Why>(in.UpTo(static_cast<uint64_t>(PlanNotes::Why::kCeiling), "the reason to wait"));
+      static_cast<PlanNotes::Why>(in.UpTo(static_cast<uint64_t>(PlanNotes::Why::kTenant), "the reason to wait"));
   plan.notes.waiting = in.Count("the number of waiting sequences");
   plan.notes.head = in.Number();
   plan.notes.head_sequence = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"));

@@ -37,6 +37,17 @@ struct OptionWriter {
   void operator()(bool value) const { AppendNumber(value, out); }
   void operator()(int32_t value) const { AppendSigned(value, out); }
   void operator()(Duration value) const { AppendSigned(value.count(), out); }
+  void operator()(const std::vector<TenantOptions>& tenants) const {
+    AppendNumber(tenants.size(), out);
+    for (const TenantOptions& tenant : tenants) {
+      AppendNumber(tenant.name.size(), out);
+      out->append(tenant.name);
+      for (int64_t value : {int64_t{tenant.weight}, int64_t{tenant.max_running}, int64_t{tenant.max_queued_requests},
+                            tenant.max_queued_tokens}) {
+        AppendSigned(value, out);
+      }
+    }
+  }
   void operator()(double value) const {
     const auto bits = std::bit_cast<uint64_t>(value);
     for (int shift = 0; shift < 64; shift += 8) out->push_back(static_cast<char>(bits >> shift));

@@ -297,6 +297,8 @@ std::string_view WhyWaits(PlanNotes::Why why) {
       return "no tokens left in the step";
     case PlanNotes::Why::kCeiling:
       return "no room under max-itl";
+    case PlanNotes::Why::kTenant:
+      return "its tenant runs as many as it may";
   }
   return "";
 }

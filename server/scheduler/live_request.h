@@ -40,6 +40,7 @@ struct Sequence {
   int32_t pending = 0;
   int32_t scheduled = 0;
   int32_t computed = 0;
+  int32_t charged = 0;     // positions before it have been charged to the account: none is twice
   uint64_t last_step = 0;  // the last step that it is part of; 0: none
   std::vector<TokenId> generated;
   TimePoint last_token_at{};  // once something has been generated
@@ -58,6 +59,7 @@ struct LiveRequest {
   RequestKey key = 0;
   std::shared_ptr<const Request> request;
   uint64_t order = 0;  // of arrival
+  size_t account = 0;  // of its tenant
   // The place in the queue: see ComesBefore.
   int64_t level = 0;
   TimePoint start_by{};     // to meet its target; changes in the queue only
@@ -102,8 +104,8 @@ TokenId Sequence::TokenAt(int32_t position) const {
                                 : generated[static_cast<size_t>(position - prompt_size)];
 }
 
-// The order in which sequences get what is scarce: priority, then latest start, then arrival, then index. The reverse
-// order gives up first. Where priority ages, it is in start_by, and all levels are the same.
+// The order in which the sequences of an account get what is scarce: priority, then latest start, then arrival, then
+// index. The reverse order gives up first. Where priority ages, it is in start_by, and all levels are the same.
 struct ComesBefore {
   bool operator()(const Sequence* a, const Sequence* b) const { return Rank(*a) < Rank(*b); }
   static std::tuple<int64_t, TimePoint, uint64_t, uint32_t> Rank(const Sequence& s) {

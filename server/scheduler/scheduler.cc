@@ -56,6 +56,7 @@ Status DeadlineExceeded(std::string reason, std::string message) {
 
 StatusOr<std::unique_ptr<Scheduler>> Scheduler::Create(SchedulerOptions options) {
   RETURN_IF_ERROR(CheckOptions(options));
+  ASSIGN_OR_RETURN(options.tenants, CompleteTenants(std::move(options.tenants), options.max_running));
   return std::unique_ptr<Scheduler>(new Scheduler(std::make_unique<Impl>(std::move(options))));
 }
 
@@ -113,15 +114,30 @@ void Scheduler::CheckInvariants() const {
   impl_->CheckInvariants();
 }
 
+namespace {
+std::vector<int32_t> WeightsOf(const std::vector<TenantOptions>& tenants) {
+  std::vector<int32_t> weights;
+  for (const TenantOptions& tenant : tenants) weights.push_back(tenant.weight);
+  return weights;
+}
+}  // namespace
+
 // --- Life of requests ------------------------------------------------------------------------------------------------
 
 Scheduler::Impl::Impl(SchedulerOptions options)
     : options_(std::move(options)),
       pool_(options_.num_blocks),
       cache_(&pool_, options_.block_size),
-      learner_(options_.step_cost) {
+      learner_(options_.step_cost),
+      accounts_(options_.tenants.size()),
+      share_(WeightsOf(options_.tenants)) {
   for (int32_t slot = options_.max_running - 1; slot >= 0; --slot) free_slots_.push_back(slot);
-  running_.reserve(static_cast<size_t>(options_.max_running));
+  for (size_t i = 0; i < accounts_.size(); ++i) {
+    const int32_t own = options_.tenants[i].max_running;
+    accounts_[i].max_running = own > 0 ? own : options_.max_running;
+    accounts_[i].running.reserve(static_cast<size_t>(accounts_[i].max_running));
+    order_.push_back(i);
+  }
   in_flight_.reserve(2);
 }
 
@@ -145,6 +161,11 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
     live->uses_cache = true;
     live->root = RootHash(request->tenant, request->cache_salt);
   }
+  live->account = TenantOf(options_.tenants, request->tenant);
+  Account& account = accounts_[live->account];
+  if (++account.live == 1) share_.Join(live->account);
+  ++account.load.waiting_requests;
+  account.load.waiting_tokens += prompt_size;
   live->request = std::move(request);
   SetOrder(live.get());
   live->sequences.resize(static_cast<size_t>(live->num_live));
@@ -285,7 +306,7 @@ void Scheduler::Impl::CountTarget(const LiveRequest& request, TimePoint now) {
 
 void Scheduler::Impl::MakeWaiting(Sequence* sequence) {
   sequence->state = Sequence::State::kWaiting;
-  waiting_.insert(sequence);
+  AccountOf(*sequence).waiting.insert(sequence);
 }
 
 void Scheduler::Impl::FinishWithoutToken(const Call& call, Sequence* sequence, FinishReason reason) {
@@ -323,10 +344,14 @@ void Scheduler::Impl::EndRequest(const Call& call, LiveRequest& request, Status 
   }
   DropShare(request);
   request.ended = true;
+  Account& account = accounts_[request.account];
   if (!request.admitted) {
     --waiting_requests_;
     waiting_tokens_ -= request.prompt_size;
+    --account.load.waiting_requests;
+    account.load.waiting_tokens -= request.prompt_size;
   }
+  if (--account.live == 0) share_.Leave(request.account);
   if (EarliestExpiry(request) <= next_expiry_) next_expiry_stale_ = true;
 
   Event& event = call.events->emplace_back();
@@ -347,12 +372,15 @@ void Scheduler::Impl::EndRequest(const Call& call, LiveRequest& request, Status 
 
 void Scheduler::Impl::LeaveQueueOrSlot(Sequence* sequence) {
   if (sequence == blocked_) blocked_ = nullptr;
-  if (sequence->state == Sequence::State::kWaiting) waiting_.erase(sequence);
+  Account& account = AccountOf(*sequence);
+  if (sequence->state == Sequence::State::kWaiting) account.waiting.erase(sequence);
   if (sequence->state != Sequence::State::kRunning) return;
   free_slots_.push_back(sequence->slot);
   sequence->slot = -1;
   --sequence->request->num_running;
-  running_dirty_ = true;
+  --num_running_;
+  --account.load.running_sequences;
+  account.running_dirty = true;
 }
 
 // Blocks that a step in flight may still read or write go to that step; it gives them back when it has been applied.
@@ -426,6 +454,7 @@ SchedulerLoad Scheduler::Impl::load() const {
   load.late_tokens = late_tokens_;
   load.late_total = late_total_;
   load.late_most = late_most_;
+  for (const Account& account : accounts_) load.tenants.push_back(account.load);
   load.targets_met = targets_met_;
   load.targets_missed = targets_missed_;
   load.hopeless = hopeless_;

@@ -13,6 +13,7 @@
 #include "server/scheduler/request.h"
 #include "server/scheduler/step_cost.h"
 #include "server/scheduler/step_plan.h"
+#include "server/scheduler/tenants.h"
 
 namespace altiplano {
 
@@ -35,6 +36,7 @@ struct SchedulerOptions {
   // then; who has missed its own, that much later.
   Duration default_ttft_target = std::chrono::seconds(10);
   Duration priority_ageing{};          // waiting for so long makes up for one level of priority; zero: nothing does
+  std::vector<TenantOptions> tenants;  // that share the server; empty: nobody is told from anybody
   FlightRecorder* recorder = nullptr;  // outlives the scheduler; null: nothing is recorded
   // Null but in replays: gives blocks their recorded names, since their tokens are not there.
   const BlockNamer* namer = nullptr;
@@ -49,6 +51,7 @@ struct PlanNotes {
     kRunningFirst,  // a running sequence found no block at once: nobody is admitted in this step
     kBudget,        // the step's tokens are spent
     kCeiling,       // max_itl leaves no room
+    kTenant,        // each waiting tenant runs as many sequences as it may
   };
   Why why = Why::kNobodyWaits;
   int32_t waiting = 0;  // sequences
@@ -57,6 +60,16 @@ struct PlanNotes {
   int32_t blocks_held = 0, blocks_cached = 0;
 
   bool operator==(const PlanNotes&) const = default;
+};
+
+struct TenantLoad {
+  int32_t running_sequences = 0;
+  int32_t waiting_requests = 0;
+  int64_t waiting_tokens = 0;
+  uint64_t prompt_tokens = 0;  // of admitted requests
+  uint64_t generated_tokens = 0;
+
+  bool operator==(const TenantLoad&) const = default;
 };
 
 struct SchedulerLoad {
@@ -74,6 +87,7 @@ struct SchedulerLoad {
   // Tokens that came later after the one before them than max_itl, and by how much.
   uint64_t late_tokens = 0;
   Duration late_total{}, late_most{};
+  std::vector<TenantLoad> tenants;  // as the options', the others last
   // Of requests with a ttft_target: first tokens in time; late, or none by then.
   uint64_t targets_met = 0, targets_missed = 0;
   uint64_t hopeless = 0;        // requests refused because they could not meet their deadline

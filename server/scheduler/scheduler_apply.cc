@@ -72,6 +72,7 @@ void Scheduler::Impl::AppendToken(const Call& call, Sequence* sequence, const To
   const FinishReason finish = StopReason(*sequence, score.token);
   sequence->generated.push_back(score.token);
   ++generated_tokens_;
+  ++AccountOf(*sequence).load.generated_tokens;
   if (!request.first_token_at) {
     request.first_token_at = call.now;
     CountTarget(request, call.now);

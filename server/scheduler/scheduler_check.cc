@@ -53,6 +53,8 @@ void Scheduler::Impl::CheckQueues() const {
   size_t running = 0, waiting = 0;
   int32_t waiting_requests = 0;
   int64_t waiting_tokens = 0;
+  std::vector<TenantLoad> tenants(accounts_.size());
+  std::vector<int32_t> live(accounts_.size());
   for (const auto& [key, request] : live_) {
     int32_t num_live = 0, num_running = 0, num_unadmitted = 0, held = 0;
     for (const Sequence& sequence : request->sequences) {
@@ -70,11 +72,28 @@ void Scheduler::Impl::CheckQueues() const {
     running += static_cast<size_t>(num_running);
     waiting_requests += !request->admitted;
     if (!request->admitted) waiting_tokens += request->prompt_size;
+    CHECK(request->account == TenantOf(options_.tenants, request->request->tenant));
+    TenantLoad& tenant = tenants[request->account];
+    ++live[request->account];
+    tenant.running_sequences += num_running;
+    tenant.waiting_requests += !request->admitted;
+    if (!request->admitted) tenant.waiting_tokens += request->prompt_size;
   }
-  CHECK(running == running_.size() && waiting == waiting_.size());
+  for (size_t i = 0; i < accounts_.size(); ++i) {
+    const Account& account = accounts_[i];
+    CHECK(account.live == live[i] && account.load.running_sequences == tenants[i].running_sequences);
+    CHECK(account.load.waiting_requests == tenants[i].waiting_requests);
+    CHECK(account.load.waiting_tokens == tenants[i].waiting_tokens);
+    CHECK(account.load.running_sequences == static_cast<int32_t>(account.running.size()));
+    CHECK(account.load.running_sequences <= account.max_running);
+    CHECK(std::ranges::is_sorted(account.running, ComesBefore()));
+    running -= account.running.size();
+    waiting -= account.waiting.size();
+  }
+  CHECK(running == 0 && waiting == 0);
   CHECK(static_cast<int32_t>(slots.size()) == options_.max_running);
+  CHECK(num_running_ == options_.max_running - static_cast<int32_t>(free_slots_.size()));
   CHECK(waiting_requests == waiting_requests_ && waiting_tokens == waiting_tokens_);
-  CHECK(std::ranges::is_sorted(running_, ComesBefore()));
 }
 
 void Scheduler::Impl::CheckSequence(const Sequence& sequence) const {
@@ -82,10 +101,12 @@ void Scheduler::Impl::CheckSequence(const Sequence& sequence) const {
   const bool running = sequence.state == Sequence::State::kRunning;
   if (!running) {
     CHECK(sequence.blocks.empty() && sequence.slot == -1 && sequence.scheduled == 0 && sequence.computed == 0);
-    CHECK(waiting_.contains(const_cast<Sequence*>(&sequence)) == (sequence.state == Sequence::State::kWaiting));
+    const Account& account = accounts_[request.account];
+    CHECK(account.waiting.contains(const_cast<Sequence*>(&sequence)) == (sequence.state == Sequence::State::kWaiting));
     return;
   }
-  CHECK(std::ranges::find(running_, &sequence) != running_.end());
+  const std::vector<Sequence*>& running_ones = accounts_[request.account].running;
+  CHECK(std::ranges::find(running_ones, &sequence) != running_ones.end());
   CHECK(sequence.admitted && request.admitted && sequence.pending >= 0 && sequence.pending <= 2);
   CHECK(0 <= sequence.computed && sequence.computed <= sequence.scheduled);
   CHECK(sequence.scheduled <= sequence.expected() && sequence.scheduled < request.limit);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "server/scheduler/block_pool.h"
+#include "server/scheduler/fair_share.h"
 #include "server/scheduler/live_request.h"
 #include "server/scheduler/plan_pool.h"
 #include "server/scheduler/prefix_cache.h"
@@ -34,7 +35,7 @@ class Scheduler::Impl {
   SchedulerLoad load() const;
   int32_t ResetPrefixCache() { return cache_.Reset(); }
   void CheckInvariants() const;
-  PlanNotes Notes(const StepPlan* plan) const;  // of the plan just made
+  PlanNotes Notes(const StepPlan* plan);  // of the plan just made
   FlightRecorder* recorder() const { return options_.recorder; }
 
  private:
@@ -44,6 +45,15 @@ class Scheduler::Impl {
     StepWork work;
     std::vector<Sequence*> sequences;  // as planned
     std::vector<BlockId> retired;      // references that end with the step
+  };
+  // What belongs to one tenant.
+  struct Account {
+    std::set<Sequence*, ComesBefore> waiting;
+    std::vector<Sequence*> running;  // in order; entries that no longer run stay until CompactRunning
+    bool running_dirty = false;
+    int32_t max_running = 0;
+    int32_t live = 0;  // requests
+    TenantLoad load;
   };
   // A call of Plan or Apply, for what it calls.
   struct Call {
@@ -60,6 +70,7 @@ class Scheduler::Impl {
   void SetOrder(LiveRequest* live) const;
   Duration Aged(const Request& request) const;
   void CountTarget(const LiveRequest& request, TimePoint now);
+  Account& AccountOf(const Sequence& sequence) { return accounts_[sequence.request->account]; }
   void MakeWaiting(Sequence* sequence);
   void EndSequence(const Call& call, Sequence* sequence);  // its last event is out; ends the request with the last one
   void FinishWithoutToken(const Call& call, Sequence* sequence, FinishReason reason);
@@ -74,6 +85,7 @@ class Scheduler::Impl {
   // --- Planning (scheduler_plan.cc)
   void PlanDecodes(StepPlan* plan);
   void PlanDecode(StepPlan* plan, Sequence* sequence);
+  const LiveRequest* OldestRunning() const;  // null: nobody runs
   void PlanPrefills(StepPlan* plan);
   void AdmitWaiting(StepPlan* plan, const Call& call);
   bool TryAdmit(Sequence* sequence, const Call& call);
@@ -83,6 +95,8 @@ class Scheduler::Impl {
   int32_t RoomUnderCeiling(const StepWork& beside, int32_t first_position, int32_t most) const;
   Duration PrefillTime(int32_t first, int32_t count, const StepWork& beside) const;
   bool StopHurrying(Sequence* sequence, TimePoint now);
+  Sequence* NextToAdmit();
+  void Charge(Sequence* sequence, int32_t end);
   void MatchPrefix(Sequence* sequence, std::vector<BlockId>* blocks);
   bool Grow(Sequence* sequence);
   bool GiveUpSomething(const Sequence* wanting);
@@ -127,10 +141,11 @@ class Scheduler::Impl {
 
   std::unordered_map<RequestKey, std::unique_ptr<LiveRequest>> live_;
   std::vector<std::unique_ptr<LiveRequest>> ended_;  // ended, but steps in flight still point at them
-  std::set<Sequence*, ComesBefore> waiting_;
-  std::vector<Sequence*> running_;  // in order; entries that no longer run stay until CompactRunning
-  bool running_dirty_ = false;
-  std::vector<LiveRequest*> sharing_;  // requests that hold `shared`
+  std::vector<Account> accounts_;                    // as options_.tenants
+  FairShare share_;                                  // of these
+  std::vector<size_t> order_;                        // of the accounts in the plan being made: least served first
+  int32_t num_running_ = 0;                          // sequences
+  std::vector<LiveRequest*> sharing_;                // requests that hold `shared`
   std::vector<int32_t> free_slots_;
   std::vector<InFlight> in_flight_;  // oldest first, at most two
   InFlight spare_in_flight_;         // for its capacity

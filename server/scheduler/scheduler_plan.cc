@@ -11,6 +11,8 @@ namespace {
 constexpr uint64_t kRetryBlockedAfterSteps = 8;
 // Tokens of an answer that a sequence has room for from its admission on. Only a longer one allocates while it decodes.
 constexpr int32_t kReservedTokens = 8192;
+// A token of an answer counts as so many of a prompt: its step computes few others beside it.
+constexpr int32_t kAnswerService = 2;
 }  // namespace
 
 std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector<Event>* events) {
@@ -35,6 +37,7 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   plan->tokens.reserve(static_cast<size_t>(options_.token_budget));
   plan->block_ids.reserve(static_cast<size_t>(pool_.size()));
 
+  order_.assign(share_.Order().begin(), share_.Order().end());
   PlanDecodes(plan.get());
   decodes_ = in_flight_.back().work;
   CompactRunning();
@@ -52,19 +55,26 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   return nullptr;
 }
 
-PlanNotes Scheduler::Impl::Notes(const StepPlan* plan) const {
+PlanNotes Scheduler::Impl::Notes(const StepPlan* plan) {
   PlanNotes notes;
   notes.blocks_held = pool_.num_held();
   notes.blocks_cached = pool_.num_cached();
-  notes.waiting = static_cast<int32_t>(waiting_.size());
-  if (waiting_.empty()) return notes;
-  const Sequence* head = *waiting_.begin();
+  for (const Account& account : accounts_) notes.waiting += static_cast<int32_t>(account.waiting.size());
+  if (notes.waiting == 0) return notes;
+  const Sequence* next = NextToAdmit();
+  const Sequence* head = next;
+  for (size_t i = 0; head == nullptr; ++i) {
+    const Account& account = accounts_[share_.Order()[i]];
+    if (!account.waiting.empty()) head = *account.waiting.begin();
+  }
   notes.head = head->request->key;
   notes.head_sequence = head->index;
   if (pressed_) {
     notes.why = PlanNotes::Why::kRunningFirst;
   } else if (free_slots_.empty()) {
     notes.why = PlanNotes::Why::kNoSlot;
+  } else if (next == nullptr) {
+    notes.why = PlanNotes::Why::kTenant;
   } else if (head == blocked_) {
     notes.why = PlanNotes::Why::kNoBlocks;
   } else if (plan != nullptr && static_cast<int32_t>(plan->tokens.size()) >= options_.token_budget) {
@@ -78,17 +88,29 @@ PlanNotes Scheduler::Impl::Notes(const StepPlan* plan) const {
 // Every running sequence with one token to compute. The oldest running request comes first: it is never preempted, so
 // whoever must give up blocks for it has not been planned yet. Then in order, and victims come later in the order.
 void Scheduler::Impl::PlanDecodes(StepPlan* plan) {
-  if (running_.empty()) return;
-  const LiveRequest* oldest =
-      (*std::ranges::min_element(running_, {}, [](const Sequence* s) { return s->request->order; }))->request;
+  const LiveRequest* oldest = OldestRunning();
+  if (oldest == nullptr) return;
   first_.clear();
-  for (Sequence* sequence : running_) {
+  for (Sequence* sequence : accounts_[oldest->account].running) {
     if (sequence->request == oldest) first_.push_back(sequence);
   }
   for (Sequence* sequence : first_) PlanDecode(plan, sequence);
-  for (Sequence* sequence : running_) {
-    if (sequence->request != oldest) PlanDecode(plan, sequence);
+  for (size_t account : order_) {
+    for (Sequence* sequence : accounts_[account].running) {
+      if (sequence->request != oldest) PlanDecode(plan, sequence);
+    }
   }
+}
+
+const LiveRequest* Scheduler::Impl::OldestRunning() const {
+  const LiveRequest* oldest = nullptr;
+  for (const Account& account : accounts_) {
+    for (const Sequence* sequence : account.running) {
+      if (sequence->state != Sequence::State::kRunning) continue;
+      if (oldest == nullptr || sequence->request->order < oldest->order) oldest = sequence->request;
+    }
+  }
+  return oldest;
 }
 
 void Scheduler::Impl::PlanDecode(StepPlan* plan, Sequence* sequence) {
@@ -97,14 +119,16 @@ void Scheduler::Impl::PlanDecode(StepPlan* plan, Sequence* sequence) {
 }
 
 void Scheduler::Impl::PlanPrefills(StepPlan* plan) {
-  for (Sequence* sequence : running_) {
-    if (sequence->remaining() <= 1) continue;
-    const int32_t room = PrefillRoom(sequence->scheduled);
-    if (room == 0) {
-      budget_left_ = 0;  // nor for what waits
-      return;
+  for (size_t account : order_) {
+    for (Sequence* sequence : accounts_[account].running) {
+      if (sequence->remaining() <= 1) continue;
+      const int32_t room = PrefillRoom(sequence->scheduled);
+      if (room == 0) {
+        budget_left_ = 0;  // nor for what waits
+        return;
+      }
+      AppendChunk(plan, sequence, room);
     }
-    AppendChunk(plan, sequence, room);
   }
 }
 
@@ -191,17 +215,15 @@ bool Scheduler::Impl::GiveUpSomething(const Sequence* wanting) {
 // itself that wants a block: then its sequences behind the wanting one. A sequence that nobody stands behind gives up
 // itself.
 Sequence* Scheduler::Impl::ChooseVictim(const Sequence* wanting) const {
-  const LiveRequest* oldest = nullptr;
+  const LiveRequest* oldest = OldestRunning();
   const Sequence* last_of_same = nullptr;
   Sequence* last = nullptr;
-  for (Sequence* sequence : running_) {
-    if (sequence->state != Sequence::State::kRunning) continue;
-    if (oldest == nullptr || sequence->request->order < oldest->order) oldest = sequence->request;
-  }
-  for (Sequence* sequence : running_) {
-    if (sequence->state != Sequence::State::kRunning) continue;
-    if (sequence->request == wanting->request) last_of_same = sequence;
-    if (sequence->request != oldest) last = sequence;
+  for (size_t account : order_) {
+    for (Sequence* sequence : accounts_[account].running) {
+      if (sequence->state != Sequence::State::kRunning) continue;
+      if (sequence->request == wanting->request) last_of_same = sequence;
+      if (sequence->request != oldest) last = sequence;
+    }
   }
   if (wanting->request != oldest) return last;  // perhaps `wanting` itself
   if (last != nullptr) return last;
@@ -222,8 +244,9 @@ void Scheduler::Impl::Preempt(Sequence* victim) {
 // --- Admission -------------------------------------------------------------------------------------------------------
 
 void Scheduler::Impl::AdmitWaiting(StepPlan* plan, const Call& call) {
-  while (!waiting_.empty() && !free_slots_.empty() && PrefillRoom(0) > 0) {
-    Sequence* sequence = *waiting_.begin();
+  while (!free_slots_.empty() && PrefillRoom(0) > 0) {
+    Sequence* sequence = NextToAdmit();
+    if (sequence == nullptr) return;
     if (StopHurrying(sequence, call.now)) continue;
     // Nobody passes a head that does not fit, or a large request would wait for ever.
     if (!TryAdmit(sequence, call)) return;
@@ -232,14 +255,26 @@ void Scheduler::Impl::AdmitWaiting(StepPlan* plan, const Call& call) {
   }
 }
 
+// The first in the queue of the least served account that may run one more; null: there is none.
+Sequence* Scheduler::Impl::NextToAdmit() {
+  for (size_t index : share_.Order()) {
+    const Account& account = accounts_[index];
+    if (!account.waiting.empty() && account.load.running_sequences < account.max_running) {
+      return *account.waiting.begin();
+    }
+  }
+  return nullptr;
+}
+
 // A target that can no longer be met hurries nobody: those go first that can still meet theirs. False: it can.
 bool Scheduler::Impl::StopHurrying(Sequence* sequence, TimePoint now) {
   LiveRequest& request = *sequence->request;
   if (!request.hurries || request.admitted || now <= request.start_by + Aged(*request.request)) return false;
-  waiting_.erase(sequence);  // alone: its siblings wait for it to compute the prompt
+  Account& account = AccountOf(*sequence);
+  account.waiting.erase(sequence);  // alone: its siblings wait for it to compute the prompt
   request.hurries = false;
   request.start_by += options_.default_ttft_target;
-  waiting_.insert(sequence);
+  account.waiting.insert(sequence);
   return true;
 }
 
@@ -249,7 +284,7 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   LiveRequest& request = *sequence->request;
   // Else results of an earlier run would meet this one.
   CHECK(sequence->pending == 0 && FindInFlight(sequence->last_step) == nullptr);
-  if (sequence == blocked_ && !running_.empty() && pool_.available() < blocked_until_available_ &&
+  if (sequence == blocked_ && num_running_ > 0 && pool_.available() < blocked_until_available_ &&
       step_ < blocked_until_step_) {
     return false;
   }
@@ -260,7 +295,7 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     const auto unreferenced = std::ranges::count_if(match_, [&](BlockId block) { return pool_.refs(block) == 0; });
     const int32_t needed = wanted - static_cast<int32_t>(match_.size()) + static_cast<int32_t>(unreferenced);
     if (needed + Headroom() <= pool_.available()) break;
-    if (running_.empty() && in_flight_.size() == 1 && !sharing_.empty()) {
+    if (num_running_ == 0 && in_flight_.size() == 1 && !sharing_.empty()) {
       // Nothing runs: prompts kept for later siblings must not keep it so.
       DropShare(*sharing_.back());
       continue;
@@ -271,7 +306,8 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     return false;
   }
 
-  waiting_.erase(sequence);
+  Account& account = AccountOf(*sequence);
+  account.waiting.erase(sequence);
   for (BlockId block : match_) pool_.Ref(block);
   sequence->blocks.assign(match_.begin(), match_.end());
   while (static_cast<int32_t>(sequence->blocks.size()) < wanted) {
@@ -285,7 +321,9 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   free_slots_.pop_back();
   sequence->needs_init = true;
   ++request.num_running;
-  running_.insert(std::ranges::upper_bound(running_, sequence, ComesBefore()), sequence);
+  ++num_running_;
+  ++account.load.running_sequences;
+  account.running.insert(std::ranges::upper_bound(account.running, sequence, ComesBefore()), sequence);
   if (!request.admitted) {
     if (EarliestExpiry(request) <= next_expiry_) next_expiry_stale_ = true;
     request.admitted = true;
@@ -293,6 +331,9 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     --waiting_requests_;
     waiting_tokens_ -= request.prompt_size;
     prompt_tokens_ += static_cast<uint64_t>(request.prompt_size);
+    --account.load.waiting_requests;
+    account.load.waiting_tokens -= request.prompt_size;
+    account.load.prompt_tokens += static_cast<uint64_t>(request.prompt_size);
     cached_tokens_ += static_cast<uint64_t>(sequence->computed);
     Event& event = call.events->emplace_back();
     event.kind = Event::Kind::kAdmitted;
@@ -320,7 +361,7 @@ void Scheduler::Impl::ReserveAnswer(Sequence* sequence) {
 // Blocks that stay free at an admission, for the running sequences to grow into: a quarter of a block each. Without it
 // an admission into a full pool would be preempted in the next step.
 int32_t Scheduler::Impl::Headroom() const {
-  return static_cast<int32_t>(running_.size()) / 4;
+  return num_running_ / 4;
 }
 
 // The leading blocks that are computed already: shared by a sibling or found in the cache, whichever reaches further.
@@ -380,12 +421,23 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
   ++(decode ? streams_ : prefills_);
   in_flight_.back().work.Add(planned.first_position, tokens);
 
+  Charge(sequence, end);
   sequence->scheduled = end;
   if (planned.sample) ++sequence->pending;
   sequence->last_step = step_;
   ++request.in_flight;
   in_flight_.back().sequences.push_back(sequence);
   budget_left_ -= tokens;
+}
+
+// Charges what is computed up to `end` and has not been charged before: neither what the prefix cache held, nor what a
+// preemption makes to be computed again.
+void Scheduler::Impl::Charge(Sequence* sequence, int32_t end) {
+  const int32_t begin = std::max(sequence->charged, sequence->scheduled);
+  if (end <= begin) return;
+  sequence->charged = end;
+  const int32_t answer = std::max(0, end - std::max(begin, sequence->request->prompt_size));
+  share_.Charge(sequence->request->account, end - begin + (kAnswerService - 1) * answer);
 }
 
 void Scheduler::Impl::AppendPromptScores(StepPlan* plan, PlannedSequence* planned, LiveRequest& request) {
@@ -411,9 +463,11 @@ void Scheduler::Impl::AppendSlotInit(StepPlan* plan, Sequence* sequence) {
 }
 
 void Scheduler::Impl::CompactRunning() {
-  if (!running_dirty_) return;
-  std::erase_if(running_, [](const Sequence* s) { return s->state != Sequence::State::kRunning; });
-  running_dirty_ = false;
+  for (Account& account : accounts_) {
+    if (!account.running_dirty) continue;
+    std::erase_if(account.running, [](const Sequence* s) { return s->state != Sequence::State::kRunning; });
+    account.running_dirty = false;
+  }
 }
 
 }  // namespace altiplano

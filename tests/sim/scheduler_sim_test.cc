@@ -44,14 +44,15 @@ TEST(Simulator, Seeds) {
              coverage.time_limits, ", deadlines ", coverage.deadlines, ", queue timeouts ", coverage.queue_timeouts,
              ", non-finite ", coverage.non_finite, ", aborts ", coverage.aborts, ", dropped results ",
              coverage.dropped_results, ", replayed steps ", coverage.replayed, ", targets met ", coverage.targets_met,
-             ", missed ", coverage.targets_missed, ", hopeless ", coverage.hopeless, ", overtaken ", coverage.overtaken)
+             ", missed ", coverage.targets_missed, ", hopeless ", coverage.hopeless, ", overtaken ", coverage.overtaken,
+             ", choices between tenants ", coverage.share_choices)
           .c_str());
   // Each of the things that the simulation is for did happen, about as often as with the seeds it was written with.
   for (uint64_t count :
        {coverage.preemptions, coverage.cached_tokens, coverage.siblings, coverage.prompt_scores, coverage.from_slot,
         coverage.chunked, coverage.cancelled, coverage.stopped, coverage.time_limits, coverage.deadlines,
         coverage.queue_timeouts, coverage.non_finite, coverage.dropped_results, coverage.replayed, coverage.targets_met,
-        coverage.targets_missed, coverage.hopeless, coverage.overtaken}) {
+        coverage.targets_missed, coverage.hopeless, coverage.overtaken, coverage.share_choices}) {
     EXPECT_GT(count, seeds / 50);
   }
 }

@@ -93,6 +93,17 @@ void Simulator::MakeOptions() {
   options_.default_ttft_target = milliseconds(random_.Below(200));
   if (random_.Chance(0.3)) options_.priority_ageing = milliseconds(random_.Between(1, 100));
   target_rate_ = sometimes(0.4, 0.5);
+  if (random_.Chance(0.4)) {
+    for (const char* name : {"a", "b", "*"}) {
+      TenantOptions& tenant = options_.tenants.emplace_back();
+      tenant.name = name;
+      tenant.weight = random_.Between(1, 5);
+      if (random_.Chance(0.2)) tenant.max_running = random_.Between(1, options_.max_running);
+    }
+  } else {
+    options_.tenants = {{.name = "*"}};
+  }
+  accounts_.resize(options_.tenants.size());
   options_.learn_step_cost = random_.Chance(0.5);
 }
 
@@ -137,6 +148,7 @@ void Simulator::MakeWorkload() {
     if (random_.Chance(deadline_rate_)) request->time_limit = soon();
     if (random_.Chance(target_rate_)) request->ttft_target = milliseconds(step_milliseconds_ * random_.Between(1, 60));
     sim.request = request;
+    sim.account = TenantOf(options_.tenants, request->tenant);
     const int32_t limit = std::min(static_cast<int32_t>(request->prompt.size()) + request->stop.max_new_tokens,
                                    scheduler_->max_servable_tokens());
     for (int32_t s = 0; s < request->num_sequences; ++s) {
@@ -216,6 +228,7 @@ void Simulator::Inject() {
   for (auto& [key, request] : requests_) {
     if (request.added || request.arrival_step > ticks_) continue;
     request.added = true;
+    Join(request);
     scheduler_->Add(key, request.request);
     Trace("add ", key, ": prompt ", request.request->prompt.size(), ", new ", request.request->stop.max_new_tokens,
           ", n ", request.request->num_sequences, ", priority ", request.request->priority);
@@ -246,8 +259,10 @@ void Simulator::CancelOne() {
 std::shared_ptr<const StepPlan> Simulator::Plan() {
   std::shared_ptr<const StepPlan> plan = scheduler_->Plan(now_, &events_);
   scheduler_->CheckInvariants();
+  admitted_.clear();
   JudgeEvents(/*after_plan=*/true);
   if (plan == nullptr) return plan;
+  JudgeShares(*plan);
   ++plans_without_progress_;
   Count(*plan);
   if (trace_) {
@@ -336,6 +351,7 @@ void Simulator::JudgeEvent(const Event& event) {
       request.admitted = true;
       coverage_.cached_tokens += event.cached_tokens;
       JudgeOrder(event.request, request);
+      admitted_.push_back(event.request);
       if (cached >= static_cast<int32_t>(request.request->prompt.size()) || cached % options_.block_size != 0) {
         Fail(StrCat("request ", event.request, " claims ", cached, " cached tokens"));
       }
@@ -360,7 +376,7 @@ void Simulator::JudgeOrder(RequestKey key, const SimRequest& admitted) {
   const Request& first = *admitted.request;
   auto named = [](const Request& r) { return r.ttft_target > Duration(0) || r.deadline != kNever; };
   for (const auto& [other, waiting] : requests_) {
-    if (!waiting.added || waiting.admitted || waiting.ended) continue;
+    if (!waiting.added || waiting.admitted || waiting.ended || waiting.account != admitted.account) continue;
     const Request& second = *waiting.request;
     Duration ahead{};  // by priority
     if (options_.priority_ageing > Duration(0)) {
@@ -443,6 +459,7 @@ void Simulator::JudgeFinished(const Event& event, SimRequest& request) {
 void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   plans_without_progress_ = 0;
   request.ended = true;
+  Leave(request);
   coverage_.preemptions += event.timing.preemptions;
   const Request& r = *request.request;
   const Status& status = event.status;
@@ -464,6 +481,63 @@ void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   if (!justified) Fail(StrCat("request ", event.request, " ends for no reason: ", status.ToString()));
   if (event.timing.total != now_ - r.arrival) Fail("wrong total time");
   if (request.tokens == 0 && now_ - r.arrival > r.ttft_target) JudgeTarget(request);
+}
+
+void Simulator::RaiseFloor() {
+  double lowest = 1e300, highest = 0;
+  for (const SimAccount& account : accounts_) {
+    highest = std::max(highest, account.level);
+    if (account.live > 0) lowest = std::min(lowest, account.level);
+  }
+  floor_ = std::max(floor_, lowest == 1e300 ? highest : lowest);
+}
+
+void Simulator::Join(SimRequest& request) {
+  SimAccount& account = accounts_[request.account];
+  if (account.live == 0) {
+    RaiseFloor();
+    account.level = std::max(account.level, floor_);
+  }
+  ++account.live;
+}
+
+void Simulator::Leave(SimRequest& request) {
+  SimAccount& account = accounts_[request.account];
+  if (account.live == 1) RaiseFloor();
+  --account.live;
+}
+
+// A new request was admitted while another account's waited: its account had had no more by then.
+void Simulator::JudgeShares(const StepPlan& plan) {
+  const std::vector<SimAccount> before = accounts_;
+  std::vector<int32_t> running(accounts_.size());
+  for (const PlannedSequence& planned : plan.sequences) {
+    const SimRequest& request = requests_.at(planned.request);
+    SimAccount& account = accounts_[request.account];
+    ++running[request.account];
+    int32_t& charged = charged_[{planned.request, planned.sequence}];
+    for (int32_t p = std::max(charged, planned.first_position); p < planned.first_position + planned.num_tokens; ++p) {
+      const bool answer = p >= static_cast<int32_t>(request.request->prompt.size());
+      account.level += (answer ? 2.0 : 1.0) / options_.tenants[request.account].weight;
+      charged = p + 1;
+    }
+  }
+  for (size_t i = 0; i < accounts_.size(); ++i) {
+    const int32_t most = options_.tenants[i].max_running;
+    if (most > 0 && running[i] > most) Fail(StrCat("tenant ", i, " runs ", running[i], " sequences"));
+  }
+  for (const auto& [other, waiting] : requests_) {
+    if (!waiting.added || waiting.admitted || waiting.ended || options_.tenants[waiting.account].max_running > 0)
+      continue;
+    for (RequestKey key : admitted_) {
+      const size_t account = requests_.at(key).account;
+      if (account == waiting.account) continue;
+      ++coverage_.share_choices;
+      if (before[account].level > accounts_[waiting.account].level + 0.01) {
+        Fail(StrCat("request ", key, " is admitted, though ", other, "'s tenant has had less for its weight"));
+      }
+    }
+  }
 }
 
 void Simulator::JudgeTarget(const SimRequest& request) {

@@ -22,7 +22,7 @@ struct Coverage {
   uint64_t preemptions = 0, cached_tokens = 0, siblings = 0, prompt_scores = 0, from_slot = 0, chunked = 0;
   uint64_t cancelled = 0, stopped = 0, time_limits = 0, deadlines = 0, queue_timeouts = 0, non_finite = 0, aborts = 0;
   uint64_t dropped_results = 0, replayed = 0;
-  uint64_t targets_met = 0, targets_missed = 0, hopeless = 0, overtaken = 0;
+  uint64_t targets_met = 0, targets_missed = 0, hopeless = 0, overtaken = 0, share_choices = 0;
 };
 
 class Simulator {
@@ -40,6 +40,7 @@ class Simulator {
   struct SimRequest {
     std::shared_ptr<const Request> request;
     int32_t arrival_step = 0;
+    size_t account = 0;
     std::vector<SimSequence> sequences;
     bool added = false, admitted = false, ended = false;
     std::optional<Code> cancel;
@@ -67,6 +68,7 @@ class Simulator {
   void AbortAll();
   void JudgeEvents(bool after_plan);
   void JudgeEvent(const Event& event);
+  void JudgeShares(const StepPlan& plan);
   void JudgeOrder(RequestKey key, const SimRequest& admitted);
   void JudgeTarget(const SimRequest& request);
   Duration PrefillTime(const Request& request) const;
@@ -92,12 +94,24 @@ class Simulator {
   std::unique_ptr<FlightRecorder> recorder_;  // of every fourth world
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<FakeExecutor> executor_;
+  // What each account has had for its weight, worked out from the plans alone.
+  struct SimAccount {
+    double level = 0;
+    int32_t live = 0, running = 0;
+  };
+  std::vector<SimAccount> accounts_;
+  double floor_ = 0;
+  std::map<std::pair<RequestKey, uint32_t>, int32_t> charged_;
   std::map<RequestKey, SimRequest> requests_;
   std::vector<Event> events_;
   TimePoint now_{std::chrono::hours(1)};
   int32_t ticks_ = 0;
   int32_t plans_without_progress_ = 0;
   uint64_t targets_met_ = 0, targets_missed_ = 0;
+  std::vector<RequestKey> admitted_;  // in the plan being judged
+  void RaiseFloor();
+  void Join(SimRequest& request);
+  void Leave(SimRequest& request);
   // How this world behaves.
   double cancel_rate_ = 0, stop_rate_ = 0, nan_rate_ = 0, abort_rate_ = 0, lockstep_rate_ = 0, deadline_rate_ = 0;
   double reset_rate_ = 0, target_rate_ = 0;

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <map>
+#include <random>
 #include <set>
 
 #include "tests/server/scheduler/driver_testlib.h"
@@ -37,6 +39,7 @@ TEST(SchedulerOptions, ContradictionsAreRefusedByName) {
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = -milliseconds(1); }), HasSubstr("max_itl is negative"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1); }), HasSubstr("needs a step_cost"));
   EXPECT_THAT(refusal([](auto& o) { o.default_ttft_target = -milliseconds(1); }), HasSubstr("target is negative"));
+  EXPECT_THAT(refusal([](auto& o) { o.tenants = {{.name = "a", .weight = 0}}; }), HasSubstr("a: weight is 0"));
   EXPECT_THAT(refusal([](auto& o) { o.priority_ageing = -milliseconds(1); }), HasSubstr("ageing is negative"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1), o.step_cost.step_us = 1500; }),
               HasSubstr("max_itl is 1 ms, but by step_cost a step of one token takes 1.5 ms"));
@@ -387,6 +390,124 @@ TEST(Priority, WaitingMakesUpForItWhereItAges) {
       EXPECT_THAT(AdmittedInOrder(driver), ElementsAre(4, 3, 2, 1, 5));
     }
   }
+}
+
+// --- Tenants ---------------------------------------------------------------------------------------------------------
+
+// Both tenants always have requests waiting, of sizes drawn by a seed.
+class TwoTenants {
+ public:
+  TwoTenants(SchedulerOptions options, int32_t weight_a, int32_t weight_b)
+      : driver_(WithTenants(options, weight_a, weight_b)) {}
+
+  Driver& driver() { return driver_; }
+  void Step(bool a_asks, bool b_asks) {
+    for (const auto& [asks, tenant] : {std::pair(a_asks, 0), std::pair(b_asks, 1)}) {
+      while (asks && driver_->load().tenants[static_cast<size_t>(tenant)].waiting_requests < 3) {
+        auto request = MakeRequest(1 + static_cast<int>(random_() % 30), 1 + static_cast<int>(random_() % 30),
+                                   static_cast<TokenId>(random_() % 100'000));
+        request->tenant = tenant == 0 ? "a" : "b";
+        request->priority = tenant == 0 ? static_cast<int32_t>(random_() % 100) : 0;  // which helps against nobody else
+        tenants_[++key_] = tenant;
+        prompts_[key_] = static_cast<int32_t>(request->prompt.size());
+        driver_->Add(key_, request);
+      }
+    }
+    driver_.events.clear();
+    auto plan = driver_.Step();
+    for (const PlannedSequence& planned : plan->sequences) {
+      int32_t& computed = computed_[planned.request];  // what a preemption makes to be computed again is no service
+      const int32_t begin = std::max(computed, planned.first_position);
+      computed = std::max(computed, planned.first_position + planned.num_tokens);
+      const int32_t answer = std::max(0, computed - std::max(begin, prompts_[planned.request]));
+      served_[tenants_[planned.request]] += computed - begin + answer;
+    }
+  }
+  double served(int tenant) const { return static_cast<double>(served_[tenant]); }
+
+ private:
+  static SchedulerOptions WithTenants(SchedulerOptions options, int32_t a, int32_t b) {
+    options.tenants = {{.name = "a", .weight = a}, {.name = "b", .weight = b}};
+    return options;
+  }
+  Driver driver_;
+  std::minstd_rand random_{3};
+  std::map<RequestKey, int> tenants_;
+  std::map<RequestKey, int32_t> prompts_, computed_;
+  RequestKey key_ = 0;
+  int64_t served_[2] = {};
+};
+
+// As much as can run when the other tenant falls behind: no more than its sequences can ask for to their ends.
+constexpr double kMostOutstanding = 8 * (30 + 2 * 30);
+
+TEST(Tenants, TwoThatAlwaysWaitAreServedAsTheirWeights) {
+  for (const auto& [a, b] : {std::pair(1, 1), std::pair(1, 3), std::pair(5, 2)}) {
+    for (int32_t blocks : {40, 12}) {  // with room for all, and with preemptions
+      SchedulerOptions options = SmallOptions();
+      options.num_blocks = blocks + 8;
+      TwoTenants world(options, a, b);
+      const double bound = kMostOutstanding / std::min(a, b);
+      for (int step = 0; step < 3000; ++step) {
+        world.Step(true, true);
+        ASSERT_LE(std::abs(world.served(0) / a - world.served(1) / b), bound) << "at step " << step;
+      }
+      EXPECT_NEAR(world.served(0) / world.served(1) * b / a, 1, 0.05);
+    }
+  }
+}
+
+TEST(Tenants, OneThatWasAwayIsOwedNothing) {
+  TwoTenants world(SmallOptions(), 1, 1);
+  for (int step = 0; step < 500; ++step) world.Step(true, false);
+  const double before = world.served(0);
+  EXPECT_GT(before, 5 * kMostOutstanding);
+  for (int step = 0; step < 1000; ++step) {
+    world.Step(true, true);
+    ASSERT_LE(std::abs(world.served(0) - before - world.served(1)), kMostOutstanding) << "at step " << step;
+  }
+}
+
+TEST(Tenants, RunNoMoreSequencesThanTheyMayAndOthersPassThem) {
+  SchedulerOptions options = SmallOptions();
+  options.tenants = {{.name = "a", .max_running = 2}};
+  Driver driver(options);
+  for (RequestKey key = 1; key <= 5; ++key) {
+    auto request = MakeRequest(2, 20);
+    request->tenant = key <= 4 ? "a" : "whoever";
+    driver->Add(key, request);
+  }
+  auto plan = driver.Step();
+  EXPECT_EQ(plan->sequences.size(), 3u);
+  EXPECT_EQ(driver->load().tenants[0].running_sequences, 2);
+  EXPECT_EQ(driver->load().tenants[0].waiting_requests, 2);
+  EXPECT_EQ(driver->load().tenants[1].running_sequences, 1);
+  driver.RunAll();
+  EXPECT_EQ(driver->load().tenants[0].generated_tokens, 80u);
+  EXPECT_EQ(driver->load().tenants[1].prompt_tokens, 2u);
+}
+
+TEST(Tenants, WhoHasHadMoreGivesUpFirst) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 15;  // for two of the three to their ends
+  options.prefix_cache = false;
+  options.tenants = {{.name = "a"}, {.name = "b"}};
+  Driver driver(options);
+  auto add = [&](RequestKey key, const char* tenant, int32_t priority, int prompt) {
+    auto request = MakeRequest(prompt, 20, static_cast<TokenId>(100 * key));
+    request->tenant = tenant;
+    request->priority = priority;
+    driver->Add(key, request);
+    driver.Step();
+  };
+  add(1, "a", 0, 5);
+  add(2, "a", 9, 14);
+  add(3, "b", 0, 5);
+  while (driver->load().preemptions == 0) driver.Step();
+  driver.RunAll();
+  EXPECT_EQ(driver.EndOf(1).timing.preemptions, 0u) << "the oldest";
+  EXPECT_GT(driver.EndOf(2).timing.preemptions, 0u) << "though its priority is higher";
+  EXPECT_EQ(driver.EndOf(3).timing.preemptions, 0u);
 }
 
 // --- The ceiling on inter-token latency ------------------------------------------------------------------------------
