@@ -182,7 +182,7 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
                                 .dim = dim,
                                 .most_context = args.block_tables.dim(1) * page_size,
                                 .may_prefill = mma && !args.batch_invariant && page_size % kPrefillKeys == 0 &&
-                                               IsPacked(args.out, 8) && pool_rows <= kMostPoolRows};
+                                               IsPacked(args.out, 8) && pool_rows <= kMostPoolRows && MayPrefill()};
   if (sizes.q_heads == 0) return;
   const AttentionPlan plan = PlanPagedAttention(
       sizes, mma ? MmaAttentionSharedBytes(dim) : PlainAttentionSharedBytes(dim), args.scratch_bytes);

@@ -148,8 +148,8 @@ PTX_FUNCTION void StoreState(const AttentionArgs& args, const RowPlace& place, i
 uint32_t MmaAttentionSharedBytes(int64_t dim);
 void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args);
 
-// ---- paged_attention_hopper.cu: the sequences of at least kFewestPrefillRows rows, on sm_90a. `pool_rows`: P * Hkv *
-// S.
+// ---- paged_attention_hopper.cu: the sequences of at least kFewestPrefillRows rows. `pool_rows`: P * Hkv * S.
+bool MayPrefill();  // whether this GPU has what it takes
 void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows);
 
 }  // namespace altiplano::cuda

@@ -328,6 +328,10 @@ void LaunchFor(Stream& stream, const LaunchShape& shape, const AttentionArgs& ar
 
 }  // namespace
 
+bool MayPrefill() {
+  return ptx::IsHopper();
+}
+
 void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows) {
   args.dim == 64 ? LaunchFor<64>(stream, shape, args, pool_rows) : LaunchFor<128>(stream, shape, args, pool_rows);
 }

@@ -1,4 +1,5 @@
-// The device side of ptx_hopper.h: inline PTX, and tensor maps by the driver.
+// The device side of ptx_hopper.h: inline PTX, and tensor maps by the driver. Compiled for anything but sm_90a,
+// whatever reaches these instructions traps.
 #pragma once
 
 #include <cuda.h>
@@ -11,6 +12,11 @@
 #include "kernels/cuda/ptx_device.h"
 
 #define PTX_GRID_CONSTANT __grid_constant__
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PTX_SM90A(...) asm volatile(__VA_ARGS__)
+#else
+#define PTX_SM90A(...) __trap()
+#endif
 
 namespace altiplano::ptx {
 
@@ -43,37 +49,44 @@ inline TensorMap MakeTensorMap(const BF16* data, int64_t rows, int64_t columns, 
   return map;
 }
 
+// Whether the current GPU has these instructions.
+inline bool IsHopper() {
+  int ordinal = 0, major = 0;
+  return cudaGetDevice(&ordinal) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) == cudaSuccess && major == 9;
+}
+
 // ---- mbarriers: each phase ends when `arrivals` threads have arrived and all bytes that they announced are there.
 PTX_FUNCTION void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(arrivals) : "memory");
+  PTX_SM90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(arrivals) : "memory");
 }
 PTX_FUNCTION void MbarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+  PTX_SM90A("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 PTX_FUNCTION void MbarrierArriveExpecting(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
-               : "memory");
+  PTX_SM90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
+            : "memory");
 }
 // Until a phase of this parity is over; the first is 0.
 PTX_FUNCTION void MbarrierWait(uint64_t* barrier, uint32_t parity) {
   uint32_t over = 0;
   while (over == 0) {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(over)
-                 : "r"(SharedAddress(barrier)), "r"(parity)
-                 : "memory");
+    PTX_SM90A("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+              : "=r"(over)
+              : "r"(SharedAddress(barrier)), "r"(parity)
+              : "memory");
   }
 }
 
 // ---- TMA
 // Between this thread's writes to shared memory and what TMA and wgmma do there after a barrier.
 PTX_FUNCTION void FenceProxyAsync() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  PTX_SM90A("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // The box whose corner is (row, column), into rows of 128 bytes at `to`, swizzled. Takes from the bytes that `barrier`
 // waits for.
 PTX_FUNCTION void CopyBox(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) {
-  asm volatile(
+  PTX_SM90A(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(SharedAddress(to)),
       "l"(&map), "r"(column), "r"(row), "r"(SharedAddress(barrier))
@@ -83,11 +96,11 @@ PTX_FUNCTION void CopyBox(void* to, const TensorMap& map, int column, int row, u
 // ---- registers, which all warps of a warpgroup give back, or take from what others have given back
 template <int kRegisters>
 PTX_FUNCTION void GiveRegistersBack() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  PTX_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
 PTX_FUNCTION void TakeRegisters() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  PTX_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // ---- matrices of a warpgroup
@@ -105,15 +118,15 @@ PTX_FUNCTION void Touch(uint32_t (&registers)[kCount][kSize]) {
 template <typename... Registers>
 PTX_FUNCTION void WgmmaFence(Registers&... registers) {
   (Touch(registers), ...);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  PTX_SM90A("wgmma.fence.sync.aligned;" ::: "memory");
 }
 PTX_FUNCTION void WgmmaCommit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  PTX_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 // Until at most the kPending youngest groups are under way. `registers` are what the others wrote and read.
 template <int kPending, typename... Registers>
 PTX_FUNCTION void WgmmaWait(Registers&... registers) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  PTX_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   (Touch(registers), ...);
 }
 
@@ -125,7 +138,7 @@ PTX_FUNCTION void WgmmaWait(Registers&... registers) {
 // Mma16816's do, d for 8 columns after the other. b is found by its descriptor: K-major as it is, else MN-major.
 template <bool kMnMajor>
 PTX_FUNCTION void Wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
+  PTX_SM90A(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
       "%24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, %38; }"
@@ -135,7 +148,7 @@ PTX_FUNCTION void Wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool
 }
 template <bool kMnMajor>
 PTX_FUNCTION void Wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
+  PTX_SM90A(
       "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
       "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "
@@ -146,5 +159,6 @@ PTX_FUNCTION void Wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool
         "n"(static_cast<int>(kMnMajor)));
 }
 #undef PTX_8
+#undef PTX_SM90A
 
 }  // namespace altiplano::ptx

@@ -20,6 +20,10 @@ inline TensorMap MakeTensorMap(const BF16* data, int64_t rows, int64_t columns, 
           .box_rows = box_rows};
 }
 
+inline bool IsHopper() {
+  return true;
+}
+
 inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals, PTX_SITE) {
   sim::MbarrierInit(barrier, arrivals, site);
 }
