@@ -1,0 +1,124 @@
+// Times every op on a GPU, in the shapes of Llama 3.1, and the memory bandwidth that they are held against.
+//
+//   gpu_bench --json FILE [--part NAME] [--dry]
+//
+// FILE gets a JSON line for each case: its sizes, the bytes and products that it must at least move and compute, and
+// microseconds. --dry writes the same lines without times and needs no GPU. run_gpu.py makes a table of them.
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <string>
+
+#include "server/base/json.h"
+#include "server/base/strings.h"
+#include "tests/gpu/gpu_cases.h"
+#include "tests/gpu/gpu_timer.h"
+
+namespace altiplano::gpu {
+namespace {
+
+int Usage() {
+  std::fputs("usage: gpu_bench --json FILE [--part NAME] [--dry]\nparts: limits", stderr);
+  std::string last;
+  for (const Case& c : AllCases()) {
+    if (c.part != last) std::fprintf(stderr, " %s", c.part.c_str());
+    last = c.part;
+  }
+  std::fputs("\n", stderr);
+  return 64;
+}
+
+// Copy and read bandwidth are cases like others; both count the bytes that memory sees.
+std::vector<Case> LimitCases() {
+  constexpr size_t kCopyBytes = size_t{1} << 30, kReadBytes = size_t{2} << 30;
+  Case copy, read;
+  copy.part = read.part = "limits";
+  copy.name = "copy of 1 GiB";
+  copy.bytes = 2.0 * kCopyBytes;
+  copy.prepare = [](Arena& arena) {
+    return [&arena](Stream& stream, int turn) {
+      Copy(stream, arena.Output(turn, 1, kCopyBytes / 4, DType::kF32).data, Device::kCuda,
+           arena.Input(turn, 1, kCopyBytes / 4, DType::kF32).data, Device::kCuda, kCopyBytes);
+    };
+  };
+  read.name = "read of 2 GiB";
+  read.bytes = kReadBytes;
+  read.prepare = [](Arena& arena) {
+    return [&arena](Stream& stream, int turn) {
+      ReadMemory(stream, arena.Input(turn, 1, kReadBytes / 4, DType::kF32).data, kReadBytes);
+    };
+  };
+  return {copy, read};
+}
+
+int Main(int argc, char** argv) {
+  std::string path, part;
+  bool dry = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--dry") {
+      dry = true;
+    } else if ((word == "--json" || word == "--part") && i + 1 < argc) {
+      (word == "--json" ? path : part) = argv[++i];
+    } else {
+      return Usage();
+    }
+  }
+  if (path.empty()) return Usage();
+  std::vector<Case> cases = LimitCases();
+  for (Case& c : AllCases()) cases.push_back(std::move(c));
+  if (!part.empty()) std::erase_if(cases, [&](const Case& c) { return c.part != part; });
+  if (cases.empty()) return Usage();
+
+  std::ofstream file(path);
+  std::unique_ptr<Stream> stream;
+  std::unique_ptr<Arena> arena;
+  if (!dry) {
+    std::string error;
+    stream = Stream::Cuda(0, &error);
+    if (stream == nullptr) {
+      std::fprintf(stderr, "gpu_bench: %s\n", error.c_str());
+      return 69;
+    }
+    arena = std::make_unique<Arena>(*stream);
+    if (!*arena) {
+      std::fprintf(stderr, "gpu_bench: the GPU has no %s left\n",
+                   HumanBytes(Arena::kInputBytes + Arena::kOutputBytes).c_str());
+      return 69;
+    }
+    std::printf("%s\n", Describe(*stream).c_str());
+  }
+  int failed = 0;
+  for (const Case& c : cases) {
+    OrderedJson line = {{"part", c.part}, {"name", c.name}, {"bytes", c.bytes}, {"flops", c.flops}};
+    for (const auto& [size, value] : c.sizes) line[size] = value;
+    if (!dry) {
+      const Time time = Measure(*stream, c.captured, c.prepare(*arena));
+      if (!time.error.empty()) {
+        line["error"] = time.error;
+        std::printf("%-60s %s\n", c.name.c_str(), time.error.c_str());
+        ++failed;
+      } else {
+        line["us"] = time.median * 1e6;
+        line["least_us"] = time.least * 1e6;
+        line["calls"] = time.calls;
+        std::printf("%-60s %10.2f us %8.1f GB/s %8.1f TFLOP/s\n", c.name.c_str(), time.median * 1e6,
+                    c.bytes / time.median * 1e-9, c.flops / time.median * 1e-12);
+      }
+      std::fflush(stdout);
+    }
+    file << line.dump() << "\n" << std::flush;  // what was measured stays when the next case hangs
+    // A CUDA error of a kernel stays with the process: nothing after it can be measured.
+    if (failed > 0) break;
+  }
+  if (!file) std::fprintf(stderr, "gpu_bench: %s cannot be written\n", path.c_str());
+  return failed > 0 || !file ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace altiplano::gpu
+
+int main(int argc, char** argv) {
+  return altiplano::gpu::Main(argc, argv);
+}

@@ -1,0 +1,267 @@
+#include "tests/gpu/gpu_cases.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <utility>
+
+#include "kernels/ops.h"
+#include "server/base/check.h"
+#include "server/base/strings.h"
+#include "server/model/config.h"
+
+namespace altiplano::gpu {
+
+namespace {
+
+constexpr int64_t kPageSize = 64;
+
+// One rank's part of a model.
+struct Rank {
+  std::string name;
+  int64_t hidden, q_heads, kv_heads, dim, ffn, vocab;
+};
+
+Rank RankOf(const std::string& model, int64_t ranks) {
+  const ModelConfig c = PublishedModelConfig(model).value();
+  return {.name = ranks == 1 ? model : StrCat(model, " of ", ranks),
+          .hidden = c.hidden,
+          .q_heads = c.q_heads / ranks,
+          .kv_heads = std::max<int64_t>(1, c.kv_heads / ranks),
+          .dim = c.head_dim,
+          .ffn = c.ffn / ranks,
+          .vocab = c.vocab / ranks};
+}
+
+double Double(int64_t n) {
+  return static_cast<double>(n);
+}
+
+Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n, int64_t k, DType out) {
+  Case c;
+  c.part = "linear";
+  c.name = StrCat("Linear ", rank.name, " ", what, ", ", m, " tokens");
+  c.sizes = {{"m", m}, {"n", n}, {"k", k}};
+  c.bytes = 2 * (Double(n * k) + Double(m * k)) + static_cast<double>(SizeOf(out)) * Double(m * n);
+  c.flops = 2 * Double(m) * Double(n) * Double(k);
+  c.prepare = [=](Arena& arena) {
+    return [=, &arena](Stream& stream, int turn) {
+      Linear(stream, {.out = arena.Output(turn, m, n, out),
+                      .x = arena.Input(2 * turn, m, k, DType::kBF16),
+                      .weight = arena.Input(2 * turn + 1, n, k, DType::kBF16)});
+    };
+  };
+  return c;
+}
+
+void AddLinear(const Rank& r, const std::vector<int64_t>& tokens, std::vector<Case>* cases) {
+  for (int64_t m : tokens) {
+    cases->push_back(LinearCase(r, "qkv", m, (r.q_heads + 2 * r.kv_heads) * r.dim, r.hidden, DType::kBF16));
+    cases->push_back(LinearCase(r, "o", m, r.hidden, r.q_heads * r.dim, DType::kF32));
+    cases->push_back(LinearCase(r, "gate_up", m, 2 * r.ffn, r.hidden, DType::kBF16));
+    cases->push_back(LinearCase(r, "down", m, r.hidden, r.ffn, DType::kF32));
+    if (m <= 256) cases->push_back(LinearCase(r, "head", m, r.vocab, r.hidden, DType::kF32));
+  }
+}
+
+// Sequences of `context` tokens each, of which the last `queries` are new.
+Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t context) {
+  Case c;
+  c.part = queries == 1 ? "decode_attention" : "prefill_attention";
+  c.name = StrCat("PagedAttention ", r.name, ", ", sequences, " x ", queries, " of ", context);
+  c.sizes = {{"sequences", sequences}, {"queries", queries},     {"context", context},
+             {"q_heads", r.q_heads},   {"kv_heads", r.kv_heads}, {"dim", r.dim}};
+  const int64_t tokens = sequences * queries, pages_each = (context + kPageSize - 1) / kPageSize;
+  c.bytes = 4 * Double(sequences * context * r.kv_heads * r.dim) + 4 * Double(tokens * r.q_heads * r.dim);
+  c.flops = 4 * Double(r.q_heads * r.dim * sequences) *
+            (Double(queries) * Double(context - queries) + Double(queries) * Double(queries + 1) / 2);
+  c.prepare = [=](Arena& arena) {
+    const TensorView k_pages = arena.InputPool(0, r.kv_heads, kPageSize, r.dim);
+    const TensorView v_pages = arena.InputPool(1, r.kv_heads, kPageSize, r.dim);
+    CHECK(k_pages.dim(0) >= sequences * pages_each);
+    std::vector<int32_t> q_begin, lengths(static_cast<size_t>(sequences), static_cast<int32_t>(context));
+    for (int64_t i = 0; i <= sequences; ++i) q_begin.push_back(static_cast<int32_t>(i * queries));
+    const TensorView begins = arena.Keep(q_begin, {sequences + 1}), contexts = arena.Keep(lengths, {sequences});
+    std::vector<int32_t> pages(static_cast<size_t>(k_pages.dim(0)));
+    for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
+    std::mt19937 random(1);
+    std::vector<TensorView> tables;
+    for (int i = 0; i < 4; ++i) {
+      std::shuffle(pages.begin(), pages.end(), random);
+      tables.push_back(arena.Keep({pages.begin(), pages.begin() + sequences * pages_each}, {sequences, pages_each}));
+    }
+    constexpr size_t kScratchBytes = size_t{256} << 20;
+    auto scratch = std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, kScratchBytes));
+    CHECK(static_cast<bool>(*scratch));
+    return [=, &arena](Stream& stream, int turn) {
+      const int64_t width = r.q_heads * r.dim;
+      PagedAttention(stream, {.out = arena.Output(turn, tokens, width, DType::kBF16),
+                              .q = arena.Input(turn, tokens, width, DType::kBF16),
+                              .k_pages = k_pages,
+                              .v_pages = v_pages,
+                              .q_begin = begins,
+                              .context_lengths = contexts,
+                              .block_tables = tables[static_cast<size_t>(turn) % tables.size()],
+                              .scale = 1 / std::sqrt(static_cast<float>(r.dim)),
+                              .scratch = scratch->data(),
+                              .scratch_bytes = scratch->bytes()});
+    };
+  };
+  return c;
+}
+
+void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
+  const auto add = [&](std::string op, std::map<std::string, int64_t> sizes, double bytes, auto prepare) {
+    Case c;
+    c.part = "row_ops";
+    c.name = StrCat(op, " ", r.name, ", ", tokens, " tokens");
+    sizes["tokens"] = tokens;
+    c.sizes = std::move(sizes);
+    c.bytes = bytes;
+    c.prepare = std::move(prepare);
+    cases->push_back(std::move(c));
+  };
+  const int64_t hidden = r.hidden, ffn = r.ffn, q = r.q_heads * r.dim, kv = r.kv_heads * r.dim, dim = r.dim;
+  add("AddRmsNorm", {{"hidden", hidden}}, Double(tokens * hidden) * (4 + 4 + 4 + 2), [=](Arena& arena) {
+    return [=, &arena](Stream& stream, int turn) {
+      const TensorView row = arena.Input(2 * turn + 1, 1, hidden, DType::kF32);
+      AddRmsNorm(stream, {.out = arena.Output(2 * turn, tokens, hidden, DType::kBF16),
+                          .residual = arena.Output(2 * turn + 1, tokens, hidden, DType::kF32),
+                          .x = arena.Input(2 * turn, tokens, hidden, DType::kF32),
+                          .weight = TensorView::Make(row.data, DType::kF32, {hidden}, Device::kCuda),
+                          .eps = 1e-5f});
+    };
+  });
+  add("SiluMul", {{"ffn", ffn}}, Double(tokens * ffn) * 6, [=](Arena& arena) {
+    return [=, &arena](Stream& stream, int turn) {
+      SiluMul(stream, {.out = arena.Output(turn, tokens, ffn, DType::kBF16),
+                       .gate_up = arena.Input(turn, tokens, 2 * ffn, DType::kBF16)});
+    };
+  });
+  add("RopeStoreKv", {{"q", q}, {"kv", kv}, {"dim", dim}}, Double(tokens) * Double(4 * q + 8 * kv), [=](Arena& arena) {
+    const TensorView k_pages = arena.OutputPool(0, kv / dim, kPageSize, dim);
+    const TensorView v_pages = arena.OutputPool(1, kv / dim, kPageSize, dim);
+    // A prime step goes through the pool before it meets a slot again.
+    std::vector<int32_t> positions, slots;
+    for (int64_t t = 0; t < tokens; ++t) {
+      positions.push_back(static_cast<int32_t>(t));
+      slots.push_back(static_cast<int32_t>(t * 104729 % (k_pages.dim(0) * kPageSize)));
+    }
+    const TensorView at = arena.Keep(positions, {tokens}), to = arena.Keep(slots, {tokens});
+    return [=, &arena](Stream& stream, int turn) {
+      const TensorView qkv = arena.Output(turn, tokens, q + 2 * kv, DType::kBF16);
+      const TensorView row = arena.Input(turn, 1, dim / 2, DType::kF32);
+      RopeStoreKv(stream, {.q = qkv.columns(0, q),
+                           .k = qkv.columns(q, kv),
+                           .v = qkv.columns(q + kv, kv),
+                           .k_pages = k_pages,
+                           .v_pages = v_pages,
+                           .positions = at,
+                           .slots = to,
+                           .inv_freq = TensorView::Make(row.data, DType::kF32, {dim / 2}, Device::kCuda)});
+    };
+  });
+}
+
+Case SampleCase(int64_t rows, bool greedy) {
+  constexpr int64_t kVocab = 128256;
+  Case c;
+  c.part = "sample";
+  c.name = StrCat("Sample ", greedy ? "greedy" : "temperature 0.8, top_p 0.95, top_k 50", ", ", rows, " rows");
+  c.sizes = {{"rows", rows}, {"vocab", kVocab}, {"greedy", greedy}};
+  c.bytes = Double(rows * kVocab) * 4;
+  c.captured = false;  // parameters and results lie in the host's memory
+  c.prepare = [=](Arena& arena) {
+    auto params = std::make_shared<std::vector<SampleParams>>(static_cast<size_t>(rows));
+    auto results = std::make_shared<std::vector<SampleResult>>(static_cast<size_t>(rows));
+    for (SampleParams& p : *params) {
+      p.temperature = greedy ? 0.0f : 0.8f;
+      if (!greedy) p.top_p = 0.95f, p.top_k = 50;
+    }
+    auto scratch =
+        std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, SampleScratchBytes(rows, kVocab, Device::kCuda)));
+    CHECK(static_cast<bool>(*scratch));
+    return [=, &arena](Stream& stream, int turn) {
+      Sample(stream, {.results = results->data(),
+                      .params = params->data(),
+                      .logits = arena.Input(turn, rows, kVocab, DType::kF32),
+                      .scratch = scratch->data()});
+    };
+  };
+  return c;
+}
+
+}  // namespace
+
+Arena::Arena(Stream& stream)
+    : stream_(stream),
+      inputs_(Buffer::Allocate(Device::kCuda, kInputBytes)),
+      outputs_(Buffer::Allocate(Device::kCuda, kOutputBytes)) {
+  if (!*this) return;
+  // Numbers around 2^-7 of either sign, as bf16 and (two of them in one) as f32.
+  std::vector<uint32_t> block(size_t{16} << 20);
+  std::minstd_rand random(1);
+  for (uint32_t& word : block) {
+    const auto bits = static_cast<uint32_t>(random());
+    word = 0x3c003c00 | (bits & 0x01ff01ff) | ((bits & 0x01000100) << 7);
+  }
+  const size_t step = block.size() * sizeof(uint32_t);
+  for (const Buffer* memory : {&inputs_, &outputs_}) {
+    for (size_t at = 0; at < memory->bytes(); at += step) {
+      Copy(stream_, static_cast<char*>(memory->data()) + at, Device::kCuda, block.data(), Device::kCpu,
+           std::min(step, memory->bytes() - at));
+    }
+  }
+  CHECK(stream_.Synchronize().empty());
+}
+
+TensorView Arena::Piece(const Buffer& memory, int turn, int64_t rows, int64_t columns, DType dtype) {
+  const size_t bytes = (static_cast<size_t>(rows * columns) * SizeOf(dtype) + 1023) / 1024 * 1024;
+  CHECK(bytes <= memory.bytes());
+  // Steps of a third of the memory and a little: neighbours in time lie far apart, and places do not repeat soon.
+  const size_t room = memory.bytes() - bytes, step = memory.bytes() / 3 + (size_t{37} << 20);
+  const size_t at = room == 0 ? 0 : static_cast<size_t>(turn) * step % room / 1024 * 1024;
+  return TensorView::Make(static_cast<char*>(memory.data()) + at, dtype, {rows, columns}, Device::kCuda);
+}
+
+TensorView Arena::Pool(const Buffer& memory, int which, int64_t heads, int64_t page_size, int64_t dim) {
+  const size_t half = memory.bytes() / 2, page = static_cast<size_t>(heads * page_size * dim) * sizeof(BF16);
+  return TensorView::Make(static_cast<char*>(memory.data()) + static_cast<size_t>(which) * half, DType::kBF16,
+                          {static_cast<int64_t>(half / page), heads, page_size, dim}, Device::kCuda);
+}
+
+TensorView Arena::Keep(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape) {
+  const size_t bytes = values.size() * sizeof(int32_t);
+  kept_.push_back(Buffer::Allocate(Device::kCuda, bytes));
+  CHECK(static_cast<bool>(kept_.back()));
+  Copy(stream_, kept_.back().data(), Device::kCuda, values.data(), Device::kCpu, bytes);
+  CHECK(stream_.Synchronize().empty());
+  return TensorView::Make(kept_.back().data(), DType::kI32, shape, Device::kCuda);
+}
+
+std::vector<Case> AllCases() {
+  std::vector<Case> cases;
+  const Rank whole = RankOf("8b", 1);
+  const std::vector<Rank> eighths = {RankOf("8b", 8), RankOf("70b", 8), RankOf("405b", 8)};
+  AddLinear(whole, {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192}, &cases);
+  for (const Rank& rank : eighths) AddLinear(rank, {1, 4, 16, 64, 512, 2048}, &cases);
+  for (int64_t context : {1024, 4096, 32768}) {
+    for (int64_t sequences : {1, 8, 32, 128}) {
+      if (sequences * context <= 128 * 4096) cases.push_back(AttentionCase(whole, sequences, 1, context));
+    }
+  }
+  for (const Rank& rank : eighths) {
+    for (int64_t sequences : {1, 32}) cases.push_back(AttentionCase(rank, sequences, 1, 8192));
+  }
+  for (int64_t queries : {512, 2048, 8192}) cases.push_back(AttentionCase(whole, 1, queries, queries));
+  cases.push_back(AttentionCase(whole, 1, 2048, 32768));
+  for (int64_t tokens : {1, 16, 256, 2048, 8192}) AddRowOps(whole, tokens, &cases);
+  for (bool greedy : {true, false}) {
+    for (int64_t rows : {1, 32, 256}) cases.push_back(SampleCase(rows, greedy));
+  }
+  return cases;
+}
+
+}  // namespace altiplano::gpu

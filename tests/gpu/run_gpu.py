@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""Correctness first, then speed, on the GPU of this machine; everything that is found lies in one folder.
+
+    run_gpu.py --programs DIR [--out DIR] [--dry] [--slice SECONDS] [--only PART,...]
+
+DIR holds gpu_bench, cuda_kernels_gpu_test, llama_on_real_gpu_test and altiplano (a part whose program is missing is left out,
+and the table says so). Each part may fail alone. state.json in the output folder remembers what is done: when the slice
+of time is over, the same command goes on where this one stopped (exit code 75: call again). --dry runs nothing on a GPU
+and needs none. Exit code 0: all parts passed; 1: some failed; 69: there is no GPU.
+"""
+import argparse
+import datetime
+import glob
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROMPTS = (512, 2048, 8192, 32768)
+
+
+class Part:
+    """One command. seconds: what it may take; unless so much is left of the slice, it waits for the next."""
+
+    def __init__(self, name, command, seconds, needs, dry=None, kind="speed"):
+        self.name, self.command, self.seconds, self.needs, self.kind = name, command, seconds, needs, kind
+        self.dry = dry
+
+
+def parts_of(programs, out):
+    def program(name):
+        return str(programs / name)
+
+    def bench(part, seconds):
+        base = [program("gpu_bench"), "--part", part, "--json", str(out / f"{part}.jsonl")]
+        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"])
+
+    def tests(name, seconds):
+        base = [program(name)]
+        return Part(name, base + [f"--gtest_output=json:{out / name}.json"], seconds, program(name),
+                    base + ["--gtest_list_tests"], "correctness")
+
+    def sanitizer(tool, seconds, tests_):
+        base = [program("cuda_kernels_gpu_test"), f"--gtest_filter={tests_}"]
+        return Part(f"sanitizer_{tool}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] + base, seconds,
+                    shutil.which("compute-sanitizer"), base + ["--gtest_list_tests"], "correctness")
+
+    def engine(name, extra, seconds):
+        base = [program("altiplano"), "bench", "offline", "--model", "random:8b", "--device", "cuda", "--dtype", "bf16",
+                "--json"] + extra
+        return Part(name, base, seconds, program("altiplano"), [program("altiplano"), "inspect", "random:8b"])
+
+    small = "CudaRowOps*:CudaRope*:CudaLinear*Every*:CudaPagedAttention*DecodeIs*:CudaSample*Equal*"
+    cases = str(out / "cases.jsonl")
+    parts = [
+        Part("machine", ["nvidia-smi", "-q"], 30, shutil.which("nvidia-smi"), ["true"]),
+        tests("cuda_kernels_gpu_test", 300),
+        tests("llama_on_real_gpu_test", 120),
+        sanitizer("memcheck", 300, small),
+        sanitizer("racecheck", 300, small),
+        bench("limits", 60),
+        bench("linear", 120),
+        bench("decode_attention", 90),
+        bench("prefill_attention", 90),
+        bench("row_ops", 60),
+        bench("sample", 60),
+        Part("cases", [program("gpu_bench"), "--dry", "--json", cases], 10, program("gpu_bench"),
+             [program("gpu_bench"), "--dry", "--json", cases]),
+        Part("torch", [sys.executable, str(HERE / "torch_peers.py"), cases, str(out / "torch.jsonl")], 240,
+             str(HERE / "torch_peers.py"), [sys.executable, "-m", "py_compile", str(HERE / "torch_peers.py")]),
+        # One call each: what a large batch cannot do costs the others nothing.
+        *(engine(f"engine_decode_{n}", ["--streams", str(n), "--input-len", "512", "--output-len", "128"], 90)
+          for n in STREAMS),
+        *(engine(f"engine_prefill_{n}", ["--streams", "1", "--input-len", str(n), "--output-len", "2"], 90)
+          for n in PROMPTS),
+    ]
+    return parts
+
+
+def run_part(part, out, dry, env):
+    """(state, reason)"""
+    if part.needs is None or not os.path.exists(part.needs):
+        return "left out", f"there is no {pathlib.Path(part.needs).name if part.needs else part.command[0]}"
+    command = part.dry if dry else part.command
+    with open(out / f"{part.name}.log", "w") as log:
+        log.write(" ".join(command) + "\n\n")
+        log.flush()
+        try:
+            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, timeout=part.seconds).returncode
+        except subprocess.TimeoutExpired:
+            return "failed", f"took longer than {part.seconds} s"
+        except OSError as error:
+            return "failed", str(error)
+    lines = (out / f"{part.name}.log").read_text(errors="replace").splitlines()[2:]
+    if result == 77:
+        return "left out", lines[-1] if lines else "it said so"
+    if result != 0:
+        said = [line for line in lines if re.search(r"FAILED|rror|Fail", line)] or lines or ["nothing"]
+        return "failed", f"exit code {result}: {said[0][:160]}"
+    report = out / f"{part.name}.json"
+    if not dry and part.kind == "correctness" and report.exists():
+        said = json.loads(report.read_text())
+        skipped = sum(case["result"] == "SKIPPED" for suite in said["testsuites"] for case in suite["testsuite"])
+        if skipped == said["tests"]:
+            return "failed", f"all {skipped} tests skipped: the program found no GPU"
+        return "passed", f"{said['tests'] - skipped} tests, {skipped} skipped"
+    return "passed", ""
+
+
+def json_lines(path):
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def summary(parts, state, out, about):
+    """The table of README.md."""
+    torch = {line["name"]: line for line in json_lines(out / "torch.jsonl")}
+    limits = {line["name"].split()[0]: line["bytes"] / line["us"] * 1e-3
+              for line in json_lines(out / "limits.jsonl") if "us" in line}  # GB/s
+    product = next((line["tflops"] for line in torch.values() if line.get("limit") == "product"), None)
+    text = [f"# {about['date']}, {about['card']}, {about['commit']}", ""]
+    if about["dry"]:
+        text += ["**A rehearsal: nothing ran on a GPU.**", ""]
+    text += ["## Parts", "", "| part | | |", "|---|---|---|"]
+    for part in parts:
+        entry = state.get(part.name, {"state": "not yet", "reason": ""})
+        text.append(f"| {part.name} | {entry['state']} | {entry['reason'].replace('|', '/')} |")
+    if limits or product:
+        text += ["", "Limits measured here: " + ", ".join(
+            [f"{name} {rate:.0f} GB/s" for name, rate in limits.items()] +
+            ([f"product of 8192^3 by cuBLAS {product:.0f} TFLOP/s"] if product else [])) + "."]
+    rows = []
+    for name in ("linear", "decode_attention", "prefill_attention", "row_ops", "sample"):
+        for line in json_lines(out / f"{name}.jsonl"):
+            if "us" not in line:
+                continue
+            us = line["us"]
+            # Row operations write about as much as they read; the others read.
+            rate = limits.get("copy" if name == "row_ops" else "read")
+            floors = [line["bytes"] / rate * 1e-3] if rate else []
+            if product:
+                floors.append(line["flops"] / product * 1e-6)
+            share = f"{100 * max(floors) / us:.0f} %" if floors else ""
+            peer = torch.get(line["name"], {})
+            against = f"{peer['us'] / us:.2f} of {peer['peer']}" if "us" in peer else ""
+            rows.append(f"| {line['name']} | {us:.1f} | {line['bytes'] / us * 1e-3:.0f} | "
+                        f"{line['flops'] / us * 1e-6:.1f} | {share} | {against} |")
+    if rows:
+        text += ["", "## Ops", "", "Share: of the least time that the limits allow. Against: our speed over the peer's.", "",
+                 "| op | us | GB/s | TFLOP/s | share | against |", "|---|---|---|---|---|---|", *rows]
+    rows = []
+    for path in sorted(out.glob("engine_*.log"), key=lambda p: (p.name.split("_")[1], int(re.findall(r"\d+", p.name)[0]))):
+        body = path.read_text(errors="replace")
+        at = body.find("\n{")
+        if at < 0:
+            continue
+        try:
+            said, _ = json.JSONDecoder().raw_decode(body[at + 1:])
+        except ValueError:
+            continue
+        for result in said.get("results", []):
+            decode, streams = result["decode_tokens_per_second"], result["streams"]
+            weights = decode / streams * said["weight_bytes"] * 1e-9
+            rows.append(f"| {path.stem} | {streams} | {said['input_len']} | {result['mean_ttft_ms']:.1f} | "
+                        f"{result['prefill_tokens_per_second']:.0f} | {decode:.1f} | {weights:.0f} |")
+    if rows:
+        text += ["", "## Engine, 8B of random weights", "",
+                 "| | streams | prompt | mean TTFT ms | prefill tok/s | decode tok/s | weights GB/s |",
+                 "|---|---|---|---|---|---|---|", *rows]
+    (out / "README.md").write_text("\n".join(text) + "\n")
+    return "\n".join(text)
+
+
+def card_name():
+    try:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True,
+                              timeout=30)
+    except OSError:
+        return None
+    name = said.stdout.strip().splitlines()
+    return re.sub(r"[^a-z0-9]+", "-", name[0].lower().replace("nvidia", "")).strip("-") if said.returncode == 0 and name else None
+
+
+def commit(programs):
+    bundled = programs.parent / "COMMIT"
+    if bundled.exists():
+        return bundled.read_text().strip()
+    said = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
+
+
+def environment(programs):
+    """cuBLASLt may lie in the toolkit or beside PyTorch; the bundle brings its own libraries."""
+    folders = [str(programs.parent / "lib")] if (programs.parent / "COMMIT").exists() else []
+    folders += sorted(glob.glob("/usr/local/cuda*/lib64"), reverse=True)
+    try:
+        import importlib.util
+        spec = importlib.util.find_spec("nvidia")
+        for base in (spec.submodule_search_locations if spec else []):
+            folders += glob.glob(f"{base}/cu*/lib") + glob.glob(f"{base}/cublas/lib")
+    except (ImportError, ValueError):
+        pass
+    before = os.environ.get("LD_LIBRARY_PATH")
+    return dict(os.environ, LD_LIBRARY_PATH=":".join(folders + ([before] if before else [])), PYTHONUNBUFFERED="1")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--slice", type=int, default=480)
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    programs = arguments.programs.resolve()
+    card = "dry" if arguments.dry else card_name()
+    if card is None:
+        print("run_gpu: nvidia-smi names no GPU on this machine; --dry rehearses without one", file=sys.stderr)
+        return 69
+    about = {"date": datetime.date.today().isoformat(), "card": card, "commit": commit(programs), "dry": arguments.dry}
+    out = arguments.out or ROOT / ("build" if arguments.dry else "docs/measurements") / "-".join(
+        [about["date"], card, about["commit"]])
+    out.mkdir(parents=True, exist_ok=True)
+    state_path = out / "state.json"
+    state = json.loads(state_path.read_text()) if state_path.exists() else {}
+    parts = parts_of(programs, out)
+    wanted = set(filter(None, arguments.only.split(",")))
+    if unknown := wanted - {part.name for part in parts}:
+        print(f"run_gpu: no part {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in parts)}", file=sys.stderr)
+        return 64
+    env = environment(programs)
+
+    def save():
+        state_path.write_text(json.dumps(state, indent=1))
+        return summary(parts, state, out, about)
+
+    ran = 0
+    for part in parts:
+        if wanted and part.name not in wanted:
+            continue
+        before = state.get(part.name, {"state": "", "tries": 0})
+        # A part that was running when the machine went away is tried once more.
+        if before["state"] not in ("", "running") or before["tries"] >= 2:
+            if before["state"] == "running":
+                before |= {"state": "failed", "reason": "the machine went away twice while it ran"}
+            continue
+        spent = time.monotonic() - begin
+        if ran > 0 and spent + part.seconds > arguments.slice:
+            save()
+            print(f"run_gpu: {spent:.0f} s are spent; the same command goes on with {part.name}", flush=True)
+            return 75
+        ran += 1
+        state[part.name] = {"state": "running", "reason": "", "tries": before["tries"] + 1}
+        save()
+        print(f"run_gpu: {part.name}", flush=True)
+        started = time.monotonic()
+        result, reason = run_part(part, out, arguments.dry, env)
+        state[part.name] |= {"state": result, "reason": reason, "seconds": round(time.monotonic() - started, 1)}
+        print(f"run_gpu: {part.name}: {result} {reason}", flush=True)
+        save()
+    print(save())
+    print(f"\nrun_gpu: all of it in {out}")
+    return 1 if any(entry["state"] == "failed" for entry in state.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""run_gpu.py with programs that only pretend: order, failures that cost one part, going on after an interruption, the
+table. run_gpu_test.py"""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+BENCH = """#!{python}
+import json, sys, time
+words = sys.argv[1:]
+part = words[words.index("--part") + 1] if "--part" in words else "all"
+if part == "row_ops" and {break_row_ops}:
+    print("CUDA error: misaligned address")
+    sys.exit(1)
+lines = {{"limits": [("copy of 1 GiB", 2e9, 0, 1000.0), ("read of 2 GiB", 2e9, 0, 1000.0)],
+         "linear": [("Linear 8b qkv, 1 tokens", 1e9, 1e9, 1000.0)]}}.get(part, [])
+with open(words[words.index("--json") + 1], "w") as out:
+    for name, bytes_, flops, us in lines:
+        out.write(json.dumps({{"part": part, "name": name, "bytes": bytes_, "flops": flops,
+                              **({{}} if "--dry" in words else {{"us": us}})}}) + "\\n")
+"""
+TESTS = """#!{python}
+import json, sys
+report = [word.split(":", 1)[1] for word in sys.argv if word.startswith("--gtest_output=json:")]
+if report:
+    case = {{"result": "SKIPPED" if {skipped} else "COMPLETED"}}
+    json.dump({{"tests": 1, "testsuites": [{{"testsuite": [case]}}]}}, open(report[0], "w"))
+"""
+ENGINE = """#!{python}
+import json, sys
+words = sys.argv[1:]
+if words[0] == "bench":
+    print("a log line")
+    print(json.dumps({{"weight_bytes": 16e9, "input_len": 512, "results": [{{"streams": int(words[words.index("--streams") + 1]),
+          "mean_ttft_ms": 5.0, "prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 200.0}}]}}, indent=2))
+"""
+
+
+class RunGpu(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = pathlib.Path(folder.name)
+        self.out = self.root / "out"
+        (self.root / "bundle/bin").mkdir(parents=True)
+        (self.root / "path").mkdir()
+        (self.root / "bundle/COMMIT").write_text("abc1234\n")
+        self.program("path/nvidia-smi", "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\n")
+        self.programs()
+
+    def program(self, name, text, **values):
+        path = self.root / name
+        path.write_text(text.format(python=sys.executable, **values) if values or "{python}" in text else text)
+        path.chmod(0o755)
+
+    def programs(self, break_row_ops=False, skipped=False):
+        self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops)
+        for name in ("cuda_kernels_gpu_test", "llama_on_real_gpu_test"):
+            self.program(f"bundle/bin/{name}", TESTS, skipped=skipped)
+        self.program("bundle/bin/altiplano", ENGINE)
+
+    def run_gpu(self, *arguments, path=None):
+        env = dict(os.environ, PATH=path if path is not None else f"{self.root}/path:{os.environ['PATH']}")
+        return subprocess.run([sys.executable, HERE / "run_gpu.py", "--programs", self.root / "bundle/bin", "--out",
+                               self.out, *arguments], capture_output=True, text=True, env=env, timeout=120)
+
+    def state(self):
+        return {name: entry["state"] for name, entry in json.loads((self.out / "state.json").read_text()).items()}
+
+    def test_everything_passes_and_lands_in_one_table(self):
+        result = self.run_gpu()
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        state = self.state()
+        self.assertEqual(state.pop("torch"), "left out")  # or there is a torch here, and no GPU
+        self.assertEqual({k for k, v in state.items() if v == "left out"},
+                         {k for k in state if k.startswith("sanitizer")})
+        order = list(state)
+        self.assertLess(order.index("cuda_kernels_gpu_test"), order.index("limits"))
+        self.assertLess(order.index("sample"), order.index("engine_decode_1"))
+        table = (self.out / "README.md").read_text()
+        self.assertIn("h100-80gb-hbm3, abc1234", table)
+        self.assertIn("read 2000 GB/s", table)
+        self.assertIn("| Linear 8b qkv, 1 tokens | 1000.0 | 1000 | 1.0 | 50 % |", table)
+        self.assertIn("| engine_decode_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 |", table)
+
+    def test_a_part_that_fails_costs_itself_alone(self):
+        self.programs(break_row_ops=True)
+        result = self.run_gpu()
+        self.assertEqual(result.returncode, 1)
+        state = self.state()
+        self.assertEqual([k for k, v in state.items() if v == "failed"], ["row_ops"])
+        self.assertIn("| row_ops | failed | exit code 1: CUDA error: misaligned address |",
+                      (self.out / "README.md").read_text())
+        # What is done is not done again.
+        self.programs()
+        self.assertEqual(self.run_gpu().returncode, 1)
+        self.assertEqual(self.state(), state)
+
+    def test_tests_that_all_skip_did_not_pass(self):
+        self.programs(skipped=True)
+        self.assertEqual(self.run_gpu("--only", "cuda_kernels_gpu_test").returncode, 1)
+        self.assertIn("all 1 tests skipped", (self.out / "README.md").read_text())
+
+    def test_goes_on_where_a_slice_ended(self):
+        seen = set()
+        for _ in range(4):
+            # Less than any part may take: one part each time.
+            result = self.run_gpu("--slice", "1", "--only", "limits,linear,row_ops,engine_prefill_32768")
+            self.assertIn(result.returncode, (0, 75))
+            done = {name for name, state in self.state().items() if state != "running"}
+            self.assertEqual(len(done - seen), 1)
+            seen = done
+        self.assertEqual(result.returncode, 0)
+
+    def test_a_machine_that_went_away_is_tried_once_more(self):
+        self.run_gpu("--only", "limits")
+        path = self.out / "state.json"
+        for tries, expected in ((1, "passed"), (2, "failed")):
+            path.write_text(json.dumps({"limits": {"state": "running", "reason": "", "tries": tries}}))
+            self.run_gpu("--only", "limits")
+            self.assertEqual(self.state()["limits"], expected)
+
+    def test_without_a_gpu_only_a_rehearsal(self):
+        result = self.run_gpu(path="/nowhere")
+        self.assertEqual(result.returncode, 69)
+        self.assertIn("--dry rehearses without one", result.stderr)
+        result = self.run_gpu("--dry", path="/usr/bin:/bin")
+        self.assertEqual(result.returncode, 0, result.stdout)
+        self.assertIn("nothing ran on a GPU", (self.out / "README.md").read_text())
+        self.assertEqual(self.run_gpu("--only", "nonsense").returncode, 64)
+
+
+if __name__ == "__main__":
+    unittest.main()

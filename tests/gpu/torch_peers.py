@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Times what PyTorch (cuBLAS, cuDNN) makes of the same shapes, on the same GPU, in the same way: CUDA graphs of calls on
+operands that lie in no cache.
+
+    torch_peers.py CASES OUT
+
+CASES: the JSON lines of gpu_bench, also of gpu_bench --dry. OUT gets a line for each case that PyTorch can do, under the
+same name, with the peer and its microseconds; and the rate of a product of 8192^3, the limit of computing. Exit code 77:
+there is no torch, or it sees no GPU.
+"""
+import json
+import statistics
+import sys
+
+RUNS, RUN_SECONDS, MOST_CALLS = 9, 0.004, 500
+POOL_BYTES = 3 << 30
+
+
+class Pool:
+    """Random bf16 numbers; pieces as gpu_bench's arena hands them out."""
+
+    def __init__(self, torch):
+        self.torch = torch
+        self.memory = (torch.randn(POOL_BYTES // 2, device="cuda", dtype=torch.bfloat16) * 2**-6)
+
+    def matrix(self, turn, *shape):
+        count = 1
+        for n in shape:
+            count *= n
+        room = self.memory.numel() - count
+        at = (turn * (self.memory.numel() // 3 + (19 << 20)) % room) // 512 * 512
+        return self.memory[at:at + count].view(*shape)
+
+
+def subject(torch, pool, case):
+    """(peer, call(turn)) or None."""
+    functional = torch.nn.functional
+    part, op = case["part"], case["name"].split()[0]
+    if part == "linear":
+        m, n, k = case["m"], case["n"], case["k"]
+        outs = [torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        return "cuBLAS bf16", lambda turn: torch.mm(pool.matrix(2 * turn, m, k), pool.matrix(2 * turn + 1, n, k).t(),
+                                                    out=outs[turn % 2])
+    if part in ("decode_attention", "prefill_attention"):
+        b, queries, context, dim = case["sequences"], case["queries"], case["context"], case["dim"]
+        heads, kv_heads = case["q_heads"], case["kv_heads"]
+        if 2 * b * kv_heads * context * dim * 2 > POOL_BYTES or (queries not in (1, context)):
+            return None
+        causal = queries > 1
+
+        def call(turn):
+            q = pool.matrix(3 * turn, b, heads, queries, dim)
+            k, v = (pool.matrix(3 * turn + i, b, kv_heads, context, dim) for i in (1, 2))
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
+        return "SDPA, contiguous cache", call
+    if op == "SiluMul":
+        tokens, ffn = case["tokens"], case["ffn"]
+
+        def call(turn):
+            gate_up = pool.matrix(turn, tokens, 2 * ffn)
+            return functional.silu(gate_up[:, :ffn]) * gate_up[:, ffn:]
+        return "two torch kernels", call
+    return None
+
+
+def measure(torch, call):
+    stream = torch.cuda.Stream()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        for turn in range(3):
+            call(turn)
+        begin.record(stream)
+        call(3)
+        end.record(stream)
+        stream.synchronize()
+        calls = max(3, min(MOST_CALLS, int(RUN_SECONDS / max(begin.elapsed_time(end) / 1e3, 1e-7))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for turn in range(calls):
+            call(turn)
+    times = []
+    graph.replay()
+    for _ in range(RUNS):
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    del graph
+    return statistics.median(times)
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        import torch
+    except ImportError as error:
+        print(f"torch_peers: {error}")
+        return 77
+    if not torch.cuda.is_available():
+        print("torch_peers: torch sees no GPU")
+        return 77
+    with open(sys.argv[1]) as file:
+        cases = [json.loads(line) for line in file]
+    pool = Pool(torch)
+    failed = 0
+    with open(sys.argv[2], "w") as out:
+        def write(line):
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+        write({"part": "torch", "name": "versions", "torch": torch.__version__, "cuda": torch.version.cuda,
+               "cudnn": torch.backends.cudnn.version(), "device": torch.cuda.get_device_name(0)})
+        edge = 8192
+        square = {"part": "linear", "name": f"Linear {edge}^3", "m": edge, "n": edge, "k": edge}
+        for case in [square] + cases:
+            try:
+                found = subject(torch, pool, case)
+                if found is None:
+                    continue
+                microseconds = measure(torch, found[1])
+            except RuntimeError as error:  # out of memory, or no kernel for the shape: the others go on
+                write({"part": case["part"], "name": case["name"], "error": str(error).splitlines()[0]})
+                failed += 1
+                torch.cuda.empty_cache()
+                continue
+            line = {"part": case["part"], "name": case["name"], "peer": found[0], "us": microseconds}
+            if case is square:
+                line |= {"limit": "product", "tflops": 2 * edge**3 / microseconds * 1e-6}
+            write(line)
+            print(f"{case['name']:60} {microseconds:10.2f} us  {found[0]}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
