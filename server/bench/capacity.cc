@@ -84,18 +84,31 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
   plan.gpus = gpus.count;
   plan.memory_bytes = static_cast<uint64_t>(gpus.gpu.memory_bytes);
   plan.usable_bytes = static_cast<uint64_t>(gpus.gpu.memory_bytes * limits.memory_fraction);
-  const auto shard = Shard::Make(c, 0, gpus.count);
-  if (!shard.ok()) {
-    plan.why_not = shard.status().message();
+  if (gpus.count % limits.stages != 0) {
+    plan.why_not = StrCat(gpus.count, " GPUs cannot be shared out among ", limits.stages, " stages");
     return plan;
   }
-  plan.weight_bytes = RankWeightBytes(c, *shard, DType::kBF16);
+  const int ranks = gpus.count / limits.stages;
   Llama::Limits step;
   step.max_tokens = limits.token_budget;
   step.max_logit_rows = std::min(step.max_logit_rows, limits.token_budget);
-  plan.workspace_bytes = Llama::WorkspaceBytes(c, *shard, step, DType::kBF16);
-  plan.block_bytes = shard->kv_bytes_per_token(c, DType::kBF16) * static_cast<uint64_t>(limits.block_size);
-  plan.cost = DeriveStepCost(c, gpus.gpu, gpus.count);
+  int64_t blocks = INT64_MAX;  // of the stage that has the least room
+  for (int stage = 0; stage < limits.stages; ++stage) {
+    const auto shard = Shard::Make(c, 0, ranks, stage, limits.stages);
+    if (!shard.ok()) {
+      plan.why_not = shard.status().message();
+      return plan;
+    }
+    const uint64_t weights = RankWeightBytes(c, *shard, DType::kBF16);
+    const uint64_t workspace = Llama::WorkspaceBytes(c, *shard, step, DType::kBF16);
+    const uint64_t block = shard->kv_bytes_per_token(c, DType::kBF16) * static_cast<uint64_t>(limits.block_size);
+    plan.weight_bytes = std::max(plan.weight_bytes, weights);
+    plan.workspace_bytes = std::max(plan.workspace_bytes, workspace);
+    plan.block_bytes = std::max(plan.block_bytes, block);
+    const uint64_t room = plan.usable_bytes - std::min(plan.usable_bytes, weights + workspace);
+    blocks = std::min(blocks, static_cast<int64_t>(room / block));
+  }
+  plan.cost = DeriveStepCost(c, gpus.gpu, ranks);
 
   const int64_t prompt = demand.context - demand.answer_tokens;
   for (int64_t at = 0; at < prompt; at += limits.token_budget) {
@@ -108,14 +121,12 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
                                   .decode_context = demand.concurrency * (prompt + demand.answer_tokens / 2)});
   plan.tokens_per_second = static_cast<double>(demand.concurrency) / Seconds(plan.itl);
 
-  const uint64_t fixed = plan.weight_bytes + plan.workspace_bytes;
-  if (fixed + plan.block_bytes > plan.usable_bytes) {
+  if (blocks == 0) {
     plan.why_not =
         StrCat("each GPU would hold ", HumanBytes(plan.weight_bytes), " of weights and ",
                HumanBytes(plan.workspace_bytes), " of activations, and may use ", HumanBytes(plan.usable_bytes));
     return plan;
   }
-  const auto blocks = static_cast<int64_t>((plan.usable_bytes - fixed) / plan.block_bytes);
   plan.kv_tokens = blocks * limits.block_size;
   const int64_t blocks_each = (demand.context + limits.block_size - 1) / limits.block_size;
   plan.largest_batch = std::min(blocks / blocks_each, limits.max_running);

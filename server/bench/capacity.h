@@ -29,7 +29,8 @@ struct GpuGroup {
 // "8xH200", "H100". INVALID_ARGUMENT names what there is.
 StatusOr<GpuGroup> ParseGpus(std::string_view text);
 
-// bf16 weights and KV cache on `ranks` tensor-parallel GPUs, derived as the presets of FindMachine are (machine.cc).
+// bf16 weights and KV cache on `ranks` tensor-parallel GPUs (of each of several stages: a step that runs alone goes
+// through all of them, and what they hand on is not counted), derived as the presets of FindMachine are (machine.cc).
 // The ranks must be a size that the model can be cut into.
 StepCost DeriveStepCost(const ModelConfig& config, const Gpu& gpu, int ranks);
 
@@ -43,10 +44,11 @@ struct ServingLimits {
   int64_t block_size = 64;
   int64_t max_running = 256;
   int64_t token_budget = 2048;
+  int stages = 1;                // of the pipeline; the GPUs are shared out among them
   double memory_fraction = 0.9;  // of a GPU's memory that may be used
 };
 
-// Sizes are of one GPU.
+// Sizes are of one GPU: of the stage that has most of each.
 struct Capacity {
   int gpus = 1;
   std::string why_not;  // empty: the demand fits
@@ -67,7 +69,7 @@ struct Capacity {
 Capacity PlanCapacity(const ModelConfig& config, const GpuGroup& gpus, const Demand& demand,
                       const ServingLimits& limits);
 
-// The fewest of 1, 2, 4, 8, 16 GPUs of this kind that the demand fits on; 0: none of them.
+// The fewest of 1, 2, 4, 8, 16 GPUs of this kind, in stages as limits say, that the demand fits on; 0: none of them.
 int FewestGpus(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits);
 
 }  // namespace altiplano::bench

@@ -54,6 +54,7 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
   LocalExecutorOptions options;
   options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
   options.ranks = static_cast<int>(config.model().tensor_parallel());
+  options.stages = static_cast<int>(config.model().pipeline_parallel());
   const auto replicas = static_cast<int>(config.model().replicas());
   const auto threads = static_cast<int>(config.threads().compute());
   options.threads = std::max(1, (threads > 0 ? threads : UsableCores()) / replicas);
@@ -133,9 +134,8 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   std::vector<std::unique_ptr<Engine>> engines;
   for (int replica = 0; replica < replicas; ++replica) {
     if (drill) {
-      executor_options.before_step = [=, first = replica * executor_options.ranks](int rank, uint64_t step) {
-        drill(first + rank, step);
-      };
+      executor_options.before_step = [=, first = replica * executor_options.ranks * executor_options.stages](
+                                         int rank, uint64_t step) { drill(first + rank, step); };
     }
     ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(*model.checkpoint, executor_options));
     SetSize(executor->scheduler_options(), &options.scheduler);
@@ -147,7 +147,8 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       };
     }
     model.device = executor->DescribeDevice();
-    model.tensor_parallel = executor->ranks();
+    model.tensor_parallel = executor_options.ranks;
+    model.pipeline_parallel = executor_options.stages;
     model.weight_bytes = executor->weight_bytes();  // the replicas share them
     model.kv_bytes += executor->kv_bytes();
     model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;

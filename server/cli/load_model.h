@@ -41,6 +41,7 @@ struct LoadedModel {
   std::string device;  // "AMD EPYC 9B14, 2 threads, avx512_bf16"
   std::string dtype;   // "bf16"
   int32_t tensor_parallel = 1;
+  int32_t pipeline_parallel = 1;
   int32_t max_context = 0;
   int64_t kv_tokens = 0;  // that the pools of all replicas hold
   uint64_t kv_bytes = 0;

@@ -64,12 +64,14 @@ std::vector<std::string> Advice(const ModelConfig& config, const bench::GpuGroup
   return advice;
 }
 
-void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand,
+void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand, int stages,
                const bench::Capacity& plan, const std::vector<std::string>& advice) {
   auto line = [](const char* name, const std::string& value) { std::printf("%-16s %s\n", name, value.c_str()); };
   line("model", StrFormat("%s, %.1f billion parameters, bf16", config.name.c_str(),
                           static_cast<double>(config.parameters()) / 1e9));
-  line("machine", StrCat(gpus.count, "x", gpus.gpu.name, ", tensor-parallel"));
+  line("machine", StrCat(gpus.count, "x", gpus.gpu.name,
+                         stages == 1 ? ", tensor-parallel"
+                                     : StrCat(", ", stages, " stages of ", gpus.count / stages, " tensor-parallel")));
   line("demand", StrCat(demand.concurrency, " requests at one time, each ", demand.context - demand.answer_tokens,
                         " prompt tokens and ", demand.answer_tokens, " of answer"));
   line("fits", plan.why_not.empty() ? "yes" : StrCat("no: ", plan.why_not));
@@ -91,13 +93,15 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   std::printf("Speeds follow from datasheet rates and what good engines reach of them; none is a measurement.\n");
 }
 
-void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand,
+void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand, int stages,
                const bench::Capacity& plan, const std::vector<std::string>& advice) {
   OrderedJson json;
   json["model"] = config.name;
   json["parameters"] = config.parameters();
   json["gpu"] = std::string(gpus.gpu.name);
   json["gpus"] = gpus.count;
+  json["tensor_parallel"] = gpus.count / stages;
+  json["pipeline_parallel"] = stages;
   json["context"] = demand.context;
   json["answer_tokens"] = demand.answer_tokens;
   json["concurrency"] = demand.concurrency;
@@ -138,6 +142,7 @@ int Run(const ParsedFlags& flags) {
   bench::ServingLimits limits;
   limits.max_running = flags.count("max-num-seqs");
   limits.token_budget = flags.count("max-num-batched-tokens");
+  limits.stages = static_cast<int>(flags.count("pipeline-parallel"));
   limits.memory_fraction = static_cast<double>(flags.count("memory-percent")) / 100;
   auto config = FindConfig(flags.text("model"));
   if (!config.ok()) return Fail(kName, config.status().message(), ExitCodeOfLoad(config.status()));
@@ -145,7 +150,7 @@ int Run(const ParsedFlags& flags) {
   const bench::Capacity plan = PlanCapacity(*config, *gpus, demand, limits);
   std::vector<std::string> advice;
   if (!plan.why_not.empty()) advice = Advice(*config, *gpus, demand, limits, plan);
-  (flags.boolean("json") ? PrintJson : PrintText)(*config, *gpus, demand, plan, advice);
+  (flags.boolean("json") ? PrintJson : PrintText)(*config, *gpus, demand, limits.stages, plan, advice);
   return plan.why_not.empty() ? kExitOk : kExitFailure;
 }
 
@@ -169,7 +174,7 @@ Subcommand PlanCommand() {
           {.name = kName,
            .summary = "would a model fit on these GPUs, and what would they give?",
            .synopsis = "altiplano plan --model 70b --gpus 4xH200 --context 8192 --concurrency 32",
-           .notes = "Sizes are those of the program's own allocator, for bf16 and tensor parallelism. Speeds are\n"
+           .notes = "Sizes are those of the program's own allocator, for bf16. Speeds are\n"
                     "predicted by the formula of docs/load_tests.md; the program does not run on GPUs yet.\n"
                     "Exit code 0: it fits; 1: it does not, and the answer says what would.",
            .flags = {{.name = "model",
@@ -188,6 +193,7 @@ Subcommand PlanCommand() {
                      Count("concurrency", "1", "Requests that run at one time.", "32", kMost),
                      Count("max-num-seqs", "256", "As serve's.", "512", kMost),
                      Count("max-num-batched-tokens", "2048", "As serve's: tokens of the largest step.", "4096", kMost),
+                     Count("pipeline-parallel", "1", "Stages that the layers are split into.", "2", 64),
                      Count("memory-percent", "90", "Of a GPU's memory that may be used.", "95", 100),
                      {.name = "json",
                       .type = FlagType::kBool,

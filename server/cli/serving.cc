@@ -34,6 +34,7 @@ ServedModel Describe(const LoadedModel& model) {
   served.weight_dtype = model.dtype;
   served.kv_dtype = model.dtype;
   served.tensor_parallel = model.tensor_parallel;
+  served.pipeline_parallel = model.pipeline_parallel;
   served.eos_ids = generation.eos_ids;
   served.defaults.temperature = generation.temperature;
   served.defaults.top_p = generation.top_p;

@@ -241,7 +241,8 @@ class Engine::Impl {
   // --------------------------------------------------------------------------------------------------
 
   void Loop() {
-    // The step being executed; while it runs, the one after it is planned.
+    // The oldest step launched and not yet waited for; while it runs, the one after it is planned and launched behind
+    // it.
     std::shared_ptr<const StepPlan> running;
     bool idle = true;  // nothing runs and nothing could be planned
     for (;;) {
@@ -250,14 +251,13 @@ class Engine::Impl {
       Deliver();
       idle = running == nullptr && next == nullptr;
       if (idle) continue;
+      if (next != nullptr) Launch(next);
       if (running == nullptr) {
-        Launch(next);
         running = std::move(next);
         continue;
       }
       StepResult result = executor_->Wait();
       if (!result.status.ok()) {
-        // The step already planned is never launched: its inputs are gone.
         Fail(result.status);
         running.reset();
         if (!Restart()) break;
@@ -265,8 +265,7 @@ class Engine::Impl {
         continue;
       }
       restarted_ = false;
-      step_started_.store(0, std::memory_order_release);
-      if (next != nullptr) Launch(next);
+      SetStepStarted(next != nullptr);
       // Cancels that came while the step ran take effect now, not a step later.
       if (!TakeInbox(/*may_sleep=*/false)) {
         running = std::move(next);
@@ -281,8 +280,13 @@ class Engine::Impl {
   }
 
   void Launch(std::shared_ptr<const StepPlan> plan) {
-    step_started_.store(std::max<Duration::rep>(1, clock_.Now().time_since_epoch().count()), std::memory_order_release);
+    if (step_started_.load(std::memory_order_relaxed) == 0) SetStepStarted(true);
     executor_->Launch(std::move(plan));
+  }
+
+  void SetStepStarted(bool started) {
+    const Duration::rep now = std::max<Duration::rep>(1, clock_.Now().time_since_epoch().count());
+    step_started_.store(started ? now : 0, std::memory_order_release);
   }
 
   // Moves what other threads left into the scheduler. False: stop. may_sleep: no step runs, so wait for something to
@@ -460,7 +464,7 @@ class Engine::Impl {
   RateMeter tokens_;
   TimePoint last_step_end_{};
 
-  std::atomic<Duration::rep> step_started_{0};  // 0: no step runs
+  std::atomic<Duration::rep> step_started_{0};  // the oldest one; 0: no step runs
   std::atomic<bool> down_{false};
   std::atomic<bool> dead_{false};  // down for good
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <tuple>
 #include <utility>
 
 #include "server/base/log.h"
@@ -12,6 +13,18 @@ namespace altiplano {
 namespace {
 
 constexpr auto kJoinPatience = std::chrono::seconds(5);
+
+// Of all ranks, those of a stage together.
+StatusOr<std::vector<Shard>> MakeShards(const ModelConfig& config, const LocalExecutorOptions& options) {
+  std::vector<Shard> shards;
+  for (int stage = 0; stage < options.stages; ++stage) {
+    for (int rank = 0; rank < options.ranks; ++rank) {
+      ASSIGN_OR_RETURN(const Shard shard, Shard::Make(config, rank, options.ranks, stage, options.stages));
+      shards.push_back(shard);
+    }
+  }
+  return shards;
+}
 
 // Pages for the KV cache of each rank: as asked, or as much as could be used within half of the free memory.
 StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const KvCache::Shape& shape, int32_t max_context) {
@@ -41,7 +54,8 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
   load.readers = options.readers;
   load.progress = options.progress;
   load.cancelled = options.cancelled;
-  return LoadAllRanks(checkpoint, load, options.ranks);
+  ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(checkpoint.config(), options));
+  return LoadAllRanks(checkpoint, load, shards);
 }
 
 }  // namespace
@@ -64,6 +78,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   }
   if (options.max_context > 0) max_context = options.max_context;
 
+  ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
   std::vector<LlamaWeights> weights;
   if (options.weights != nullptr) {
     for (const auto& rank : *options.weights) weights.push_back(Share(rank));
@@ -72,9 +87,8 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   }
 
   KvCache::Shape shape;
-  shape.layers = config.layers;
-  ASSIGN_OR_RETURN(const Shard first, Shard::Make(config, 0, options.ranks));
-  shape.kv_heads = first.kv_heads(config);
+  shape.layers = config.layers;  // of all stages together
+  shape.kv_heads = shards.front().kv_heads(config);
   shape.page_size = options.page_size;
   shape.head_dim = config.head_dim;
   shape.dtype = options.dtype;
@@ -83,13 +97,10 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   Llama::Limits limits;
   limits.max_tokens = options.token_budget;
   limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
-  std::vector<std::unique_ptr<Communicator>> group(1);
-  if (options.ranks > 1) group = MakeInProcessGroup(options.ranks, options.patience);
+  Ranks ranks = Connect(options);
   std::vector<std::unique_ptr<Llama>> models;
-  for (int rank = 0; rank < options.ranks; ++rank) {
-    const auto at = static_cast<size_t>(rank);
-    ASSIGN_OR_RETURN(const Shard shard, Shard::Make(config, rank, options.ranks));
-    models.push_back(Llama::Create(config, shard, std::move(weights[at]), limits, group[at].get()));
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    models.push_back(Llama::Create(config, shards[i], std::move(weights[i]), limits, ranks[i]->communicator.get()));
     if (models.back() == nullptr) {
       return Status(Code::kResourceExhausted,
                     StrCat("no memory for the activations of ", options.token_budget, " tokens in one step"));
@@ -107,30 +118,56 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
 
   const int threads = options.threads > 0 ? options.threads : UsableCores();
-  std::vector<std::shared_ptr<Rank>> ranks;
-  for (int rank = 0; rank < options.ranks; ++rank) {
-    const auto at = static_cast<size_t>(rank);
-    std::optional<KvCache> cache = KvCache::Create(shape, Device::kCpu);
-    std::unique_ptr<RankWorker> worker;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    Rank& rank = *ranks[i];
+    KvCache::Shape of_stage = shape;
+    of_stage.layers = shards[i].layers(config);
+    std::optional<KvCache> cache = KvCache::Create(of_stage, Device::kCpu);
     if (cache) {
-      worker = RankWorker::Create(Stream::Cpu(std::max(1, threads / options.ranks)), std::move(models[at]),
-                                  std::move(*cache), RankWorker::Limits{options.max_running, max_context},
-                                  scheduler.eos_ids, group[at].get());
+      rank.worker =
+          RankWorker::Create(Stream::Cpu(std::max(1, threads / static_cast<int>(ranks.size()))), std::move(models[i]),
+                             std::move(*cache), RankWorker::Limits{options.max_running, max_context}, scheduler.eos_ids,
+                             {rank.communicator.get(), rank.previous.get(), rank.next.get()});
     }
-    if (worker == nullptr) {
+    if (rank.worker == nullptr) {
       return Status(Code::kResourceExhausted, StrCat("no memory for the KV cache and the logits: ",
                                                      HumanBytes(shape.page_bytes() * static_cast<uint64_t>(pages) *
                                                                 static_cast<uint64_t>(options.ranks))));
     }
-    ranks.push_back(std::make_shared<Rank>(Rank{std::move(group[at]), std::move(worker)}));
   }
   RETURN_IF_ERROR(WarmUp(ranks));
   return std::unique_ptr<LocalExecutor>(
       new LocalExecutor(std::move(ranks), std::move(scheduler), std::move(options.before_step)));
 }
 
+LocalExecutor::Ranks LocalExecutor::Connect(const LocalExecutorOptions& options) {
+  Ranks ranks;
+  for (int stage = 0; stage < options.stages; ++stage) {
+    std::vector<std::unique_ptr<Communicator>> group(static_cast<size_t>(options.ranks));
+    if (options.ranks > 1) group = MakeInProcessGroup(options.ranks, options.patience);
+    for (auto& communicator : group) {
+      ranks.push_back(std::make_shared<Rank>());
+      ranks.back()->communicator = std::move(communicator);
+    }
+  }
+  if (options.stages == 1) return ranks;
+  const auto stage_size = static_cast<size_t>(options.ranks);
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const size_t next = (i + stage_size) % ranks.size();
+    std::tie(ranks[i]->next, ranks[next]->previous) =
+        MakeInProcessLink(StrCat("rank ", i), StrCat("rank ", next), options.patience);
+  }
+  return ranks;
+}
+
+void LocalExecutor::Rank::Abort(std::string_view reason) const {
+  if (communicator != nullptr) communicator->Abort(reason);
+  if (previous != nullptr) previous->Abort(reason);
+  if (next != nullptr) next->Abort(reason);
+}
+
 // On all ranks at once: they meet in it.
-Status LocalExecutor::WarmUp(const std::vector<std::shared_ptr<Rank>>& ranks) {
+Status LocalExecutor::WarmUp(const Ranks& ranks) {
   std::vector<Status> statuses(ranks.size());
   std::vector<std::thread> threads;
   for (size_t i = 1; i < ranks.size(); ++i) {
@@ -142,13 +179,13 @@ Status LocalExecutor::WarmUp(const std::vector<std::shared_ptr<Rank>>& ranks) {
   return OkStatus();
 }
 
-LocalExecutor::LocalExecutor(std::vector<std::shared_ptr<Rank>> ranks, SchedulerOptions scheduler_options,
+LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options,
                              std::function<void(int, uint64_t)> before_step)
     : scheduler_options_(std::move(scheduler_options)), ranks_(std::move(ranks)), shared_(std::make_shared<Shared>()) {
   shared_->plans.resize(ranks_.size());
   shared_->running = this->ranks();
   for (int i = 0; i < this->ranks(); ++i) {
-    threads_.emplace_back(Loop, shared_, ranks_[static_cast<size_t>(i)], i, before_step);
+    threads_.emplace_back(Loop, shared_, ranks_, i, before_step);
   }
 }
 
@@ -158,9 +195,7 @@ LocalExecutor::~LocalExecutor() {
     std::unique_lock lock(shared_->mutex);
     shared_->stop = true;
     shared_->changed.notify_all();
-    for (const auto& rank : ranks_) {
-      if (rank->communicator != nullptr) rank->communicator->Abort("the executor ends");
-    }
+    for (const auto& rank : ranks_) rank->Abort("the executor ends");
     const auto all_ended = [&] { return shared_->running == 0; };
     if (ranks() == 1) shared_->changed.wait(lock, all_ended);  // a step, however long, ends
     ended = shared_->changed.wait_for(lock, kJoinPatience, all_ended);
@@ -181,8 +216,12 @@ uint64_t LocalExecutor::weight_bytes() const {
 }
 
 uint64_t LocalExecutor::kv_bytes() const {
-  const KvCache::Shape& shape = ranks_[0]->worker->cache().shape();
-  return shape.page_bytes() * static_cast<uint64_t>(shape.pages) * static_cast<uint64_t>(ranks());
+  uint64_t bytes = 0;
+  for (const auto& rank : ranks_) {
+    const KvCache::Shape& shape = rank->worker->cache().shape();
+    bytes += shape.page_bytes() * static_cast<uint64_t>(shape.pages);
+  }
+  return bytes;
 }
 
 void LocalExecutor::Launch(std::shared_ptr<const StepPlan> plan) {
@@ -201,17 +240,18 @@ StepResult LocalExecutor::Wait() {
     result = std::move(shared_->results.front());
     shared_->results.pop_front();
   }
-  // Rank 0 may have ended the step before another rank failed in it: the next one cannot run then.
+  // The rank that samples may have ended the step before another one failed in it: the next one cannot run then.
   if (!shared_->failure.ok()) result.status = shared_->failure;
   return result;
 }
 
-void LocalExecutor::Loop(std::shared_ptr<Shared> shared, std::shared_ptr<Rank> rank, int index,
+void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
                          std::function<void(int, uint64_t)> before_step) {
+  RankWorker& worker = *ranks[static_cast<size_t>(index)]->worker;
   auto execute = [&](const StepPlan& plan) {
     try {
       if (before_step) before_step(index, plan.step);
-      return rank->worker->Execute(plan);
+      return worker.Execute(plan);
     } catch (const std::exception& error) {  // nothing of ours throws but an allocation
       StepResult result;
       result.step = plan.step;
@@ -230,8 +270,10 @@ void LocalExecutor::Loop(std::shared_ptr<Shared> shared, std::shared_ptr<Rank> r
     StepResult result = execute(*plan);
     lock.lock();
     if (!result.status.ok() && shared->failure.ok()) shared->failure = result.status;
-    if (!result.status.ok() && rank->communicator != nullptr) rank->communicator->Abort(result.status.message());
-    if (index == 0) shared->results.push_back(std::move(result));
+    if (!result.status.ok()) {
+      for (const auto& rank : ranks) rank->Abort(result.status.message());
+    }
+    if (worker.samples()) shared->results.push_back(std::move(result));
     shared->changed.notify_all();
   }
   --shared->running;

@@ -1,4 +1,5 @@
-// LocalExecutor: all ranks in this process, on the CPU, a thread each. They run steps while the engine plans.
+// LocalExecutor: all ranks in this process, on the CPU, a thread each. They run steps while the engine plans; a step
+// that waits behind another runs in the pipeline's first stages while that one is in the later ones.
 //
 // A rank that fails (an error, an exception, or silence where the others wait for it) aborts the group: the step ends
 // with the first error, and nothing can be launched any more.
@@ -11,10 +12,12 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
 #include "kernels/comm/communicator.h"
+#include "kernels/comm/link.h"
 #include "server/base/status.h"
 #include "server/engine/executor.h"
 #include "server/engine/rank_worker.h"
@@ -24,11 +27,12 @@
 
 namespace altiplano {
 
-using RankWeights = std::vector<std::shared_ptr<const LlamaWeights>>;  // [ranks]
+using RankWeights = std::vector<std::shared_ptr<const LlamaWeights>>;  // [stages * ranks]
 
 struct LocalExecutorOptions {
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
-  int ranks = 1;               // of the tensor-parallel group
+  int ranks = 1;               // of each tensor-parallel group
+  int stages = 1;              // of the pipeline; each is such a group
   int threads = 0;             // of all ranks together; 0: one for each core this process may use
   int readers = 4;             // threads that read the checkpoint
   int32_t page_size = 16;      // tokens in a KV block
@@ -42,12 +46,13 @@ struct LocalExecutorOptions {
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
   std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
-  std::function<void(int rank, uint64_t step)> before_step;  // for tests: rank's thread; may throw, or never return
+  // For tests: rank's thread; may throw, or never return. Ranks are numbered through the stages.
+  std::function<void(int rank, uint64_t step)> before_step;
 };
 
 class LocalExecutor : public Executor {
  public:
-  // For options.weights of several executors. Looks at options.dtype, ranks, readers, progress and cancelled.
+  // For options.weights of several executors. Looks at options.dtype, ranks, stages, readers, progress and cancelled.
   static StatusOr<std::shared_ptr<const RankWeights>> LoadShared(const Checkpoint& checkpoint,
                                                                  const LocalExecutorOptions& options);
   // Loads the weights, allocates everything, warms up. RESOURCE_EXHAUSTED with numbers when something does not fit.
@@ -70,24 +75,28 @@ class LocalExecutor : public Executor {
     std::mutex mutex;  // guards what follows
     std::condition_variable changed;
     std::vector<std::deque<std::shared_ptr<const StepPlan>>> plans;  // [ranks]
-    std::deque<StepResult> results;                                  // rank 0's
+    std::deque<StepResult> results;                                  // of the rank that samples
     Status failure;                                                  // the first
     int running = 0;                                                 // threads
     bool stop = false;
   };
   struct Rank {
     std::unique_ptr<Communicator> communicator;  // null for one rank
+    std::shared_ptr<Link> previous, next;        // null for one stage
     std::unique_ptr<RankWorker> worker;          // the thread's, after construction
-  };
 
-  LocalExecutor(std::vector<std::shared_ptr<Rank>> ranks, SchedulerOptions scheduler_options,
-                std::function<void(int, uint64_t)> before_step);
-  static Status WarmUp(const std::vector<std::shared_ptr<Rank>>& ranks);
-  static void Loop(std::shared_ptr<Shared> shared, std::shared_ptr<Rank> rank, int index,
+    void Abort(std::string_view reason) const;  // any thread
+  };
+  using Ranks = std::vector<std::shared_ptr<Rank>>;  // [stages * ranks], those of a stage together
+
+  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, std::function<void(int, uint64_t)> before_step);
+  static Ranks Connect(const LocalExecutorOptions& options);  // without workers
+  static Status WarmUp(const Ranks& ranks);
+  static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
                    std::function<void(int, uint64_t)> before_step);
 
   const SchedulerOptions scheduler_options_;
-  const std::vector<std::shared_ptr<Rank>> ranks_;
+  const Ranks ranks_;
   const std::shared_ptr<Shared> shared_;
   std::vector<std::thread> threads_;
 };

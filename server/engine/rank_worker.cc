@@ -24,8 +24,10 @@ TokenScore ToScore(const SampleResult& result) {
 }  // namespace
 
 RankWorker::RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache, Limits limits,
-                       std::vector<TokenId> eos_ids, Communicator* communicator)
-    : communicator_(communicator),
+                       std::vector<TokenId> eos_ids, Peers peers)
+    : communicator_(peers.communicator),
+      previous_(peers.previous),
+      next_(peers.next),
       stream_(std::move(stream)),
       llama_(std::move(llama)),
       cache_(std::move(cache)),
@@ -43,15 +45,15 @@ RankWorker::RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> ll
 
 std::unique_ptr<RankWorker> RankWorker::Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama,
                                                KvCache cache, Limits limits, std::vector<TokenId> eos_ids,
-                                               Communicator* communicator) {
+                                               Peers peers) {
   std::unique_ptr<RankWorker> worker(
-      new RankWorker(std::move(stream), std::move(llama), std::move(cache), limits, std::move(eos_ids), communicator));
-  if (!worker->is_first()) return worker;
+      new RankWorker(std::move(stream), std::move(llama), std::move(cache), limits, std::move(eos_ids), peers));
+  if (!worker->samples()) return worker;
   const int64_t rows = worker->llama_->limits().max_logit_rows, vocab = worker->llama_->config().vocab;
   worker->sample_scratch_ = Buffer::Allocate(Device::kCpu, std::max<size_t>(1, SampleScratchBytes(rows, vocab)));
   if (!worker->sample_scratch_) return nullptr;
-  if (communicator == nullptr) return worker;
-  const int64_t columns = worker->llama_->shard_vocab() * communicator->size();
+  if (peers.communicator == nullptr) return worker;
+  const int64_t columns = worker->llama_->shard_vocab() * peers.communicator->size();
   worker->gathered_ = Buffer::Allocate(Device::kCpu, static_cast<size_t>(rows * columns) * sizeof(float));
   return worker->gathered_ ? std::move(worker) : nullptr;
 }
@@ -61,8 +63,9 @@ StepResult RankWorker::Execute(const StepPlan& plan) {
   StepResult result;
   result.step = plan.step;
   for (const SlotInit& init : plan.slot_inits) slots_.Init(init);
-  if (!llama_->Forward(*stream_, inputs_.Build(plan, slots_.last_sampled()), cache_) || !ScorePrompts(plan, &result) ||
-      !SampleTokens(plan, &result)) {
+  const bool samples = llama_->shard().last_stage();
+  if (!ReceiveSampled(plan) || !ForwardStage(inputs_.Build(plan, slots_.last_sampled())) ||
+      (samples && (!ScorePrompts(plan, &result) || !SampleTokens(plan, &result)))) {
     result.status = Aborted();
     return result;
   }
@@ -72,7 +75,41 @@ StepResult RankWorker::Execute(const StepPlan& plan) {
 }
 
 Status RankWorker::Aborted() const {
-  return Status(Code::kUnavailable, StrCat("the group of ranks ended: ", communicator_->error()));
+  std::string why = communicator_ != nullptr ? communicator_->error() : "";
+  if (why.empty() && previous_ != nullptr) why = previous_->error();
+  if (why.empty() && next_ != nullptr) why = next_->error();
+  const Shard& shard = llama_->shard();
+  const std::string where = shard.stages > 1 ? StrCat("stage ", shard.stage, ": ") : "";
+  return Status(Code::kUnavailable, StrCat("the group of ranks ended: ", where, why));
+}
+
+bool RankWorker::ForwardStage(const StepInputs& inputs) {
+  const Shard& shard = llama_->shard();
+  const TensorView handed = llama_->residual(inputs.ids.dim(0));
+  if (!shard.first_stage() && !previous_->Receive(*stream_, handed)) return false;
+  if (!llama_->Forward(*stream_, inputs, cache_)) return false;
+  return shard.last_stage() || next_->Send(*stream_, handed);
+}
+
+bool RankWorker::ReceiveSampled(const StepPlan& plan) {
+  if (previous_ == nullptr || !llama_->shard().first_stage()) return true;
+  bool needs_last = false;
+  for (const PlannedSequence& sequence : plan.sequences) needs_last |= sequence.input_from_slot;
+  // The step before may still be on its way through the stages: it is waited for only if this one needs its tokens.
+  while (waiting_slots_.size() > (needs_last ? 0 : 1)) {
+    const std::vector<int32_t>& slots = waiting_slots_.front();
+    sampled_.resize(slots.size());
+    const auto n = static_cast<int64_t>(slots.size());
+    if (!previous_->Receive(*stream_, TensorView::Make(sampled_.data(), DType::kI32, {n}))) return false;
+    for (size_t i = 0; i < slots.size(); ++i) slots_.Record(slots[i], sampled_[i]);
+    waiting_slots_.pop_front();
+  }
+  std::vector<int32_t> slots;
+  for (const PlannedSequence& sequence : plan.sequences) {
+    if (sequence.sample) slots.push_back(sequence.slot);
+  }
+  if (!slots.empty()) waiting_slots_.push_back(std::move(slots));
+  return true;
 }
 
 std::optional<TensorView> RankWorker::Logits() {
@@ -121,6 +158,7 @@ bool RankWorker::SampleTokens(const StepPlan& plan, StepResult* result) {
     if (sequence.sample) wanted.push_back(&sequence);
   }
   result->sampled.reserve(wanted.size());
+  step_ids_.clear();
   for (size_t begin = 0; begin < wanted.size(); begin += most) {
     const size_t n = std::min(most, wanted.size() - begin);
     rows_.clear();
@@ -146,8 +184,11 @@ bool RankWorker::SampleTokens(const StepPlan& plan, StepResult* result) {
     }
     if (!ShareSampled()) return false;
     for (size_t i = 0; i < n; ++i) slots_.Record(wanted[begin + i]->slot, sampled_[i]);
+    step_ids_.insert(step_ids_.end(), sampled_.begin(), sampled_.end());
   }
-  return true;
+  if (next_ == nullptr || step_ids_.empty()) return true;
+  const auto n = static_cast<int64_t>(step_ids_.size());
+  return next_->Send(*stream_, TensorView::Make(step_ids_.data(), DType::kI32, {n}));
 }
 
 bool RankWorker::ShareSampled() {
@@ -169,9 +210,8 @@ Status RankWorker::WarmUp() {
   inputs.q_begin = view(q_begin, {2});
   inputs.context_lengths = view(&length, {1});
   inputs.block_tables = view(&table, {1, 1});
-  if (!llama_->Forward(*stream_, inputs, cache_)) {
-    return Aborted();
-  }
+  if (!ForwardStage(inputs)) return Aborted();
+  if (!llama_->shard().last_stage()) return OkStatus();
   rows_.assign(1, 0);
   const std::optional<TensorView> logits = Logits();
   if (!logits) return Aborted();

@@ -1,5 +1,6 @@
 #include "server/model/inspect.h"
 
+#include <algorithm>
 #include <set>
 
 #include "server/base/strings.h"
@@ -24,6 +25,21 @@ std::vector<SplitOption> Splits(const ModelConfig& c) {
     splits.push_back(std::move(option));
   }
   return splits;
+}
+
+std::vector<StageOption> Stages(const ModelConfig& c) {
+  std::vector<StageOption> options;
+  for (int stages : {2, 4, 8}) {
+    StageOption option{.stages = stages};
+    if (stages > c.layers) break;
+    for (int stage = 0; stage < stages; ++stage) {
+      const Shard shard = Shard::Make(c, 0, 1, stage, stages).value();
+      option.weight_bytes = std::max(option.weight_bytes, RankWeightBytes(c, shard, DType::kBF16));
+      option.kv_bytes_per_token = std::max(option.kv_bytes_per_token, shard.kv_bytes_per_token(c, DType::kBF16));
+    }
+    options.push_back(option);
+  }
+  return options;
 }
 
 std::string TokenizerOf(const TextAssets& text) {
@@ -110,6 +126,7 @@ Inspection Inspect(const Checkpoint& checkpoint) {
   in.kv_bytes_per_token_f32 = c.kv_bytes_per_token(DType::kF32);
   in.kv_bytes_full_context_bf16 = in.kv_bytes_per_token_bf16 * static_cast<uint64_t>(c.max_position);
   in.splits = Splits(c);
+  in.stages = Stages(c);
   return in;
 }
 
@@ -155,6 +172,10 @@ std::string InspectText(const Inspection& in, bool with_tensors) {
                       ? StrCat(ranks, ": each ", HumanBytes(split.weight_bytes_per_rank), " of weights and ",
                                HumanBytes(split.kv_bytes_per_token_rank), " of KV per token in bf16")
                       : StrCat(ranks, ": no, ", split.why_not));
+  }
+  for (const StageOption& option : in.stages) {
+    line("stages", StrCat(option.stages, " stages: the largest ", HumanBytes(option.weight_bytes), " of weights and ",
+                          HumanBytes(option.kv_bytes_per_token), " of KV per token in bf16, over its ranks"));
   }
   if (with_tensors) {
     for (const TensorInfo& t : in.tensors) line("tensor", StrCat(t.name, "  ", t.dtype, "  ", Shape(t.shape)));
@@ -218,6 +239,11 @@ OrderedJson InspectJson(const Inspection& in) {
       entry["why_not"] = split.why_not;
     }
     json["splits"].push_back(std::move(entry));
+  }
+  for (const StageOption& option : in.stages) {
+    json["stages"].push_back({{"stages", option.stages},
+                              {"largest_weight_bytes", option.weight_bytes},
+                              {"largest_kv_bytes_per_token", option.kv_bytes_per_token}});
   }
   for (const TensorInfo& t : in.tensors) {
     json["tensors"].push_back(

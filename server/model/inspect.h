@@ -21,6 +21,13 @@ struct SplitOption {
   bool possible() const { return why_not.empty(); }
 };
 
+// A number of stages, with one rank each; the sizes are of the stage that has most.
+struct StageOption {
+  int stages = 2;
+  uint64_t weight_bytes = 0;        // bf16
+  uint64_t kv_bytes_per_token = 0;  // bf16
+};
+
 struct StoredBytes {
   uint64_t tensors = 0;
   uint64_t bytes = 0;
@@ -41,6 +48,7 @@ struct Inspection {
   uint64_t kv_bytes_per_token_bf16 = 0, kv_bytes_per_token_f32 = 0;
   uint64_t kv_bytes_full_context_bf16 = 0;  // one sequence of max_position tokens
   std::vector<SplitOption> splits;          // 1 .. 8 and 16
+  std::vector<StageOption> stages;          // 2, 4 and 8, where there are as many layers
 };
 
 Inspection Inspect(const Checkpoint& checkpoint);

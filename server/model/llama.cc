@@ -20,7 +20,7 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
                                                         const Limits& limits, DType act) {
   const int64_t hidden = config.hidden, dim = config.head_dim, ffn = shard.ffn(config);
   const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
-  const int64_t tokens = limits.max_tokens, rows = limits.max_logit_rows;
+  const int64_t tokens = limits.max_tokens, rows = shard.last_stage() ? limits.max_logit_rows : 0;
   return {
       {&Llama::residual_, tokens, hidden, DType::kF32},
       {&Llama::delta_, tokens, hidden, DType::kF32},
@@ -51,8 +51,8 @@ uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, co
 }
 
 bool Llama::AllocateWorkspace() {
-  const DType act = weights_.embedding.dtype;
-  const Device device = weights_.embedding.device;
+  const DType act = weights_.layers.front().qkv.dtype;
+  const Device device = weights_.layers.front().qkv.device;
   workspace_ = Buffer::Allocate(device, WorkspaceBytes(config_, shard_, limits_, act));
   if (!workspace_) return false;
   char* next = static_cast<char*>(workspace_.data());
@@ -79,11 +79,14 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
   const TensorView k = qkv.columns(q_size, kv_size), v = qkv.columns(q_size + kv_size, kv_size);
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
 
-  Embed(stream,
+  if (shard_.first_stage()) {
+    Embed(
+        stream,
         {.out = residual, .table = weights_.embedding, .ids = inputs.ids, .vocab_begin = shard_.vocab_begin(config_)});
-  if (!AllReduce(stream, residual)) return false;
+    if (!AllReduce(stream, residual)) return false;
+  }
 
-  for (int64_t i = 0; i < config_.layers; ++i) {
+  for (int64_t i = 0; i < shard_.layers(config_); ++i) {
     const LayerWeights& layer = weights_.layers[static_cast<size_t>(i)];
     const TensorView k_pages = cache.k_pages(i), v_pages = cache.v_pages(i);
 
@@ -119,6 +122,14 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
     LinearSiluMul(stream, {.out = ffn, .x = normed, .weight = layer.gate_up, .gate_up = gate_up});
     Linear(stream, {.out = delta, .x = ffn, .weight = layer.down});
     if (!AllReduce(stream, delta)) return false;
+  }
+  if (!shard_.last_stage()) {
+    // For its addition: the norm of the next layer is computed where that layer's weights are.
+    AddRmsNorm(stream, {.out = normed,
+                        .residual = residual,
+                        .x = delta,
+                        .weight = weights_.layers.back().ffn_norm,
+                        .eps = config_.rms_eps});
   }
   return true;
 }

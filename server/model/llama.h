@@ -1,8 +1,11 @@
 // Llama: one forward pass of one rank, top to bottom through kernels/ops.h.
 //
+// (of several stages: the first one)
 //   ids -> embedding -> residual [T, H] f32
+// (each stage, its layers; the residual comes from the stage before)
 //   layer: RmsNorm -> qkv -> RoPE, store K and V -> attention -> o -> (all-reduce) -> + residual
 //          RmsNorm -> gate, up -> silu(gate) * up -> down -> (all-reduce) -> + residual
+// (the last stage)
 //   rows whose logits are wanted: RmsNorm -> lm_head -> logits [R, V'] f32
 //
 // The residual stream is f32 whatever the activation dtype; each addition is fused with the norm that follows it.
@@ -45,13 +48,17 @@ class Llama {
   // Of the workspace that Create allocates on the shard's rank.
   static uint64_t WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act);
 
-  // Computes all layers for the step's tokens and stores their K and V. False: the group was aborted.
+  // Computes the stage's layers for the step's tokens and stores their K and V. Before, on all stages but the first,
+  // residual() must hold what it held on the stage before, afterwards. False: the group was aborted.
   bool Forward(Stream& stream, const StepInputs& inputs, KvCache& cache);
-  // Logits of rows (token indices of the last Forward) [R] i32: [R, V'], this rank's part, valid until the next call.
-  // R <= max_logit_rows.
+  // What stages hand on: [T, H] f32.
+  TensorView residual(int64_t tokens) const { return residual_.first(tokens); }
+  // Last stage only. Logits of rows (token indices of the last Forward) [R] i32: [R, V'], this rank's part, valid until
+  // the next call. R <= max_logit_rows.
   TensorView Logits(Stream& stream, const TensorView& rows);
 
   const ModelConfig& config() const { return config_; }
+  const Shard& shard() const { return shard_; }
   const Limits& limits() const { return limits_; }
   int64_t shard_vocab() const { return shard_.vocab(config_); }  // V'
   uint64_t weight_bytes() const { return weights_.bytes; }

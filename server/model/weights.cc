@@ -68,8 +68,8 @@ class Loader {
 
   StatusOr<LlamaWeights> Load() {
     RETURN_IF_ERROR(PlanOuter());
-    weights_.layers.resize(static_cast<size_t>(config_.layers));
-    for (int64_t i = 0; i < config_.layers; ++i) RETURN_IF_ERROR(PlanLayer(i));
+    weights_.layers.resize(static_cast<size_t>(shard_.layers(config_)));
+    for (size_t i = 0; i < weights_.layers.size(); ++i) RETURN_IF_ERROR(PlanLayer(i));
     RETURN_IF_ERROR(ReadAll());
     return std::move(weights_);
   }
@@ -80,15 +80,18 @@ class Loader {
     std::vector<float> inv_freq = RopeInverseFrequencies(config_);
     auto frequencies = static_cast<int64_t>(inv_freq.size());
     Arena arena;
-    arena.Reserve({vocab, config_.hidden}, options_.dtype);
-    if (!config_.tied_embeddings) arena.Reserve({vocab, config_.hidden}, options_.dtype);
-    arena.Reserve({config_.hidden}, DType::kF32);
+    const bool embeds = shard_.first_stage(), ends = shard_.last_stage();
+    const bool shares = embeds && ends && config_.tied_embeddings;  // one matrix is both
+    if (embeds) arena.Reserve({vocab, config_.hidden}, options_.dtype);
+    if (ends && !shares) arena.Reserve({vocab, config_.hidden}, options_.dtype);
+    if (ends) arena.Reserve({config_.hidden}, DType::kF32);
     arena.Reserve({frequencies}, DType::kF32);
     if (!arena.Allocate()) return OutOfMemory(arena.bytes(), "the embedding and the head");
-    weights_.embedding = arena.Take({vocab, config_.hidden}, options_.dtype);
-    weights_.lm_head =
-        config_.tied_embeddings ? weights_.embedding : arena.Take({vocab, config_.hidden}, options_.dtype);
-    weights_.final_norm = arena.Take({config_.hidden}, DType::kF32);
+    if (embeds) weights_.embedding = arena.Take({vocab, config_.hidden}, options_.dtype);
+    if (ends) {
+      weights_.lm_head = shares ? weights_.embedding : arena.Take({vocab, config_.hidden}, options_.dtype);
+      weights_.final_norm = arena.Take({config_.hidden}, DType::kF32);
+    }
     weights_.inv_freq = arena.Take({frequencies}, DType::kF32);
     std::memcpy(weights_.inv_freq.data, inv_freq.data(), inv_freq.size() * sizeof(float));
     weights_.bytes += arena.bytes();
@@ -97,14 +100,19 @@ class Loader {
     // The last rank's part may reach past the vocabulary; those rows stay zero.
     int64_t begin = shard_.vocab_begin(config_);
     int64_t rows = std::clamp<int64_t>(config_.vocab - begin, 0, vocab);
-    AddMatrix("model.embed_tokens.weight", weights_.embedding, 0, begin, rows, 0, config_.hidden);
-    if (!config_.tied_embeddings) AddMatrix("lm_head.weight", weights_.lm_head, 0, begin, rows, 0, config_.hidden);
-    AddVector("model.norm.weight", weights_.final_norm);
+    const std::string embedding = "model.embed_tokens.weight";
+    if (embeds) AddMatrix(embedding, weights_.embedding, 0, begin, rows, 0, config_.hidden);
+    if (ends && !shares) {
+      AddMatrix(config_.tied_embeddings ? embedding : "lm_head.weight", weights_.lm_head, 0, begin, rows, 0,
+                config_.hidden);
+    }
+    if (ends) AddVector("model.norm.weight", weights_.final_norm);
     return OkStatus();
   }
 
-  Status PlanLayer(int64_t index) {
-    LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
+  Status PlanLayer(size_t of_stage) {
+    LayerWeights& layer = weights_.layers[of_stage];
+    const int64_t index = shard_.first_layer(config_) + static_cast<int64_t>(of_stage);
     const int64_t hidden = config_.hidden, dim = config_.head_dim;
     const int64_t q_rows = shard_.q_heads(config_) * dim, kv_rows = shard_.kv_heads(config_) * dim;
     const int64_t qkv_rows = q_rows + 2 * kv_rows, ffn = shard_.ffn(config_);
@@ -236,7 +244,7 @@ class Loader {
 
 }  // namespace
 
-StatusOr<Shard> Shard::Make(const ModelConfig& config, int rank, int size) {
+StatusOr<Shard> Shard::Make(const ModelConfig& config, int rank, int size, int stage, int stages) {
   auto refuse = [&](std::string_view what, int64_t n) {
     return Status(Code::kInvalidArgument, StrCat("the model cannot be split into ", size, " ranks: ", n, " ", what,
                                                  " do not divide by ", size));
@@ -244,11 +252,18 @@ StatusOr<Shard> Shard::Make(const ModelConfig& config, int rank, int size) {
   if (size < 1 || rank < 0 || rank >= size) {
     return Status(Code::kInvalidArgument, StrCat("rank ", rank, " of ", size, " does not exist"));
   }
+  if (stages < 1 || stage < 0 || stage >= stages) {
+    return Status(Code::kInvalidArgument, StrCat("stage ", stage, " of ", stages, " does not exist"));
+  }
+  if (stages > config.layers) {
+    return Status(Code::kInvalidArgument,
+                  StrCat("the model cannot be split into ", stages, " stages: it has ", config.layers, " layers"));
+  }
   if (config.q_heads % size != 0) return refuse("query heads", config.q_heads);
   if (config.ffn % size != 0) return refuse("ffn rows", config.ffn);
   bool kv_ok = config.kv_heads >= size ? config.kv_heads % size == 0 : size % config.kv_heads == 0;
   if (!kv_ok) return refuse("KV heads", config.kv_heads);
-  return Shard{rank, size};
+  return Shard{rank, size, stage, stages};
 }
 
 uint64_t RankWeightBytes(const ModelConfig& c, const Shard& shard, DType dtype) {
@@ -256,9 +271,11 @@ uint64_t RankWeightBytes(const ModelConfig& c, const Shard& shard, DType dtype) 
   const uint64_t qkv = size(shard.q_heads(c) + 2 * shard.kv_heads(c)) * size(c.head_dim) * size(c.hidden);
   const uint64_t o = size(c.hidden) * size(shard.q_heads(c)) * size(c.head_dim);
   const uint64_t ffn = 3 * size(shard.ffn(c)) * size(c.hidden);
-  const uint64_t outer = size(shard.vocab(c)) * size(c.hidden) * (c.tied_embeddings ? 1 : 2);
-  const uint64_t norms = (2 * size(c.layers) + 1) * size(c.hidden);
-  return (outer + size(c.layers) * (qkv + o + ffn)) * SizeOf(dtype) + norms * SizeOf(DType::kF32);
+  const bool shares = c.tied_embeddings && shard.stages == 1;
+  const int tables = (shard.first_stage() ? 1 : 0) + (shard.last_stage() && !shares ? 1 : 0);
+  const uint64_t outer = size(shard.vocab(c)) * size(c.hidden) * size(tables);
+  const uint64_t norms = (2 * size(shard.layers(c)) + (shard.last_stage() ? 1 : 0)) * size(c.hidden);
+  return (outer + size(shard.layers(c)) * (qkv + o + ffn)) * SizeOf(dtype) + norms * SizeOf(DType::kF32);
 }
 
 LlamaWeights Share(std::shared_ptr<const LlamaWeights> weights) {
@@ -280,12 +297,13 @@ StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptio
   return Loader(checkpoint, options).Load();
 }
 
-StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options, int ranks) {
+StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options,
+                                                 const std::vector<Shard>& shards) {
   std::vector<StatusOr<LlamaWeights>> loaded;
-  std::vector<LoadOptions> each(static_cast<size_t>(std::max(ranks, 1)), options);
+  std::vector<LoadOptions> each(shards.size(), options);
   for (size_t rank = 0; rank < each.size(); ++rank) {
-    ASSIGN_OR_RETURN(each[rank].shard, Shard::Make(checkpoint.config(), static_cast<int>(rank), ranks));
-    each[rank].readers = std::max(1, options.readers / ranks);
+    each[rank].shard = shards[rank];
+    each[rank].readers = std::max(1, options.readers / static_cast<int>(shards.size()));
     loaded.emplace_back(Status(Code::kInternal, "not loaded"));
   }
   const auto start = std::chrono::steady_clock::now();

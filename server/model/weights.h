@@ -1,6 +1,7 @@
 // Weights of one rank, as the model uses them: fused, sharded, in one dtype. Letters as in kernels/ops.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -15,15 +16,26 @@
 
 namespace altiplano {
 
-// One rank's part of a tensor-parallel model: QKV and gate/up by output rows, o and down by input columns, embedding
-// and head by vocabulary rows. KV heads divide, or are replicated when there are more ranks than KV heads.
+// One rank's part of a model. Of each of its layers (tensor parallel): QKV and gate/up by output rows, o and down by
+// input columns, embedding and head by vocabulary rows; KV heads divide, or are replicated when there are more ranks
+// than KV heads. Of the layers (pipeline parallel): its stage's run of them; the first stage has the embedding, the
+// last one the final norm and the head.
 struct Shard {
   int rank = 0;
   int size = 1;
+  int stage = 0;
+  int stages = 1;
 
   // INVALID_ARGUMENT saying which dimension cannot be divided.
-  static StatusOr<Shard> Make(const ModelConfig& config, int rank, int size);
+  static StatusOr<Shard> Make(const ModelConfig& config, int rank, int size, int stage = 0, int stages = 1);
 
+  bool first_stage() const { return stage == 0; }
+  bool last_stage() const { return stage == stages - 1; }
+  // As even as can be: the first ones have the layer more, the last one has the head.
+  int64_t layers(const ModelConfig& c) const { return c.layers / stages + (stage < c.layers % stages ? 1 : 0); }
+  int64_t first_layer(const ModelConfig& c) const {
+    return stage * (c.layers / stages) + std::min<int64_t>(stage, c.layers % stages);
+  }
   int64_t q_heads(const ModelConfig& c) const { return c.q_heads / size; }                             // Hq'
   int64_t kv_heads(const ModelConfig& c) const { return c.kv_heads >= size ? c.kv_heads / size : 1; }  // Hkv'
   int64_t first_kv_head(const ModelConfig& c) const { return rank * c.kv_heads / size; }
@@ -34,7 +46,7 @@ struct Shard {
   int64_t vocab_begin(const ModelConfig& c) const { return rank * vocab(c); }
   // Of this rank's pool: does not shrink once KV heads are replicated.
   uint64_t kv_bytes_per_token(const ModelConfig& c, DType dtype) const {
-    return 2 * static_cast<uint64_t>(c.layers * kv_heads(c) * c.head_dim) * SizeOf(dtype);
+    return 2 * static_cast<uint64_t>(layers(c) * kv_heads(c) * c.head_dim) * SizeOf(dtype);
   }
 };
 
@@ -53,13 +65,13 @@ struct LayerWeights {
 };
 
 struct LlamaWeights {
-  TensorView embedding;   // [V', H] act
-  TensorView final_norm;  // [H] f32
-  TensorView lm_head;     // [V', H] act; the embedding itself when tied
-  TensorView inv_freq;    // [D/2] f32
-  std::vector<LayerWeights> layers;
-  Buffer memory;                               // embedding, norm, head
-  uint64_t bytes = 0;                          // of this rank
+  TensorView embedding;              // [V', H] act; first stage
+  TensorView final_norm;             // [H] f32; last stage
+  TensorView lm_head;                // [V', H] act; last stage; the embedding itself when tied and there is one stage
+  TensorView inv_freq;               // [D/2] f32
+  std::vector<LayerWeights> layers;  // of the stage
+  Buffer memory;                     // embedding, norm, head
+  uint64_t bytes = 0;                // of this rank
   std::shared_ptr<const LlamaWeights> shared;  // not null: whose memory the views point into; both Buffers are empty
 };
 
@@ -83,8 +95,9 @@ struct LoadOptions {
 // Reads this rank's slices of every tensor. CPU memory only; RESOURCE_EXHAUSTED when it cannot be had.
 StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options);
 
-// Of all `ranks` at once, in their order: the readers are shared out, progress is that of all together. options.shard
-// is not looked at. INVALID_ARGUMENT when the model cannot be cut so.
-StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options, int ranks);
+// Of several ranks at once, in the order of `shards`: the readers are shared out, progress is that of all together.
+// options.shard is not looked at.
+StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options,
+                                                 const std::vector<Shard>& shards);
 
 }  // namespace altiplano

@@ -71,6 +71,24 @@ TEST(Plan, SizesOfAGpu) {
   EXPECT_GT(spent + plan.block_bytes, plan.usable_bytes);
 }
 
+TEST(Plan, StagesShareOutTheLayers) {
+  const GpuGroup gpus = ParseGpus("8xH100").value();
+  const ModelConfig c = Published("70b");
+  const Capacity one = PlanCapacity(c, gpus, {}, {}), two = PlanCapacity(c, gpus, {}, {.stages = 2});
+  EXPECT_EQ(two.why_not, "");
+  // Two stages of 4: half of the layers on half as many ranks.
+  EXPECT_NEAR(static_cast<double>(two.weight_bytes), static_cast<double>(one.weight_bytes),
+              0.05e9 + c.vocab * c.hidden / 4);
+  EXPECT_EQ(two.block_bytes, one.block_bytes);
+  EXPECT_LT(two.kv_tokens, one.kv_tokens) << "a stage with a whole embedding or head has less room";
+  EXPECT_GT(two.itl, one.itl) << "a token goes through the stages one after the other";
+  EXPECT_EQ(two.cost.weights_us, DeriveStepCost(c, gpus.gpu, 4).weights_us);
+  EXPECT_THAT(PlanCapacity(c, gpus, {}, {.stages = 3}).why_not,
+              HasSubstr("8 GPUs cannot be shared out among 3 stages"));
+  EXPECT_THAT(PlanCapacity(c, ParseGpus("128xH100").value(), {}, {.stages = 128}).why_not, HasSubstr("80 layers"));
+  EXPECT_EQ(PlanCapacity(Published("405b"), ParseGpus("16xH100").value(), {}, {.stages = 2}).why_not, "");
+}
+
 TEST(Plan, WhatDoesNotFitSaysWhy) {
   const Capacity weights = Plan("405b", "8xH100");
   EXPECT_THAT(weights.why_not, HasSubstr("of weights"));

@@ -45,6 +45,11 @@ TEST(Inspect, SaysWhatAModelIsAndNeeds) {
   const OrderedJson json = InspectJson(in);
   EXPECT_EQ(json["parameters"], in.parameters);
   EXPECT_EQ(json["splits"][2]["possible"], false);
+  // The last of the two stages has the final norm too.
+  ASSERT_EQ(json["stages"].size(), 1u);
+  EXPECT_EQ(json["stages"][0]["largest_weight_bytes"],
+            RankWeightBytes(in.config, *Shard::Make(in.config, 0, 1, 1, 2), DType::kBF16));
+  EXPECT_EQ(in.stages[0].kv_bytes_per_token, in.kv_bytes_per_token_bf16 / 2);
   EXPECT_EQ(json["tensors"].size(), 21u);
   EXPECT_EQ(json["eos_ids"], Json::array({2}));
 }

@@ -65,6 +65,47 @@ TEST(Weights, ShardsAreTheWholeCutUp) {
   }
 }
 
+TEST(Weights, StagesAreTheLayersInTheirOrder) {
+  auto checkpoint = Tiny();
+  const ModelConfig& c = checkpoint->config();
+  const LlamaWeights whole = MustLoad(*checkpoint, 0, 2);
+  for (int stages : {2, 3, 4}) {
+    size_t layer = 0;
+    uint64_t read = 0;
+    for (int stage = 0; stage < stages; ++stage) {
+      SCOPED_TRACE(StrCat("stage ", stage, " of ", stages));
+      LoadOptions options;
+      options.shard = *Shard::Make(c, 0, 2, stage, stages);
+      LoadProgress last;
+      options.progress = [&](const LoadProgress& progress) { last = progress; };
+      auto part = LoadWeights(*checkpoint, options);
+      ASSERT_TRUE(part.ok()) << part.status().ToString();
+      EXPECT_EQ(options.shard.first_layer(c), static_cast<int64_t>(layer));
+      for (const LayerWeights& p : part->layers) {
+        const LayerWeights& w = whole.layers[layer++];
+        ExpectSame(p.qkv, 0, 0, w.qkv, 0, 0, w.qkv.dim(0), c.hidden);
+        ExpectSame(p.down, 0, 0, w.down, 0, 0, c.hidden, w.down.dim(1));
+      }
+      EXPECT_EQ(part->embedding.empty(), stage > 0);
+      EXPECT_EQ(part->lm_head.empty(), stage < stages - 1);
+      EXPECT_EQ(part->final_norm.empty(), stage < stages - 1);
+      // Each tensor is padded to whole cache lines; the table of frequencies is not counted.
+      EXPECT_NEAR(static_cast<double>(part->bytes),
+                  static_cast<double>(RankWeightBytes(c, options.shard, DType::kBF16)), 64.0 * 40);
+      read += last.bytes_done;
+    }
+    EXPECT_EQ(layer, whole.layers.size());
+    LoadOptions all;
+    all.shard = *Shard::Make(c, 0, 2);
+    LoadProgress last;
+    all.progress = [&](const LoadProgress& progress) { last = progress; };
+    ASSERT_TRUE(LoadWeights(*checkpoint, all).ok());
+    EXPECT_EQ(read, last.bytes_done) << "each byte is read by one stage";
+  }
+  EXPECT_THAT(Shard::Make(c, 0, 1, 0, 5).status().message(), HasSubstr("5 stages: it has 4 layers"));
+  EXPECT_FALSE(Shard::Make(c, 0, 1, 2, 2).ok());
+}
+
 TEST(Weights, ReportsProgressToTheLastByte) {
   auto checkpoint = Tiny();
   LoadOptions options;

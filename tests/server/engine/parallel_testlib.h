@@ -1,0 +1,122 @@
+// What the tests of several ranks, stages and nodes share: a tiny model, requests that use everything, and comparisons.
+#pragma once
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "server/base/strings.h"
+#include "server/engine/engine.h"
+#include "server/engine/local_executor.h"
+#include "tests/server/engine/engine_testlib.h"
+
+namespace altiplano {
+
+inline LocalExecutorOptions TinyOptions(int ranks) {
+  LocalExecutorOptions options;
+  options.dtype = DType::kF32;
+  options.ranks = ranks;
+  options.threads = 2;
+  options.token_budget = 48;
+  options.max_running = 8;
+  options.max_context = 256;
+  options.kv_bytes = 16 << 20;
+  return options;
+}
+
+inline std::unique_ptr<Engine> StartModel(const Checkpoint& checkpoint, LocalExecutorOptions options) {
+  auto executor = LocalExecutor::Create(checkpoint, std::move(options));
+  EXPECT_TRUE(executor.ok()) << executor.status().ToString();
+  EngineOptions engine_options;
+  engine_options.scheduler = (*executor)->scheduler_options();
+  auto engine = Engine::Start(engine_options, std::move(*executor));
+  EXPECT_TRUE(engine.ok()) << engine.status().ToString();
+  return std::move(*engine);
+}
+
+inline std::unique_ptr<Engine> StartTiny(LocalExecutorOptions options) {
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  EXPECT_TRUE(checkpoint.ok()) << checkpoint.status().ToString();
+  return StartModel(**checkpoint, std::move(options));
+}
+
+inline std::shared_ptr<Request> MakeRequest(int index, int prompt_tokens, int max_new_tokens, int vocab = 1792) {
+  auto request = std::make_shared<Request>();
+  request->id = StrCat("request-", index);
+  for (int i = 0; i < prompt_tokens; ++i) request->prompt.push_back((index * 131 + i * 17) % vocab);
+  request->sampling.temperature = 0;
+  request->sampling.top_logprobs = 3;
+  request->stop.max_new_tokens = max_new_tokens;
+  request->stop.ignore_eos = true;
+  return request;
+}
+
+struct Answers {
+  std::vector<std::vector<TokenScore>> tokens, prompt_scores;
+};
+
+// Chunked prefill beside decode, penalties, prompt scores and siblings: everything that gathers or sends logits round.
+inline Answers Ask(Engine& engine, int vocab = 1792) {
+  std::vector<std::shared_ptr<CollectingSink>> sinks;
+  std::vector<RequestHandle> handles;
+  for (int i = 0; i < 6; ++i) {
+    auto request = MakeRequest(i, 5 + 23 * i, 20, vocab);
+    if (i % 2 == 1) request->sampling.repetition_penalty = 1.3f;
+    if (i == 2) request->sampling.prompt_top_logprobs = 2;
+    if (i == 4) request->num_sequences = 2;
+    sinks.push_back(std::make_shared<CollectingSink>());
+    auto handle = engine.Submit(request, sinks.back());
+    EXPECT_TRUE(handle.ok());
+    handles.push_back(std::move(*handle));
+  }
+  Answers answers;
+  for (auto& sink : sinks) {
+    auto& tokens = answers.tokens.emplace_back();
+    auto& scores = answers.prompt_scores.emplace_back();
+    std::vector<Event> events = sink->WaitForEnd();
+    EXPECT_TRUE(events.back().status.ok()) << events.back().status.ToString();
+    for (uint32_t sequence = 0; sequence < 2; ++sequence) {
+      for (const Event& event : events) {
+        if (event.kind == Event::Kind::kToken && event.sequence == sequence) tokens.push_back(event.score);
+      }
+    }
+    for (const Event& event : events) {
+      if (event.kind == Event::Kind::kPromptScores) {
+        scores.insert(scores.end(), event.prompt_scores.begin(), event.prompt_scores.end());
+      }
+    }
+  }
+  return answers;
+}
+
+// tolerance 0: bit for bit.
+inline void ExpectSame(const std::vector<TokenScore>& a, const std::vector<TokenScore>& b, float tolerance) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t t = 0; t < a.size(); ++t) {
+    EXPECT_EQ(a[t].token, b[t].token) << t;
+    EXPECT_LE(std::abs(a[t].logprob - b[t].logprob), tolerance) << t;
+    ASSERT_EQ(a[t].top.size(), b[t].top.size());
+    for (size_t k = 0; k < a[t].top.size(); ++k) {
+      EXPECT_LE(std::abs(a[t].top[k].logprob - b[t].top[k].logprob), tolerance) << t;
+    }
+  }
+}
+
+inline void ExpectEngineDown(Engine& engine, CollectingSink& sink, const std::string& why) {
+  std::vector<Event> events = sink.WaitForEnd();
+  EXPECT_EQ(events.back().status.code(), Code::kUnavailable) << events.back().status.ToString();
+  EXPECT_EQ(events.back().status.reason(), "ENGINE_DOWN");
+  EXPECT_THAT(events.back().status.message(), ::testing::HasSubstr(why));
+  ASSERT_NE(events.back().status.detail(), nullptr);
+  EXPECT_GT(events.back().status.detail()->retry_after, Duration(0));
+  EXPECT_FALSE(engine.healthy());
+  auto refused = engine.Submit(MakeRequest(9, 4, 4), std::make_shared<CollectingSink>());
+  EXPECT_EQ(refused.status().code(), Code::kUnavailable);
+}
+
+}  // namespace altiplano
