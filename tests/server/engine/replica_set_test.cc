@@ -196,7 +196,10 @@ TEST(ReplicaSet, TotalsAreSumsOfTheReplicas) {
   for (Control& control : controls) control.held = true;
   std::vector<Call> calls;
   for (int kind = 0; kind < 5; ++kind) calls.push_back(MustSubmit(*set, MakeRequest(kind)));
-  Eventually([&] { return Total(set->loads()).scheduler.running_requests == 5; });
+  Eventually([&] {
+    const SchedulerLoad load = Total(set->loads()).scheduler;
+    return load.running_requests + load.waiting_requests == 5;
+  });
   EXPECT_THAT(Live(*set), ElementsAre(2, 2, 1));
   const EngineLoad total = Total(set->loads());
   EXPECT_EQ(total.scheduler.blocks_total, 3 * 64);
