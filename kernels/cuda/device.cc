@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/thread_team.h"
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/cublaslt.h"
 
 namespace altiplano {
 
@@ -37,12 +38,14 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     *error = "GPU " + std::to_string(ordinal) + ": " + Sentence(result);
     return nullptr;
   }
+  cuda::PrepareCublasLt(stream);
   return std::unique_ptr<Stream>(new Stream(Device::kCuda, nullptr, stream));
 }
 
 namespace cuda {
 
 void DestroyStream(void* stream) {
+  ForgetCublasLt(stream);
   cudaStreamDestroy(StreamOf(stream));
 }
 
@@ -60,7 +63,7 @@ std::string Describe(void*) {
     return "a GPU that does not answer";
   }
   return std::string(device.name) + ", sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", " +
-         std::to_string(device.totalGlobalMem / 1000000000) + " GB";
+         std::to_string(device.totalGlobalMem / 1000000000) + " GB, " + DescribeCublasLt();
 }
 
 void* Allocate(size_t bytes) {

@@ -4,7 +4,9 @@
 // one instruction. Both are loaded straight into registers, 16 bytes of a row to a lane: the sum over k may run in any
 // order as long as both operands agree on it, so a lane's 8 neighbours stand where the instruction wants pairs that lie
 // apart. A warp then reads 64 bytes of each row at a time, and no shared memory or barrier delays the stream.
+#include "kernels/batch_invariance.h"
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear.h"
@@ -112,6 +114,12 @@ bool OnTensorCores(const TensorView& x, const TensorView& weight) {
   return weight.dtype == DType::kBF16 && IsPacked(weight, 8) && IsPacked(x, 8);
 }
 
+// Many tokens, unless their bits must be those of few.
+bool ByLibrary(Stream& stream, const LinearArgs& args) {
+  return args.x.dim(0) > kMostTokensOfOurs && !IsBatchInvariant() && OnTensorCores(args.x, args.weight) &&
+         IsPacked(args.out, 16 / static_cast<int64_t>(SizeOf(args.out.dtype))) && CublasLtLinear(stream, args);
+}
+
 void LaunchMmaLinear(Stream& stream, const LinearOperands& args, bool out_packed) {
   const int64_t rows = args.gated ? 2 * args.n : args.n;
   if (UsesTiles(args.tokens, rows)) {
@@ -129,6 +137,7 @@ void LaunchMmaLinear(Stream& stream, const LinearOperands& args, bool out_packed
 }  // namespace
 
 void Linear(Stream& stream, const LinearArgs& args) {
+  if (ByLibrary(stream, args)) return;
   const LinearOperands operands = {.out = Elements(args.out),
                                    .x = Elements(args.x),
                                    .weight = Elements(args.weight),
@@ -147,8 +156,10 @@ void Linear(Stream& stream, const LinearArgs& args) {
 }
 
 void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args) {
-  if (!OnTensorCores(args.x, args.weight)) {
-    cuda::Linear(stream, {.out = args.gate_up, .x = args.x, .weight = args.weight});
+  const LinearArgs product = {.out = args.gate_up, .x = args.x, .weight = args.weight};
+  const bool done = ByLibrary(stream, product);
+  if (done || !OnTensorCores(args.x, args.weight)) {
+    if (!done) cuda::Linear(stream, product);
     cuda::SiluMul(stream, {.out = args.out, .gate_up = args.gate_up});
     return;
   }

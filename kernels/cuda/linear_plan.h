@@ -23,6 +23,9 @@ constexpr int LinearParts(int64_t n, int64_t k) {
 }
 inline constexpr uint32_t kMostLinearThreads = 32 * 16;
 
+// More are cuBLASLt's, where it is installed and a row's bits may depend on how many there are.
+inline constexpr int64_t kMostTokensOfOurs = 64;
+
 // ---- few tokens: a block makes 16 columns of out for up to 8 tiles of 8 tokens, a warp for each part.
 inline constexpr int64_t kMmaLinearColumns = 16;
 inline constexpr int kMmaLinearPadded =

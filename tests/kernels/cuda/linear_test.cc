@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "kernels/batch_invariance.h"
 #include "kernels/cuda/linear_plan.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 
@@ -25,6 +26,15 @@ struct Shape {
 
 class CudaLinearTest : public CudaTest {
  protected:
+  // Our own kernels, also where cuBLASLt is installed.
+  void SetUp() override {
+    SetBatchInvariant(true);
+    CudaTest::SetUp();
+  }
+  void TearDown() override {
+    CudaTest::TearDown();
+    SetBatchInvariant(false);
+  }
   void ExpectNearOracle(const Shape& shape, DType act, DType out_dtype, bool accumulate, int64_t gap) {
     const auto [tokens, n, k] = shape;
     Matrix x(tokens, k, act, gap), weight(n, k, act, gap), out(tokens, n, out_dtype, gap), before(tokens, n, out_dtype);
@@ -64,6 +74,14 @@ TEST_F(CudaLinearTest, IsNearTheOracle) {
         ExpectNearOracle({tokens, n, k}, DType::kBF16, DType::kF32, false, 0);
       }
     }
+  }
+}
+
+// On a GPU by cuBLASLt, in the simulator by our tiles; cublaslt_test has what is asked of the library.
+TEST_F(CudaLinearTest, ManyTokensByWhicheverIsThereAreNearTheOracle) {
+  SetBatchInvariant(false);
+  for (DType out : {DType::kF32, DType::kBF16}) {
+    for (bool accumulate : {false, true}) ExpectNearOracle({130, 72, 264}, DType::kBF16, out, accumulate, 8);
   }
 }
 
