@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/ops.h"
 #include "kernels/tensor.h"
 
 namespace altiplano {
@@ -30,6 +31,10 @@ class Communicator {
   // x [T, N] or [N], f32 or bf16, in place: the sum over all ranks, added in the order of ranks in f32 and rounded
   // once, so that every rank holds the same bits. False: the group was aborted.
   virtual bool AllReduceSum(Stream& stream, const TensorView& x) = 0;
+
+  // AllReduceSum of args.x, then AddRmsNorm, to the same bits. What x holds afterwards is undefined. Here: one after
+  // the other.
+  virtual bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
 
   // out [R, n0 + n1 + ...] = the ranks' x [R, n_rank] side by side in the order of ranks; any dtype. x may be the very
   // columns of out where it belongs, and nothing else of out. A rank may bring an empty out: it gives without taking.
@@ -49,5 +54,23 @@ class Communicator {
 // for `patience` aborts the group: ranks compute in step, so that one who does not come has failed.
 std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(
     int ranks, std::chrono::milliseconds patience = std::chrono::seconds(30));
+
+struct NcclApi;  // kernels/comm/nccl_api.h
+
+struct CudaGroupOptions {
+  // Of each rank's GPU. Up to 8 ranks may name the same one: right, and of no use but to tests.
+  std::vector<int> ordinals;
+  std::chrono::milliseconds patience = std::chrono::seconds(30);
+  const NcclApi* nccl = nullptr;  // for messages that are too large for our own kernels; null: they take all
+};
+
+// Ranks as threads of this process, each with a GPU. Calls with tensors on the CPU are those of MakeInProcessGroup.
+// With tensors on GPUs
+// - calls return when they are issued. True then means that nothing was wrong yet: ask error() once the stream has come
+//   to the call.
+// - AllGather wants the same number of columns of every rank.
+// - what goes through NCCL is summed in an order of NCCL's, to the same bits on every rank.
+// Empty with *error: GPUs that are not there or do not reach each other, no memory.
+std::vector<std::unique_ptr<Communicator>> MakeCudaGroup(const CudaGroupOptions& options, std::string* error);
 
 }  // namespace altiplano

@@ -16,6 +16,12 @@
 
 namespace altiplano {
 
+bool Communicator::AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) {
+  if (!AllReduceSum(stream, args.x)) return false;
+  AddRmsNorm(stream, args);
+  return true;
+}
+
 namespace {
 
 [[noreturn]] void Die(const char* sentence) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels/device.h"
 #include "kernels/ops.h"
@@ -16,6 +17,10 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error);
 namespace cuda {
 
 void DestroyStream(void* stream);
+void UseGpu(int ordinal);          // from this thread
+void SynchronizeGpu(int ordinal);  // waits for all that runs there
+// Lets each of these GPUs reach the others' memory. Empty, or why one cannot.
+std::string EnablePeerAccess(const std::vector<int>& ordinals);
 std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
 std::string Describe(void* stream);     // "NVIDIA H200, sm_90, 141 GB"
 void* Allocate(size_t bytes);           // of the current device; null when it has no more

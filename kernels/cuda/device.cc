@@ -77,6 +77,40 @@ void Free(void* data) {
   cudaFree(data);
 }
 
+void UseGpu(int ordinal) {
+  cudaSetDevice(ordinal);  // it worked when the stream was opened
+}
+
+void SynchronizeGpu(int ordinal) {
+  cudaSetDevice(ordinal);
+  cudaDeviceSynchronize();  // its error is the streams'
+}
+
+std::string EnablePeerAccess(const std::vector<int>& ordinals) {
+  int count = 0;
+  if (cudaError_t result = cudaGetDeviceCount(&count); result != cudaSuccess) return Sentence(result);
+  for (int from : ordinals) {
+    if (from < 0 || from >= count) {
+      return "no GPU " + std::to_string(from) + ", this machine has " + std::to_string(count);
+    }
+  }
+  for (int from : ordinals) {
+    for (int to : ordinals) {
+      if (from == to) continue;
+      const std::string pair = "GPU " + std::to_string(from) + " and the memory of GPU " + std::to_string(to) + ": ";
+      int can = 0;
+      cudaError_t result = cudaDeviceCanAccessPeer(&can, from, to);
+      if (result == cudaSuccess && can == 0) return pair + "no way between them";
+      if (result == cudaSuccess) result = cudaSetDevice(from);
+      if (result == cudaSuccess) result = cudaDeviceEnablePeerAccess(to, 0);
+      if (result == cudaErrorPeerAccessAlreadyEnabled) result = cudaSuccess;
+      cudaGetLastError();  // also what was enabled before is told as an error
+      if (result != cudaSuccess) return pair + Sentence(result);
+    }
+  }
+  return "";
+}
+
 void* AllocateShared(size_t bytes) {
   void* data = nullptr;
   if (cudaHostAlloc(&data, bytes, cudaHostAllocPortable | cudaHostAllocMapped) == cudaSuccess) {

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/peers.h"
 
 namespace altiplano {
 
@@ -28,6 +29,10 @@ MemoryInfo QueryMemory(int) {
   return {};
 }
 
+std::string EnablePeerAccess(const std::vector<int>&) {
+  return "built without CUDA";
+}
+
 void* AllocateShared(size_t) {
   return nullptr;
 }
@@ -36,6 +41,27 @@ void FreeShared(void*) {
   Die();
 }
 void DestroyStream(void*) {
+  Die();
+}
+void UseGpu(int) {
+  Die();
+}
+void SynchronizeGpu(int) {
+  Die();
+}
+void AllReduceOneShot(Stream&, const Peers&, const TensorView&) {
+  Die();
+}
+void AllReduceTwoShots(Stream&, const Peers&, const TensorView&) {
+  Die();
+}
+void AllReduceAddRmsNorm(Stream&, const Peers&, const AddRmsNormArgs&) {
+  Die();
+}
+void PeerGather(Stream&, const Peers&, const TensorView&, const TensorView&) {
+  Die();
+}
+void PeerBroadcast(Stream&, const Peers&, const TensorView&) {
   Die();
 }
 std::string Synchronize(void*) {

@@ -123,9 +123,11 @@ PTX_FUNCTION void StReleaseSys(uint32_t* to, uint32_t value) {
 PTX_FUNCTION void StRelaxedSys(uint32_t* to, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
-// Atomic on this GPU; orders nothing. What was there before.
+// Atomic on this GPU, whose blocks it orders: a release and an acquire. What was there before.
 PTX_FUNCTION uint32_t AddGlobal(uint32_t* to, uint32_t value) {
-  return atomicAdd(to, value);
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
 }
 // Nanoseconds, in coarse ticks.
 PTX_FUNCTION uint64_t GlobalTimer() {

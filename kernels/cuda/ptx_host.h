@@ -167,8 +167,10 @@ inline void StRelaxedSys(uint32_t* to, uint32_t value, PTX_SITE) {
 }
 inline uint32_t AddGlobal(uint32_t* to, uint32_t value, PTX_SITE) {
   sim::Access(sim::Memory::kGlobalStore, to, sizeof(value), site);
-  const uint32_t before = std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
+  sim::BeforeRelease();
+  const uint32_t before = std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_acq_rel);
   sim::AfterStoringFlag();
+  sim::AfterAcquire();
   return before;
 }
 inline uint64_t GlobalTimer() {

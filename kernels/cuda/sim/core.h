@@ -212,6 +212,8 @@ class Runner {
   std::string failure;
   bool cancelling = false;
   Token launch_token, end_token;
+  Token* begins = &launch_token;  // what the block's threads acquire first
+  Token* ends = &end_token;       // and release last
   bool counting = false;
   size_t mbarriers = 0;
   std::vector<BoxCopy> boxes;

@@ -1,6 +1,7 @@
 // The backend's streams and memory, of a GPU that is simulated: Stream::Cuda gives one in programs linked with
 // cuda_simulator in place of kernels.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "kernels/cpu/thread_team.h"
@@ -12,11 +13,17 @@ namespace altiplano {
 namespace {
 constexpr size_t kTotalBytes = size_t{1} << 30;
 char the_stream;  // launches run at once, so that a stream has no state
+std::atomic<int> gpus{1};
 }  // namespace
 
+void sim::SetGpus(int n) {
+  gpus = n;
+}
+
 std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
-  if (ordinal != 0) {
+  if (ordinal < 0 || ordinal >= gpus) {
     *error = "no simulated GPU " + std::to_string(ordinal) + ", only 0";
+    if (gpus > 1) *error += " to " + std::to_string(gpus - 1);
     return nullptr;
   }
   return std::unique_ptr<Stream>(new Stream(Device::kCuda, nullptr, &the_stream));
@@ -40,6 +47,18 @@ void* Allocate(size_t bytes) {
 
 void Free(void* data) {
   sim::FreeDevice(data);
+}
+
+void UseGpu(int) {}
+
+void SynchronizeGpu(int) {}
+
+std::string EnablePeerAccess(const std::vector<int>& ordinals) {
+  std::string error;
+  for (int ordinal : ordinals) {
+    if (MakeCudaStream(ordinal, &error) == nullptr) break;
+  }
+  return error;
 }
 
 void* AllocateShared(size_t bytes) {

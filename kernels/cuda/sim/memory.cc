@@ -1,6 +1,7 @@
 // Shared memory, device memory and cp.async. A copy happens as late as it may, when its thread waits for it; until then
 // its destination holds NaN.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <string>
@@ -11,11 +12,24 @@ namespace altiplano::sim {
 
 namespace {
 
-// Alive for the whole process: kernels run on one OS thread, and buffers may be freed late.
-std::map<uintptr_t, size_t>& Allocations() {
-  static auto* allocations = new std::map<uintptr_t, size_t>();
-  return *allocations;
-}
+// All OS threads share the device's memory. Not a mutex: TSan would take it for order between the threads of a kernel.
+class Allocations {
+ public:
+  Allocations() {
+    while (busy_.test_and_set(std::memory_order_acquire)) {
+    }
+  }
+  ~Allocations() { busy_.clear(std::memory_order_release); }
+  std::map<uintptr_t, size_t>* operator->() const { return &map(); }
+  std::map<uintptr_t, size_t>& operator*() const { return map(); }
+
+ private:
+  static std::map<uintptr_t, size_t>& map() {  // alive for the whole process: buffers may be freed late
+    static auto* allocations = new std::map<uintptr_t, size_t>();
+    return *allocations;
+  }
+  static inline std::atomic_flag busy_;
+};
 
 }  // namespace
 
@@ -25,26 +39,27 @@ void* AllocateDevice(size_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, 256, bytes) != 0) return nullptr;
   PoisonBytes(data, bytes);
-  Allocations()[reinterpret_cast<uintptr_t>(data)] = bytes;
+  Allocations()->emplace(reinterpret_cast<uintptr_t>(data), bytes);
   return data;
 }
 
 void FreeDevice(void* data) {
-  Allocations().erase(reinterpret_cast<uintptr_t>(data));
+  Allocations()->erase(reinterpret_cast<uintptr_t>(data));
   std::free(data);
 }
 
 size_t LiveDeviceBytes() {
   size_t bytes = 0;
-  for (const auto& [begin, size] : Allocations()) bytes += size;
+  const Allocations allocations;
+  for (const auto& [begin, size] : *allocations) bytes += size;
   return bytes;
 }
 
 bool IsDeviceMemory(const void* data, size_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(data);
-  const auto& allocations = Allocations();
-  auto it = allocations.upper_bound(address);
-  if (it == allocations.begin()) return false;
+  const Allocations allocations;
+  auto it = allocations->upper_bound(address);
+  if (it == allocations->begin()) return false;
   --it;
   return address + bytes <= it->first + it->second;
 }

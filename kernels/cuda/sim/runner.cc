@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <mutex>
 #include <numeric>
 #include <utility>
 
@@ -33,7 +34,9 @@ std::string Coordinates(uint3 index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
 }
 
-thread_local std::string stuck_error;
+// Of the device, whichever OS thread asks.
+std::mutex stuck_mutex;
+std::string stuck_error;
 thread_local Runner* runner_of_block = nullptr;
 
 }  // namespace
@@ -63,18 +66,21 @@ std::string RunGrid(const Grid& grid, const std::function<void()>& body) {
 }
 
 void LaunchGrid(const Grid& grid, const std::function<void()>& body) {
-  if (stuck_error.empty()) stuck_error = RunGrid(grid, body);
+  if (StuckError().empty()) Stick(RunGrid(grid, body));
 }
 
 void Stick(const std::string& error) {
+  std::lock_guard lock(stuck_mutex);
   if (stuck_error.empty()) stuck_error = error;
 }
 
 std::string StuckError() {
+  std::lock_guard lock(stuck_mutex);
   return stuck_error;
 }
 
 std::string TakeError() {
+  std::lock_guard lock(stuck_mutex);
   return std::exchange(stuck_error, "");
 }
 
@@ -160,7 +166,7 @@ void Runner::ThreadMain(void* argument) {
   auto& self = *static_cast<Thread*>(argument);
   while (true) {
     Runner& runner = CurrentRunner();
-    TsanAcquire(runner.launch_token.address);
+    TsanAcquire(runner.begins->address);
     TsanAcquire(runner.set->exits.address);
     try {
       if (runner.cancelling) throw Cancel{};
@@ -170,7 +176,7 @@ void Runner::ThreadMain(void* argument) {
       self.wait = Wait::kExited;
     }
     TsanRelease(runner.set->exits.address);
-    TsanRelease(runner.end_token.address);
+    TsanRelease(runner.ends->address);
     if (runner.failure.empty()) {
       ++runner.exited;
       runner.Suspend(Wait::kExited, Site());

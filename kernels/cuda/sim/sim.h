@@ -1,6 +1,6 @@
 // The kernel simulator as tests see it: its whims, what it found and what it counted. docs/kernels.md explains it.
 //
-// It belongs to one OS thread: the one that launches.
+// Each OS thread that launches has its own whims, seed and counters; memory and the error that stuck are the device's.
 #pragma once
 
 #include <chrono>
@@ -66,6 +66,9 @@ struct Traffic {
 void CountTraffic(bool on);  // also forgets what was counted
 Traffic TrafficOf(const std::string& kernel);
 std::string TrafficByLine();
+
+// How many GPUs there are, 1 at first.
+void SetGpus(int gpus);
 
 // ---- device memory: what kernels may reach with global accesses. Starts as NaN.
 void* AllocateDevice(size_t bytes);

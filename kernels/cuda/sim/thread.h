@@ -43,6 +43,7 @@ void BeforePoll(const void* flag, int bytes, Site site);
 void AfterPoll(const void* flag, bool acquire);
 void BeforeRelease();
 void AfterStoringFlag();
+void AfterAcquire();
 // Nanoseconds. Passes only when all threads wait for each other.
 uint64_t Clock();
 

@@ -52,6 +52,7 @@ class Together {
     uint64_t view = 0;  // what its kernels so far have seen
     std::vector<Runner*> blocks;
     size_t live = 0;
+    Token order;  // a kernel follows the one before on its stream, and none of another's
   };
 
   Runner* NewBlock();
@@ -102,7 +103,7 @@ void Together::Start(int index) {
     block.set = &block.sets[0];
     block.SetGrid(kernel.grid, kernel.body);
     if (i == 0) CountLaunch(block);
-    TsanRelease(block.launch_token.address);
+    block.begins = block.ends = &stream.order;
     SetCurrentRunner(&block);
     block.Begin({i % g.x, i / g.x % g.y, i / (g.x * g.y)});
     for (int t = 0; t < block.threads; ++t) block.ThreadAt(t).view = stream.view;
@@ -147,6 +148,7 @@ std::string Together::Run(const std::vector<std::vector<Kernel>>& streams) {
   streams_.resize(streams.size());
   for (size_t i = 0; i < streams.size(); ++i) {
     streams_[i].kernels = &streams[i];
+    TsanRelease(streams_[i].order.address);
     if (!streams[i].empty()) Start(static_cast<int>(i));
   }
   std::string failure;
@@ -162,7 +164,6 @@ std::string Together::Run(const std::vector<std::vector<Kernel>>& streams) {
     failure = block.failure;
     live_.erase(std::find(live_.begin(), live_.end(), &block));
     Happened();
-    TsanAcquire(block.end_token.address);
     Stream& stream = streams_[static_cast<size_t>(block.stream)];
     if (failure.empty() && --stream.live == 0 && stream.next < stream.kernels->size()) {
       PerformAll(stream);
@@ -176,7 +177,10 @@ std::string Together::Run(const std::vector<std::vector<Kernel>>& streams) {
     block->End();
   }
   SetCurrentRunner(nullptr);
-  for (Stream& stream : streams_) PerformAll(stream);
+  for (Stream& stream : streams_) {
+    PerformAll(stream);
+    TsanAcquire(stream.order.address);
+  }
   return failure;
 }
 
@@ -337,7 +341,12 @@ void AfterPoll(const void* flag, bool acquire) {
   if (runner.together == nullptr) return;
   runner.current->polled = flag;
   runner.current->polled_at = runner.together->events();
-  if (acquire) runner.current->view = runner.together->stores();
+  if (acquire) AfterAcquire();
+}
+
+void AfterAcquire() {
+  Runner& runner = CurrentRunner();
+  if (runner.together != nullptr) runner.current->view = runner.together->stores();
 }
 
 void BeforeRelease() {
