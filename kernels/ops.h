@@ -45,12 +45,14 @@ struct AddRmsNormArgs {
 void AddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
 
 // out = x * weight^T (+ out when accumulate). Weights are row-major [N, K] as in the checkpoint.
-// The result of a row does not depend on the other rows of x (batch invariant on the CPU).
+// The result of a row does not depend on the other rows of x, but on a GPU it may depend on how many there are.
 struct LinearArgs {
   TensorView out;     // [T, N] f32 or act
   TensorView x;       // [T, K] act
   TensorView weight;  // [N, K] act
   bool accumulate = false;
+  // CUDA only: the same bits however many rows there are, which keeps many rows from the vendor's library.
+  bool batch_invariant = false;
 };
 void Linear(Stream& stream, const LinearArgs& args);
 
@@ -64,10 +66,11 @@ void SiluMul(Stream& stream, const SiluMulArgs& args);
 // gate_up = x * weight^T, then out = silu(gate) * up, to the same bits as by Linear and SiluMul. Where the two are one
 // kernel, gate_up is left as it was.
 struct LinearSiluMulArgs {
-  TensorView out;      // [T, F'] act
-  TensorView x;        // [T, K] act
-  TensorView weight;   // [2F', K] act: all gate rows, then all up rows
-  TensorView gate_up;  // [T, 2F'] act: scratch
+  TensorView out;                // [T, F'] act
+  TensorView x;                  // [T, K] act
+  TensorView weight;             // [2F', K] act: all gate rows, then all up rows
+  TensorView gate_up;            // [T, 2F'] act: scratch
+  bool batch_invariant = false;  // as Linear's
 };
 void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args);
 

@@ -1,4 +1,4 @@
-// Products by cuBLASLt, which is loaded when the program runs: docs/adr/0005-cublaslt-by-dlopen.md.
+// Products by cuBLASLt, which is loaded when the program runs: docs/adr/0006-cublaslt-by-dlopen.md.
 #pragma once
 
 #include <string>

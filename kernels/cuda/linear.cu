@@ -4,7 +4,6 @@
 // one instruction. Both are loaded straight into registers, 16 bytes of a row to a lane: the sum over k may run in any
 // order as long as both operands agree on it, so a lane's 8 neighbours stand where the instruction wants pairs that lie
 // apart. A warp then reads 64 bytes of each row at a time, and no shared memory or barrier delays the stream.
-#include "kernels/batch_invariance.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/elements.h"
@@ -116,7 +115,7 @@ bool OnTensorCores(const TensorView& x, const TensorView& weight) {
 
 // Many tokens, unless their bits must be those of few.
 bool ByLibrary(Stream& stream, const LinearArgs& args) {
-  return args.x.dim(0) > kMostTokensOfOurs && !IsBatchInvariant() && OnTensorCores(args.x, args.weight) &&
+  return args.x.dim(0) > kMostTokensOfOurs && !args.batch_invariant && OnTensorCores(args.x, args.weight) &&
          IsPacked(args.out, 16 / static_cast<int64_t>(SizeOf(args.out.dtype))) && CublasLtLinear(stream, args);
 }
 
@@ -156,7 +155,8 @@ void Linear(Stream& stream, const LinearArgs& args) {
 }
 
 void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args) {
-  const LinearArgs product = {.out = args.gate_up, .x = args.x, .weight = args.weight};
+  const LinearArgs product = {
+      .out = args.gate_up, .x = args.x, .weight = args.weight, .batch_invariant = args.batch_invariant};
   const bool done = ByLibrary(stream, product);
   if (done || !OnTensorCores(args.x, args.weight)) {
     if (!done) cuda::Linear(stream, product);

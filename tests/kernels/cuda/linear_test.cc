@@ -3,7 +3,6 @@
 
 #include <cmath>
 
-#include "kernels/batch_invariance.h"
 #include "kernels/cuda/linear_plan.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 
@@ -27,14 +26,8 @@ struct Shape {
 class CudaLinearTest : public CudaTest {
  protected:
   // Our own kernels, also where cuBLASLt is installed.
-  void SetUp() override {
-    SetBatchInvariant(true);
-    CudaTest::SetUp();
-  }
-  void TearDown() override {
-    CudaTest::TearDown();
-    SetBatchInvariant(false);
-  }
+  bool batch_invariant_ = true;
+
   void ExpectNearOracle(const Shape& shape, DType act, DType out_dtype, bool accumulate, int64_t gap) {
     const auto [tokens, n, k] = shape;
     Matrix x(tokens, k, act, gap), weight(n, k, act, gap), out(tokens, n, out_dtype, gap), before(tokens, n, out_dtype);
@@ -43,7 +36,11 @@ class CudaLinearTest : public CudaTest {
     before.FillNormal(3);
     if (accumulate) out.Fill(before);
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
-    Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .accumulate = accumulate});
+    Linear(stream(), {.out = d_out.view(),
+                      .x = d_x.view(),
+                      .weight = d_weight.view(),
+                      .accumulate = accumulate,
+                      .batch_invariant = batch_invariant_});
     d_out.Fetch(out);
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t j = 0; j < n; ++j) {
@@ -79,7 +76,7 @@ TEST_F(CudaLinearTest, IsNearTheOracle) {
 
 // On a GPU by cuBLASLt, in the simulator by our tiles; cublaslt_test has what is asked of the library.
 TEST_F(CudaLinearTest, ManyTokensByWhicheverIsThereAreNearTheOracle) {
-  SetBatchInvariant(false);
+  batch_invariant_ = false;
   for (DType out : {DType::kF32, DType::kBF16}) {
     for (bool accumulate : {false, true}) ExpectNearOracle({130, 72, 264}, DType::kBF16, out, accumulate, 8);
   }
@@ -114,13 +111,15 @@ TEST_F(CudaLinearTest, ARowDoesNotDependOnTheOthers) {
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_together(stream(), together);
     const OnDevice d_alone(stream(), alone);
     for (int64_t tokens : {130, 65, 41, 16, 8, 3}) {
-      Linear(stream(),
-             {.out = d_together.view().first(tokens), .x = d_x.view().first(tokens), .weight = d_weight.view()});
+      Linear(stream(), {.out = d_together.view().first(tokens),
+                        .x = d_x.view().first(tokens),
+                        .weight = d_weight.view(),
+                        .batch_invariant = true});
       d_together.Fetch(together);
       for (int64_t t = 0; t < tokens; t += 5) {
         TensorView row = d_x.view().first(1);
         row.data = static_cast<char*>(row.data) + t * k * static_cast<int64_t>(SizeOf(act));
-        Linear(stream(), {.out = d_alone.view(), .x = row, .weight = d_weight.view()});
+        Linear(stream(), {.out = d_alone.view(), .x = row, .weight = d_weight.view(), .batch_invariant = true});
         d_alone.Fetch(alone);
         for (int64_t j = 0; j < kN; ++j) ASSERT_EQ(std::isnan(together.at(t, j)), t == 40) << t;
         if (t != 40) {
@@ -140,13 +139,13 @@ TEST_F(CudaLinearTest, LargeTilesHaveTheBitsOfFewTokens) {
   x.FillNormal(1);
   weight.FillNormal(2);
   const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_many(stream(), many), d_few(stream(), few);
-  Linear(stream(), {.out = d_many.view(), .x = d_x.view(), .weight = d_weight.view()});
+  Linear(stream(), {.out = d_many.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
   d_many.Fetch(many);
   EXPECT_TRUE(many.GapsUntouched());
   for (int64_t first : {0, 126, 700, 1497}) {
     TensorView rows = d_x.view().first(3);
     rows.data = static_cast<char*>(rows.data) + first * kK * 2;
-    Linear(stream(), {.out = d_few.view(), .x = rows, .weight = d_weight.view()});
+    Linear(stream(), {.out = d_few.view(), .x = rows, .weight = d_weight.view(), .batch_invariant = true});
     d_few.Fetch(few);
     for (int64_t t = 0; t < 3; ++t) EXPECT_EQ(many.RowBytes(first + t), few.RowBytes(t)) << first + t;
   }
@@ -165,7 +164,8 @@ TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
           weight.FillNormal(2, 0.3f);
           const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_gate_up(stream(), gate_up);
           const OnDevice d_one(stream(), one), d_two(stream(), two);
-          Linear(stream(), {.out = d_gate_up.view(), .x = d_x.view(), .weight = d_weight.view()});
+          Linear(stream(),
+                 {.out = d_gate_up.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
           SiluMul(stream(), {.out = d_two.view(), .gate_up = d_gate_up.view()});
           LinearSiluMul(stream(),
                         {.out = d_one.view(), .x = d_x.view(), .weight = d_weight.view(), .gate_up = d_gate_up.view()});
@@ -191,7 +191,7 @@ TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
     weight.FillNormal(2);
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
     sim::CountTraffic(true);
-    Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view()});
+    Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
     const sim::Traffic traffic = sim::TrafficOf("Linear");
     EXPECT_EQ(traffic.load_bytes, static_cast<uint64_t>(2 * kN * kK + 2 * tokens * kK * kN / 16)) << tokens;
     EXPECT_EQ(traffic.store_bytes, static_cast<uint64_t>(2 * tokens * kN));
@@ -210,7 +210,7 @@ TEST_F(CudaLinearTest, TrafficOfTilesIsTheirOperandsWithoutConflicts) {
   weight.FillNormal(2);
   const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
   sim::CountTraffic(true);
-  Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view()});
+  Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
   const sim::Traffic traffic = sim::TrafficOf("Linear");
   EXPECT_EQ(traffic.load_bytes, static_cast<uint64_t>(2 * 2 * (kTokens + kN) * kK));  // two tiles either way
   EXPECT_EQ(traffic.store_bytes, static_cast<uint64_t>(2 * kTokens * kN));

@@ -7,7 +7,6 @@
 
 #include <cmath>
 
-#include "kernels/batch_invariance.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 
 namespace altiplano {
@@ -29,7 +28,6 @@ class CublasLtTest : public CudaTest {
     *refuses_choices_ = *refuses_products_ = false;
   }
   void TearDown() override {
-    SetBatchInvariant(false);
     cuda::ForgetCublasLt(stream().cuda_stream());
     CudaTest::TearDown();
   }
@@ -39,6 +37,7 @@ class CublasLtTest : public CudaTest {
     DType act = DType::kBF16, out = DType::kBF16;
     bool accumulate = false;
     int64_t gap = 0;
+    bool batch_invariant = false;
   };
   // Through the library and by our own kernels: near each other, and equal when the library was not used.
   void ExpectSame(const Case& c, int products) {
@@ -49,15 +48,17 @@ class CublasLtTest : public CudaTest {
     out.FillNormal(3);
     own.Fill(out);
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out), d_own(stream(), own);
-    LinearArgs args = {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .accumulate = c.accumulate};
+    LinearArgs args = {.out = d_out.view(),
+                       .x = d_x.view(),
+                       .weight = d_weight.view(),
+                       .accumulate = c.accumulate,
+                       .batch_invariant = c.batch_invariant};
     const int before = *products_;
     Linear(stream(), args);
     EXPECT_EQ(*products_ - before, products);
-    const bool invariant = IsBatchInvariant();
-    SetBatchInvariant(true);
     args.out = d_own.view();
+    args.batch_invariant = true;
     Linear(stream(), args);
-    SetBatchInvariant(invariant);
     EXPECT_EQ(*products_ - before, products);
     d_out.Fetch(out);
     d_own.Fetch(own);
@@ -100,8 +101,7 @@ TEST_F(CublasLtTest, WhatItIsNotFor) {
   ExpectSame({.tokens = 70, .n = 16, .k = 8, .act = DType::kF32, .out = DType::kF32}, 0);
   ExpectSame({.tokens = 70, .n = 16, .k = 12}, 0);  // rows not aligned
   ExpectSame({.tokens = 70, .n = 12, .k = 8}, 0);
-  SetBatchInvariant(true);
-  ExpectSame({.tokens = 70, .n = 16, .k = 8}, 0);
+  ExpectSame({.tokens = 70, .n = 16, .k = 8, .batch_invariant = true}, 0);
   EXPECT_EQ(*choices_, 0);
 }
 
