@@ -47,12 +47,20 @@ def subject(torch, pool, case):
         if 2 * b * kv_heads * context * dim * 2 > POOL_BYTES or (queries not in (1, context)):
             return None
         causal = queries > 1
+        backends = torch.nn.attention.SDPBackend
 
-        def call(turn):
+        def attend(backend, turn):
             q = pool.matrix(3 * turn, b, heads, queries, dim)
             k, v = (pool.matrix(3 * turn + i, b, kv_heads, context, dim) for i in (1, 2))
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
-        return "SDPA, contiguous cache", call
+            with torch.nn.attention.sdpa_kernel(backend):
+                return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
+        for name, backend in (("cuDNN", backends.CUDNN_ATTENTION), ("flash", backends.FLASH_ATTENTION)):
+            try:
+                attend(backend, 0)
+            except RuntimeError:  # this backend does not do the shape
+                continue
+            return f"SDPA by {name}, contiguous cache", lambda turn, backend=backend: attend(backend, turn)
+        return None
     if op == "SiluMul":
         tokens, ffn = case["tokens"], case["ffn"]
 
