@@ -207,11 +207,11 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionTile& t
     float total = rows.total[row];
     total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
     total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
+    const float share = ptx::Divide(1.0f, total);
     PTX_UNROLL
     for (int n = 0; n < kDim / 8; ++n) {
       auto* chunk = reinterpret_cast<uint32_t*>(&staged[ChunkAt<kDim>(lane / 4 + 8 * row, n)]);
-      ptx::StShared(chunk + lane % 4, ptx::PackBF16(ptx::Divide(sums[4 * n + 2 * row], total),
-                                                    ptx::Divide(sums[4 * n + 2 * row + 1], total)));
+      ptx::StShared(chunk + lane % 4, ptx::PackBF16(sums[4 * n + 2 * row] * share, sums[4 * n + 2 * row + 1] * share));
     }
   }
   __syncwarp();
@@ -255,9 +255,9 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionTile& tile, 
     Release(shared, turn++);
     Weigh(scores, rows, kept, 0, kKeys > seen_by_all, args.scale);
     PackWeights(scores, rows, kept, weights);
+    Await(shared, turn);
     for (int run = 1; run < runs; ++run) {
-      // Both here: wgmmas with a loop between them would be made to wait for each other by ptxas (C7520).
-      Await(shared, turn);
+      // Not between the wgmmas: with a loop between them ptxas would make them wait for each other (C7520).
       Await(shared, turn + 1);
       ptx::WgmmaFence(scores, sums, weights);
       IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
@@ -265,18 +265,22 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionTile& tile, 
       ptx::WgmmaWait<1>(scores);
       Release(shared, turn);
       Weigh(scores, rows, kept, run * kKeys, (run + 1) * kKeys > seen_by_all, args.scale);
+      // Here, since ptxas moves the wait for wgmma up over arithmetic, but not over a loop; the weights would then be
+      // computed when the sums are done, and not beside them.
+      Await(shared, turn + 2);
       ptx::WgmmaWait<0>(sums, weights);
       Release(shared, turn + 1);
-      PTX_UNROLL
-      for (int i = 0; i < kDim / 2; ++i) sums[i] *= kept[i / 2 % 2];
+      if (kept[0] != 1 || kept[1] != 1) {  // late runs seldom hold a row's largest score
+        PTX_UNROLL
+        for (int i = 0; i < kDim / 2; ++i) sums[i] *= kept[i / 2 % 2];
+      }
       PackWeights(scores, rows, kept, weights);
       turn += 2;
     }
     if (runs < all_runs) {
-      Await(shared, turn);
       Release(shared, turn++);
+      Await(shared, turn);
     }
-    Await(shared, turn);
     ptx::WgmmaFence(sums, weights);
     IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn)]);
     ptx::WgmmaWait<0>(sums, weights);
