@@ -17,6 +17,7 @@ namespace altiplano::gpu {
 namespace {
 
 constexpr int64_t kPageSize = 64;
+constexpr const char* kInvariant = ", batch-invariant";
 
 // One rank's part of a model.
 struct Rank {
@@ -39,10 +40,11 @@ double Double(int64_t n) {
   return static_cast<double>(n);
 }
 
-Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n, int64_t k, DType out) {
+Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n, int64_t k, DType out,
+                bool batch_invariant = false) {
   Case c;
-  c.part = "linear";
-  c.name = StrCat("Linear ", rank.name, " ", what, ", ", m, " tokens");
+  c.part = batch_invariant ? "linear_invariant" : "linear";
+  c.name = StrCat("Linear ", rank.name, " ", what, ", ", m, " tokens", batch_invariant ? kInvariant : "");
   c.sizes = {{"m", m}, {"n", n}, {"k", k}};
   c.bytes = 2 * (Double(n * k) + Double(m * k)) + static_cast<double>(SizeOf(out)) * Double(m * n);
   c.flops = 2 * Double(m) * Double(n) * Double(k);
@@ -50,10 +52,41 @@ Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n,
     return [=, &arena](Stream& stream, int turn) {
       Linear(stream, {.out = arena.Output(turn, m, n, out),
                       .x = arena.Input(2 * turn, m, k, DType::kBF16),
-                      .weight = arena.Input(2 * turn + 1, n, k, DType::kBF16)});
+                      .weight = arena.Input(2 * turn + 1, n, k, DType::kBF16),
+                      .batch_invariant = batch_invariant});
     };
   };
   return c;
+}
+
+// The product of gate and up with SiLU in it.
+Case LinearSiluMulCase(const Rank& rank, int64_t m, bool batch_invariant) {
+  const int64_t ffn = rank.ffn, k = rank.hidden;
+  Case c;
+  c.part = batch_invariant ? "linear_invariant" : "linear";
+  c.name = StrCat("LinearSiluMul ", rank.name, ", ", m, " tokens", batch_invariant ? kInvariant : "");
+  c.sizes = {{"m", m}, {"n", 2 * ffn}, {"k", k}};
+  c.bytes = 2 * (Double(2 * ffn * k) + Double(m * k) + Double(m * ffn));
+  c.flops = 2 * Double(m) * Double(2 * ffn) * Double(k);
+  c.prepare = [=](Arena& arena) {
+    return [=, &arena](Stream& stream, int turn) {
+      LinearSiluMul(stream, {.out = arena.Output(2 * turn, m, ffn, DType::kBF16),
+                             .x = arena.Input(2 * turn, m, k, DType::kBF16),
+                             .weight = arena.Input(2 * turn + 1, 2 * ffn, k, DType::kBF16),
+                             .gate_up = arena.Output(2 * turn + 1, m, 2 * ffn, DType::kBF16),
+                             .batch_invariant = batch_invariant});
+    };
+  };
+  return c;
+}
+
+// Our own kernels for many tokens, where cuBLASLt has taken the others.
+void AddInvariantLinear(const Rank& r, const std::vector<int64_t>& tokens, std::vector<Case>* cases) {
+  for (int64_t m : tokens) {
+    cases->push_back(LinearCase(r, "qkv", m, (r.q_heads + 2 * r.kv_heads) * r.dim, r.hidden, DType::kBF16, true));
+    cases->push_back(LinearCase(r, "down", m, r.hidden, r.ffn, DType::kF32, true));
+    cases->push_back(LinearSiluMulCase(r, m, true));
+  }
 }
 
 void AddLinear(const Rank& r, const std::vector<int64_t>& tokens, std::vector<Case>* cases) {
@@ -61,6 +94,7 @@ void AddLinear(const Rank& r, const std::vector<int64_t>& tokens, std::vector<Ca
     cases->push_back(LinearCase(r, "qkv", m, (r.q_heads + 2 * r.kv_heads) * r.dim, r.hidden, DType::kBF16));
     cases->push_back(LinearCase(r, "o", m, r.hidden, r.q_heads * r.dim, DType::kF32));
     cases->push_back(LinearCase(r, "gate_up", m, 2 * r.ffn, r.hidden, DType::kBF16));
+    cases->push_back(LinearSiluMulCase(r, m, false));
     cases->push_back(LinearCase(r, "down", m, r.hidden, r.ffn, DType::kF32));
     if (m <= 256) cases->push_back(LinearCase(r, "head", m, r.vocab, r.hidden, DType::kF32));
   }
@@ -247,6 +281,7 @@ std::vector<Case> AllCases() {
   const std::vector<Rank> eighths = {RankOf("8b", 8), RankOf("70b", 8), RankOf("405b", 8)};
   AddLinear(whole, {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192}, &cases);
   for (const Rank& rank : eighths) AddLinear(rank, {1, 4, 16, 64, 512, 2048}, &cases);
+  AddInvariantLinear(whole, {32, 64, 128, 256, 512, 2048, 8192}, &cases);
   for (int64_t context : {1024, 4096, 32768}) {
     for (int64_t sequences : {1, 8, 32, 128}) {
       if (sequences * context <= 128 * 4096) cases.push_back(AttentionCase(whole, sequences, 1, context));

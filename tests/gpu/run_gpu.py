@@ -67,6 +67,7 @@ def parts_of(programs, out):
         sanitizer("racecheck", 300, small),
         bench("limits", 60),
         bench("linear", 120),
+        bench("linear_invariant", 90),
         bench("decode_attention", 90),
         bench("prefill_attention", 90),
         bench("row_ops", 60),
@@ -138,7 +139,7 @@ def summary(parts, state, out, about):
             [f"{name} {rate:.0f} GB/s" for name, rate in limits.items()] +
             ([f"product of 8192^3 by cuBLAS {product:.0f} TFLOP/s"] if product else [])) + "."]
     rows = []
-    for name in ("linear", "decode_attention", "prefill_attention", "row_ops", "sample"):
+    for name in ("linear", "linear_invariant", "decode_attention", "prefill_attention", "row_ops", "sample"):
         for line in json_lines(out / f"{name}.jsonl"):
             if "us" not in line:
                 continue
@@ -149,7 +150,7 @@ def summary(parts, state, out, about):
             if product:
                 floors.append(line["flops"] / product * 1e-6)
             share = f"{100 * max(floors) / us:.0f} %" if floors else ""
-            peer = torch.get(line["name"], {})
+            peer = torch.get(line["name"].removesuffix(", batch-invariant"), {})
             against = f"{peer['us'] / us:.2f} of {peer['peer']}" if "us" in peer else ""
             rows.append(f"| {line['name']} | {us:.1f} | {line['bytes'] / us * 1e-3:.0f} | "
                         f"{line['flops'] / us * 1e-6:.1f} | {share} | {against} |")
