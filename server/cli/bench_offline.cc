@@ -7,6 +7,7 @@
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
+#include "server/bench/machine.h"
 #include "server/cli/command.h"
 #include "server/cli/config.h"
 #include "server/cli/load_flags.h"
@@ -206,8 +207,20 @@ int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
     RunLoad(*load, target, &printer, &plan.report);
   }
   plan.report.title = "Engine Benchmark Result";
+  const SchedulerLoad learned = Total(model.engine->loads()).scheduler;
+  const bench::Machine machine{
+      .name = {},
+      .description = StrCat("learned from ", learned.measured_steps, " steps of ", model.name, " on ", model.device),
+      .kv_tokens = model.kv_tokens,
+      .cost = learned.step_cost};
+  plan.report.rows.emplace_back("Step time predicted off by (%):", 100 * learned.step_cost_error);
   return PrintReport(kName, flags, plan.report,
-                     {{"model_id", model.name}, {"device", model.device}, {"dtype", model.dtype}});
+                     {{"model_id", model.name},
+                      {"device", model.device},
+                      {"dtype", model.dtype},
+                      {"step_cost", bench::ToJson(machine)},
+                      {"measured_steps", learned.measured_steps},
+                      {"step_cost_error_percent", 100 * learned.step_cost_error}});
 }
 
 OrderedJson ToJson(const Result& result) {

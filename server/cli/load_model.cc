@@ -82,10 +82,31 @@ EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const Step
   options.scheduler.prefix_cache = config.kv().prefix_cache();
   options.scheduler.max_itl = ParseDuration(config.scheduler().max_itl()).value();
   options.scheduler.step_cost = cost;
+  options.scheduler.learn_step_cost = config.scheduler().learn_step_cost();
+  options.scheduler.default_ttft_target = ParseDuration(config.scheduler().default_ttft_target()).value();
+  options.scheduler.priority_ageing = ParseDuration(config.scheduler().priority_ageing()).value();
   options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
   options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
   return options;
+}
+
+// Before anything is loaded: a list that cannot be meant so.
+StatusOr<std::vector<TenantOptions>> TenantsOf(const config::v1::Scheduler& config) {
+  auto tenants = ParseTenants(config.tenants());
+  if (tenants.ok()) tenants = CompleteTenants(std::move(*tenants), static_cast<int32_t>(config.max_num_seqs()));
+  if (!tenants.ok()) return Status(tenants.status().code(), StrCat("--tenants: ", tenants.status().message()));
+  for (const TenantOptions& tenant : *tenants) {
+    if (tenant.max_queued_requests <= static_cast<int64_t>(config.max_queued_requests()) &&
+        tenant.max_queued_tokens <= static_cast<int64_t>(config.max_queued_tokens())) {
+      continue;
+    }
+    return Status(Code::kInvalidArgument,
+                  StrCat("--tenants: tenant ", tenant.name,
+                         " may have more waiting than all together; lower its "
+                         "max-queued or max-queued-tokens, or raise --max-queued-requests or --max-queued-tokens"));
+  }
+  return tenants;
 }
 
 // What the executor says of itself.
@@ -118,6 +139,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   if (!config.scheduler().step_cost().empty()) {
     ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
   }
+  ASSIGN_OR_RETURN(std::vector<TenantOptions> tenants, TenantsOf(config.scheduler()));
   LoadedModel model;
   ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
   ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
@@ -131,6 +153,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
   }
   EngineOptions options = EngineOptionsOf(config, machine.cost);
+  options.scheduler.tenants = std::move(tenants);
   std::vector<std::unique_ptr<Engine>> engines;
   for (int replica = 0; replica < replicas; ++replica) {
     if (drill) {

@@ -7,6 +7,7 @@
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/bench/capacity.h"
+#include "server/bench/machine.h"
 #include "server/cli/command.h"
 #include "server/cli/load_model.h"
 
@@ -118,9 +119,7 @@ void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   json["longest_context"] = plan.longest_context;
   json["predicted"] = {
       {"ttft_ms", Ms(plan.ttft)}, {"itl_ms", Ms(plan.itl)}, {"tokens_per_second", plan.tokens_per_second}};
-  json["step_cost"] = {{"step_us", plan.cost.step_us},         {"weights_us", plan.cost.weights_us},
-                       {"token_us", plan.cost.token_us},       {"sequence_us", plan.cost.sequence_us},
-                       {"kv_token_us", plan.cost.kv_token_us}, {"attention_us", plan.cost.attention_us}};
+  json["step_cost"] = bench::ToJson(plan.cost);
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
 }
 

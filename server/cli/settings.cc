@@ -198,10 +198,44 @@ constexpr std::array kSettings = {
          .group = kGroupScheduling},
     Flag{.name = "step-cost",
          .type = FlagType::kText,
-         .meaning = "What a step costs on this machine, for --max-itl: a preset's name or a file, as of altiplano "
-                    "simulate.",
+         .meaning = "What a step costs on this machine, for --max-itl and for judging deadlines: a preset's name or a "
+                    "file, as of altiplano simulate. Without it nothing is known until steps have been measured.",
          .example = "config/step_cost.json",
          .field = "scheduler.step_cost",
+         .group = kGroupScheduling},
+    Flag{.name = "learn-step-cost",
+         .type = FlagType::kBool,
+         .default_value = "true",
+         .meaning = "Correct --step-cost by every step that is measured. False keeps to it as it is.",
+         .field = "scheduler.learn_step_cost",
+         .group = kGroupScheduling},
+    Flag{.name = "default-ttft-target",
+         .type = FlagType::kDuration,
+         .default_value = "10s",
+         .meaning =
+             "Requests wait in the order in which they must start to meet their ttft_target; one that names none "
+             "counts as if it had to start by this, and one that missed its own gets this much more.",
+         .example = "2s",
+         .field = "scheduler.default_ttft_target",
+         .group = kGroupScheduling},
+    Flag{.name = "priority-ageing",
+         .type = FlagType::kDuration,
+         .default_value = "0",
+         .meaning =
+             "So much more waiting makes up for one level of priority. 0: nothing does, and higher priorities can "
+             "keep lower ones waiting for ever.",
+         .example = "5s",
+         .field = "scheduler.priority_ageing",
+         .group = kGroupScheduling},
+    Flag{.name = "tenants",
+         .type = FlagType::kText,
+         .default_value = "",
+         .meaning = "Who shares the server: NAME:weight=N,max-running=N,max-queued=N,max-queued-tokens=N, with a "
+                    "semicolon between two; * is everybody else. Service is as the weights while several want it; the "
+                    "limits, of sequences, requests and prompt tokens, are each tenant's own. Empty: nobody is told "
+                    "from anybody.",
+         .example = "gold:weight=4;free:weight=1,max-queued=20",
+         .field = "scheduler.tenants",
          .group = kGroupScheduling},
     Flag{.name = "step-deadline",
          .type = FlagType::kDuration,

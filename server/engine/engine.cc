@@ -13,41 +13,14 @@
 #include "server/base/check.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
+#include "server/scheduler/queue_bounds.h"
+#include "server/scheduler/rate_meter.h"
 
 namespace altiplano {
 
 namespace {
 
 constexpr Duration kMaxNap = std::chrono::milliseconds(100);
-
-// Things per second over the last whole seconds. Engine thread writes; readers take a snapshot under the load mutex.
-class RateMeter {
- public:
-  void Add(TimePoint now, uint64_t count) {
-    int64_t second = Second(now);
-    Bucket& bucket = buckets_[static_cast<size_t>(second) % kBuckets];
-    if (bucket.second != second) bucket = {second, 0};
-    bucket.count += count;
-  }
-  double PerSecond(TimePoint now) const {
-    int64_t second = Second(now);
-    uint64_t sum = 0;
-    for (const Bucket& bucket : buckets_) {
-      if (bucket.second < second && bucket.second >= second - kWindow) sum += bucket.count;
-    }
-    return static_cast<double>(sum) / kWindow;
-  }
-
- private:
-  static constexpr size_t kBuckets = 8;
-  static constexpr int64_t kWindow = 5;
-  struct Bucket {
-    int64_t second = -1000;
-    uint64_t count = 0;
-  };
-  static int64_t Second(TimePoint t) { return t.time_since_epoch() / std::chrono::seconds(1); }
-  std::array<Bucket, kBuckets> buckets_;
-};
 
 Status Unavailable(std::string reason, std::string message) {
   ErrorDetail detail;
@@ -66,8 +39,13 @@ class Engine::Impl {
         clock_(*options_.clock),
         on_step_(std::move(on_step)),
         max_servable_tokens_(scheduler->max_servable_tokens()),
+        tenants_(std::make_shared<const std::vector<TenantOptions>>(options_.scheduler.tenants)),
         scheduler_(std::move(scheduler)),
-        executor_(std::move(executor)) {
+        executor_(std::move(executor)),
+        queue_({.max_requests = options_.max_queued_requests,
+                .max_tokens = options_.max_queued_tokens,
+                .tenants = *tenants_}) {
+    load_.tenants = tenants_;
     load_.scheduler = scheduler_->load();
     load_.block_size = options_.scheduler.block_size;
     thread_ = std::thread([this] { Loop(); });
@@ -88,19 +66,15 @@ class Engine::Impl {
   StatusOr<RequestKey> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) {
     RETURN_IF_ERROR(CheckFits(*request));
     auto prompt_tokens = static_cast<int64_t>(request->prompt.size());
+    const size_t tenant = TenantOf(*tenants_, request->tenant);
     RequestKey key;
     {
       std::lock_guard lock(mutex_);
       if (stop_) return Unavailable("ENGINE_DOWN", "the engine has stopped");
       if (down_) return Unavailable("ENGINE_DOWN", "the engine has failed");
       if (draining_) return Unavailable("DRAINING", "the server is draining");
-      if (queued_requests_ >= options_.max_queued_requests ||
-          (queued_requests_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens)) {
-        return QueueFull();
-      }
+      RETURN_IF_ERROR(queue_.Enter(tenant, prompt_tokens, clock_.Now()));
       key = ++last_key_;
-      ++queued_requests_;
-      queued_tokens_ += prompt_tokens;
       inbox_.arrivals.push_back({key, std::move(request), std::move(sink)});
     }
     wake_.notify_one();
@@ -149,13 +123,18 @@ class Engine::Impl {
     EngineLoad load = load_;
     TimePoint now = clock_.Now();
     load.draining = draining_;
+    load.refused = queue_.refused();
     load.healthy = healthy();
     load.tokens_per_second = tokens_.PerSecond(now);
     if (last_step_end_ != TimePoint{}) load.last_step_age = now - last_step_end_;
     // What the engine thread has not seen yet waits too.
     load.scheduler.waiting_requests += static_cast<int32_t>(inbox_.arrivals.size());
     for (const Arrival& arrival : inbox_.arrivals) {
-      load.scheduler.waiting_tokens += static_cast<int64_t>(arrival.request->prompt.size());
+      const auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
+      load.scheduler.waiting_tokens += tokens;
+      TenantLoad& tenant = load.scheduler.tenants[TenantOf(*tenants_, arrival.request->tenant)];
+      ++tenant.waiting_requests;
+      tenant.waiting_tokens += tokens;
     }
     return load;
   }
@@ -193,8 +172,15 @@ class Engine::Impl {
   };
   struct Live {
     std::shared_ptr<RequestSink> sink;
-    int64_t queued_tokens = 0;  // counted in queued_tokens_ until admission
+    size_t tenant = 0;
+    int64_t queued_tokens = 0;  // counted in queue_ until admission
     bool queued = true;
+  };
+
+  struct LeftQueue {
+    size_t tenant;
+    int64_t tokens;
+    bool admitted;
   };
 
   Status CheckFits(const Request& request) const {
@@ -217,24 +203,6 @@ class Engine::Impl {
                     std::move(detail));
     }
     return OkStatus();
-  }
-
-  // Under mutex_. The hint: how long half of the queue needs to drain at the rate at which requests were admitted
-  // lately.
-  Status QueueFull() const {
-    double rate = std::max(admission_rate_, 0.1);
-    double seconds = std::clamp(static_cast<double>(queued_requests_) / rate / 2, 0.1, 60.0);
-    ErrorDetail detail;
-    detail.reason = "QUEUE_FULL";
-    detail.retry_after = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
-    detail.metadata = {{"queued_requests", StrCat(queued_requests_)},
-                       {"max_queued_requests", StrCat(options_.max_queued_requests)},
-                       {"queued_tokens", StrCat(queued_tokens_)},
-                       {"max_queued_tokens", StrCat(options_.max_queued_tokens)}};
-    return Status(Code::kResourceExhausted,
-                  StrCat("the queue is full: ", queued_requests_, " requests with ", queued_tokens_,
-                         " prompt tokens are waiting"),
-                  std::move(detail));
   }
 
   // --- Engine thread
@@ -313,7 +281,7 @@ class Engine::Impl {
     }
     for (Arrival& arrival : inbox.arrivals) {
       auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
-      live_.emplace(arrival.key, Live{std::move(arrival.sink), tokens});
+      live_.emplace(arrival.key, Live{std::move(arrival.sink), TenantOf(*tenants_, arrival.request->tenant), tokens});
       scheduler_->Add(arrival.key, std::move(arrival.request));
     }
     for (auto& [key, sequence] : inbox.stops) scheduler_->StopSequence(key, sequence);
@@ -341,27 +309,22 @@ class Engine::Impl {
 
   // Before the events are seen: whoever learns that a request was admitted or ended finds its place in the queue free.
   void Account() {
-    int32_t left_requests = 0;
-    int64_t left_tokens = 0;
-    uint64_t admitted = 0, generated = 0;
+    left_queue_.clear();
+    uint64_t generated = 0;
     for (const Event& event : events_) {
       auto it = live_.find(event.request);
       CHECK(it != live_.end());
       Live& live = it->second;
-      if (live.queued && (event.kind == Event::Kind::kAdmitted || event.kind == Event::Kind::kEnded)) {
+      const bool admitted = event.kind == Event::Kind::kAdmitted;
+      if (live.queued && (admitted || event.kind == Event::Kind::kEnded)) {
         live.queued = false;
-        ++left_requests;
-        left_tokens += live.queued_tokens;
+        left_queue_.push_back({live.tenant, live.queued_tokens, admitted});
       }
-      admitted += event.kind == Event::Kind::kAdmitted;
       generated += event.kind == Event::Kind::kToken;
     }
     TimePoint now = clock_.Now();
     std::scoped_lock lock(load_mutex_, mutex_);
-    queued_requests_ -= left_requests;
-    queued_tokens_ -= left_tokens;
-    admissions_.Add(now, admitted);
-    admission_rate_ = admissions_.PerSecond(now);
+    for (const LeftQueue& left : left_queue_) queue_.Leave(left.tenant, left.tokens, left.admitted, now);
     tokens_.Add(now, generated);
     load_.scheduler = scheduler_->load();
   }
@@ -421,7 +384,7 @@ class Engine::Impl {
       }
       for (Arrival& arrival : inbox.arrivals) {
         auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
-        live_.emplace(arrival.key, Live{std::move(arrival.sink), tokens});
+        live_.emplace(arrival.key, Live{std::move(arrival.sink), TenantOf(*tenants_, arrival.request->tenant), tokens});
         scheduler_->Add(arrival.key, std::move(arrival.request));
       }
       for (std::promise<int32_t>& reset : inbox.cache_resets) reset.set_value(0);
@@ -438,6 +401,7 @@ class Engine::Impl {
   const Clock& clock_;
   const std::function<void()> on_step_;
   const int32_t max_servable_tokens_;
+  const std::shared_ptr<const std::vector<TenantOptions>> tenants_;
 
   // Engine thread only.
   const std::unique_ptr<Scheduler> scheduler_;
@@ -445,6 +409,7 @@ class Engine::Impl {
   bool restarted_ = false;              // and no step has ended since
   std::unordered_map<RequestKey, Live> live_;
   std::vector<Event> events_;
+  std::vector<LeftQueue> left_queue_;  // scratch of Account
 
   // Guarded by mutex_.
   mutable std::mutex mutex_;
@@ -453,10 +418,7 @@ class Engine::Impl {
   bool stop_ = false;
   bool draining_ = false;
   RequestKey last_key_ = 0;
-  int32_t queued_requests_ = 0;
-  int64_t queued_tokens_ = 0;
-  RateMeter admissions_;
-  double admission_rate_ = 0;
+  QueueBounds queue_;
 
   // Guarded by load_mutex_ (taken before mutex_ where both are held).
   mutable std::mutex load_mutex_;
@@ -487,6 +449,8 @@ StatusOr<std::unique_ptr<Engine>> Engine::Start(EngineOptions options, std::uniq
     return Status(Code::kInvalidArgument, "max_queued_requests, max_queued_tokens and step_deadline must be positive");
   }
   ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Scheduler::Create(options.scheduler));
+  ASSIGN_OR_RETURN(options.scheduler.tenants,
+                   CompleteTenants(std::move(options.scheduler.tenants), options.scheduler.max_running));
   return std::unique_ptr<Engine>(new Engine(
       std::make_unique<Impl>(std::move(options), std::move(scheduler), std::move(executor), std::move(on_step))));
 }

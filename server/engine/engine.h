@@ -34,13 +34,16 @@ struct EngineOptions {
 
 struct EngineLoad {
   SchedulerLoad scheduler;
+  std::shared_ptr<const std::vector<TenantOptions>> tenants;  // those of scheduler.tenants and of refused; never null
+  std::vector<uint64_t> refused;                              // requests for which there was no place in the queue
   int32_t block_size = 0;
   double tokens_per_second = 0;  // generated, over the last seconds
   bool draining = false;
   bool healthy = true;       // Engine::healthy
   Duration last_step_age{};  // since the last step ended; zero before the first
 };
-// Sums; of last_step_age the least. Healthy when one is, draining when all are.
+// Sums; of last_step_age the least, of step_cost_error the most, step_cost of the first. Healthy when one is, draining
+// when all are.
 EngineLoad Total(const std::vector<EngineLoad>& loads);
 
 class Engine;
@@ -72,8 +75,8 @@ class InferenceEngine {
   virtual ~InferenceEngine() = default;
 
   // Never blocks. Errors, with details for the caller:
-  //   RESOURCE_EXHAUSTED QUEUE_FULL (retry_after from the drain rate), UNAVAILABLE DRAINING or ENGINE_DOWN,
-  //   FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER.
+  //   RESOURCE_EXHAUSTED QUEUE_FULL or TENANT_QUEUE_FULL (retry_after from the tenant's drain rate), UNAVAILABLE
+  //   DRAINING or ENGINE_DOWN, FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER.
   // On success the sink gets events until one kEnded; on error it gets none.
   virtual StatusOr<RequestHandle> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) = 0;
   // Progress, not liveness: a request sent now would be computed.

@@ -21,6 +21,18 @@ void Add(const SchedulerLoad& one, SchedulerLoad* total) {
   total->late_tokens += one.late_tokens;
   total->late_total += one.late_total;
   total->late_most = std::max(total->late_most, one.late_most);
+  total->targets_met += one.targets_met;
+  total->targets_missed += one.targets_missed;
+  total->hopeless += one.hopeless;
+  total->measured_steps += one.measured_steps;
+  total->step_cost_error = std::max(total->step_cost_error, one.step_cost_error);
+  for (size_t i = 0; i < total->tenants.size(); ++i) {
+    total->tenants[i].running_sequences += one.tenants[i].running_sequences;
+    total->tenants[i].waiting_requests += one.tenants[i].waiting_requests;
+    total->tenants[i].waiting_tokens += one.tenants[i].waiting_tokens;
+    total->tenants[i].prompt_tokens += one.tenants[i].prompt_tokens;
+    total->tenants[i].generated_tokens += one.tenants[i].generated_tokens;
+  }
 }
 
 }  // namespace
@@ -30,6 +42,7 @@ EngineLoad Total(const std::vector<EngineLoad>& loads) {
   for (size_t i = 1; i < loads.size(); ++i) {
     const EngineLoad& one = loads[i];
     Add(one.scheduler, &total.scheduler);
+    for (size_t tenant = 0; tenant < total.refused.size(); ++tenant) total.refused[tenant] += one.refused[tenant];
     total.tokens_per_second += one.tokens_per_second;
     total.draining = total.draining && one.draining;
     total.healthy = total.healthy || one.healthy;

@@ -16,6 +16,31 @@ constexpr Duration kDefaultInterval = std::chrono::seconds(1);
 constexpr Duration kLeastInterval = std::chrono::milliseconds(100);
 constexpr size_t kMaxReasonBytes = 256;
 
+void FillStepCost(const StepCost& cost, v1::StepCost* out) {
+  out->set_step_us(cost.step_us);
+  out->set_weights_us(cost.weights_us);
+  out->set_token_us(cost.token_us);
+  out->set_sequence_us(cost.sequence_us);
+  out->set_kv_token_us(cost.kv_token_us);
+  out->set_attention_us(cost.attention_us);
+}
+
+void FillTenants(const EngineLoad& load, v1::Load* out) {
+  for (size_t i = 0; i < load.tenants->size(); ++i) {
+    const TenantOptions& options = (*load.tenants)[i];
+    const TenantLoad& one = load.scheduler.tenants[i];
+    v1::TenantLoad* tenant = out->add_tenants();
+    tenant->set_name(options.name);
+    tenant->set_weight(static_cast<uint32_t>(options.weight));
+    tenant->set_running_sequences(static_cast<uint32_t>(one.running_sequences));
+    tenant->set_waiting_requests(static_cast<uint32_t>(one.waiting_requests));
+    tenant->set_waiting_tokens(static_cast<uint64_t>(one.waiting_tokens));
+    tenant->set_prompt_tokens(one.prompt_tokens);
+    tenant->set_generated_tokens(one.generated_tokens);
+    tenant->set_refused_requests(load.refused[i]);
+  }
+}
+
 void FillLoad(const FrontendState& state, const InferenceEngine& engine, v1::Load* out) {
   const std::vector<EngineLoad> loads = engine.loads();
   const EngineLoad load = Total(loads);
@@ -31,6 +56,13 @@ void FillLoad(const FrontendState& state, const InferenceEngine& engine, v1::Loa
   out->set_late_tokens(load.scheduler.late_tokens);
   *out->mutable_late_total() = DurationToProto(load.scheduler.late_total);
   *out->mutable_late_most() = DurationToProto(load.scheduler.late_most);
+  FillStepCost(load.scheduler.step_cost, out->mutable_step_cost());
+  out->set_measured_steps(load.scheduler.measured_steps);
+  out->set_step_cost_error(load.scheduler.step_cost_error);
+  out->set_targets_met(load.scheduler.targets_met);
+  out->set_targets_missed(load.scheduler.targets_missed);
+  out->set_hopeless_requests(load.scheduler.hopeless);
+  FillTenants(load, out);
   for (const EngineLoad& one : loads) {
     v1::ReplicaLoad* replica = out->add_replicas();
     replica->set_healthy(one.healthy);

@@ -234,19 +234,39 @@ TEST(Offline, BenchLoadsTheEngineWithADataset) {
   EXPECT_EQ((*parsed)["total_output_tokens"], 54);
   EXPECT_EQ((*parsed)["max_concurrent_requests"], 4);
   EXPECT_GE((*parsed)["cached_tokens"], 32);
+  EXPECT_GT((*parsed)["measured_steps"], 0);
+  EXPECT_GT((*parsed)["step_cost_error_percent"], 0);
+  const std::string step_cost = testing::TempDir() + "/learned_step_cost.json";
+  std::ofstream(step_cost) << (*parsed)["step_cost"].dump();
+  Finished simulated = RunToEnd({"simulate", "--step-cost", step_cost, "--num-prompts", "5", "--max-model-len", "512"});
+  EXPECT_EQ(simulated.code, 0) << simulated.err << "what was learned is a step cost like any other";
   Finished both = RunToEnd({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--streams", "1"});
   EXPECT_EQ(both.code, 64);
 }
 
-TEST(Offline, ACeilingOnItlNeedsACost) {
+TEST(Offline, ACeilingOnItlNeedsACostOrToLearnIt) {
   std::vector<std::string> arguments = {"bench", "offline",     "--model", kTiny,       "--streams",
                                         "2",     "--kv-memory", "16MiB",   "--max-itl", "1s"};
+  EXPECT_EQ(RunToEnd(arguments).code, 0) << "what steps cost is learned";
+  arguments.push_back("--no-learn-step-cost");
   Finished without = RunToEnd(arguments);
   EXPECT_EQ(without.code, 65);
   EXPECT_THAT(without.err, HasSubstr("max_itl needs a step_cost"));
   for (const char* more : {"--step-cost", ALTIPLANO_SOURCE_DIR "/config/step_cost.json"}) arguments.push_back(more);
   Finished with = RunToEnd(arguments);
   EXPECT_EQ(with.code, 0) << with.err;
+}
+
+TEST(Offline, TenantsThatContradictAreRefusedBeforeAnythingIsLoaded) {
+  auto refusal = [](const std::string& tenants) {
+    Finished bench = RunToEnd({"bench", "offline", "--model", kTiny, "--tenants", tenants});
+    EXPECT_NE(bench.code, 0);
+    return bench.err;
+  };
+  EXPECT_THAT(refusal("a:weight=0"), HasSubstr("--tenants: tenant a: weight is \"0\""));
+  EXPECT_THAT(refusal("a;a"), HasSubstr("tenant a is listed twice"));
+  EXPECT_THAT(refusal("a:max-running=1000"), HasSubstr("lower it or raise --max-num-seqs"));
+  EXPECT_THAT(refusal("a:max-queued=100000"), HasSubstr("or raise --max-queued-requests"));
 }
 
 TEST(Offline, BenchMeasuresEachNumberOfStreams) {

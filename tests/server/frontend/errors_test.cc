@@ -272,6 +272,54 @@ TEST(ErrorTest, LogitsThatAreNotNumbersAreAnEngineFault) {
   server.WaitForNoCalls();
 }
 
+TEST(ErrorTest, ATenantsFullQueueIsNobodyElses) {
+  TestServer::Options options;
+  options.engine.scheduler.tenants = {{.name = "a", .max_running = 1, .max_queued_requests = 1}};
+  TestServer server(options);
+  auto endless = Endless();
+  endless.mutable_scheduling()->set_tenant("a");
+  LiveStream running(server, endless);
+  ASSERT_TRUE(running.Read());
+  LiveStream waiting(server, endless);
+  Eventually([&] { return server.engine().load().scheduler.tenants[0].waiting_requests == 1; });
+  v1::GenerateRequest request = TextRequest("hi", 3);
+  EXPECT_TRUE(Generate(server, request).ok());
+  request.mutable_scheduling()->set_tenant("a");
+  grpc::ClientContext context;
+  grpc::Status status = Generate(server, request, &context);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(ReasonOf(status), "TENANT_QUEUE_FULL");
+  EXPECT_EQ(MetadataOf(status, "tenant"), "a");
+  EXPECT_TRUE(DetailOf<google::rpc::RetryInfo>(status));
+  EXPECT_TRUE(HasPushback(context));
+  auto load_stub = v1::StatusService::NewStub(server.channel());
+  grpc::ClientContext load_context;
+  v1::Load load;
+  ASSERT_TRUE(load_stub->GetLoad(&load_context, {}, &load).ok());
+  EXPECT_EQ(load.tenants(0).refused_requests(), 1U);
+  EXPECT_EQ(load.tenants(0).running_sequences(), 1U);
+  EXPECT_EQ(load.tenants(0).waiting_requests(), 1U);
+  EXPECT_GT(load.tenants(0).waiting_tokens(), 0U);
+  running.context().TryCancel();
+  waiting.context().TryCancel();
+  running.End();
+  waiting.End();
+  server.WaitForNoCalls();
+}
+
+TEST(ErrorTest, WhatCannotMeetItsDeadlineIsRefusedAtOnce) {
+  TestServer::Options options;
+  options.engine.scheduler.step_cost.token_us = 3600e6;
+  TestServer server(options);
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::minutes(10));
+  grpc::Status status = Generate(server, TextRequest("hi"), &context);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(ReasonOf(status), "HOPELESS");
+  EXPECT_GT(std::stod(MetadataOf(status, "prefill_ms")), std::stod(MetadataOf(status, "left_ms")));
+  server.WaitForNoCalls();
+}
+
 TEST(ErrorTest, QueueTimeout) {
   TestServer::Options options;
   options.engine.scheduler.max_running = 1;

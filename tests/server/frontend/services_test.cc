@@ -120,7 +120,10 @@ TEST(ModelServiceTest, OneModel) {
 }
 
 TEST(StatusServiceTest, InfoAndLoad) {
-  TestServer server;
+  TestServer::Options options;
+  options.engine.scheduler.step_cost.token_us = 25;
+  options.engine.scheduler.tenants = {{.name = "gold", .weight = 3}};
+  TestServer server(options);
   auto stub = v1::StatusService::NewStub(server.channel());
   grpc::ClientContext info_context;
   v1::GetServerInfoResponse info;
@@ -128,7 +131,10 @@ TEST(StatusServiceTest, InfoAndLoad) {
   EXPECT_EQ(info.version(), "1.2.3");
   EXPECT_EQ(info.commit(), "abc");
   EXPECT_EQ(info.device(), "a test");
-  ASSERT_TRUE(Stream(server.stub(), TextRequest("hi", 3)).status.ok());
+  v1::GenerateRequest request = TextRequest("hi", 3);
+  request.mutable_scheduling()->set_tenant("gold");
+  request.mutable_scheduling()->mutable_ttft_target()->set_seconds(60);
+  ASSERT_TRUE(Stream(server.stub(), request).status.ok());
   server.WaitForNoCalls();
   grpc::ClientContext load_context;
   v1::Load load;
@@ -141,6 +147,20 @@ TEST(StatusServiceTest, InfoAndLoad) {
   ASSERT_EQ(load.replicas_size(), 1);
   EXPECT_TRUE(load.replicas(0).healthy());
   EXPECT_EQ(load.replicas(0).kv_blocks_total(), 1024U);
+  EXPECT_EQ(load.step_cost().token_us(), 25);
+  EXPECT_EQ(load.measured_steps(), 0U) << "the script measures nothing";
+  EXPECT_EQ(load.step_cost_error(), 0);
+  EXPECT_EQ(load.targets_met(), 1U);
+  EXPECT_EQ(load.targets_missed(), 0U);
+  EXPECT_EQ(load.hopeless_requests(), 0U);
+  ASSERT_EQ(load.tenants_size(), 2);
+  EXPECT_EQ(load.tenants(0).name(), "gold");
+  EXPECT_EQ(load.tenants(0).weight(), 3U);
+  EXPECT_GT(load.tenants(0).prompt_tokens(), 0U);
+  EXPECT_EQ(load.tenants(0).generated_tokens(), 3U);
+  EXPECT_EQ(load.tenants(0).running_sequences(), 0U);
+  EXPECT_EQ(load.tenants(1).name(), "*");
+  EXPECT_EQ(load.tenants(1).prompt_tokens(), 0U);
   EXPECT_FALSE(load.draining());
   server.server().RefuseNew();
   grpc::ClientContext again;
