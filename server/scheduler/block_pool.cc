@@ -14,10 +14,10 @@ std::optional<BlockPool::Taken> BlockPool::Take() {
   if (!free_.empty()) {
     taken = {free_.back(), false};
     free_.pop_back();
-  } else if (oldest_ >= 0) {
-    taken = {oldest_, true};
-    Unlink(oldest_);
-    At(taken.block).kept = false;
+  } else if (next_to_take() >= 0) {
+    taken = {next_to_take(), true};
+    Unlink(taken.block);
+    At(taken.block).kept = At(taken.block).valued = false;
   } else {
     return std::nullopt;
   }
@@ -41,9 +41,20 @@ void BlockPool::Unref(BlockId id) {
     if (block.refs == block.retired) ++num_retiring_;
   } else if (block.kept) {
     LinkYoungest(id);
+    if (valued_.size <= size() / 2) return;
+    const BlockId one_too_many = valued_.oldest;
+    Unlink(one_too_many);
+    At(one_too_many).valued = false;
+    LinkYoungest(one_too_many);
   } else {
+    block.valued = false;
     free_.push_back(id);
   }
+}
+
+void BlockPool::SetValued(BlockId id) {
+  CHECK(At(id).refs > 0 && At(id).kept);
+  At(id).valued = true;
 }
 
 void BlockPool::SetKept(BlockId id, bool kept) {
@@ -55,7 +66,7 @@ void BlockPool::Forget(BlockId id) {
   Block& block = At(id);
   CHECK(block.refs == 0 && block.kept);
   Unlink(id);
-  block.kept = false;
+  block.kept = block.valued = false;
   free_.push_back(id);
 }
 
@@ -75,37 +86,48 @@ void BlockPool::Unretire(BlockId id) {
 
 void BlockPool::LinkYoungest(BlockId id) {
   Block& block = At(id);
-  block.older = youngest_;
+  List& list = ListOf(block);
+  block.older = list.youngest;
   block.younger = -1;
-  (youngest_ >= 0 ? At(youngest_).younger : oldest_) = id;
-  youngest_ = id;
-  ++num_cached_;
+  (list.youngest >= 0 ? At(list.youngest).younger : list.oldest) = id;
+  list.youngest = id;
+  ++list.size;
 }
 
 void BlockPool::Unlink(BlockId id) {
   Block& block = At(id);
-  (block.older >= 0 ? At(block.older).younger : oldest_) = block.younger;
-  (block.younger >= 0 ? At(block.younger).older : youngest_) = block.older;
+  List& list = ListOf(block);
+  (block.older >= 0 ? At(block.older).younger : list.oldest) = block.younger;
+  (block.younger >= 0 ? At(block.younger).older : list.youngest) = block.older;
   block.older = block.younger = -1;
-  --num_cached_;
+  --list.size;
+}
+
+namespace {
+enum : uint8_t { kUnseen, kFree, kCached };
+}
+
+void BlockPool::CheckList(const List& list, bool valued, std::vector<uint8_t>* seen) const {
+  int32_t count = 0;
+  for (BlockId id = list.oldest, before = -1; id >= 0; before = id, id = At(id).younger, ++count) {
+    CHECK((*seen)[static_cast<size_t>(id)] == kUnseen && At(id).older == before);
+    CHECK(At(id).refs == 0 && At(id).kept && At(id).valued == valued);
+    CHECK(At(id).younger >= 0 || list.youngest == id);
+    (*seen)[static_cast<size_t>(id)] = kCached;
+  }
+  CHECK(count == list.size);
 }
 
 void BlockPool::CheckInvariants() const {
-  enum : uint8_t { kUnseen, kFree, kCached };
   std::vector<uint8_t> seen(blocks_.size(), kUnseen);
   for (BlockId id : free_) {
     CHECK(id >= 0 && id < size() && seen[static_cast<size_t>(id)] == kUnseen);
-    CHECK(At(id).refs == 0 && !At(id).kept);
+    CHECK(At(id).refs == 0 && !At(id).kept && !At(id).valued);
     seen[static_cast<size_t>(id)] = kFree;
   }
-  int32_t cached = 0;
-  for (BlockId id = oldest_, before = -1; id >= 0; before = id, id = At(id).younger, ++cached) {
-    CHECK(seen[static_cast<size_t>(id)] == kUnseen && At(id).older == before);
-    CHECK(At(id).refs == 0 && At(id).kept);
-    CHECK(At(id).younger >= 0 || youngest_ == id);
-    seen[static_cast<size_t>(id)] = kCached;
-  }
-  CHECK(cached == num_cached_);
+  CheckList(plain_, false, &seen);
+  CheckList(valued_, true, &seen);
+  CHECK(valued_.size <= size() / 2);
   int32_t retiring = 0;
   for (size_t i = 0; i < blocks_.size(); ++i) {
     const Block& block = blocks_[i];

@@ -4,7 +4,8 @@
 //   free ------------> held ------------------------------> free
 //                      ^  |  last Unref, kept
 //                 Ref  |  v
-//                      kept (no reference; contents still of use; oldest is taken when nothing is free)
+//                      kept (no reference; contents still of use; oldest is taken when nothing is free, and of
+//                            those only when no other is left, which have proved to be of use: SetValued)
 //
 // A reference that passes to a step in flight (Retire) still counts: the block comes back when the step has ended.
 #pragma once
@@ -32,6 +33,9 @@ class BlockPool {
 
   // Whether the contents outlive the last reference. Only of a held block.
   void SetKept(BlockId block, bool kept);
+  // From now on until its contents go, the held block is taken after those that are not valued. At most half of the
+  // pool is kept so: then the one unreferenced for longest is like any other.
+  void SetValued(BlockId block);
   // Kept and unreferenced -> free.
   void Forget(BlockId block);
 
@@ -40,16 +44,16 @@ class BlockPool {
   void Unretire(BlockId block);
 
   int32_t size() const { return static_cast<int32_t>(blocks_.size()); }
-  int32_t available() const { return static_cast<int32_t>(free_.size()) + num_cached_; }
-  int32_t num_cached() const { return num_cached_; }  // kept and unreferenced
+  int32_t available() const { return static_cast<int32_t>(free_.size()) + num_cached(); }
+  int32_t num_cached() const { return plain_.size + valued_.size; }  // kept and unreferenced
   int32_t num_held() const { return size() - available(); }
   // Held blocks that become available when the steps in flight have ended, with nobody giving up anything more.
   int32_t num_retiring() const { return num_retiring_; }
   int32_t refs(BlockId block) const { return At(block).refs; }
   int32_t retired(BlockId block) const { return At(block).retired; }
   bool kept(BlockId block) const { return At(block).kept; }
-  BlockId oldest_cached() const { return oldest_; }  // -1: none
-  BlockId next_cached(BlockId block) const { return At(block).younger; }
+  bool valued(BlockId block) const { return At(block).valued; }
+  BlockId next_to_take() const { return plain_.oldest >= 0 ? plain_.oldest : valued_.oldest; }  // kept; -1: none
 
   void CheckInvariants() const;
 
@@ -58,17 +62,24 @@ class BlockPool {
     int32_t refs = 0;
     int32_t retired = 0;  // of refs
     bool kept = false;
+    bool valued = false;
     BlockId older = -1, younger = -1;  // neighbours in the list of cached blocks
   };
   Block& At(BlockId block) { return blocks_[static_cast<size_t>(block)]; }
   const Block& At(BlockId block) const { return blocks_[static_cast<size_t>(block)]; }
+  // Of kept and unreferenced blocks, by time of their last Unref.
+  struct List {
+    BlockId oldest = -1, youngest = -1;
+    int32_t size = 0;
+  };
+  List& ListOf(const Block& block) { return block.valued ? valued_ : plain_; }
+  void CheckList(const List& list, bool valued, std::vector<uint8_t>* seen) const;
   void LinkYoungest(BlockId block);
   void Unlink(BlockId block);
 
   std::vector<Block> blocks_;
-  std::vector<BlockId> free_;            // a stack: the block used last is the warmest
-  BlockId oldest_ = -1, youngest_ = -1;  // kept and unreferenced, by time of their last Unref
-  int32_t num_cached_ = 0;
+  std::vector<BlockId> free_;  // a stack: the block used last is the warmest
+  List plain_, valued_;
   int32_t num_retiring_ = 0;
 };
 

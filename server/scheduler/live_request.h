@@ -40,6 +40,7 @@ struct Sequence {
   int32_t pending = 0;
   int32_t scheduled = 0;
   int32_t computed = 0;
+  int32_t preempted = 0;   // so often
   int32_t charged = 0;     // positions before it have been charged to the account: none is twice
   uint64_t last_step = 0;  // the last step that it is part of; 0: none
   std::vector<TokenId> generated;

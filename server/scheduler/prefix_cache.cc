@@ -68,7 +68,7 @@ void PrefixCache::Withdraw(BlockId block) {
 
 int32_t PrefixCache::Reset() {
   int32_t forgotten = 0;
-  for (BlockId block; (block = pool_.oldest_cached()) >= 0; ++forgotten) {
+  for (BlockId block; (block = pool_.next_to_take()) >= 0; ++forgotten) {
     Erase(block);
     pool_.Forget(block);
   }

@@ -196,7 +196,7 @@ void Scheduler::Impl::SetOrder(LiveRequest* live) const {
   live->start_by = std::min(live->start_by, request.deadline - prefill);
   // Never before its arrival: so whoever has waited past its own start_by is not overtaken by newcomers.
   live->start_by = std::max(live->start_by, request.arrival) - Aged(request);
-  live->hopeless_at = request.deadline - PrefillTime(0, live->prompt_size, {});
+  live->hopeless_at = request.deadline - CertainPrefillTime(0, live->prompt_size);
 }
 
 // Priority as the time that it is worth. A century at most, so that sums stay in range.
@@ -279,7 +279,7 @@ void Scheduler::Impl::ExpireOne(const Call& call, LiveRequest& request) {
 void Scheduler::Impl::RefuseIfHopeless(const Call& call, LiveRequest& request) {
   MatchPrefix(request.leader, &match_);
   const auto cached = static_cast<int32_t>(match_.size()) * options_.block_size;
-  const Duration prefill = PrefillTime(cached, request.prompt_size - cached, {});
+  const Duration prefill = CertainPrefillTime(cached, request.prompt_size - cached);
   request.hopeless_at = request.request->deadline - prefill;
   if (call.now < request.hopeless_at) {
     if (call.now >= EarliestExpiry(request)) ExpireOne(call, request);  // it had another reason to end

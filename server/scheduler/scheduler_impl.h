@@ -90,9 +90,10 @@ class Scheduler::Impl {
   void AdmitWaiting(StepPlan* plan, const Call& call);
   bool TryAdmit(Sequence* sequence, const Call& call);
   void ReserveAnswer(Sequence* sequence);
-  int32_t Headroom() const;
+  int32_t Headroom(const Sequence& sequence) const;
   int32_t PrefillRoom(int32_t first_position) const;
   int32_t RoomUnderCeiling(const StepWork& beside, int32_t first_position, int32_t most) const;
+  Duration CertainPrefillTime(int32_t first, int32_t count) const;
   Duration PrefillTime(int32_t first, int32_t count, const StepWork& beside) const;
   bool StopHurrying(Sequence* sequence, TimePoint now);
   Sequence* NextToAdmit();

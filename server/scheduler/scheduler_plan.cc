@@ -11,6 +11,8 @@ namespace {
 constexpr uint64_t kRetryBlockedAfterSteps = 8;
 // Tokens of an answer that a sequence has room for from its admission on. Only a longer one allocates while it decodes.
 constexpr int32_t kReservedTokens = 8192;
+// Of the headroom, at most: then there are 16 blocks for each sequence that runs.
+constexpr int32_t kMostDoublings = 6;
 // A token of an answer counts as so many of a prompt: its step computes few others beside it.
 constexpr int32_t kAnswerService = 2;
 }  // namespace
@@ -155,6 +157,13 @@ int32_t Scheduler::Impl::RoomUnderCeiling(const StepWork& beside, int32_t first_
   return room;
 }
 
+// How long `count` positions of a prompt take on an idle server at least: less by twice what the step cost errs lately,
+// so that nobody is refused for what has been learned badly, or hardly at all.
+Duration Scheduler::Impl::CertainPrefillTime(int32_t first, int32_t count) const {
+  const double certain = options_.learn_step_cost ? std::max(0.0, 1 - 2 * learner_.error()) : 1;
+  return Duration(std::llround(certain * static_cast<double>(PrefillTime(first, count, {}).count())));
+}
+
 // How long `count` positions of a prompt take when nothing but `beside` is in their steps.
 Duration Scheduler::Impl::PrefillTime(int32_t first, int32_t count, const StepWork& beside) const {
   int32_t chunk = std::max(1, options_.token_budget - static_cast<int32_t>(beside.tokens));
@@ -237,6 +246,7 @@ void Scheduler::Impl::Preempt(Sequence* victim) {
   ReleaseBlocks(victim);
   MakeWaiting(victim);
   if (options_.recorder != nullptr) options_.recorder->OnPreempt(victim->request->key, victim->index);
+  ++victim->preempted;
   ++victim->request->preemptions;
   ++preemptions_;
 }
@@ -294,14 +304,15 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     MatchPrefix(sequence, &match_);
     const auto unreferenced = std::ranges::count_if(match_, [&](BlockId block) { return pool_.refs(block) == 0; });
     const int32_t needed = wanted - static_cast<int32_t>(match_.size()) + static_cast<int32_t>(unreferenced);
-    if (needed + Headroom() <= pool_.available()) break;
+    const int32_t headroom = Headroom(*sequence);
+    if (needed + headroom <= pool_.available()) break;
     if (num_running_ == 0 && in_flight_.size() == 1 && !sharing_.empty()) {
       // Nothing runs: prompts kept for later siblings must not keep it so.
       DropShare(*sharing_.back());
       continue;
     }
     blocked_ = sequence;
-    blocked_until_available_ = needed + Headroom();
+    blocked_until_available_ = needed + headroom;
     blocked_until_step_ = step_ + kRetryBlockedAfterSteps;
     return false;
   }
@@ -330,6 +341,8 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     request.admitted_at = call.now;
     --waiting_requests_;
     waiting_tokens_ -= request.prompt_size;
+    // Several have a use for these: one that nobody has found since is taken before them.
+    for (BlockId block : match_) pool_.SetValued(block);
     prompt_tokens_ += static_cast<uint64_t>(request.prompt_size);
     --account.load.waiting_requests;
     account.load.waiting_tokens -= request.prompt_size;
@@ -359,9 +372,10 @@ void Scheduler::Impl::ReserveAnswer(Sequence* sequence) {
 }
 
 // Blocks that stay free at an admission, for the running sequences to grow into: a quarter of a block each. Without it
-// an admission into a full pool would be preempted in the next step.
-int32_t Scheduler::Impl::Headroom() const {
-  return num_running_ / 4;
+// an admission into a full pool would be preempted in the next step. Twice as many for each time that the sequence has
+// been preempted: the steps between two preemptions double, and what is computed again stays a small part.
+int32_t Scheduler::Impl::Headroom(const Sequence& sequence) const {
+  return (num_running_ << std::min(sequence.preempted, kMostDoublings)) / 4;
 }
 
 // The leading blocks that are computed already: shared by a sibling or found in the cache, whichever reaches further.

@@ -36,6 +36,27 @@ TEST(BlockPool, ABlockIsHeldUntilItsLastReferenceGoes) {
   pool.CheckInvariants();
 }
 
+TEST(BlockPool, ValuedBlocksAreTakenLastButForHalfOfThePool) {
+  BlockPool pool(6);
+  std::vector<BlockId> blocks;
+  for (int i = 0; i < 6; ++i) {
+    blocks.push_back(MustTake(pool));
+    pool.SetKept(blocks.back(), true);
+    if (i < 4) pool.SetValued(blocks.back());
+  }
+  for (BlockId block : blocks) pool.Unref(block);
+  pool.CheckInvariants();
+  EXPECT_EQ(pool.num_cached(), 6);
+  // Three of the four may stay so; the first of them waits behind whoever was there, and 4 and 5 came after it.
+  std::vector<BlockId> taken;
+  for (int i = 0; i < 6; ++i) {
+    taken.push_back(MustTake(pool));
+    pool.CheckInvariants();
+  }
+  EXPECT_EQ(taken, (std::vector<BlockId>{blocks[0], blocks[4], blocks[5], blocks[1], blocks[2], blocks[3]}));
+  for (BlockId block : taken) EXPECT_FALSE(pool.valued(block)) << "with other contents";
+}
+
 TEST(BlockPool, TakesFreeBlocksFirstThenTheKeptOneUnusedForLongest) {
   BlockPool pool(4);
   std::vector<BlockId> blocks;
@@ -64,7 +85,7 @@ TEST(BlockPool, ForgottenBlocksAreFree) {
   const BlockId block = MustTake(pool);
   pool.SetKept(block, true);
   pool.Unref(block);
-  EXPECT_EQ(pool.oldest_cached(), block);
+  EXPECT_EQ(pool.next_to_take(), block);
   pool.Forget(block);
   EXPECT_EQ(pool.num_cached(), 0);
   EXPECT_EQ(pool.available(), 2);

@@ -121,7 +121,7 @@ TEST(PrefixCache, AgreesWithAMapUnderRandomUse) {
       pool.Unref(known->second);
       expected.erase(known);
     } else {
-      const BlockId oldest = pool.oldest_cached();
+      const BlockId oldest = pool.next_to_take();
       const bool evicts = pool.available() == pool.num_cached();
       if (evicts) std::erase_if(expected, [&](const auto& entry) { return entry.second == oldest; });
       const BlockId block = *cache.Allocate();

@@ -373,6 +373,24 @@ TEST(Deadlines, WhatThePrefixCacheHoldsTakesNoTime) {
   }
 }
 
+TEST(Deadlines, ABadlyLearnedCostMakesNothingHopeless) {
+  for (bool steady : {false, true}) {
+    SchedulerOptions options = OneByOne();
+    options.step_cost = {};
+    options.learn_step_cost = true;
+    Driver driver(options);
+    int steps = 0;
+    driver.device_time = [&](const StepPlan& plan) {
+      return milliseconds(plan.tokens.size()) * (steady || ++steps % 2 == 0 ? 1 : 3);
+    };
+    for (RequestKey key = 1; key <= 40; ++key) Add(driver, key, {.prompt = 30 + static_cast<int>(key)});
+    driver.RunAll();
+    Add(driver, 100, {.prompt = 100, .deadline_ms = 20});
+    driver.Step();
+    EXPECT_EQ(driver.Ended(100), steady) << "error " << driver->load().step_cost_error;
+  }
+}
+
 TEST(Priority, WaitingMakesUpForItWhereItAges) {
   for (bool ages : {false, true}) {
     SchedulerOptions options = OneByOne();
@@ -918,6 +936,31 @@ TEST(PrefixSharing, PrefixesAreForgottenFromTheirEnds) {
   EXPECT_EQ(driver.CachedTokensOf(3), 12u);
 }
 
+TEST(PrefixSharing, WhatSeveralRequestsHaveFoundOutlivesAScanOfOthers) {
+  for (bool found : {false, true}) {
+    SchedulerOptions options = SmallOptions();
+    options.num_blocks = 16;
+    Driver driver(options);
+    auto with_system_prompt = [&](RequestKey key) {
+      auto request = MakeRequest(16, 1);
+      request->prompt.push_back(static_cast<TokenId>(5000 + key));
+      driver->Add(key, request);
+      driver.RunAll();
+      return driver.CachedTokensOf(key);
+    };
+    EXPECT_EQ(with_system_prompt(1), 0u);
+    if (found) {
+      EXPECT_EQ(with_system_prompt(2), 16u);
+    }
+    for (RequestKey key = 10; key < 30; ++key) {  // each is seen once, and all together need many times the pool
+      driver->Add(key, MakeRequest(30, 1, static_cast<TokenId>(100 * key)));
+      driver.RunAll();
+    }
+    EXPECT_EQ(with_system_prompt(3), found ? 16u : 0u);
+    EXPECT_EQ(driver->load().cached_tokens, found ? 32u : 0u);
+  }
+}
+
 TEST(PrefixSharing, PromptScoresComeInOrderAndInPieces) {
   Driver driver(SmallOptions());
   auto request = MakeRequest(20, 2);
@@ -1037,6 +1080,33 @@ TEST(Preemption, TheNewestGivesUpAndIsComputedAgain) {
   EXPECT_GT(driver.EndOf(3).timing.preemptions, 0u);
   EXPECT_EQ(driver->load().preemptions, driver.EndOf(2).timing.preemptions + driver.EndOf(3).timing.preemptions);
   for (RequestKey key = 1; key <= 3; ++key) EXPECT_EQ(driver.TokensOf(key).size(), 10u);
+}
+
+TEST(Preemption, EachTimeItTakesTwiceTheHeadroomToComeBack) {
+  SchedulerOptions options = SmallOptions();
+  options.max_running = 9;
+  options.num_blocks = 100;
+  options.max_context = 400;
+  options.prefix_cache = false;
+  Driver driver(options);
+  // Eight grow, and the ninth, last in order, makes room for them.
+  for (RequestKey key = 1; key <= 9; ++key) driver->Add(key, MakeRequest(5, key < 9 ? 90 : 200));
+  int admissions = 0;
+  bool runs = false;
+  for (int steps = 0; !driver.Ended(9); ++steps) {
+    ASSERT_LT(steps, 2000);
+    auto plan = driver.Plan();
+    const bool runs_now = std::ranges::count(plan->sequences, RequestKey{9}, &PlannedSequence::request) > 0;
+    if (runs_now && !runs) {
+      const auto others = static_cast<int32_t>(plan->sequences.size()) - 1;
+      EXPECT_GE(options.num_blocks - driver->load().blocks_used, (others << admissions) / 4)
+          << "after " << admissions << " preemptions";
+      ++admissions;
+    }
+    runs = runs_now;
+    driver.Apply();
+  }
+  EXPECT_GE(admissions, 2);
 }
 
 TEST(Preemption, TheLowestPriorityGivesUpButNotTheOldest) {
