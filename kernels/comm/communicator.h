@@ -7,6 +7,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -44,6 +45,10 @@ class Communicator {
   // x of rank 0 becomes x of every rank. Dense, any dtype. False: the group was aborted.
   virtual bool Broadcast(Stream& stream, const TensorView& x) = 0;
 
+  // In groups of MakeChecked: all ranks bring the same hash of `what`, or the group ends and names who does not. In
+  // others nothing, and always true.
+  virtual bool CheckSame(std::string_view what, uint64_t hash);
+
   // Ends the group. Idempotent, never waits. The first reason stays.
   virtual void Abort(std::string_view reason = "aborted") = 0;
   // Why the group ended; empty while it lives. Any thread.
@@ -54,6 +59,11 @@ class Communicator {
 // for `patience` aborts the group: ranks compute in step, so that one who does not come has failed.
 std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(
     int ranks, std::chrono::milliseconds patience = std::chrono::seconds(30));
+
+// The same ranks, but what each call leaves in their memory is compared by hashes: the sums of AllReduceSum, the
+// residual stream and what is normed of it, what was broadcast. Ranks that differ end the group, with a reason that
+// names them. Slow, and each call waits for the device: for finding out which rank computes something else.
+std::unique_ptr<Communicator> MakeChecked(std::unique_ptr<Communicator> member);
 
 struct NcclApi;  // kernels/comm/nccl_api.h
 

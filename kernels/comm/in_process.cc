@@ -22,6 +22,10 @@ bool Communicator::AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& arg
   return true;
 }
 
+bool Communicator::CheckSame(std::string_view, uint64_t) {
+  return true;
+}
+
 namespace {
 
 [[noreturn]] void Die(const char* sentence) {

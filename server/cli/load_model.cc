@@ -55,6 +55,7 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
   options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
   options.ranks = static_cast<int>(config.model().tensor_parallel());
   options.stages = static_cast<int>(config.model().pipeline_parallel());
+  options.check_ranks = config.model().check_ranks();
   const auto replicas = static_cast<int>(config.model().replicas());
   const auto threads = static_cast<int>(config.threads().compute());
   options.threads = std::max(1, (threads > 0 ? threads : UsableCores()) / replicas);

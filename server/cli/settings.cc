@@ -101,6 +101,13 @@ constexpr std::array kSettings = {
          .max = 64,
          .alias = "tp",
          .group = kGroupModel},
+    Flag{.name = "check-ranks",
+         .type = FlagType::kBool,
+         .default_value = "false",
+         .meaning = "Compare by hashes what the ranks of a group hold that should be the same, after each call between "
+                    "them, and end a group that differs with the ranks named. Slow: for finding a broken device.",
+         .field = "model.check_ranks",
+         .group = kGroupModel},
     Flag{.name = "pipeline-parallel",
          .type = FlagType::kCount,
          .default_value = "1",

@@ -58,6 +58,21 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
   return LoadAllRanks(checkpoint, load, shards);
 }
 
+// Of what decides which tokens are computed and where they go.
+uint64_t HashOf(const StepPlan& plan) {
+  uint64_t hash = plan.step;
+  const auto add = [&](int64_t number) { hash = (hash ^ static_cast<uint64_t>(number)) * 0x9E3779B97F4A7C15 + 1; };
+  for (const PlannedSequence& sequence : plan.sequences) {
+    add(sequence.slot);
+    add(sequence.token_begin);
+    add(sequence.num_tokens);
+    add(sequence.sample);
+  }
+  for (TokenId token : plan.tokens) add(token);
+  for (int32_t block : plan.block_ids) add(block);
+  return hash;
+}
+
 }  // namespace
 
 StatusOr<std::shared_ptr<const RankWeights>> LocalExecutor::LoadShared(const Checkpoint& checkpoint,
@@ -146,6 +161,7 @@ LocalExecutor::Ranks LocalExecutor::Connect(const LocalExecutorOptions& options)
     std::vector<std::unique_ptr<Communicator>> group(static_cast<size_t>(options.ranks));
     if (options.ranks > 1) group = MakeInProcessGroup(options.ranks, options.patience);
     for (auto& communicator : group) {
+      if (communicator != nullptr && options.check_ranks) communicator = MakeChecked(std::move(communicator));
       ranks.push_back(std::make_shared<Rank>());
       ranks.back()->communicator = std::move(communicator);
     }
@@ -251,6 +267,9 @@ void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
   auto execute = [&](const StepPlan& plan) {
     try {
       if (before_step) before_step(index, plan.step);
+      // Ranks that differ end the group, and so the step.
+      Communicator* group = ranks[static_cast<size_t>(index)]->communicator.get();
+      if (group != nullptr) group->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
       return worker.Execute(plan);
     } catch (const std::exception& error) {  // nothing of ours throws but an allocation
       StepResult result;

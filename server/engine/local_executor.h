@@ -45,6 +45,7 @@ struct LocalExecutorOptions {
   std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
+  bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them
   std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
   // For tests: rank's thread; may throw, or never return. Ranks are numbered through the stages.
   std::function<void(int rank, uint64_t step)> before_step;

@@ -67,6 +67,12 @@ bool Llama::AllReduce(Stream& stream, const TensorView& x) {
   return communicator_ == nullptr || communicator_->AllReduceSum(stream, x);
 }
 
+bool Llama::AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) {
+  if (communicator_ != nullptr) return communicator_->AllReduceAddRmsNorm(stream, args);
+  AddRmsNorm(stream, args);
+  return true;
+}
+
 bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
   const int64_t tokens = inputs.ids.dim(0), dim = config_.head_dim;
   const int64_t q_size = shard_.q_heads(config_) * dim, kv_size = shard_.kv_heads(config_) * dim;
@@ -92,10 +98,12 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
 
     if (i == 0) {
       RmsNorm(stream, {.out = normed, .x = residual, .weight = layer.attention_norm, .eps = config_.rms_eps});
-    } else {
-      AddRmsNorm(
-          stream,
-          {.out = normed, .residual = residual, .x = delta, .weight = layer.attention_norm, .eps = config_.rms_eps});
+    } else if (!AllReduceAddRmsNorm(stream, {.out = normed,
+                                             .residual = residual,
+                                             .x = delta,
+                                             .weight = layer.attention_norm,
+                                             .eps = config_.rms_eps})) {
+      return false;
     }
     Linear(stream, {.out = qkv, .x = normed, .weight = layer.qkv});
     RopeStoreKv(stream, {.q = q,
@@ -115,23 +123,21 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                             .block_tables = inputs.block_tables,
                             .scale = scale});
     Linear(stream, {.out = delta, .x = attention, .weight = layer.o});
-    if (!AllReduce(stream, delta)) return false;
-
-    AddRmsNorm(stream,
-               {.out = normed, .residual = residual, .x = delta, .weight = layer.ffn_norm, .eps = config_.rms_eps});
+    if (!AllReduceAddRmsNorm(
+            stream,
+            {.out = normed, .residual = residual, .x = delta, .weight = layer.ffn_norm, .eps = config_.rms_eps})) {
+      return false;
+    }
     LinearSiluMul(stream, {.out = ffn, .x = normed, .weight = layer.gate_up, .gate_up = gate_up});
     Linear(stream, {.out = delta, .x = ffn, .weight = layer.down});
-    if (!AllReduce(stream, delta)) return false;
   }
-  if (!shard_.last_stage()) {
-    // For its addition: the norm of the next layer is computed where that layer's weights are.
-    AddRmsNorm(stream, {.out = normed,
-                        .residual = residual,
-                        .x = delta,
-                        .weight = weights_.layers.back().ffn_norm,
-                        .eps = config_.rms_eps});
-  }
-  return true;
+  if (shard_.last_stage()) return AllReduce(stream, delta);
+  // For its addition: the norm of the next layer is computed where that layer's weights are.
+  return AllReduceAddRmsNorm(stream, {.out = normed,
+                                      .residual = residual,
+                                      .x = delta,
+                                      .weight = weights_.layers.back().ffn_norm,
+                                      .eps = config_.rms_eps});
 }
 
 TensorView Llama::Logits(Stream& stream, const TensorView& rows) {

@@ -17,6 +17,7 @@
 
 #include "kernels/comm/communicator.h"
 #include "kernels/device.h"
+#include "kernels/ops.h"
 #include "kernels/tensor.h"
 #include "server/model/config.h"
 #include "server/model/kv_cache.h"
@@ -72,6 +73,7 @@ class Llama {
                                                    DType act);
   bool AllocateWorkspace();
   bool AllReduce(Stream& stream, const TensorView& x);
+  bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
 
   const ModelConfig config_;
   const Shard shard_;

@@ -84,6 +84,29 @@ TEST(TensorParallel, ARankThatHangsIsNotWaitedForForEver) {
   }
 }
 
+TEST(TensorParallel, ChecksNameTheRankThatComputesSomethingElse) {
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  ASSERT_TRUE(checkpoint.ok());
+  LocalExecutorOptions options = TinyOptions(4);
+  auto weights = LocalExecutor::LoadShared(**checkpoint, options);
+  ASSERT_TRUE(weights.ok());
+  options.weights = *weights;
+  const Answers unchecked = Ask(*StartTiny(options));
+  options.check_ranks = true;
+  auto engine = StartTiny(options);
+  const Answers checked = Ask(*engine);
+  for (size_t i = 0; i < unchecked.tokens.size(); ++i) ExpectSame(unchecked.tokens[i], checked.tokens[i], 0);
+
+  // A number of which each rank has a copy is damaged in one of them.
+  (**weights)[2]->layers[1].ffn_norm.as<float>()[3] *= 1.001f;
+  auto sink = std::make_shared<CollectingSink>();
+  auto handle = engine->Submit(MakeRequest(0, 10, 100), sink);
+  ASSERT_TRUE(handle.ok());
+  ExpectEngineDown(*engine, *sink, "rank 2 differs from the others in the norm of call ");
+  const auto again = LocalExecutor::Create(**checkpoint, options);
+  EXPECT_THAT(again.status().message(), HasSubstr("rank 2 differs from the others in the norm of call 4"));
+}
+
 // A failed group is made again from the checkpoint and answers as before; cached blocks of the failed one are not used.
 TEST(TensorParallel, AFailedGroupIsMadeAgain) {
   auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
