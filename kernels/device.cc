@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,8 @@ constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 // Below this the system's answer is not worth a look at /proc.
 constexpr size_t kCheckedAllocation = size_t{64} << 20;
+
+std::atomic<uint64_t> device_allocations{0};
 
 [[noreturn]] void Die(const char* sentence) {
   std::fprintf(stderr, "%s\n", sentence);
@@ -131,8 +134,8 @@ int UsableCores() {
   return std::max(1, static_cast<int>(std::ceil(cores)));
 }
 
-Stream::Stream(Device device, std::unique_ptr<ThreadTeam> team, void* cuda)
-    : device_(device), team_(std::move(team)), cuda_(cuda) {}
+Stream::Stream(Device device, int ordinal, std::unique_ptr<ThreadTeam> team, void* cuda)
+    : device_(device), ordinal_(ordinal), team_(std::move(team)), cuda_(cuda) {}
 
 Stream::~Stream() {
   if (cuda_ != nullptr) cuda::DestroyStream(cuda_);
@@ -141,30 +144,82 @@ Stream::~Stream() {
 std::unique_ptr<Stream> Stream::Cpu(int threads) {
   if (!CpuIsSupported()) Die("This CPU lacks AVX2, FMA or F16C, which Altiplano's CPU backend needs.");
   if (threads <= 0) threads = UsableCores();
-  return std::unique_ptr<Stream>(new Stream(Device::kCpu, std::make_unique<ThreadTeam>(threads), nullptr));
+  return std::unique_ptr<Stream>(new Stream(Device::kCpu, 0, std::make_unique<ThreadTeam>(threads), nullptr));
 }
 
 std::unique_ptr<Stream> Stream::Cuda(int ordinal, std::string* error) {
   return MakeCudaStream(ordinal, error);
 }
 
+std::unique_ptr<Stream> Stream::Open(Device device, int ordinal, int threads, std::string* error) {
+  return device == Device::kCuda ? Cuda(ordinal, error) : Cpu(threads);
+}
+
+void Stream::UseFromThisThread() {
+  if (device_ == Device::kCuda) cuda::UseGpu(ordinal_);
+}
+
+std::string Stream::Error() {
+  return device_ == Device::kCuda ? cuda::Error(cuda_) : std::string();
+}
+
 std::string Stream::Synchronize() {
   return device_ == Device::kCuda ? cuda::Synchronize(cuda_) : std::string();  // CPU ops have run when they return
 }
 
-Buffer Buffer::Allocate(Device device, size_t bytes) {
+std::unique_ptr<StreamEvent> StreamEvent::Create(const Stream& stream) {
+  if (stream.device() == Device::kCpu) return std::unique_ptr<StreamEvent>(new StreamEvent(nullptr));
+  void* event = cuda::CreateEvent(stream.ordinal());
+  return event == nullptr ? nullptr : std::unique_ptr<StreamEvent>(new StreamEvent(event));
+}
+
+StreamEvent::~StreamEvent() {
+  if (cuda_ != nullptr) cuda::DestroyEvent(cuda_);
+}
+
+void StreamEvent::Record(Stream& stream) {
+  if (cuda_ != nullptr) cuda::RecordEvent(cuda_, stream.cuda_stream());
+}
+
+bool StreamEvent::Passed() const {
+  return cuda_ == nullptr || cuda::EventPassed(cuda_);
+}
+
+std::string StreamEvent::Wait() const {
+  return cuda_ == nullptr ? std::string() : cuda::WaitForEvent(cuda_);
+}
+
+Buffer Buffer::Allocate(Device device, size_t bytes, int ordinal) {
   Buffer buffer;
-  buffer.data_ = device == Device::kCuda ? cuda::Allocate(bytes) : MapHost(bytes);
+  buffer.data_ = device == Device::kCuda ? cuda::Allocate(ordinal, bytes) : MapHost(bytes);
   if (buffer.data_ == nullptr) return buffer;
   buffer.bytes_ = bytes;
   buffer.device_ = device;
+  if (device == Device::kCuda) ++device_allocations;
   return buffer;
+}
+
+Buffer Buffer::AllocateHost(const Stream& stream, size_t bytes) {
+  if (stream.device() == Device::kCpu) return Allocate(Device::kCpu, bytes);
+  Buffer buffer;
+  buffer.data_ = cuda::AllocatePinned(stream.ordinal(), bytes);
+  if (buffer.data_ == nullptr) return buffer;
+  buffer.bytes_ = bytes;
+  buffer.pinned_ = true;
+  ++device_allocations;
+  return buffer;
+}
+
+uint64_t Buffer::DeviceAllocations() {
+  return device_allocations;
 }
 
 Buffer::~Buffer() {
   if (data_ == nullptr) return;
   if (device_ == Device::kCuda) {
     cuda::Free(data_);
+  } else if (pinned_) {
+    cuda::FreePinned(data_);
   } else {
     munmap(data_, MappedBytes(bytes_));
   }
@@ -181,12 +236,18 @@ void Copy(Stream& stream, void* to, Device to_device, const void* from, Device f
   cuda::Copy(stream.cuda_stream(), to, to_device, from, from_device, bytes);
 }
 
+void Zero(Stream& stream, void* data, size_t bytes) {
+  if (bytes == 0) return;
+  if (stream.device() == Device::kCuda) return cuda::Zero(stream.cuda_stream(), data, bytes);
+  std::memset(data, 0, bytes);
+}
+
 MemoryInfo QueryMemory(Device device, int ordinal) {
   return device == Device::kCuda ? cuda::QueryMemory(ordinal) : QueryHostMemory();
 }
 
 std::string Describe(const Stream& stream) {
-  if (stream.device() == Device::kCuda) return cuda::Describe(stream.cuda_stream());
+  if (stream.device() == Device::kCuda) return cuda::Describe(stream.ordinal());
   const int threads = stream.team().size();
   return CpuModelName() + ", " + std::to_string(threads) + (threads == 1 ? " thread, " : " threads, ") +
          cpu::LinearBackend();

@@ -24,21 +24,46 @@ class Stream {
   static std::unique_ptr<Stream> Cpu(int threads = 0);
   // Null with *error set when there is no usable GPU `ordinal`, or when the program was built without CUDA.
   static std::unique_ptr<Stream> Cuda(int ordinal, std::string* error);
+  // Either of the two.
+  static std::unique_ptr<Stream> Open(Device device, int ordinal, int threads, std::string* error);
   ~Stream();
 
   Device device() const { return device_; }
+  int ordinal() const { return ordinal_; }     // CUDA only: of its GPU
   ThreadTeam& team() const { return *team_; }  // CPU only
   void* cuda_stream() const { return cuda_; }  // CUDA only: a cudaStream_t
+  // Each thread but the one that opened the stream calls this before it issues ops: they go to the stream's GPU.
+  void UseFromThisThread();
   // Waits until all ops issued so far are done. Empty string, or the device's (sticky) error.
   std::string Synchronize();
+  // What is known without waiting: that this thread issued something impossible, or the device's (sticky) error.
+  std::string Error();
 
  private:
-  Stream(Device device, std::unique_ptr<ThreadTeam> team, void* cuda);
+  Stream(Device device, int ordinal, std::unique_ptr<ThreadTeam> team, void* cuda);
   friend std::unique_ptr<Stream> MakeCudaStream(int, std::string*);
 
   const Device device_;
+  const int ordinal_;
   const std::unique_ptr<ThreadTeam> team_;
   void* const cuda_;
+};
+
+// A point in a stream's work, set again and again. On the CPU it has been passed when Record returns. Record: the
+// stream's owner; the others: any thread, once Record has returned.
+class StreamEvent {
+ public:
+  // Null when the device has no more.
+  static std::unique_ptr<StreamEvent> Create(const Stream& stream);
+  ~StreamEvent();
+
+  void Record(Stream& stream);
+  bool Passed() const;       // also after an error
+  std::string Wait() const;  // empty, or the device's (sticky) error
+
+ private:
+  explicit StreamEvent(void* cuda) : cuda_(cuda) {}
+  void* const cuda_;  // null on the CPU
 };
 
 // Device memory, 64-byte aligned (CPU: huge pages where the system grants them), released on destruction. Contents
@@ -46,13 +71,21 @@ class Stream {
 class Buffer {
  public:
   Buffer() = default;
-  // An empty Buffer when the memory cannot be had.
-  static Buffer Allocate(Device device, size_t bytes);
+  // An empty Buffer when the memory cannot be had. `ordinal`: of the GPU.
+  static Buffer Allocate(Device device, size_t bytes, int ordinal = 0);
+  static Buffer Allocate(const Stream& stream, size_t bytes) {
+    return Allocate(stream.device(), bytes, stream.ordinal());
+  }
+  // Host memory for Copy to and from the stream's device: pinned for a GPU, so that copies do not wait.
+  static Buffer AllocateHost(const Stream& stream, size_t bytes);
+  // How many buffers there have ever been that a GPU knows of, pinned ones too.
+  static uint64_t DeviceAllocations();
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     std::swap(device_, other.device_);
+    std::swap(pinned_, other.pinned_);
     return *this;
   }
   ~Buffer();
@@ -66,10 +99,13 @@ class Buffer {
   void* data_ = nullptr;
   size_t bytes_ = 0;
   Device device_ = Device::kCpu;
+  bool pinned_ = false;  // host memory that a GPU knows of
 };
 
 // Host <-> device or device <-> device, in stream order. Host memory must stay valid until Synchronize.
 void Copy(Stream& stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
+// Memory of the stream's device, in stream order.
+void Zero(Stream& stream, void* data, size_t bytes);
 
 // Cores that this process may use: its affinity and its control group's quota.
 int UsableCores();

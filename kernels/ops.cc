@@ -82,6 +82,10 @@ void Embed(Stream& stream, const EmbedArgs& args) {
   DOOR_CHECK(IsAct(args.table.dtype));
   DOOR_CHECK(IsF32Or(args.out.dtype, args.table.dtype));
   DOOR_CHECK(args.ids.dtype == DType::kI32);
+  if (!args.sampled.empty()) {
+    CheckViews(op, stream.device(), {{"sampled", args.sampled, {-1}}});
+    DOOR_CHECK(args.sampled.dtype == DType::kI32);
+  }
   if (tokens == 0) return;
   OnCuda(stream) ? cuda::Embed(stream, args) : cpu::Embed(stream.team(), args);
 }
@@ -237,6 +241,10 @@ void Sample(Stream& stream, const SampleArgs& args) {
   CheckViews(op, stream.device(), {{"logits", args.logits, {rows, vocab}}});
   DOOR_CHECK(args.logits.dtype == DType::kF32);
   DOOR_CHECK(vocab > 0);
+  if (!args.tokens.empty()) {
+    CheckViews(op, stream.device(), {{"tokens", args.tokens, {rows}}});
+    DOOR_CHECK(args.tokens.dtype == DType::kI32);
+  }
   DOOR_CHECK(rows == 0 || (args.results != nullptr && args.params != nullptr));
   DOOR_CHECK(args.scratch != nullptr || SampleScratchBytes(rows, vocab, stream.device()) == 0);
   if (rows == 0) return;

@@ -16,11 +16,13 @@
 
 namespace altiplano {
 
-// out[t] = table[ids[t] - vocab_begin], zeros for ids outside of this rank's part of the vocabulary.
+// out[t] = table[id - vocab_begin], zeros for ids outside of this rank's part of the vocabulary. id is ids[t], or where
+// that is below 0 and there is `sampled`, sampled[-1 - ids[t]].
 struct EmbedArgs {
-  TensorView out;    // [T, H] f32 or act
-  TensorView table;  // [V', H] act
-  TensorView ids;    // [T] i32
+  TensorView out;           // [T, H] f32 or act
+  TensorView table;         // [V', H] act
+  TensorView ids;           // [T] i32
+  TensorView sampled = {};  // [R] i32 or empty: the step before's SampleArgs::tokens
   int64_t vocab_begin = 0;
 };
 void Embed(Stream& stream, const EmbedArgs& args);
@@ -141,6 +143,7 @@ struct SampleParams {
   // was in the prompt. Null when no penalty needs them.
   const uint16_t* output_counts = nullptr;  // [V]
   const uint8_t* in_prompt = nullptr;       // [V]
+  uint16_t* counts_out = nullptr;           // null, or output_counts itself: the sampled token is counted in it
 };
 
 inline constexpr int kMaxTopLogprobs = 20;
@@ -156,7 +159,8 @@ struct SampleResult {
 };
 
 struct SampleArgs {
-  SampleResult* results = nullptr;       // [R], host memory
+  SampleResult* results = nullptr;       // [R], host memory, valid once the stream has been waited for
+  TensorView tokens = {};                // [R] i32 or empty: the sampled tokens once more, 0 where a row is not finite
   const SampleParams* params = nullptr;  // [R], host memory
   TensorView logits;                     // [R, V] f32, left unchanged
   void* scratch = nullptr;               // SampleScratchBytes(R, V, device)
@@ -166,7 +170,7 @@ void Sample(Stream& stream, const SampleArgs& args);
 
 // Log-probabilities of given tokens, for prompt log-probabilities: results[r].token must hold the token asked for.
 struct ScoreArgs {
-  SampleResult* results = nullptr;   // [R], token in; logprob, rank, top out
+  SampleResult* results = nullptr;   // [R], token in; logprob, rank, top out, once the stream has been waited for
   const int32_t* num_top = nullptr;  // [R]
   TensorView logits;                 // [R, V] f32
   void* scratch = nullptr;           // SampleScratchBytes(R, V, device)

@@ -127,9 +127,8 @@ class Group {
       std::string error;
       const auto stream = Stream::Cuda(ordinals[rank], &error);
       if (stream == nullptr) return error;
-      cuda::UseGpu(ordinals[rank]);
-      signals_.push_back(Buffer::Allocate(Device::kCuda, sizeof(PeerSignals)));
-      mailboxes_.push_back(Buffer::Allocate(Device::kCuda, kMailboxBytes));
+      signals_.push_back(Buffer::Allocate(*stream, sizeof(PeerSignals)));
+      mailboxes_.push_back(Buffer::Allocate(*stream, kMailboxBytes));
       if (!signals_.back() || !mailboxes_.back()) {
         return "no memory on GPU " + std::to_string(ordinals[rank]) + " for " + std::to_string(kMailboxBytes >> 20) +
                " MiB that the ranks lend each other";

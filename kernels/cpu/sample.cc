@@ -1,6 +1,7 @@
 // Sample: rows are shared out to the team; a row is sampled by one thread and knows of no other.
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/ops.h"
@@ -18,6 +19,15 @@ SampleWorkspace WorkspaceAt(char* memory, int64_t vocab) {
   float* x = reinterpret_cast<float*>(memory);
   const int64_t n = PaddedVocab(vocab);
   return {x, x + n, reinterpret_cast<int32_t*>(x + 2 * n)};
+}
+
+// What the next step reads of row r.
+void HandOn(const SampleArgs& args, int64_t r) {
+  const SampleResult& result = args.results[r];
+  if (!args.tokens.empty()) args.tokens.as<int32_t>()[r] = result.finite ? result.token : 0;
+  uint16_t* counts = args.params[r].counts_out;
+  if (counts == nullptr || !result.finite) return;
+  if (counts[result.token] < std::numeric_limits<uint16_t>::max()) ++counts[result.token];
 }
 
 }  // namespace
@@ -41,6 +51,7 @@ void Sample(ThreadTeam& team, const SampleArgs& args) {
     const SampleWorkspace work = WorkspaceAt(scratch + static_cast<size_t>(worker) * each, vocab);
     for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < rows;) {
       SampleRow(kernels, args.params[r], args.logits.row<float>(r), vocab, work, &args.results[r]);
+      HandOn(args, r);
     }
   };
   if (rows == 1) return work_on(0);

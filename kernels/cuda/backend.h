@@ -22,13 +22,24 @@ void SynchronizeGpu(int ordinal);  // waits for all that runs there
 // Lets each of these GPUs reach the others' memory. Empty, or why one cannot.
 std::string EnablePeerAccess(const std::vector<int>& ordinals);
 std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
-std::string Describe(void* stream);     // "NVIDIA H200, sm_90, 141 GB"
-void* Allocate(size_t bytes);           // of the current device; null when it has no more
+std::string Error(void* stream);        // the same without waiting
+std::string Describe(int ordinal);      // "NVIDIA H200, sm_90, 141 GB"
+
+void* CreateEvent(int ordinal);  // null when the device has no more
+void DestroyEvent(void* event);
+void RecordEvent(void* event, void* stream);
+bool EventPassed(void* event);
+std::string WaitForEvent(void* event);
+
+void* Allocate(int ordinal, size_t bytes);  // null when the device has no more
 void Free(void* data);
 // Host memory that kernels of all GPUs reach, zero at first; null when it cannot be had.
 void* AllocateShared(size_t bytes);
 void FreeShared(void* data);
+void* AllocatePinned(int ordinal, size_t bytes);  // host memory; null when it cannot be had
+void FreePinned(void* data);
 void Copy(void* stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes);
+void Zero(void* stream, void* data, size_t bytes);
 MemoryInfo QueryMemory(int ordinal);
 
 void Embed(Stream& stream, const EmbedArgs& args);

@@ -84,13 +84,13 @@ class LtStream {
   ~LtStream() {
     if (handle_ != nullptr) Lt().destroy(handle_);
   }
-  std::string Open() {
+  std::string Open(int ordinal) {
     if (!Lt().error.empty()) return Lt().error;
     if (Lt().create(&handle_) != CUBLAS_STATUS_SUCCESS) {
       handle_ = nullptr;
       return "cuBLASLt does not start on this GPU";
     }
-    workspace_ = Buffer::Allocate(Device::kCuda, kWorkspaceBytes);
+    workspace_ = Buffer::Allocate(Device::kCuda, kWorkspaceBytes, ordinal);
     return workspace_ ? "" : "no memory for cuBLASLt to work in";
   }
 
@@ -177,9 +177,9 @@ Streams& AllStreams() {
 
 }  // namespace
 
-void PrepareCublasLt(void* stream) {
+void PrepareCublasLt(void* stream, int ordinal) {
   auto lt = std::make_unique<LtStream>();
-  std::string error = lt->Open();
+  std::string error = lt->Open(ordinal);
   Streams& streams = AllStreams();
   std::lock_guard lock(streams.mutex);
   if (error.empty()) streams.of[stream] = std::move(lt);

@@ -9,7 +9,7 @@ namespace altiplano::cuda {
 
 // With each stream come a handle, memory for cuBLASLt to work in and the choices that it has made; nothing is allocated
 // later. Without the library or the memory all products are our own kernels'.
-void PrepareCublasLt(void* stream);
+void PrepareCublasLt(void* stream, int ordinal);
 void ForgetCublasLt(void* stream);
 
 // Of bf16, with all rows aligned to 16 bytes. False: cuBLASLt cannot be used for this, and nothing was launched.

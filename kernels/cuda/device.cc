@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <sstream>
 #include <string>
 
 #include "kernels/cpu/thread_team.h"
@@ -21,6 +22,45 @@ std::string Sentence(cudaError_t error) {
 cudaStream_t StreamOf(void* stream) {
   return static_cast<cudaStream_t>(stream);
 }
+cudaEvent_t EventOf(void* event) {
+  return static_cast<cudaEvent_t>(event);
+}
+
+// The calling thread's current GPU, for as long as this lives.
+class CurrentGpu {
+ public:
+  explicit CurrentGpu(int ordinal) : ordinal_(ordinal) {
+    if (cudaGetDevice(&before_) == cudaSuccess && before_ == ordinal) return;
+    good_ = cudaSetDevice(ordinal) == cudaSuccess;
+  }
+  ~CurrentGpu() {
+    if (before_ != ordinal_) cudaSetDevice(before_);
+  }
+  bool good() const { return good_; }
+
+ private:
+  const int ordinal_;
+  int before_ = 0;
+  bool good_ = true;
+};
+
+// What a refused call returned is told by its caller, not by the stream too.
+template <typename Pointer>
+Pointer OrNull(cudaError_t result, const Pointer& made) {
+  if (result == cudaSuccess) return made;
+  cudaGetLastError();
+  return nullptr;
+}
+
+// Whether the program holds kernels for this GPU: ALTIPLANO_CUDA_ARCHITECTURES is "90a", or "80;89;90a".
+bool HasKernelsFor(const cudaDeviceProp& device) {
+  const std::string wanted = std::to_string(device.major * 10 + device.minor);
+  std::istringstream list(ALTIPLANO_CUDA_ARCHITECTURES);
+  for (std::string each; std::getline(list, each, ';');) {
+    if (each.substr(0, each.find_first_not_of("0123456789")) == wanted) return true;
+  }
+  return false;
+}
 
 }  // namespace
 
@@ -31,15 +71,24 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     *error = "no GPU " + std::to_string(ordinal) + ", this machine has " + std::to_string(count);
     return nullptr;
   }
+  cudaDeviceProp device;
+  if (result == cudaSuccess) result = cudaGetDeviceProperties(&device, ordinal);
+  if (result == cudaSuccess && !HasKernelsFor(device)) {
+    *error = "GPU " + std::to_string(ordinal) + " is " + device.name + " of architecture sm_" +
+             std::to_string(device.major * 10 + device.minor) + "; this program was built for sm_" +
+             ALTIPLANO_CUDA_ARCHITECTURES;
+    return nullptr;
+  }
   cudaStream_t stream = nullptr;
   if (result == cudaSuccess) result = cudaSetDevice(ordinal);
   if (result == cudaSuccess) result = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   if (result != cudaSuccess) {
+    cudaGetLastError();  // the caller learns of it
     *error = "GPU " + std::to_string(ordinal) + ": " + Sentence(result);
     return nullptr;
   }
-  cuda::PrepareCublasLt(stream);
-  return std::unique_ptr<Stream>(new Stream(Device::kCuda, nullptr, stream));
+  cuda::PrepareCublasLt(stream, ordinal);
+  return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, stream));
 }
 
 namespace cuda {
@@ -56,33 +105,58 @@ std::string Synchronize(void* stream) {
   return result == cudaSuccess ? "" : Sentence(result);
 }
 
-std::string Describe(void*) {
-  int ordinal = 0;
-  cudaDeviceProp device;
-  if (cudaGetDevice(&ordinal) != cudaSuccess || cudaGetDeviceProperties(&device, ordinal) != cudaSuccess) {
-    return "a GPU that does not answer";
-  }
-  return std::string(device.name) + ", sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", " +
-         std::to_string(device.totalGlobalMem / 1000000000) + " GB, " + DescribeCublasLt();
-}
-
-void* Allocate(size_t bytes) {
-  void* data = nullptr;
-  if (cudaMalloc(&data, bytes) == cudaSuccess) return data;
-  cudaGetLastError();  // the caller learns of it by the null
-  return nullptr;
-}
-
-void Free(void* data) {
-  cudaFree(data);
+std::string Error(void* stream) {
+  cudaError_t result = cudaGetLastError();
+  if (result == cudaSuccess) result = cudaStreamQuery(StreamOf(stream));
+  return result == cudaSuccess || result == cudaErrorNotReady ? "" : Sentence(result);
 }
 
 void UseGpu(int ordinal) {
   cudaSetDevice(ordinal);  // it worked when the stream was opened
 }
 
+std::string Describe(int ordinal) {
+  cudaDeviceProp device;
+  if (cudaGetDeviceProperties(&device, ordinal) != cudaSuccess) return "a GPU that does not answer";
+  return std::string(device.name) + ", sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", " +
+         std::to_string(device.totalGlobalMem / 1000000000) + " GB, " + DescribeCublasLt();
+}
+
+void* CreateEvent(int ordinal) {
+  const CurrentGpu gpu(ordinal);
+  cudaEvent_t event = nullptr;
+  return OrNull(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), event);
+}
+
+void DestroyEvent(void* event) {
+  cudaEventDestroy(EventOf(event));
+}
+
+void RecordEvent(void* event, void* stream) {
+  cudaEventRecord(EventOf(event), StreamOf(stream));  // Error tells of its error
+}
+
+bool EventPassed(void* event) {
+  return cudaEventQuery(EventOf(event)) != cudaErrorNotReady;
+}
+
+std::string WaitForEvent(void* event) {
+  const cudaError_t result = cudaEventSynchronize(EventOf(event));
+  return result == cudaSuccess ? "" : Sentence(result);
+}
+
+void* Allocate(int ordinal, size_t bytes) {
+  const CurrentGpu gpu(ordinal);
+  void* data = nullptr;
+  return gpu.good() ? OrNull(cudaMalloc(&data, bytes), data) : nullptr;
+}
+
+void Free(void* data) {
+  cudaFree(data);
+}
+
 void SynchronizeGpu(int ordinal) {
-  cudaSetDevice(ordinal);
+  const CurrentGpu gpu(ordinal);
   cudaDeviceSynchronize();  // its error is the streams'
 }
 
@@ -125,13 +199,28 @@ void FreeShared(void* data) {
   cudaFreeHost(data);
 }
 
+void* AllocatePinned(int ordinal, size_t bytes) {
+  const CurrentGpu gpu(ordinal);
+  void* data = nullptr;
+  return gpu.good() ? OrNull(cudaHostAlloc(&data, bytes, cudaHostAllocPortable), data) : nullptr;
+}
+
+void FreePinned(void* data) {
+  cudaFreeHost(data);
+}
+
 void Copy(void* stream, void* to, Device, const void* from, Device, size_t bytes) {
   cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, StreamOf(stream));  // Synchronize tells of its error
 }
 
+void Zero(void* stream, void* data, size_t bytes) {
+  cudaMemsetAsync(data, 0, bytes, StreamOf(stream));
+}
+
 MemoryInfo QueryMemory(int ordinal) {
+  const CurrentGpu gpu(ordinal);
   MemoryInfo info;
-  if (cudaSetDevice(ordinal) != cudaSuccess || cudaMemGetInfo(&info.free_bytes, &info.total_bytes) != cudaSuccess) {
+  if (!gpu.good() || cudaMemGetInfo(&info.free_bytes, &info.total_bytes) != cudaSuccess) {
     cudaGetLastError();
     return {};
   }

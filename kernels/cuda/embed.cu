@@ -10,11 +10,14 @@ namespace {
 
 template <int kPack>
 __global__ void __launch_bounds__(kMostRowThreads)
-    EmbedKernel(Elements out, Elements table, const int32_t* ids, int64_t vocab_begin, int64_t vocab, int64_t packs) {
+    EmbedKernel(Elements out, Elements table, const int32_t* ids, const int32_t* sampled, int64_t vocab_begin,
+                int64_t vocab, int64_t packs) {
   const int64_t token = blockIdx.x;
   const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (pack >= packs) return;
-  const int64_t id = ptx::LdGlobal(ids + token) - vocab_begin;
+  int64_t id = ptx::LdGlobal(ids + token);
+  if (id < 0 && sampled != nullptr) id = ptx::LdGlobal(sampled + (-1 - id));
+  id -= vocab_begin;
   float x[kPack] = {};
   if (id >= 0 && id < vocab) Load(table, id * table.stride + pack * kPack, x);
   Store(out, token * out.stride + pack * kPack, x);
@@ -28,7 +31,8 @@ void Embed(Stream& stream, const EmbedArgs& args) {
   const int64_t packs = packed ? hidden / kRowPack : hidden;
   if (packs == 0) return;
   Launch(stream, "Embed", ElementwisePlan(args.ids.dim(0), packs), packed ? EmbedKernel<kRowPack> : EmbedKernel<1>,
-         Elements(args.out), Elements(args.table), args.ids.as<int32_t>(), args.vocab_begin, args.table.dim(0), packs);
+         Elements(args.out), Elements(args.table), args.ids.as<int32_t>(), args.sampled.as<int32_t>(), args.vocab_begin,
+         args.table.dim(0), packs);
 }
 
 }  // namespace altiplano::cuda

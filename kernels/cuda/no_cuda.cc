@@ -22,7 +22,7 @@ namespace {
 }
 }  // namespace
 
-void* Allocate(size_t) {
+void* Allocate(int, size_t) {
   return nullptr;
 }
 MemoryInfo QueryMemory(int) {
@@ -67,13 +67,40 @@ void PeerBroadcast(Stream&, const Peers&, const TensorView&) {
 std::string Synchronize(void*) {
   Die();
 }
-std::string Describe(void*) {
+std::string Error(void*) {
+  Die();
+}
+std::string Describe(int) {
+  Die();
+}
+void* CreateEvent(int) {
+  Die();
+}
+void DestroyEvent(void*) {
+  Die();
+}
+void RecordEvent(void*, void*) {
+  Die();
+}
+bool EventPassed(void*) {
+  Die();
+}
+std::string WaitForEvent(void*) {
   Die();
 }
 void Free(void*) {
   Die();
 }
+void* AllocatePinned(int, size_t) {
+  Die();
+}
+void FreePinned(void*) {
+  Die();
+}
 void Copy(void*, void*, Device, const void*, Device, size_t) {
+  Die();
+}
+void Zero(void*, void*, size_t) {
   Die();
 }
 

@@ -35,6 +35,7 @@ struct RowParams {
   bool penalized;
   const uint16_t* output_counts;
   const uint8_t* in_prompt;
+  uint16_t* counts_out;
 };
 struct RowBatch {
   RowParams rows[kSampleRowsPerLaunch];
@@ -49,6 +50,7 @@ struct SampleMemory {
   float* adjusted;  // [R, V]
   float* weights;   // [R, V]
   SampleResult* results;
+  int32_t* tokens;  // may be null
   int vocab;
 };
 
@@ -343,6 +345,11 @@ __global__ void __launch_bounds__(kSampleThreads) SampleKernel(SampleMemory memo
     ptx::StGlobal(&result->logprob, 0.0f);
     ptx::StGlobal(&result->rank, 0);
     ptx::StGlobal(&result->num_top, 0);
+    if (memory.tokens != nullptr) ptx::StGlobal(memory.tokens + r, finite ? token : 0);
+    if (params.counts_out != nullptr && finite) {
+      const uint16_t count = ptx::LdGlobal(params.counts_out + token);
+      if (count < 0xFFFF) ptx::StGlobal(params.counts_out + token, static_cast<uint16_t>(count + 1));
+    }
   }
   if (finite && params.top_logprobs >= 0) FillLogprobs(row, n, raw.value, token, params.top_logprobs, result);
 }
@@ -366,6 +373,7 @@ RowParams ParamsOf(const SampleParams& p) {
   params.adjusted = params.penalized || p.num_bias > 0 || p.num_banned > 0;
   params.output_counts = p.output_counts;
   params.in_prompt = p.in_prompt;
+  params.counts_out = p.counts_out;
   return params;
 }
 
@@ -383,7 +391,7 @@ void AddBias(Stream& stream, float* x, int vocab, int32_t count, const Id& id, c
   }
 }
 
-SampleMemory MemoryOf(const TensorView& logits, void* scratch) {
+SampleMemory MemoryOf(const TensorView& logits, const TensorView& tokens, void* scratch) {
   const int64_t rows = logits.dim(0), vocab = logits.dim(1);
   auto* bytes = static_cast<char*>(scratch);
   auto* floats = reinterpret_cast<float*>(bytes + SampleResultBytes(rows));
@@ -392,6 +400,7 @@ SampleMemory MemoryOf(const TensorView& logits, void* scratch) {
           .adjusted = floats,
           .weights = floats + rows * vocab,
           .results = reinterpret_cast<SampleResult*>(bytes),
+          .tokens = tokens.as<int32_t>(),
           .vocab = static_cast<int>(vocab)};
 }
 
@@ -399,7 +408,7 @@ SampleMemory MemoryOf(const TensorView& logits, void* scratch) {
 
 void Sample(Stream& stream, const SampleArgs& args) {
   const int64_t rows = args.logits.dim(0);
-  const SampleMemory memory = MemoryOf(args.logits, args.scratch);
+  const SampleMemory memory = MemoryOf(args.logits, args.tokens, args.scratch);
   for (int64_t first = 0; first < rows; first += kSampleRowsPerLaunch) {
     const int64_t n = std::min(kSampleRowsPerLaunch, rows - first);
     RowBatch batch = {};
@@ -429,7 +438,7 @@ void Sample(Stream& stream, const SampleArgs& args) {
 
 void Score(Stream& stream, const ScoreArgs& args) {
   const int64_t rows = args.logits.dim(0);
-  const SampleMemory memory = MemoryOf(args.logits, args.scratch);
+  const SampleMemory memory = MemoryOf(args.logits, {}, args.scratch);
   for (int64_t first = 0; first < rows; first += kSampleRowsPerLaunch) {
     const int64_t n = std::min(kSampleRowsPerLaunch, rows - first);
     RowBatch batch = {};

@@ -39,6 +39,34 @@ TEST(Stream, OfAGpuThatIsNotThereIsNullWithTheReason) {
   EXPECT_NE(error, "");
 }
 
+TEST(Stream, OfACpuHasNoErrorsAndPassesEventsAtOnce) {
+  std::string error;
+  const auto stream = Stream::Open(Device::kCpu, 0, 1, &error);
+  ASSERT_NE(stream, nullptr);
+  const auto event = StreamEvent::Create(*stream);
+  ASSERT_NE(event, nullptr);
+  event->Record(*stream);
+  EXPECT_TRUE(event->Passed());
+  EXPECT_EQ(event->Wait(), "");
+  EXPECT_EQ(stream->Error(), "");
+}
+
+TEST(Buffer, OfAStreamIsHostMemoryOnTheCpu) {
+  const auto stream = Stream::Cpu(1);
+  const uint64_t before = Buffer::DeviceAllocations();
+  for (const Buffer& buffer : {Buffer::Allocate(*stream, 100), Buffer::AllocateHost(*stream, 100)}) {
+    ASSERT_TRUE(buffer);
+    EXPECT_EQ(buffer.device(), Device::kCpu);
+    auto* bytes = static_cast<char*>(buffer.data());
+    EXPECT_EQ(bytes[99], 0);
+    bytes[50] = bytes[51] = 7;
+    Zero(*stream, bytes, 51);
+    EXPECT_EQ(bytes[50], 0);
+    EXPECT_EQ(bytes[51], 7);
+  }
+  EXPECT_EQ(Buffer::DeviceAllocations(), before);
+}
+
 // The process's affinity, restored at the end.
 class Affinity {
  public:

@@ -47,6 +47,23 @@ TEST_P(EmbedTest, GivesZerosForIdsOfOtherRanks) {
   }
 }
 
+TEST_P(EmbedTest, TakesNegativeIdsFromWhatWasSampled) {
+  Matrix table(5, 9, DType::kBF16), out(4, 9, DType::kF32);
+  table.FillNormal(1);
+  std::vector<int32_t> ids = {101, -1, -3, 104}, sampled = {103, 102, 0};
+  Embed(*Stream::Cpu(1), {.out = out.view(),
+                          .table = table.view(),
+                          .ids = VectorOf(ids),
+                          .sampled = VectorOf(sampled),
+                          .vocab_begin = 100});
+  for (int64_t j = 0; j < 9; ++j) {
+    EXPECT_EQ(out.at(0, j), table.at(1, j));
+    EXPECT_EQ(out.at(1, j), table.at(3, j));
+    EXPECT_EQ(out.at(2, j), 0) << "of another rank";
+    EXPECT_EQ(out.at(3, j), table.at(4, j));
+  }
+}
+
 TEST_P(EmbedTest, SharesRowsOutToTheTeam) {
   std::vector<int32_t> ids;
   for (int32_t t = 0; t < 97; ++t) ids.push_back(t * 7 % 13);

@@ -488,6 +488,30 @@ TEST_P(SampleTest, RepetitionIsPenalizedInPromptAndOutputWhateverTheSign) {
   EXPECT_EQ(SampleOne({3, 4, 1}, request.Get()).token, 0);
 }
 
+TEST_P(SampleTest, HandsTokensAndCountsOnToTheNextStep) {
+  Matrix logits(3, 50, DType::kF32);
+  logits.FillNormal(1);
+  logits.set(0, 17, 9);
+  logits.set(1, 5, std::numeric_limits<float>::quiet_NaN());
+  logits.set(2, 49, 9);
+  SampleParams params[3];
+  std::vector<uint16_t> counts[3];
+  for (size_t r = 0; r < 3; ++r) {
+    counts[r].assign(50, 3);
+    params[r].temperature = 0;
+    params[r].counts_out = counts[r].data();
+  }
+  counts[2][49] = 0xFFFF;
+  std::vector<int32_t> tokens(3, -7);
+  SampleResult results[3];
+  Sample(*Stream::Cpu(2), {.results = results, .tokens = VectorOf(tokens), .params = params, .logits = logits.view()});
+  EXPECT_EQ(tokens, (std::vector<int32_t>{17, 0, 49}));
+  EXPECT_EQ(counts[0][17], 4);
+  EXPECT_EQ(counts[0][16], 3);
+  EXPECT_EQ(counts[1], std::vector<uint16_t>(50, 3));
+  EXPECT_EQ(counts[2][49], 0xFFFF) << "as many as it can hold";
+}
+
 std::set<int32_t> DrawnTokens(const std::vector<float>& logits, SampleParams params, int64_t draws = 2000) {
   Matrix row(1, static_cast<int64_t>(logits.size()), DType::kF32);
   std::memcpy(row.view().data, logits.data(), logits.size() * sizeof(float));

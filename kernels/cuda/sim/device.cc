@@ -2,6 +2,7 @@
 // cuda_simulator in place of kernels.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/cpu/thread_team.h"
@@ -12,7 +13,8 @@ namespace altiplano {
 
 namespace {
 constexpr size_t kTotalBytes = size_t{1} << 30;
-char the_stream;  // launches run at once, so that a stream has no state
+// What is issued runs at once, so that streams and events have no state.
+char the_stream, the_event;
 std::atomic<int> gpus{1};
 }  // namespace
 
@@ -26,7 +28,7 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     if (gpus > 1) *error += " to " + std::to_string(gpus - 1);
     return nullptr;
   }
-  return std::unique_ptr<Stream>(new Stream(Device::kCuda, nullptr, &the_stream));
+  return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, &the_stream));
 }
 
 namespace cuda {
@@ -37,19 +39,39 @@ std::string Synchronize(void*) {
   return sim::StuckError();
 }
 
-std::string Describe(void*) {
+std::string Error(void*) {
+  return sim::StuckError();
+}
+
+std::string Describe(int) {
   return "simulated GPU";
 }
 
-void* Allocate(size_t bytes) {
+void UseGpu(int) {}
+
+void* CreateEvent(int) {
+  return &the_event;
+}
+
+void DestroyEvent(void*) {}
+
+void RecordEvent(void*, void*) {}
+
+bool EventPassed(void*) {
+  return true;
+}
+
+std::string WaitForEvent(void*) {
+  return sim::StuckError();
+}
+
+void* Allocate(int, size_t bytes) {
   return bytes > QueryMemory(0).free_bytes ? nullptr : sim::AllocateDevice(bytes);
 }
 
 void Free(void* data) {
   sim::FreeDevice(data);
 }
-
-void UseGpu(int) {}
 
 void SynchronizeGpu(int) {}
 
@@ -71,6 +93,14 @@ void FreeShared(void* data) {
   sim::FreeDevice(data);
 }
 
+void* AllocatePinned(int, size_t bytes) {
+  return std::malloc(bytes);
+}
+
+void FreePinned(void* data) {
+  std::free(data);
+}
+
 void Copy(void*, void* to, Device to_device, const void* from, Device from_device, size_t bytes) {
   if (to_device == Device::kCuda && !sim::IsDeviceMemory(to, bytes)) {
     return sim::Stick("a copy of " + std::to_string(bytes) + " bytes to outside of device memory");
@@ -79,6 +109,13 @@ void Copy(void*, void* to, Device to_device, const void* from, Device from_devic
     return sim::Stick("a copy of " + std::to_string(bytes) + " bytes from outside of device memory");
   }
   if (sim::StuckError().empty()) std::memcpy(to, from, bytes);
+}
+
+void Zero(void*, void* data, size_t bytes) {
+  if (!sim::IsDeviceMemory(data, bytes)) {
+    return sim::Stick("zeros for " + std::to_string(bytes) + " bytes outside of device memory");
+  }
+  if (sim::StuckError().empty()) std::memset(data, 0, bytes);
 }
 
 MemoryInfo QueryMemory(int) {

@@ -34,10 +34,11 @@ std::string Coordinates(uint3 index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
 }
 
+thread_local Runner* runner_of_block = nullptr;
+
 // Of the device, whichever OS thread asks.
 std::mutex stuck_mutex;
 std::string stuck_error;
-thread_local Runner* runner_of_block = nullptr;
 
 }  // namespace
 

@@ -68,6 +68,12 @@ class OnDevice {
   TensorView pool(int64_t pages, int64_t heads, int64_t page_size) const {
     return TensorView::Make(view_.data, view_.dtype, {pages, heads, page_size, view_.dim(1)}, Device::kCuda);
   }
+  std::vector<int32_t> Values() const {  // of an i32 vector
+    std::vector<int32_t> values(static_cast<size_t>(view_.dim(0)));
+    Copy(stream_, values.data(), Device::kCpu, view_.data, Device::kCuda, buffer_.bytes());
+    EXPECT_EQ(stream_.Synchronize(), "");
+    return values;
+  }
   void Fetch(const Matrix& to) const {
     Copy(stream_, to.view().data, Device::kCpu, view_.data, Device::kCuda, buffer_.bytes());
     ASSERT_EQ(stream_.Synchronize(), "");

@@ -38,6 +38,27 @@ TEST_F(CudaRowOpsTest, EmbedCopiesRowsAndZerosThoseOfOtherRanks) {
   }
 }
 
+TEST_F(CudaRowOpsTest, EmbedTakesNegativeIdsFromWhatWasSampled) {
+  for (int64_t hidden : {7, 64}) {
+    Matrix table(5, hidden, DType::kBF16), out(4, hidden, DType::kF32);
+    table.FillNormal(1);
+    const std::vector<int32_t> expected = {1, 3, -1, 4};  // rows of the table; -1: zeros
+    const OnDevice d_table(stream(), table), d_out(stream(), out);
+    const OnDevice d_ids(stream(), std::vector<int32_t>{101, -1, -3, 104});
+    const OnDevice d_sampled(stream(), std::vector<int32_t>{103, 102, 0});
+    Embed(stream(), {.out = d_out.view(),
+                     .table = d_table.view(),
+                     .ids = d_ids.view(),
+                     .sampled = d_sampled.view(),
+                     .vocab_begin = 100});
+    d_out.Fetch(out);
+    for (int64_t t = 0; t < 4; ++t) {
+      const int64_t row = expected[static_cast<size_t>(t)];
+      for (int64_t j = 0; j < hidden; ++j) ASSERT_EQ(out.at(t, j), row < 0 ? 0 : table.at(row, j)) << t << ", " << j;
+    }
+  }
+}
+
 TEST_F(CudaRowOpsTest, GatherRowsCopiesBits) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kI32, DType::kI64}) {
     for (int64_t hidden : kWidths) {

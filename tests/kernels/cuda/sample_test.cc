@@ -197,6 +197,37 @@ TEST_F(CudaSampleTest, ReportsRowsThatAreNotFinite) {
   }
 }
 
+TEST_F(CudaSampleTest, HandsTokensAndCountsOnToTheNextStep) {
+  Matrix logits(3, 600, DType::kF32);
+  logits.FillNormal(1);
+  logits.set(0, 77, 50);
+  logits.set(1, 5, std::numeric_limits<float>::quiet_NaN());
+  logits.set(2, 599, 50);
+  SampleParams params[3];
+  std::vector<int32_t> counts[3];  // two to a word
+  std::vector<OnDevice> on_device;
+  for (size_t r = 0; r < 3; ++r) counts[r].assign(300, 0);
+  counts[0][38] = 3 << 16;         // of token 77
+  counts[2][299] = 0xFFFFu << 16;  // of token 599
+  for (size_t r = 0; r < 3; ++r) {
+    on_device.emplace_back(stream(), counts[r]);
+    params[r].temperature = 0;
+    params[r].counts_out = on_device[r].view().as<uint16_t>();
+  }
+  const OnDevice d_logits(stream(), logits), d_tokens(stream(), std::vector<int32_t>{-7, -7, -7});
+  const Buffer scratch = Scratch(logits);
+  SampleResult results[3];
+  Sample(stream(), {.results = results,
+                    .tokens = d_tokens.view(),
+                    .params = params,
+                    .logits = d_logits.view(),
+                    .scratch = scratch.data()});
+  EXPECT_EQ(stream().Synchronize(), "");
+  EXPECT_EQ(d_tokens.Values(), (std::vector<int32_t>{77, 0, 599}));
+  counts[0][38] = 4 << 16;
+  for (size_t r = 0; r < 3; ++r) EXPECT_EQ(on_device[r].Values(), counts[r]) << r;
+}
+
 TEST_F(CudaSampleTest, ScoresTheTokensAskedFor) {
   constexpr int64_t kRows = 40, kVocab = 700;
   Matrix logits(kRows, kVocab, DType::kF32, 3);

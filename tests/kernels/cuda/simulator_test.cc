@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/cuda/ptx.h"
@@ -481,6 +483,51 @@ TEST(SimulatedGpu, NamesCopiesOutOfBounds) {
   EXPECT_EQ(sim::TakeError(), "a copy of 9 bytes to outside of device memory") << "the first error sticks";
   Copy(*stream, host, Device::kCpu, buffer.data(), Device::kCuda, 9);
   EXPECT_EQ(sim::TakeError(), "a copy of 9 bytes from outside of device memory");
+}
+
+TEST(SimulatedGpu, ZeroStaysInBounds) {
+  std::string error;
+  const auto stream = Stream::Cuda(0, &error);
+  const Buffer buffer = Buffer::Allocate(*stream, 8);
+  const Buffer host = Buffer::AllocateHost(*stream, 8);
+  ASSERT_TRUE(buffer && host);
+  EXPECT_EQ(host.device(), Device::kCpu);
+  std::memset(host.data(), 1, 8);
+  Copy(*stream, buffer.data(), Device::kCuda, host.data(), Device::kCpu, 8);
+  Zero(*stream, buffer.data(), 4);
+  Copy(*stream, host.data(), Device::kCpu, buffer.data(), Device::kCuda, 8);
+  EXPECT_EQ(stream->Synchronize(), "");
+  const auto* bytes = static_cast<const char*>(host.data());
+  EXPECT_EQ(bytes[3], 0);
+  EXPECT_EQ(bytes[4], 1);
+  Zero(*stream, buffer.data(), 9);
+  EXPECT_EQ(sim::TakeError(), "zeros for 9 bytes outside of device memory");
+}
+
+TEST(SimulatedGpu, EveryThreadSeesTheErrorThatStuck) {
+  std::string error;
+  const auto stream = Stream::Cuda(0, &error);
+  const auto event = StreamEvent::Create(*stream);
+  ASSERT_NE(event, nullptr);
+  std::thread([&] {
+    stream->UseFromThisThread();
+    EXPECT_EQ(stream->Error(), "");
+    sim::Stick("the GPU fell off the bus");
+    event->Record(*stream);
+  }).join();
+  EXPECT_TRUE(event->Passed());
+  EXPECT_EQ(event->Wait(), "the GPU fell off the bus");
+  EXPECT_EQ(stream->Error(), "the GPU fell off the bus");
+  EXPECT_EQ(sim::TakeError(), "the GPU fell off the bus");
+}
+
+TEST(SimulatedGpu, AllocationsAreCounted) {
+  std::string error;
+  const auto stream = Stream::Cuda(0, &error);
+  const uint64_t before = Buffer::DeviceAllocations();
+  const Buffer on_device = Buffer::Allocate(*stream, 8), pinned = Buffer::AllocateHost(*stream, 8);
+  const Buffer on_host = Buffer::Allocate(Device::kCpu, 8);
+  EXPECT_EQ(Buffer::DeviceAllocations(), before + 2);
 }
 
 // ---- counters

@@ -16,7 +16,7 @@ class CublasLtTest : public CudaTest {
  protected:
   void SetUp() override {
     CudaTest::SetUp();
-    cuda::PrepareCublasLt(stream().cuda_stream());
+    cuda::PrepareCublasLt(stream().cuda_stream(), stream().ordinal());
     ASSERT_EQ(cuda::DescribeCublasLt(), "cuBLASLt 13.1.0");
     void* library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_NOLOAD);
     ASSERT_NE(library, nullptr);
