@@ -10,7 +10,8 @@ namespace altiplano {
 class Executor {
  public:
   virtual ~Executor() = default;
-  // Starts a step and returns at once. At most one step may be waiting behind the running one. Engine thread.
+  // Starts a step and returns at once. At most one step may be waiting behind the running one, and none is started any
+  // more once Wait has told of an error. Engine thread.
   virtual void Launch(std::shared_ptr<const StepPlan> plan) = 0;
   // Blocks until the oldest launched step has ended. Engine thread.
   virtual StepResult Wait() = 0;

@@ -1,6 +1,7 @@
 #include "server/engine/local_executor.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <exception>
 #include <tuple>
 #include <utility>
@@ -26,24 +27,57 @@ StatusOr<std::vector<Shard>> MakeShards(const ModelConfig& config, const LocalEx
   return shards;
 }
 
-// Pages for the KV cache of each rank: as asked, or as much as could be used within half of the free memory.
+constexpr auto kPoll = std::chrono::microseconds(20);  // for a GPU, or for a rank that failed meanwhile
+// Of a GPU's memory, left free for what its driver may still take: 1.2 GiB of 80.
+constexpr uint64_t kReservedPart = 64;
+
+// What the KV caches of all ranks may take together, and words for it.
+struct Room {
+  uint64_t most = 0;      // that may be asked for
+  uint64_t default_ = 0;  // that is taken unless something is asked for
+  std::string words;
+};
+
+Room FindRoom(const LocalExecutorOptions& options) {
+  if (options.device == Device::kCpu) {
+    const uint64_t free_bytes = QueryMemory(Device::kCpu).free_bytes;
+    return {free_bytes, free_bytes / 2, StrCat(HumanBytes(free_bytes), " of memory are free")};
+  }
+  Room room;
+  room.most = UINT64_MAX;
+  for (int rank = 0; rank < options.ranks; ++rank) {  // the fullest GPU decides
+    const MemoryInfo memory = QueryMemory(Device::kCuda, options.gpu + rank);
+    const uint64_t reserve = memory.total_bytes / kReservedPart;
+    const uint64_t most = memory.free_bytes - std::min<uint64_t>(memory.free_bytes, reserve);
+    if (most >= room.most) continue;
+    room.most = most;
+    room.words =
+        StrCat(HumanBytes(memory.free_bytes), " of the ", HumanBytes(memory.total_bytes), " of GPU ",
+               options.gpu + rank, " are free beside the model, and ", HumanBytes(reserve), " of them stay free");
+  }
+  room.most *= static_cast<uint64_t>(options.ranks);
+  room.default_ = room.most;
+  return room;
+}
+
+// Pages for the KV cache of each rank: as asked, or as many as could be used within the room that there is.
 StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const KvCache::Shape& shape, int32_t max_context) {
   const uint64_t page_bytes = shape.page_bytes() * static_cast<uint64_t>(options.ranks);
   const int64_t pages_for_one = (max_context + options.page_size - 1) / options.page_size;
-  const uint64_t free_bytes = QueryMemory(Device::kCpu).free_bytes;
+  const Room room = FindRoom(options);
   uint64_t bytes = options.kv_bytes;
   if (bytes == 0) {
     uint64_t useful = page_bytes * static_cast<uint64_t>(pages_for_one) * static_cast<uint64_t>(options.max_running);
-    bytes = std::min(free_bytes / 2 / static_cast<uint64_t>(options.executors), useful);
-  } else if (bytes > free_bytes) {
-    return Status(Code::kResourceExhausted, StrCat("the KV cache was given ", HumanBytes(bytes), ", but only ",
-                                                   HumanBytes(free_bytes), " of memory are free"));
+    bytes = std::min(room.default_ / static_cast<uint64_t>(options.executors), useful);
+  } else if (bytes > room.most) {
+    return Status(Code::kResourceExhausted,
+                  StrCat("the KV cache was given ", HumanBytes(bytes), ", but only ", room.words));
   }
   uint64_t pages = std::min<uint64_t>(bytes / page_bytes, INT32_MAX / static_cast<uint64_t>(options.page_size));
   if (pages < 2) {
     return Status(Code::kResourceExhausted,
                   StrCat("the KV cache of ", HumanBytes(bytes), " holds ", pages, " blocks of ", options.page_size,
-                         " tokens (", HumanBytes(page_bytes), " each); at least 2 are needed"));
+                         " tokens (", HumanBytes(page_bytes), " each); at least 2 are needed, and ", room.words));
   }
   return static_cast<int32_t>(pages);
 }
@@ -51,6 +85,8 @@ StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const KvCache
 StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
   LoadOptions load;
   load.dtype = options.dtype;
+  load.device = options.device;
+  load.gpu = options.gpu;
   load.readers = options.readers;
   load.progress = options.progress;
   load.cancelled = options.cancelled;
@@ -93,6 +129,11 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   }
   if (options.max_context > 0) max_context = options.max_context;
 
+  if (options.device == Device::kCuda && options.ranks * options.stages > 1) {
+    return Status(Code::kUnimplemented, StrCat("device cuda: ", options.ranks * options.stages,
+                                               " ranks were asked for, but the model runs on one GPU only"));
+  }
+
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
   std::vector<LlamaWeights> weights;
   if (options.weights != nullptr) {
@@ -101,28 +142,60 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
     ASSIGN_OR_RETURN(weights, Load(checkpoint, options));
   }
 
+  Llama::Limits limits;
+  limits.max_tokens = options.token_budget;
+  limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
+  if (options.device == Device::kCuda) limits.max_context = max_context;
+  RankWorker::Limits worker_limits;
+  worker_limits.slots = options.max_running;
+  worker_limits.max_tokens = options.token_budget;
+  worker_limits.max_context = max_context;
+  worker_limits.page_size = options.page_size;
   KvCache::Shape shape;
   shape.layers = config.layers;  // of all stages together
   shape.kv_heads = shards.front().kv_heads(config);
   shape.page_size = options.page_size;
   shape.head_dim = config.head_dim;
   shape.dtype = options.dtype;
+  std::vector<KvCache::Shape> shapes(shards.size(), shape);
 
-  // Activations before KV: the pool takes a part of what is left.
-  Llama::Limits limits;
-  limits.max_tokens = options.token_budget;
-  limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
   Ranks ranks = Connect(options);
-  std::vector<std::unique_ptr<Llama>> models;
+  const int threads = options.threads > 0 ? options.threads : UsableCores();
   for (size_t i = 0; i < ranks.size(); ++i) {
-    models.push_back(Llama::Create(config, shards[i], std::move(weights[i]), limits, ranks[i]->communicator.get()));
-    if (models.back() == nullptr) {
+    Rank& rank = *ranks[i];
+    shapes[i].layers = shards[i].layers(config);
+    std::string error;
+    auto stream = Stream::Open(options.device, options.gpu + static_cast<int>(i),
+                               std::max(1, threads / static_cast<int>(ranks.size())), &error);
+    if (stream == nullptr) return Status(Code::kUnavailable, error);
+    auto model = Llama::Create(*stream, config, shards[i], std::move(weights[i]), limits, rank.communicator.get());
+    if (model == nullptr) {
       return Status(Code::kResourceExhausted,
                     StrCat("no memory for the activations of ", options.token_budget, " tokens in one step"));
     }
+    rank.worker =
+        RankWorker::Create(std::move(stream), std::move(model), worker_limits, checkpoint.generation_defaults().eos_ids,
+                           {rank.communicator.get(), rank.previous.get(), rank.next.get()});
+    if (rank.worker == nullptr) {
+      return Status(Code::kResourceExhausted,
+                    StrCat("no memory for the logits and the sampling of ", options.max_running, " sequences"));
+    }
   }
+  RETURN_IF_ERROR(WarmUp(ranks, 1, shapes));
+  // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
+  const int64_t largest = std::min<int64_t>(options.token_budget, int64_t{max_context} * options.max_running);
+  if (options.device == Device::kCuda) RETURN_IF_ERROR(WarmUp(ranks, static_cast<int32_t>(largest), shapes));
   ASSIGN_OR_RETURN(int32_t pages, ChoosePages(options, shape, max_context));
-  shape.pages = pages;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    shapes[i].pages = pages;
+    std::optional<KvCache> cache = KvCache::Create(shapes[i], ranks[i]->worker->stream());
+    if (!cache) {
+      return Status(Code::kResourceExhausted, StrCat("no memory for the KV cache: ",
+                                                     HumanBytes(shape.page_bytes() * static_cast<uint64_t>(pages) *
+                                                                static_cast<uint64_t>(options.ranks))));
+    }
+    ranks[i]->worker->SetCache(std::move(*cache));
+  }
 
   SchedulerOptions scheduler;
   scheduler.num_blocks = pages;
@@ -131,26 +204,6 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   scheduler.token_budget = options.token_budget;
   scheduler.max_context = max_context;
   scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
-
-  const int threads = options.threads > 0 ? options.threads : UsableCores();
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    Rank& rank = *ranks[i];
-    KvCache::Shape of_stage = shape;
-    of_stage.layers = shards[i].layers(config);
-    std::optional<KvCache> cache = KvCache::Create(of_stage, Device::kCpu);
-    if (cache) {
-      rank.worker =
-          RankWorker::Create(Stream::Cpu(std::max(1, threads / static_cast<int>(ranks.size()))), std::move(models[i]),
-                             std::move(*cache), RankWorker::Limits{options.max_running, max_context}, scheduler.eos_ids,
-                             {rank.communicator.get(), rank.previous.get(), rank.next.get()});
-    }
-    if (rank.worker == nullptr) {
-      return Status(Code::kResourceExhausted, StrCat("no memory for the KV cache and the logits: ",
-                                                     HumanBytes(shape.page_bytes() * static_cast<uint64_t>(pages) *
-                                                                static_cast<uint64_t>(options.ranks))));
-    }
-  }
-  RETURN_IF_ERROR(WarmUp(ranks));
   return std::unique_ptr<LocalExecutor>(
       new LocalExecutor(std::move(ranks), std::move(scheduler), std::move(options.before_step)));
 }
@@ -183,13 +236,15 @@ void LocalExecutor::Rank::Abort(std::string_view reason) const {
 }
 
 // On all ranks at once: they meet in it.
-Status LocalExecutor::WarmUp(const Ranks& ranks) {
+Status LocalExecutor::WarmUp(const Ranks& ranks, int32_t tokens, const std::vector<KvCache::Shape>& shapes) {
   std::vector<Status> statuses(ranks.size());
   std::vector<std::thread> threads;
-  for (size_t i = 1; i < ranks.size(); ++i) {
-    threads.emplace_back([&, i] { statuses[i] = ranks[i]->worker->WarmUp(); });
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    threads.emplace_back([&, i] {
+      ranks[i]->worker->stream().UseFromThisThread();
+      statuses[i] = ranks[i]->worker->WarmUp(tokens, shapes[i]);
+    });
   }
-  statuses[0] = ranks[0]->worker->WarmUp();
   for (std::thread& thread : threads) thread.join();
   for (const Status& status : statuses) RETURN_IF_ERROR(status);
   return OkStatus();
@@ -199,6 +254,7 @@ LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options,
                              std::function<void(int, uint64_t)> before_step)
     : scheduler_options_(std::move(scheduler_options)), ranks_(std::move(ranks)), shared_(std::make_shared<Shared>()) {
   shared_->plans.resize(ranks_.size());
+  shared_->enqueued.resize(ranks_.size());
   shared_->running = this->ranks();
   for (int i = 0; i < this->ranks(); ++i) {
     threads_.emplace_back(Loop, shared_, ranks_, i, before_step);
@@ -249,33 +305,55 @@ void LocalExecutor::Launch(std::shared_ptr<const StepPlan> plan) {
 }
 
 StepResult LocalExecutor::Wait() {
-  std::unique_lock lock(shared_->mutex);
-  shared_->changed.wait(lock, [&] { return !shared_->results.empty() || !shared_->failure.ok(); });
   StepResult result;
-  if (!shared_->results.empty()) {
-    result = std::move(shared_->results.front());
-    shared_->results.pop_front();
+  {
+    std::unique_lock lock(shared_->mutex);
+    const auto all_enqueued = [&] {
+      return std::all_of(shared_->enqueued.begin(), shared_->enqueued.end(), [](int steps) { return steps > 0; });
+    };
+    shared_->changed.wait(lock, [&] { return all_enqueued() || !shared_->failure.ok(); });
+    if (shared_->failure.ok()) {
+      for (int& steps : shared_->enqueued) --steps;
+    }
   }
-  // The rank that samples may have ended the step before another one failed in it: the next one cannot run then.
-  if (!shared_->failure.ok()) result.status = shared_->failure;
+  for (const auto& rank : ranks_) {
+    while (failure().ok() && !rank->worker->Done()) std::this_thread::sleep_for(kPoll);
+    // A rank may have ended the step before another one failed in it: the next one cannot run then.
+    if (result.status = failure(); !result.status.ok()) return result;
+    StepResult of_rank = rank->worker->Collect();
+    if (!of_rank.status.ok()) Fail(of_rank.status);
+    if (rank->worker->samples()) result = std::move(of_rank);
+  }
+  result.status = failure();
   return result;
+}
+
+Status LocalExecutor::failure() const {
+  std::lock_guard lock(shared_->mutex);
+  return shared_->failure;
+}
+
+void LocalExecutor::Fail(const Status& status) {
+  {
+    std::lock_guard lock(shared_->mutex);
+    if (shared_->failure.ok()) shared_->failure = status;
+  }
+  for (const auto& rank : ranks_) rank->Abort(status.message());
 }
 
 void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
                          std::function<void(int, uint64_t)> before_step) {
   RankWorker& worker = *ranks[static_cast<size_t>(index)]->worker;
-  auto execute = [&](const StepPlan& plan) {
+  worker.stream().UseFromThisThread();
+  auto enqueue = [&](const StepPlan& plan) {
     try {
       if (before_step) before_step(index, plan.step);
       // Ranks that differ end the group, and so the step.
       Communicator* group = ranks[static_cast<size_t>(index)]->communicator.get();
       if (group != nullptr) group->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
-      return worker.Execute(plan);
+      return worker.Enqueue(plan);
     } catch (const std::exception& error) {  // nothing of ours throws but an allocation
-      StepResult result;
-      result.step = plan.step;
-      result.status = Status(Code::kInternal, StrCat("rank ", index, ": ", error.what()));
-      return result;
+      return Status(Code::kInternal, StrCat("rank ", index, ": ", error.what()));
     }
   };
   std::unique_lock lock(shared->mutex);
@@ -285,14 +363,15 @@ void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
     if (shared->stop) break;
     const std::shared_ptr<const StepPlan> plan = std::move(plans.front());
     plans.pop_front();
+    if (!shared->failure.ok()) continue;  // its inputs are gone
     lock.unlock();
-    StepResult result = execute(*plan);
+    const Status status = enqueue(*plan);
     lock.lock();
-    if (!result.status.ok() && shared->failure.ok()) shared->failure = result.status;
-    if (!result.status.ok()) {
-      for (const auto& rank : ranks) rank->Abort(result.status.message());
+    if (status.ok()) ++shared->enqueued[static_cast<size_t>(index)];
+    if (!status.ok()) {
+      if (shared->failure.ok()) shared->failure = status;
+      for (const auto& rank : ranks) rank->Abort(status.message());
     }
-    if (worker.samples()) shared->results.push_back(std::move(result));
     shared->changed.notify_all();
   }
   --shared->running;

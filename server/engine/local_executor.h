@@ -1,5 +1,6 @@
-// LocalExecutor: all ranks in this process, on the CPU, a thread each. They run steps while the engine plans; a step
-// that waits behind another runs in the pipeline's first stages while that one is in the later ones.
+// LocalExecutor: all ranks in this process, a thread each, on the CPU or each on its GPU. They run steps while the
+// engine plans: a rank's thread enqueues what was launched, and whoever calls Wait waits for the device. A step that
+// waits behind another runs in the pipeline's first stages while that one is in the later ones.
 //
 // A rank that fails (an error, an exception, or silence where the others wait for it) aborts the group: the step ends
 // with the first error, and nothing can be launched any more.
@@ -30,18 +31,21 @@ namespace altiplano {
 using RankWeights = std::vector<std::shared_ptr<const LlamaWeights>>;  // [stages * ranks]
 
 struct LocalExecutorOptions {
+  Device device = Device::kCpu;
+  int gpu = 0;                 // CUDA: of rank 0; rank r's is gpu + r
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
   int ranks = 1;               // of each tensor-parallel group
   int stages = 1;              // of the pipeline; each is such a group
-  int threads = 0;             // of all ranks together; 0: one for each core this process may use
+  int threads = 0;             // CPU: of all ranks together; 0: one for each core this process may use
   int readers = 4;             // threads that read the checkpoint
   int32_t page_size = 16;      // tokens in a KV block
   int32_t max_running = 256;
   int32_t token_budget = 2048;
   int32_t max_context = 0;  // 0: the model's own
   int executors = 1;        // that will share this machine's memory
-  uint64_t kv_bytes = 0;    // memory for the KV cache; 0: what max_running full contexts could use, but at most half
-                            // of the memory that is free after loading, shared out among the executors
+  uint64_t kv_bytes = 0;    // memory for the KV cache of all ranks; 0: what max_running full contexts could use, but
+                            // at most what is free after a step (half of the host's memory, nearly all of a GPU's),
+                            // shared out among the executors
   std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
@@ -76,7 +80,7 @@ class LocalExecutor : public Executor {
     std::mutex mutex;  // guards what follows
     std::condition_variable changed;
     std::vector<std::deque<std::shared_ptr<const StepPlan>>> plans;  // [ranks]
-    std::deque<StepResult> results;                                  // of the rank that samples
+    std::vector<int> enqueued;                                       // [ranks]: steps not asked for by Wait yet
     Status failure;                                                  // the first
     int running = 0;                                                 // threads
     bool stop = false;
@@ -84,7 +88,7 @@ class LocalExecutor : public Executor {
   struct Rank {
     std::unique_ptr<Communicator> communicator;  // null for one rank
     std::shared_ptr<Link> previous, next;        // null for one stage
-    std::unique_ptr<RankWorker> worker;          // the thread's, after construction
+    std::unique_ptr<RankWorker> worker;          // Enqueue is the thread's, Collect the engine's
 
     void Abort(std::string_view reason) const;  // any thread
   };
@@ -92,9 +96,11 @@ class LocalExecutor : public Executor {
 
   LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, std::function<void(int, uint64_t)> before_step);
   static Ranks Connect(const LocalExecutorOptions& options);  // without workers
-  static Status WarmUp(const Ranks& ranks);
+  static Status WarmUp(const Ranks& ranks, int32_t tokens, const std::vector<KvCache::Shape>& shapes);
   static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
                    std::function<void(int, uint64_t)> before_step);
+  Status failure() const;
+  void Fail(const Status& status);
 
   const SchedulerOptions scheduler_options_;
   const Ranks ranks_;

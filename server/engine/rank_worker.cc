@@ -1,7 +1,6 @@
 #include "server/engine/rank_worker.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "server/base/check.h"
@@ -21,56 +20,104 @@ TokenScore ToScore(const SampleResult& result) {
   return score;
 }
 
+// Elements [begin, begin + n) of a vector of i32.
+TensorView Slice(const TensorView& x, int64_t begin, int64_t n) {
+  return TensorView::Make(x.as<int32_t>() + begin, DType::kI32, {n}, x.device);
+}
+
 }  // namespace
 
-RankWorker::RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache, Limits limits,
-                       std::vector<TokenId> eos_ids, Peers peers)
+RankWorker::RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, Peers peers)
     : communicator_(peers.communicator),
       previous_(peers.previous),
       next_(peers.next),
       stream_(std::move(stream)),
-      llama_(std::move(llama)),
-      cache_(std::move(cache)),
-      slots_(limits.max_running, llama_->config().vocab, std::move(eos_ids)),
-      inputs_(static_cast<int32_t>(llama_->limits().max_tokens), limits.max_running,
-              static_cast<int32_t>(limits.max_context / cache_.shape().page_size) + 1,
-              static_cast<int32_t>(cache_.shape().page_size)) {
-  const auto rows = static_cast<size_t>(llama_->limits().max_logit_rows);
-  rows_.reserve(rows);
-  sampled_.reserve(rows);
-  params_.reserve(rows);
-  results_.resize(rows);
-  num_top_.reserve(rows);
-}
+      llama_(std::move(llama)) {}
 
 std::unique_ptr<RankWorker> RankWorker::Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama,
-                                               KvCache cache, Limits limits, std::vector<TokenId> eos_ids,
-                                               Peers peers) {
-  std::unique_ptr<RankWorker> worker(
-      new RankWorker(std::move(stream), std::move(llama), std::move(cache), limits, std::move(eos_ids), peers));
-  if (!worker->samples()) return worker;
-  const int64_t rows = worker->llama_->limits().max_logit_rows, vocab = worker->llama_->config().vocab;
-  worker->sample_scratch_ = Buffer::Allocate(Device::kCpu, std::max<size_t>(1, SampleScratchBytes(rows, vocab)));
-  if (!worker->sample_scratch_) return nullptr;
-  if (peers.communicator == nullptr) return worker;
-  const int64_t columns = worker->llama_->shard_vocab() * peers.communicator->size();
-  worker->gathered_ = Buffer::Allocate(Device::kCpu, static_cast<size_t>(rows * columns) * sizeof(float));
-  return worker->gathered_ ? std::move(worker) : nullptr;
+                                               Limits limits, std::vector<TokenId> eos_ids, Peers peers) {
+  std::unique_ptr<RankWorker> worker(new RankWorker(std::move(stream), std::move(llama), peers));
+  return worker->AllocateBuffers(limits, std::move(eos_ids)) ? std::move(worker) : nullptr;
 }
 
-StepResult RankWorker::Execute(const StepPlan& plan) {
-  const auto start = std::chrono::steady_clock::now();
+bool RankWorker::AllocateBuffers(const Limits& limits, std::vector<TokenId> eos_ids) {
+  const int64_t rows = llama_->limits().max_logit_rows, vocab = llama_->config().vocab;
+  inputs_ = StepInputBuilder::Create(*stream_, limits);
+  sampled_ = Buffer::Allocate(*stream_, static_cast<size_t>(limits.max_sequences()) * sizeof(int32_t));
+  if (!inputs_ || !sampled_) return false;
+  for (Pending& pending : pending_) {
+    pending.done = StreamEvent::Create(*stream_);
+    if (pending.done == nullptr) return false;
+    if (!samples()) continue;
+    const auto most_results = static_cast<size_t>(limits.max_tokens) + static_cast<size_t>(limits.max_sequences());
+    pending.results = Buffer::AllocateHost(*stream_, most_results * sizeof(SampleResult));
+    if (!pending.results) return false;
+  }
+  if (!samples()) return true;
+  slots_ = SlotStates::Create(*stream_, limits.slots, vocab, std::move(eos_ids));
+  const size_t scratch_bytes = SampleScratchBytes(rows, vocab, stream_->device());
+  sample_scratch_ = Buffer::Allocate(*stream_, std::max<size_t>(1, scratch_bytes));
+  if (slots_ == nullptr || !sample_scratch_) return false;
+  if (communicator_ == nullptr) return true;
+  const int64_t columns = llama_->shard_vocab() * communicator_->size();
+  gathered_ = Buffer::Allocate(*stream_, static_cast<size_t>(rows * columns) * sizeof(float));
+  return static_cast<bool>(gathered_);
+}
+
+Status RankWorker::Enqueue(const StepPlan& plan) {
+  CHECK(cache_.has_value());
+  Pending& pending = pending_[enqueued_++ % 2];
+  pending.begin = std::chrono::steady_clock::now();
+  pending.step = plan.step;
+  pending.num_scores.clear();
+  pending.num_sampled = 0;
+  int32_t num_scores = 0;
+  for (const PlannedSequence& sequence : plan.sequences) {
+    if (sequence.num_prompt_scores > 0) pending.num_scores.push_back(sequence.num_prompt_scores);
+    num_scores += sequence.num_prompt_scores;
+    pending.num_sampled += sequence.sample;
+  }
+  if (samples()) {
+    for (const SlotInit& init : plan.slot_inits) slots_->Init(*stream_, init);
+  }
+  if (!ReceiveSampled(plan)) return Aborted();
+  StepInputBuilder::Step step = inputs_->Build(*stream_, plan);
+  step.inputs.sampled = TensorView::Make(sampled_.data(), DType::kI32,
+                                         {static_cast<int64_t>(sampled_.bytes() / sizeof(int32_t))}, stream_->device());
+  if (!ForwardStage(step.inputs)) return Aborted();
+  if (llama_->shard().last_stage()) {
+    auto* results = static_cast<SampleResult*>(pending.results.data());
+    if (!ScorePrompts(plan, step.score_rows, results) ||
+        !SampleTokens(plan, step.sample_rows, samples() ? results + num_scores : nullptr)) {
+      return Aborted();
+    }
+  }
+  pending.done->Record(*stream_);
+  const std::string error = stream_->Error();
+  pending.end = pending.done->Passed() ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
+  return error.empty() ? OkStatus() : Status(Code::kInternal, error);
+}
+
+StepResult RankWorker::Collect() {
+  const Pending& pending = pending_[collected_++ % 2];
   StepResult result;
-  result.step = plan.step;
-  for (const SlotInit& init : plan.slot_inits) slots_.Init(init);
-  const bool samples = llama_->shard().last_stage();
-  if (!ReceiveSampled(plan) || !ForwardStage(inputs_.Build(plan, slots_.last_sampled())) ||
-      (samples && (!ScorePrompts(plan, &result) || !SampleTokens(plan, &result)))) {
-    result.status = Aborted();
+  result.step = pending.step;
+  if (const std::string error = pending.done->Wait(); !error.empty()) {
+    result.status = Status(Code::kInternal, error);
     return result;
   }
-  if (std::string error = stream_->Synchronize(); !error.empty()) result.status = Status(Code::kInternal, error);
-  result.device_time = std::chrono::steady_clock::now() - start;
+  const auto unset = std::chrono::steady_clock::time_point();
+  const auto end = pending.end == unset ? std::chrono::steady_clock::now() : pending.end;
+  result.device_time = end - std::max(pending.begin, last_end_);
+  last_end_ = end;
+  if (!samples()) return result;
+  const auto* next = static_cast<const SampleResult*>(pending.results.data());
+  for (const int32_t n : pending.num_scores) {
+    std::vector<TokenScore>& scores = result.prompt_scores.emplace_back();
+    for (int32_t i = 0; i < n; ++i) scores.push_back(ToScore(*next++));
+  }
+  result.sampled.reserve(static_cast<size_t>(pending.num_sampled));
+  for (int32_t i = 0; i < pending.num_sampled; ++i) result.sampled.push_back(ToScore(*next++));
   return result;
 }
 
@@ -83,42 +130,39 @@ Status RankWorker::Aborted() const {
   return Status(Code::kUnavailable, StrCat("the group of ranks ended: ", where, why));
 }
 
+bool RankWorker::ReceiveSampled(const StepPlan& plan) {
+  if (previous_ == nullptr || !llama_->shard().first_stage()) return true;
+  int64_t samples = 0;
+  bool needs_last = false;
+  for (const PlannedSequence& sequence : plan.sequences) {
+    samples += sequence.sample;
+    needs_last |= sequence.input_from_slot;
+  }
+  // The step before may still be on its way through the stages: it is waited for only if this one needs its tokens.
+  while (waiting_ids_.size() > (needs_last ? 0 : 1)) {
+    const TensorView ids = TensorView::Make(sampled_.data(), DType::kI32, {waiting_ids_.front()}, stream_->device());
+    if (!previous_->Receive(*stream_, ids)) return false;
+    waiting_ids_.pop_front();
+  }
+  if (samples > 0) waiting_ids_.push_back(samples);
+  return true;
+}
+
 bool RankWorker::ForwardStage(const StepInputs& inputs) {
   const Shard& shard = llama_->shard();
   const TensorView handed = llama_->residual(inputs.ids.dim(0));
   if (!shard.first_stage() && !previous_->Receive(*stream_, handed)) return false;
-  if (!llama_->Forward(*stream_, inputs, cache_)) return false;
+  if (!llama_->Forward(*stream_, inputs, *cache_)) return false;
   return shard.last_stage() || next_->Send(*stream_, handed);
 }
 
-bool RankWorker::ReceiveSampled(const StepPlan& plan) {
-  if (previous_ == nullptr || !llama_->shard().first_stage()) return true;
-  bool needs_last = false;
-  for (const PlannedSequence& sequence : plan.sequences) needs_last |= sequence.input_from_slot;
-  // The step before may still be on its way through the stages: it is waited for only if this one needs its tokens.
-  while (waiting_slots_.size() > (needs_last ? 0 : 1)) {
-    const std::vector<int32_t>& slots = waiting_slots_.front();
-    sampled_.resize(slots.size());
-    const auto n = static_cast<int64_t>(slots.size());
-    if (!previous_->Receive(*stream_, TensorView::Make(sampled_.data(), DType::kI32, {n}))) return false;
-    for (size_t i = 0; i < slots.size(); ++i) slots_.Record(slots[i], sampled_[i]);
-    waiting_slots_.pop_front();
-  }
-  std::vector<int32_t> slots;
-  for (const PlannedSequence& sequence : plan.sequences) {
-    if (sequence.sample) slots.push_back(sequence.slot);
-  }
-  if (!slots.empty()) waiting_slots_.push_back(std::move(slots));
-  return true;
-}
-
-std::optional<TensorView> RankWorker::Logits() {
-  const auto rows = static_cast<int64_t>(rows_.size());
-  const TensorView part = llama_->Logits(*stream_, TensorView::Make(rows_.data(), DType::kI32, {rows}));
+std::optional<TensorView> RankWorker::Logits(const TensorView& rows) {
+  const TensorView part = llama_->Logits(*stream_, rows);
   if (communicator_ == nullptr) return part;
   TensorView whole;
   if (is_first()) {
-    whole = TensorView::Make(gathered_.data(), DType::kF32, {rows, part.dim(1) * communicator_->size()});
+    whole = TensorView::Make(gathered_.data(), DType::kF32, {rows.dim(0), part.dim(1) * communicator_->size()},
+                             stream_->device());
   }
   if (!communicator_->AllGather(*stream_, whole, part)) return std::nullopt;
   // The last rank's part may reach past the vocabulary.
@@ -126,103 +170,96 @@ std::optional<TensorView> RankWorker::Logits() {
 }
 
 // Prompt log-probabilities, in pieces that fit the logits' workspace.
-bool RankWorker::ScorePrompts(const StepPlan& plan, StepResult* result) {
-  for (const PlannedSequence& sequence : plan.sequences) {
-    if (sequence.num_prompt_scores == 0) continue;
-    const int32_t top = slots_.prompt_top(sequence.slot);
-    std::vector<TokenScore>& scores = result->prompt_scores.emplace_back();
-    const auto most = static_cast<int32_t>(llama_->limits().max_logit_rows);
-    for (int32_t begin = 0; begin < sequence.num_prompt_scores; begin += most) {
-      const int32_t n = std::min(most, sequence.num_prompt_scores - begin);
-      rows_.clear();
-      num_top_.assign(static_cast<size_t>(n), top);
-      for (int32_t i = 0; i < n; ++i) {
-        rows_.push_back(sequence.token_begin + begin + i);
-        results_[static_cast<size_t>(i)].token =
-            plan.prompt_score_ids[static_cast<size_t>(sequence.prompt_score_begin + begin + i)];
+bool RankWorker::ScorePrompts(const StepPlan& plan, const TensorView& rows, SampleResult* results) {
+  if (is_first()) {
+    num_top_.clear();
+    for (const PlannedSequence& sequence : plan.sequences) {
+      for (int32_t i = 0; i < sequence.num_prompt_scores; ++i) {
+        results[num_top_.size()].token = plan.prompt_score_ids[static_cast<size_t>(sequence.prompt_score_begin + i)];
+        num_top_.push_back(slots_->prompt_top(sequence.slot));
       }
-      const std::optional<TensorView> logits = Logits();
-      if (!logits) return false;
-      if (!is_first()) continue;
-      Score(*stream_, {.results = results_.data(), .num_top = num_top_.data(), .logits = *logits});
-      for (int32_t i = 0; i < n; ++i) scores.push_back(ToScore(results_[static_cast<size_t>(i)]));
     }
+  }
+  const int64_t most = llama_->limits().max_logit_rows;
+  for (int64_t begin = 0; begin < rows.dim(0); begin += most) {
+    const std::optional<TensorView> logits = Logits(Slice(rows, begin, std::min(most, rows.dim(0) - begin)));
+    if (!logits) return false;
+    if (!is_first()) continue;
+    Score(*stream_, {.results = results + begin,
+                     .num_top = num_top_.data() + begin,
+                     .logits = *logits,
+                     .scratch = sample_scratch_.data()});
   }
   return true;
 }
 
-bool RankWorker::SampleTokens(const StepPlan& plan, StepResult* result) {
-  const auto most = static_cast<size_t>(llama_->limits().max_logit_rows);
-  std::vector<const PlannedSequence*> wanted;
-  for (const PlannedSequence& sequence : plan.sequences) {
-    if (sequence.sample) wanted.push_back(&sequence);
-  }
-  result->sampled.reserve(wanted.size());
-  step_ids_.clear();
-  for (size_t begin = 0; begin < wanted.size(); begin += most) {
-    const size_t n = std::min(most, wanted.size() - begin);
-    rows_.clear();
-    for (size_t i = 0; i < n; ++i) {
-      const PlannedSequence& sequence = *wanted[begin + i];
-      rows_.push_back(sequence.token_begin + sequence.num_tokens - 1);
-    }
-    const std::optional<TensorView> logits = Logits();
-    if (!logits) return false;
-    sampled_.assign(n, 0);
-    if (is_first()) {
-      params_.clear();
-      for (size_t i = 0; i < n; ++i) params_.push_back(slots_.Params(*wanted[begin + i]));
-      Sample(
-          *stream_,
-          {.results = results_.data(), .params = params_.data(), .logits = *logits, .scratch = sample_scratch_.data()});
-      for (size_t i = 0; i < n; ++i) {
-        // A row that is not finite has no token; 0 keeps the step already planned well-formed until the sequence is
-        // ended.
-        sampled_[i] = results_[i].finite ? results_[i].token : 0;
-        result->sampled.push_back(ToScore(results_[i]));
-      }
-    }
-    if (!ShareSampled()) return false;
-    for (size_t i = 0; i < n; ++i) slots_.Record(wanted[begin + i]->slot, sampled_[i]);
-    step_ids_.insert(step_ids_.end(), sampled_.begin(), sampled_.end());
-  }
-  if (next_ == nullptr || step_ids_.empty()) return true;
-  const auto n = static_cast<int64_t>(step_ids_.size());
-  return next_->Send(*stream_, TensorView::Make(step_ids_.data(), DType::kI32, {n}));
-}
-
-bool RankWorker::ShareSampled() {
-  if (communicator_ == nullptr) return true;
-  return communicator_->Broadcast(
-      *stream_, TensorView::Make(sampled_.data(), DType::kI32, {static_cast<int64_t>(sampled_.size())}));
-}
-
-Status RankWorker::WarmUp() {
-  int32_t id = 0, position = 0, slot = 0, table = 0, length = 1;
-  int32_t q_begin[2] = {0, 1};
-  auto view = [](int32_t* data, std::initializer_list<int64_t> shape) {
-    return TensorView::Make(data, DType::kI32, shape);
-  };
-  StepInputs inputs;
-  inputs.ids = view(&id, {1});
-  inputs.positions = view(&position, {1});
-  inputs.slots = view(&slot, {1});
-  inputs.q_begin = view(q_begin, {2});
-  inputs.context_lengths = view(&length, {1});
-  inputs.block_tables = view(&table, {1, 1});
-  if (!ForwardStage(inputs)) return Aborted();
-  if (!llama_->shard().last_stage()) return OkStatus();
-  rows_.assign(1, 0);
-  const std::optional<TensorView> logits = Logits();
-  if (!logits) return Aborted();
-  SampleParams params;
-  params.temperature = 0;
-  SampleResult result;
+bool RankWorker::SampleTokens(const StepPlan& plan, const TensorView& rows, SampleResult* results) {
+  if (rows.dim(0) == 0) return true;
+  const TensorView tokens = TensorView::Make(sampled_.data(), DType::kI32, {rows.dim(0)}, stream_->device());
   if (is_first()) {
-    Sample(*stream_, {.results = &result, .params = &params, .logits = *logits, .scratch = sample_scratch_.data()});
+    params_.clear();
+    for (const PlannedSequence& sequence : plan.sequences) {
+      if (sequence.sample) params_.push_back(slots_->Params(sequence));
+    }
   }
-  if (std::string error = stream_->Synchronize(); !error.empty()) return Status(Code::kInternal, error);
-  if (!result.finite) {
+  const int64_t most = llama_->limits().max_logit_rows;
+  for (int64_t begin = 0; begin < rows.dim(0); begin += most) {
+    const int64_t n = std::min(most, rows.dim(0) - begin);
+    const std::optional<TensorView> logits = Logits(Slice(rows, begin, n));
+    if (!logits) return false;
+    if (!is_first()) continue;
+    Sample(*stream_, {.results = results + begin,
+                      .tokens = Slice(tokens, begin, n),
+                      .params = params_.data() + begin,
+                      .logits = *logits,
+                      .scratch = sample_scratch_.data()});
+  }
+  if (communicator_ != nullptr && !communicator_->Broadcast(*stream_, tokens)) return false;
+  return next_ == nullptr || next_->Send(*stream_, tokens);
+}
+
+// A prompt of all tokens, in sequences that are no longer than may be, with log-probabilities of as many as one call
+// for logits takes.
+Status RankWorker::WarmUp(int32_t tokens, KvCache::Shape shape) {
+  auto request = std::make_shared<Request>();
+  request->sampling.temperature = 0;
+  request->sampling.prompt_top_logprobs = 0;
+  StepPlan plan;
+  plan.tokens.assign(static_cast<size_t>(tokens), 0);
+  const auto page_size = static_cast<int32_t>(shape.page_size);
+  shape.pages = 0;
+  for (int32_t begin = 0; begin < tokens;) {
+    PlannedSequence sequence;
+    sequence.slot = static_cast<int32_t>(plan.sequences.size());
+    sequence.token_begin = begin;
+    sequence.num_tokens = std::min(tokens - begin, inputs_->limits().max_context);
+    sequence.block_begin = static_cast<int32_t>(shape.pages);
+    sequence.num_blocks = (sequence.num_tokens + page_size - 1) / page_size;
+    sequence.sample = true;
+    if (begin == 0) {
+      const auto most_rows = static_cast<int32_t>(llama_->limits().max_logit_rows);
+      sequence.num_prompt_scores = std::min(sequence.num_tokens - 1, most_rows);
+    }
+    begin += sequence.num_tokens;
+    shape.pages += sequence.num_blocks;
+    plan.sequences.push_back(sequence);
+    plan.slot_inits.push_back({.slot = sequence.slot, .sequence = 0, .request = request, .output_history = {}});
+  }
+  for (int32_t page = 0; page < shape.pages; ++page) plan.block_ids.push_back(page);
+  plan.prompt_score_ids.assign(static_cast<size_t>(plan.sequences[0].num_prompt_scores), 0);
+
+  cache_ = KvCache::Create(shape, *stream_);
+  if (!cache_) {
+    return Status(Code::kResourceExhausted,
+                  StrCat("no memory for the KV blocks of one step of ", tokens,
+                         " tokens: ", HumanBytes(shape.page_bytes() * static_cast<uint64_t>(shape.pages))));
+  }
+  RETURN_IF_ERROR(Enqueue(plan));
+  const StepResult result = Collect();
+  cache_.reset();
+  RETURN_IF_ERROR(result.status);
+  for (const TokenScore& score : result.sampled) {
+    if (score.finite) continue;
     return Status(Code::kDataLoss,
                   "the first forward pass gave NaN or infinity: the checkpoint's weights are damaged or overflow in "
                   "this dtype");

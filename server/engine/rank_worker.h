@@ -1,10 +1,16 @@
-// RankWorker: executes plans on one rank: inputs, forward, logits, sampling. One thread.
+// RankWorker: executes plans on one rank: inputs, forward, logits, sampling.
+//
+// Enqueue issues a step, Collect waits for it. On a GPU the step after can be enqueued before the one before has been
+// collected, so that the GPU never waits for the host: what a step sampled is read by the next one in device memory.
+// Two steps at most are on their way. On the CPU a step has run when Enqueue returns.
 //
 // With several ranks each has its part of the vocabulary: rank 0 gathers the logits, samples once, and sends the ids
 // round, so that all ranks go on with the same tokens by construction. With several stages each hands its residual
 // stream to the next; the last one samples and hands the ids to the first, where they are inputs of the next step.
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -25,10 +31,7 @@ namespace altiplano {
 
 class RankWorker {
  public:
-  struct Limits {
-    int32_t max_running = 0;  // slots
-    int32_t max_context = 0;  // tokens of one sequence
-  };
+  using Limits = StepInputBuilder::Limits;
 
   // Whom the rank talks to.
   struct Peers {
@@ -37,56 +40,75 @@ class RankWorker {
     Link* next = nullptr;                  // both null for one stage
   };
   // Null when the memory cannot be had.
-  static std::unique_ptr<RankWorker> Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache,
-                                            Limits limits, std::vector<TokenId> eos_ids, Peers peers);
+  static std::unique_ptr<RankWorker> Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, Limits limits,
+                                            std::vector<TokenId> eos_ids, Peers peers);
 
-  // Scores and tokens come from the one that samples: rank 0 of the last stage. UNAVAILABLE when the group was aborted.
-  StepResult Execute(const StepPlan& plan);
+  // Computes `tokens` tokens in a small cache of its own and checks that their logits are finite: weights that overflow
+  // are found before READY, and afterwards the device holds all that a step of that size makes it take. On all ranks
+  // at once. RESOURCE_EXHAUSTED when the cache does not fit.
+  Status WarmUp(int32_t tokens, KvCache::Shape shape);
+  // Before the first Enqueue.
+  void SetCache(KvCache cache) { cache_ = std::move(cache); }
 
-  // Computes one token and checks that its logits are finite: weights that overflow are found before READY.
-  // Writes page 0; call before serving, on all ranks at once.
-  Status WarmUp();
+  // Of one thread, which has called stream().UseFromThisThread(). UNAVAILABLE when the group was aborted, INTERNAL when
+  // the device failed.
+  Status Enqueue(const StepPlan& plan);
+
+  // Of another thread, of the oldest step that was enqueued. Scores and tokens come from the one that samples.
+  bool Done() const { return pending_[collected_ % 2].done->Passed(); }
+  StepResult Collect();
 
   bool samples() const { return is_first() && llama_->shard().last_stage(); }  // the plan's results are this rank's
   Stream& stream() { return *stream_; }
   const Llama& llama() const { return *llama_; }
-  const KvCache& cache() const { return cache_; }
+  const KvCache& cache() const { return *cache_; }
 
  private:
-  RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, KvCache cache, Limits limits,
-             std::vector<TokenId> eos_ids, Peers peers);
+  // A step on its way. Enqueue fills it before, Collect reads it after whoever calls them has synchronized.
+  struct Pending {
+    uint64_t step = 0;
+    std::vector<int32_t> num_scores;  // of each sequence with prompt log-probabilities
+    int32_t num_sampled = 0;
+    Buffer results;  // SampleResult: the prompts' scores, then the samples; of the one that samples
+    std::unique_ptr<StreamEvent> done;
+    std::chrono::steady_clock::time_point begin, end;  // end: unset when the step was still running
+  };
+
+  RankWorker(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, Peers peers);
+  bool AllocateBuffers(const Limits& limits, std::vector<TokenId> eos_ids);
   bool is_first() const { return communicator_ == nullptr || communicator_->rank() == 0; }
   Status Aborted() const;
-  // Forward, with what comes from the stage before and goes to the next. False: the group was aborted.
-  bool ForwardStage(const StepInputs& inputs);
   // First of several stages: waits for the ids that the plan's inputs need. False: the group was aborted.
   bool ReceiveSampled(const StepPlan& plan);
-  // Logits of rows_ [R, V]; on other ranks than the first nothing to look at. nullopt: the group was aborted.
-  std::optional<TensorView> Logits();
-  bool ScorePrompts(const StepPlan& plan, StepResult* result);
-  bool SampleTokens(const StepPlan& plan, StepResult* result);
-  bool ShareSampled();
+  // Forward, with what comes from the stage before and goes to the next. False: the group was aborted.
+  bool ForwardStage(const StepInputs& inputs);
+  // Logits of rows [R] i32: [R, V]; on other ranks than the first nothing to look at. nullopt: the group was aborted.
+  std::optional<TensorView> Logits(const TensorView& rows);
+  bool ScorePrompts(const StepPlan& plan, const TensorView& rows, SampleResult* results);
+  bool SampleTokens(const StepPlan& plan, const TensorView& rows, SampleResult* results);
 
   Communicator* const communicator_;
   Link* const previous_;
   Link* const next_;
   const std::unique_ptr<Stream> stream_;
   const std::unique_ptr<Llama> llama_;
-  KvCache cache_;
-  SlotStates slots_;
-  StepInputBuilder inputs_;
-  Buffer sample_scratch_;
-  Buffer gathered_;  // [R, V' * ranks] f32, rank 0 of several only
-  // Reused between steps; sized for the largest Logits call.
-  std::vector<int32_t> rows_;
-  std::vector<int32_t> sampled_;
-  std::vector<SampleParams> params_;
-  std::vector<SampleResult> results_;
-  std::vector<int32_t> num_top_;
-  // Several stages. On the last: what the step sampled. On the first: the slots that sample in steps whose ids have not
-  // come yet, oldest first.
-  std::vector<int32_t> step_ids_;
-  std::deque<std::vector<int32_t>> waiting_slots_;
+  // Enqueue's thread.
+  std::optional<KvCache> cache_;
+  std::optional<StepInputBuilder> inputs_;
+  std::unique_ptr<SlotStates> slots_;  // of the one that samples
+  Buffer sampled_;                     // [B] i32: what the last step sampled, where the next one finds it
+  Buffer sample_scratch_;              // likewise
+  Buffer gathered_;                    // [R, V' * ranks] f32, of the one that samples of several
+  std::vector<SampleParams> params_;   // reused between steps
+  std::vector<int32_t> num_top_;       // likewise
+  // First of several stages: how many ids each step sampled whose ids have not come yet, oldest first.
+  std::deque<int64_t> waiting_ids_;
+  uint64_t enqueued_ = 0;
+  // Both threads', as Pending says.
+  std::array<Pending, 2> pending_;
+  // Collect's thread.
+  uint64_t collected_ = 0;
+  std::chrono::steady_clock::time_point last_end_;
 };
 
 }  // namespace altiplano

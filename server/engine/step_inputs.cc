@@ -1,64 +1,112 @@
 #include "server/engine/step_inputs.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "server/base/check.h"
 
 namespace altiplano {
 
 namespace {
-TensorView View(std::vector<int32_t>& data, std::initializer_list<int64_t> shape) {
-  return TensorView::Make(data.data(), DType::kI32, shape);
+
+constexpr int64_t kAlign = 16;  // elements: each array begins on a line of 64 bytes
+
+int64_t Aligned(int64_t elements) {
+  return (elements + kAlign - 1) / kAlign * kAlign;
 }
+
+// Lays arrays out one after the other in a block of host memory; their views are of where it goes.
+class Packer {
+ public:
+  Packer(const Buffer& host, const Buffer& device)
+      : host_(static_cast<int32_t*>(host.data())), place_(device ? device : host) {}
+
+  // Room for an array; *view is where ops will find it.
+  int32_t* Add(std::initializer_list<int64_t> shape, TensorView* view) {
+    *view = TensorView::Make(static_cast<int32_t*>(place_.data()) + used_, DType::kI32, shape, place_.device());
+    int32_t* data = host_ + used_;
+    used_ += Aligned(view->elements());
+    return data;
+  }
+  size_t bytes() const { return static_cast<size_t>(used_) * sizeof(int32_t); }
+
+ private:
+  int32_t* const host_;
+  const Buffer& place_;
+  int64_t used_ = 0;
+};
+
 }  // namespace
 
-StepInputBuilder::StepInputBuilder(int32_t max_tokens, int32_t max_sequences, int32_t max_pages, int32_t page_size)
-    : max_tokens_(max_tokens), max_sequences_(max_sequences), max_pages_(max_pages), page_size_(page_size) {
-  ids_.reserve(static_cast<size_t>(max_tokens));
-  positions_.reserve(static_cast<size_t>(max_tokens));
-  slots_.reserve(static_cast<size_t>(max_tokens));
-  q_begin_.reserve(static_cast<size_t>(max_sequences) + 1);
-  context_lengths_.reserve(static_cast<size_t>(max_sequences));
+size_t StepInputBuilder::MaxBytes() const {
+  const int64_t tokens = limits_.max_tokens, sequences = limits_.max_sequences();
+  const int64_t pages = limits_.max_context / limits_.page_size + 1;
+  const int64_t elements = 4 * Aligned(tokens)  // ids, positions, slots, score rows
+                           + 3 * Aligned(sequences + 1) + Aligned(sequences * pages);  // q_begin, lengths, sample rows
+  return static_cast<size_t>(elements) * sizeof(int32_t);
 }
 
-StepInputs StepInputBuilder::Build(const StepPlan& plan, const std::vector<TokenId>& last_sampled) {
-  const auto sequences = static_cast<int64_t>(plan.sequences.size());
-  CHECK(static_cast<int64_t>(plan.tokens.size()) <= max_tokens_ && sequences <= max_sequences_);
-  int32_t pages = 1;
-  for (const PlannedSequence& sequence : plan.sequences) pages = std::max(pages, sequence.num_blocks);
-  CHECK(pages <= max_pages_);
-
-  ids_.clear();
-  positions_.clear();
-  slots_.clear();
-  q_begin_.assign(1, 0);
-  context_lengths_.clear();
-  block_tables_.assign(static_cast<size_t>(sequences * pages), 0);
-  for (size_t b = 0; b < plan.sequences.size(); ++b) {
-    const PlannedSequence& sequence = plan.sequences[b];
-    const int32_t* blocks = plan.block_ids.data() + sequence.block_begin;
-    std::copy_n(blocks, sequence.num_blocks, block_tables_.begin() + static_cast<ptrdiff_t>(b) * pages);
-    const TokenId* tokens = plan.tokens.data() + sequence.token_begin;
-    for (int32_t i = 0; i < sequence.num_tokens; ++i) {
-      int32_t position = sequence.first_position + i;
-      ids_.push_back(tokens[i]);
-      positions_.push_back(position);
-      slots_.push_back(blocks[position / page_size_] * page_size_ + position % page_size_);
-    }
-    if (sequence.input_from_slot) ids_.back() = last_sampled[static_cast<size_t>(sequence.slot)];
-    q_begin_.push_back(static_cast<int32_t>(ids_.size()));
-    context_lengths_.push_back(sequence.first_position + sequence.num_tokens);
+std::optional<StepInputBuilder> StepInputBuilder::Create(const Stream& stream, const Limits& limits) {
+  StepInputBuilder builder(limits);
+  for (Buffer& host : builder.host_) {
+    host = Buffer::AllocateHost(stream, builder.MaxBytes());
+    if (!host) return std::nullopt;
   }
+  if (stream.device() == Device::kCpu) return builder;
+  builder.device_ = Buffer::Allocate(stream, builder.MaxBytes());
+  if (!builder.device_) return std::nullopt;
+  return builder;
+}
 
-  const auto tokens = static_cast<int64_t>(ids_.size());
-  StepInputs inputs;
-  inputs.ids = View(ids_, {tokens});
-  inputs.positions = View(positions_, {tokens});
-  inputs.slots = View(slots_, {tokens});
-  inputs.q_begin = View(q_begin_, {sequences + 1});
-  inputs.context_lengths = View(context_lengths_, {sequences});
-  inputs.block_tables = View(block_tables_, {sequences, pages});
-  return inputs;
+StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& plan) {
+  const auto tokens = static_cast<int64_t>(plan.tokens.size()), sequences = static_cast<int64_t>(plan.sequences.size());
+  CHECK(tokens <= limits_.max_tokens && sequences <= limits_.max_sequences());
+  int32_t pages = 1;
+  int64_t sampling = 0, scores = 0;
+  for (const PlannedSequence& sequence : plan.sequences) {
+    pages = std::max(pages, sequence.num_blocks);
+    sampling += sequence.sample;
+    scores += sequence.num_prompt_scores;
+  }
+  CHECK(pages <= limits_.max_context / limits_.page_size + 1);
+
+  const Buffer& host = host_[turn_++ % host_.size()];
+  Packer packer(host, device_);
+  Step step;
+  int32_t* id = packer.Add({tokens}, &step.inputs.ids);
+  int32_t* position = packer.Add({tokens}, &step.inputs.positions);
+  int32_t* slot = packer.Add({tokens}, &step.inputs.slots);
+  int32_t* q_begin = packer.Add({sequences + 1}, &step.inputs.q_begin);
+  int32_t* context_length = packer.Add({sequences}, &step.inputs.context_lengths);
+  int32_t* sample_row = packer.Add({sampling}, &step.sample_rows);
+  int32_t* score_row = packer.Add({scores}, &step.score_rows);
+  int32_t* table = packer.Add({sequences, pages}, &step.inputs.block_tables);
+
+  int32_t row = 0, sampled = 0;
+  *q_begin++ = 0;
+  for (const PlannedSequence& sequence : plan.sequences) {
+    const int32_t* blocks = plan.block_ids.data() + sequence.block_begin;
+    std::fill(std::copy_n(blocks, sequence.num_blocks, table), table + pages, 0);
+    table += pages;
+    for (int32_t i = 0; i < sequence.num_prompt_scores; ++i) *score_row++ = row + i;
+    for (int32_t i = 0; i < sequence.num_tokens; ++i) {
+      const int32_t at = sequence.first_position + i;
+      *id++ = plan.tokens[static_cast<size_t>(sequence.token_begin + i)];
+      *position++ = at;
+      *slot++ = blocks[at / limits_.page_size] * limits_.page_size + at % limits_.page_size;
+    }
+    int32_t& sampled_at = sampled_at_[static_cast<size_t>(sequence.slot)];
+    if (sequence.input_from_slot) id[-1] = -1 - sampled_at;
+    row += sequence.num_tokens;
+    if (sequence.sample) {
+      *sample_row++ = row - 1;
+      sampled_at = sampled++;
+    }
+    *q_begin++ = row;
+    *context_length++ = sequence.first_position + sequence.num_tokens;
+  }
+  if (device_) Copy(stream, device_.data(), stream.device(), host.data(), Device::kCpu, packer.bytes());
+  return step;
 }
 
 }  // namespace altiplano

@@ -1,9 +1,15 @@
-// StepInputs from a StepPlan: the flat index arrays that one step's ops read. Buffers are sized once and reused.
+// From a StepPlan to what one step's ops read: index arrays, packed into one block of host memory and sent to the
+// device in one copy. Memory is taken once.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "kernels/device.h"
 #include "kernels/tensor.h"
 #include "server/model/llama.h"
 #include "server/scheduler/step_plan.h"
@@ -12,15 +18,40 @@ namespace altiplano {
 
 class StepInputBuilder {
  public:
-  StepInputBuilder(int32_t max_tokens, int32_t max_sequences, int32_t max_pages, int32_t page_size);
+  struct Limits {
+    int32_t slots = 0;
+    int32_t max_tokens = 0;   // of a step
+    int32_t max_context = 0;  // tokens of a sequence
+    int32_t page_size = 0;
+    // Of a step: each has a slot and a token.
+    int32_t max_sequences() const { return std::min(slots, max_tokens); }
+  };
+  struct Step {
+    StepInputs inputs;  // `sampled` is left empty
+    // Rows of the step's tokens, in the order of the plan.
+    TensorView sample_rows;  // [R] i32: the last token of each sequence with `sample`
+    TensorView score_rows;   // [Q] i32: the tokens before those whose prompt log-probabilities are wanted
+  };
 
-  // last_sampled[slot]: what the slot sampled in the step before, for inputs that the plan does not know by value.
-  // The views are host memory of this object, valid until the next call.
-  StepInputs Build(const StepPlan& plan, const std::vector<TokenId>& last_sampled);
+  // nullopt when the memory cannot be had.
+  static std::optional<StepInputBuilder> Create(const Stream& stream, const Limits& limits);
+
+  // Views of the stream's device memory. The copy goes out in stream order, and the host's block is used again in the
+  // call after the next: by then the stream must have come to the copy. An input that the plan does not know by value
+  // becomes -1 - r, where the step before sampled it as the r-th.
+  Step Build(Stream& stream, const StepPlan& plan);
+
+  const Limits& limits() const { return limits_; }
 
  private:
-  const int32_t max_tokens_, max_sequences_, max_pages_, page_size_;
-  std::vector<int32_t> ids_, positions_, slots_, q_begin_, context_lengths_, block_tables_;
+  StepInputBuilder(const Limits& limits) : limits_(limits), sampled_at_(static_cast<size_t>(limits.slots), -1) {}
+  size_t MaxBytes() const;
+
+  Limits limits_;
+  std::array<Buffer, 2> host_;       // take turns
+  Buffer device_;                    // empty on the CPU, where ops read the host's block
+  size_t turn_ = 0;                  // of host_
+  std::vector<int32_t> sampled_at_;  // [slots]: as the how manieth a slot sampled in the step before
 };
 
 }  // namespace altiplano

@@ -25,13 +25,13 @@ class KvCache {
     }
   };
 
-  // nullopt when the memory cannot be had.
-  static std::optional<KvCache> Create(const Shape& shape, Device device) {
+  // On the stream's device. nullopt when the memory cannot be had.
+  static std::optional<KvCache> Create(const Shape& shape, const Stream& stream) {
     KvCache cache;
     cache.shape_ = shape;
     size_t bytes = shape.page_bytes() / 2 * static_cast<size_t>(shape.pages);
-    cache.k_ = Buffer::Allocate(device, bytes);
-    cache.v_ = Buffer::Allocate(device, bytes);
+    cache.k_ = Buffer::Allocate(stream, bytes);
+    cache.v_ = Buffer::Allocate(stream, bytes);
     if (!cache.k_ || !cache.v_) return std::nullopt;
     return cache;
   }

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels/cuda/attention_scratch.h"
 #include "kernels/ops.h"
 #include "server/base/check.h"
 
@@ -21,6 +22,12 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
   const int64_t hidden = config.hidden, dim = config.head_dim, ffn = shard.ffn(config);
   const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
   const int64_t tokens = limits.max_tokens, rows = shard.last_stage() ? limits.max_logit_rows : 0;
+  const size_t scratch_bytes = cuda::AttentionScratchBytes({.tokens = tokens,
+                                                            .sequences = tokens,
+                                                            .q_heads = shard.q_heads(config),
+                                                            .kv_heads = shard.kv_heads(config),
+                                                            .dim = dim,
+                                                            .most_context = limits.max_context});
   return {
       {&Llama::residual_, tokens, hidden, DType::kF32},
       {&Llama::delta_, tokens, hidden, DType::kF32},
@@ -33,14 +40,15 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
       {&Llama::rows_delta_, rows, hidden, DType::kF32},
       {&Llama::rows_normed_, rows, hidden, act},
       {&Llama::logits_, rows, shard.vocab(config), DType::kF32},
+      {&Llama::scratch_, 1, static_cast<int64_t>(scratch_bytes / sizeof(float)), DType::kF32},
   };
 }
 
-std::unique_ptr<Llama> Llama::Create(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits,
-                                     Communicator* communicator) {
+std::unique_ptr<Llama> Llama::Create(const Stream& stream, const ModelConfig& config, Shard shard, LlamaWeights weights,
+                                     Limits limits, Communicator* communicator) {
   CHECK(shard.size == 1 || communicator != nullptr);
   std::unique_ptr<Llama> llama(new Llama(config, shard, std::move(weights), limits, communicator));
-  if (!llama->AllocateWorkspace()) return nullptr;
+  if (!llama->AllocateWorkspace(stream)) return nullptr;
   return llama;
 }
 
@@ -50,14 +58,13 @@ uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, co
   return total;
 }
 
-bool Llama::AllocateWorkspace() {
+bool Llama::AllocateWorkspace(const Stream& stream) {
   const DType act = weights_.layers.front().qkv.dtype;
-  const Device device = weights_.layers.front().qkv.device;
-  workspace_ = Buffer::Allocate(device, WorkspaceBytes(config_, shard_, limits_, act));
+  workspace_ = Buffer::Allocate(stream, WorkspaceBytes(config_, shard_, limits_, act));
   if (!workspace_) return false;
   char* next = static_cast<char*>(workspace_.data());
   for (const WorkspacePart& part : WorkspaceParts(config_, shard_, limits_, act)) {
-    this->*part.view = TensorView::Make(next, part.dtype, {part.rows, part.columns}, device);
+    this->*part.view = TensorView::Make(next, part.dtype, {part.rows, part.columns}, stream.device());
     next += part.bytes();
   }
   return true;
@@ -86,9 +93,11 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
 
   if (shard_.first_stage()) {
-    Embed(
-        stream,
-        {.out = residual, .table = weights_.embedding, .ids = inputs.ids, .vocab_begin = shard_.vocab_begin(config_)});
+    Embed(stream, {.out = residual,
+                   .table = weights_.embedding,
+                   .ids = inputs.ids,
+                   .sampled = inputs.sampled,
+                   .vocab_begin = shard_.vocab_begin(config_)});
     if (!AllReduce(stream, residual)) return false;
   }
 
@@ -121,7 +130,9 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                             .q_begin = inputs.q_begin,
                             .context_lengths = inputs.context_lengths,
                             .block_tables = inputs.block_tables,
-                            .scale = scale});
+                            .scale = scale,
+                            .scratch = scratch_.data,
+                            .scratch_bytes = static_cast<size_t>(scratch_.elements()) * sizeof(float)});
     Linear(stream, {.out = delta, .x = attention, .weight = layer.o});
     if (!AllReduceAddRmsNorm(
             stream,

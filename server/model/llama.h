@@ -27,7 +27,8 @@ namespace altiplano {
 
 // One step's index data, on the stream's device. Shapes as in kernels/ops.h.
 struct StepInputs {
-  TensorView ids;              // [T] i32
+  TensorView ids;              // [T] i32, those below 0 being places in `sampled`
+  TensorView sampled = {};     // [B] i32: what the step before sampled; may be empty
   TensorView positions;        // [T] i32
   TensorView slots;            // [T] i32: where each token's K and V go
   TensorView q_begin;          // [B+1] i32
@@ -40,11 +41,13 @@ class Llama {
   struct Limits {
     int64_t max_tokens = 2048;     // T of one step
     int64_t max_logit_rows = 256;  // R of one Logits call
+    int64_t max_context = 0;       // for attention's scratch, which only CUDA has a use for; 0: none
   };
 
-  // communicator: null for one rank. Null when the workspace's memory cannot be had.
-  static std::unique_ptr<Llama> Create(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits,
-                                       Communicator* communicator);
+  // Computes on the device of `stream`, where the weights lie. communicator: null for one rank. Null when the
+  // workspace's memory cannot be had.
+  static std::unique_ptr<Llama> Create(const Stream& stream, const ModelConfig& config, Shard shard,
+                                       LlamaWeights weights, Limits limits, Communicator* communicator);
 
   // Of the workspace that Create allocates on the shard's rank.
   static uint64_t WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act);
@@ -71,7 +74,7 @@ class Llama {
   struct WorkspacePart;
   static std::vector<WorkspacePart> WorkspaceParts(const ModelConfig& config, const Shard& shard, const Limits& limits,
                                                    DType act);
-  bool AllocateWorkspace();
+  bool AllocateWorkspace(const Stream& stream);
   bool AllReduce(Stream& stream, const TensorView& x);
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
 
@@ -93,6 +96,7 @@ class Llama {
   TensorView rows_delta_;     // [R, H] f32
   TensorView rows_normed_;    // [R, H] act
   TensorView logits_;         // [R, V'] f32
+  TensorView scratch_;        // [1, n] f32: attention's
   int64_t tokens_ = 0;        // T of the last Forward
 };
 

@@ -4,24 +4,25 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 
+#include "server/base/check.h"
 #include "server/base/strings.h"
 
 namespace altiplano {
 
 namespace {
 
-// One contiguous read: rows of a checkpoint tensor to rows of one of ours.
+// One contiguous read: rows of a checkpoint tensor to whole rows of one of ours.
 struct Piece {
   std::string tensor;
   int64_t row_begin, rows, col_begin, cols;
   DType dtype;
   char* out;
-  int64_t out_stride;
+  size_t bytes() const { return static_cast<size_t>(rows * cols) * SizeOf(dtype); }
 };
 
 constexpr int64_t kPieceElements = 8 << 20;  // small enough that readers share a large embedding
@@ -34,15 +35,16 @@ size_t AlignUp(size_t bytes) {
 // Lays tensors out in one buffer: first ask for all of them, then Allocate, then take them in the same order.
 class Arena {
  public:
+  explicit Arena(const Stream& stream) : stream_(stream) {}
   void Reserve(std::initializer_list<int64_t> shape, DType dtype) { bytes_ += Bytes(shape, dtype); }
   bool Allocate() {
-    buffer_ = Buffer::Allocate(Device::kCpu, std::max<size_t>(bytes_, 1));
+    buffer_ = Buffer::Allocate(stream_, std::max<size_t>(bytes_, 1));
     return static_cast<bool>(buffer_);
   }
   TensorView Take(std::initializer_list<int64_t> shape, DType dtype) {
     void* data = static_cast<char*>(buffer_.data()) + used_;
     used_ += Bytes(shape, dtype);
-    return TensorView::Make(data, dtype, shape);
+    return TensorView::Make(data, dtype, shape, stream_.device());
   }
   size_t bytes() const { return bytes_; }
   Buffer Release() { return std::move(buffer_); }
@@ -53,6 +55,7 @@ class Arena {
     for (int64_t d : shape) n *= static_cast<size_t>(d);
     return AlignUp(n);
   }
+  const Stream& stream_;
   size_t bytes_ = 0, used_ = 0;
   Buffer buffer_;
 };
@@ -61,12 +64,53 @@ Status OutOfMemory(size_t bytes, std::string_view what) {
   return Status(Code::kResourceExhausted, StrCat("no memory for ", what, ": ", HumanBytes(bytes)));
 }
 
+Status NoDevice(const std::string& error) {
+  return Status(Code::kUnavailable, error);
+}
+
+// Reads pieces to where they belong, one at a time. One thread.
+class Reader {
+ public:
+  // most_bytes: of the largest piece.
+  static StatusOr<Reader> Make(const Checkpoint& checkpoint, const LoadOptions& options, size_t most_bytes) {
+    Reader reader(checkpoint);
+    if (options.device == Device::kCpu) return reader;
+    std::string error;
+    reader.stream_ = Stream::Cuda(options.gpu, &error);
+    if (reader.stream_ == nullptr) return NoDevice(error);
+    reader.staging_ = Buffer::AllocateHost(*reader.stream_, most_bytes);
+    if (!reader.staging_) return OutOfMemory(most_bytes, "a reader's pinned memory");
+    return reader;
+  }
+
+  // *bytes grows by what came from disk.
+  Status Read(const Piece& piece, uint64_t* bytes) {
+    void* out = stream_ == nullptr ? piece.out : staging_.data();
+    RETURN_IF_ERROR(checkpoint_->Read(piece.tensor, piece.row_begin, piece.rows, piece.col_begin, piece.cols,
+                                      piece.dtype, out, piece.cols, bytes));
+    if (stream_ == nullptr) return OkStatus();
+    Copy(*stream_, piece.out, Device::kCuda, staging_.data(), Device::kCpu, piece.bytes());
+    const std::string error = stream_->Synchronize();  // meanwhile the other readers read
+    return error.empty() ? OkStatus() : NoDevice(error);
+  }
+
+ private:
+  explicit Reader(const Checkpoint& checkpoint) : checkpoint_(&checkpoint) {}
+
+  const Checkpoint* checkpoint_;
+  std::unique_ptr<Stream> stream_;  // null: pieces are read into place
+  Buffer staging_;
+};
+
 class Loader {
  public:
   Loader(const Checkpoint& checkpoint, const LoadOptions& options)
       : checkpoint_(checkpoint), config_(checkpoint.config()), options_(options), shard_(options.shard) {}
 
   StatusOr<LlamaWeights> Load() {
+    std::string error;
+    stream_ = Stream::Open(options_.device, options_.gpu, 1, &error);
+    if (stream_ == nullptr) return NoDevice(error);
     RETURN_IF_ERROR(PlanOuter());
     weights_.layers.resize(static_cast<size_t>(shard_.layers(config_)));
     for (size_t i = 0; i < weights_.layers.size(); ++i) RETURN_IF_ERROR(PlanLayer(i));
@@ -79,7 +123,7 @@ class Loader {
     int64_t vocab = shard_.vocab(config_);
     std::vector<float> inv_freq = RopeInverseFrequencies(config_);
     auto frequencies = static_cast<int64_t>(inv_freq.size());
-    Arena arena;
+    Arena arena(*stream_);
     const bool embeds = shard_.first_stage(), ends = shard_.last_stage();
     const bool shares = embeds && ends && config_.tied_embeddings;  // one matrix is both
     if (embeds) arena.Reserve({vocab, config_.hidden}, options_.dtype);
@@ -93,13 +137,20 @@ class Loader {
       weights_.final_norm = arena.Take({config_.hidden}, DType::kF32);
     }
     weights_.inv_freq = arena.Take({frequencies}, DType::kF32);
-    std::memcpy(weights_.inv_freq.data, inv_freq.data(), inv_freq.size() * sizeof(float));
     weights_.bytes += arena.bytes();
     weights_.memory = arena.Release();
 
-    // The last rank's part may reach past the vocabulary; those rows stay zero.
+    // The last rank's part may reach past the vocabulary; those rows are zero.
     int64_t begin = shard_.vocab_begin(config_);
     int64_t rows = std::clamp<int64_t>(config_.vocab - begin, 0, vocab);
+    for (const TensorView& table : {weights_.embedding, weights_.lm_head}) {
+      if (table.empty()) continue;
+      const int64_t row_bytes = config_.hidden * static_cast<int64_t>(SizeOf(table.dtype));
+      Zero(*stream_, table.row<char>(0) + rows * row_bytes, static_cast<size_t>((vocab - rows) * row_bytes));
+    }
+    Copy(*stream_, weights_.inv_freq.data, options_.device, inv_freq.data(), Device::kCpu,
+         inv_freq.size() * sizeof(float));
+    if (const std::string error = stream_->Synchronize(); !error.empty()) return NoDevice(error);
     const std::string embedding = "model.embed_tokens.weight";
     if (embeds) AddMatrix(embedding, weights_.embedding, 0, begin, rows, 0, config_.hidden);
     if (ends && !shares) {
@@ -116,7 +167,7 @@ class Loader {
     const int64_t hidden = config_.hidden, dim = config_.head_dim;
     const int64_t q_rows = shard_.q_heads(config_) * dim, kv_rows = shard_.kv_heads(config_) * dim;
     const int64_t qkv_rows = q_rows + 2 * kv_rows, ffn = shard_.ffn(config_);
-    Arena arena;
+    Arena arena(*stream_);
     arena.Reserve({hidden}, DType::kF32);
     arena.Reserve({qkv_rows, hidden}, options_.dtype);
     arena.Reserve({hidden, q_rows}, options_.dtype);
@@ -151,16 +202,17 @@ class Loader {
   // Rows [row_begin, +rows) x columns [col_begin, +cols) of `tensor` into rows [out_row, +rows) of `out`.
   void AddMatrix(const std::string& tensor, const TensorView& out, int64_t out_row, int64_t row_begin, int64_t rows,
                  int64_t col_begin, int64_t cols) {
+    CHECK(out.dim(1) == cols);
     const int64_t step = std::max<int64_t>(1, kPieceElements / cols);
     for (int64_t row = 0; row < rows; row += step) {
       int64_t n = std::min(step, rows - row);
       char* data =
           static_cast<char*>(out.data) + (out_row + row) * out.stride0 * static_cast<int64_t>(SizeOf(out.dtype));
-      pieces_.push_back({tensor, row_begin + row, n, col_begin, cols, out.dtype, data, out.stride0});
+      pieces_.push_back({tensor, row_begin + row, n, col_begin, cols, out.dtype, data});
     }
   }
   void AddVector(const std::string& tensor, const TensorView& out) {
-    pieces_.push_back({tensor, 0, 1, 0, out.dim(0), out.dtype, static_cast<char*>(out.data), out.dim(0)});
+    pieces_.push_back({tensor, 0, 1, 0, out.dim(0), out.dtype, static_cast<char*>(out.data)});
   }
 
   // Of all pieces, as stored.
@@ -189,20 +241,25 @@ class Loader {
     Status first_error;  // guarded by mutex
     int running = 0;     // guarded by mutex
     std::atomic<bool> stop{false};
-    auto work = [&] {
+    size_t most_bytes = 0;
+    for (const Piece& piece : pieces_) most_bytes = std::max(most_bytes, piece.bytes());
+    auto read_pieces = [&]() -> Status {
+      ASSIGN_OR_RETURN(Reader reader, Reader::Make(checkpoint_, options_, most_bytes));
       for (size_t i; !stop && (i = next.fetch_add(1)) < pieces_.size();) {
-        const Piece& piece = pieces_[i];
         uint64_t read = 0;
-        Status status = checkpoint_.Read(piece.tensor, piece.row_begin, piece.rows, piece.col_begin, piece.cols,
-                                         piece.dtype, piece.out, piece.out_stride, &read);
+        const Status status = reader.Read(pieces_[i], &read);
         bytes += read;
-        if (!status.ok()) {
-          std::lock_guard lock(mutex);
-          if (first_error.ok()) first_error = status;
-          stop = true;
-        }
+        RETURN_IF_ERROR(status);
       }
+      return OkStatus();
+    };
+    auto work = [&] {
+      const Status status = read_pieces();
       std::lock_guard lock(mutex);
+      if (!status.ok()) {
+        if (first_error.ok()) first_error = status;
+        stop = true;
+      }
       if (--running == 0) changed.notify_all();
     };
     auto report = [&] {
@@ -238,6 +295,7 @@ class Loader {
   const ModelConfig& config_;
   const LoadOptions& options_;
   const Shard shard_;
+  std::unique_ptr<Stream> stream_;  // for allocations
   LlamaWeights weights_;
   std::vector<Piece> pieces_;
 };
@@ -303,6 +361,7 @@ StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, c
   std::vector<LoadOptions> each(shards.size(), options);
   for (size_t rank = 0; rank < each.size(); ++rank) {
     each[rank].shard = shards[rank];
+    each[rank].gpu = options.gpu + static_cast<int>(rank);
     each[rank].readers = std::max(1, options.readers / static_cast<int>(shards.size()));
     loaded.emplace_back(Status(Code::kInternal, "not loaded"));
   }

@@ -87,12 +87,16 @@ struct LoadProgress {
 struct LoadOptions {
   Shard shard;
   DType dtype = DType::kBF16;
-  int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place
+  Device device = Device::kCpu;
+  int gpu = 0;      // CUDA: the rank's; for LoadAllRanks the first one's, and the i-th's is gpu + i
+  int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place, or into pinned memory
+                    // from where it is copied to the GPU
   std::function<void(const LoadProgress&)> progress;  // calling thread, about ten times a second and once at the end
   std::function<bool()> cancelled;                    // polled as often; true: stop with CANCELLED
 };
 
-// Reads this rank's slices of every tensor. CPU memory only; RESOURCE_EXHAUSTED when it cannot be had.
+// Reads this rank's slices of every tensor. RESOURCE_EXHAUSTED when the memory cannot be had, UNAVAILABLE without the
+// GPU.
 StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options);
 
 // Of several ranks at once, in the order of `shards`: the readers are shared out, progress is that of all together.

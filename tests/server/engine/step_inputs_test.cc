@@ -16,6 +16,10 @@ std::vector<int32_t> Values(const TensorView& view) {
   return std::vector<int32_t>(view.as<int32_t>(), view.as<int32_t>() + view.elements());
 }
 
+StepInputBuilder MakeBuilder(const Stream& stream) {
+  return StepInputBuilder::Create(stream, {.slots = 4, .max_tokens = 16, .max_context = 28, .page_size = 4}).value();
+}
+
 // A chunk of three tokens from position 3 (blocks of 4: its page 5, then 9) and a decode at position 8 (pages 2, 7, 1).
 StepPlan TwoSequences() {
   StepPlan plan;
@@ -26,6 +30,7 @@ StepPlan TwoSequences() {
   chunk.first_position = 3;
   chunk.num_tokens = 3;
   chunk.num_blocks = 2;
+  chunk.num_prompt_scores = 2;
   PlannedSequence decode;
   decode.slot = 1;
   decode.first_position = 8;
@@ -34,34 +39,82 @@ StepPlan TwoSequences() {
   decode.block_begin = 2;
   decode.num_blocks = 3;
   decode.input_from_slot = true;
+  decode.sample = true;
   plan.sequences = {chunk, decode};
   return plan;
 }
 
-TEST(StepInputs, FollowsThePlan) {
-  StepInputBuilder builder(16, 4, 8, 4);
-  StepInputs inputs = builder.Build(TwoSequences(), {100, 101});
-  EXPECT_THAT(Values(inputs.ids), ElementsAre(11, 12, 13, 101));
-  EXPECT_THAT(Values(inputs.positions), ElementsAre(3, 4, 5, 8));
-  EXPECT_THAT(Values(inputs.slots), ElementsAre(5 * 4 + 3, 9 * 4, 9 * 4 + 1, 1 * 4));
-  EXPECT_THAT(Values(inputs.q_begin), ElementsAre(0, 3, 4));
-  EXPECT_THAT(Values(inputs.context_lengths), ElementsAre(6, 9));
-  EXPECT_EQ(inputs.block_tables.dim(0), 2);
-  EXPECT_EQ(inputs.block_tables.dim(1), 3);
-  EXPECT_THAT(Values(inputs.block_tables), ElementsAre(5, 9, 0, 2, 7, 1));
+// Samples as the first for slot 3 and as the second for slot 1.
+StepPlan TheStepBefore() {
+  StepPlan plan;
+  plan.tokens = {1, 2, 3};
+  plan.block_ids = {0, 2};
+  plan.sequences = {
+      PlannedSequence{.slot = 3, .num_tokens = 1, .num_blocks = 1, .sample = true},
+      PlannedSequence{.slot = 1, .num_tokens = 2, .token_begin = 1, .block_begin = 1, .num_blocks = 1, .sample = true}};
+  return plan;
 }
 
-TEST(StepInputs, ReuseForgetsTheStepBefore) {
-  StepInputBuilder builder(16, 4, 8, 4);
-  builder.Build(TwoSequences(), {100, 101});
+TEST(StepInputs, FollowsThePlan) {
+  const auto stream = Stream::Cpu(1);
+  StepInputBuilder builder = MakeBuilder(*stream);
+  EXPECT_THAT(Values(builder.Build(*stream, TheStepBefore()).sample_rows), ElementsAre(0, 2));
+  const StepInputBuilder::Step step = builder.Build(*stream, TwoSequences());
+  EXPECT_THAT(Values(step.inputs.ids), ElementsAre(11, 12, 13, -2)) << "what was sampled as the second";
+  EXPECT_THAT(Values(step.inputs.positions), ElementsAre(3, 4, 5, 8));
+  EXPECT_THAT(Values(step.inputs.slots), ElementsAre(5 * 4 + 3, 9 * 4, 9 * 4 + 1, 1 * 4));
+  EXPECT_THAT(Values(step.inputs.q_begin), ElementsAre(0, 3, 4));
+  EXPECT_THAT(Values(step.inputs.context_lengths), ElementsAre(6, 9));
+  EXPECT_EQ(step.inputs.block_tables.dim(0), 2);
+  EXPECT_EQ(step.inputs.block_tables.dim(1), 3);
+  EXPECT_THAT(Values(step.inputs.block_tables), ElementsAre(5, 9, 0, 2, 7, 1));
+  EXPECT_THAT(Values(step.score_rows), ElementsAre(0, 1));
+  EXPECT_THAT(Values(step.sample_rows), ElementsAre(3));
+}
+
+TEST(StepInputs, ReuseForgetsTheStepsBefore) {
+  const auto stream = Stream::Cpu(1);
+  StepInputBuilder builder = MakeBuilder(*stream);
+  builder.Build(*stream, TheStepBefore());
+  builder.Build(*stream, TwoSequences());
   StepPlan plan;
-  plan.tokens = {42};
-  plan.block_ids = {3};
-  plan.sequences = {PlannedSequence{.num_tokens = 1, .num_blocks = 1}};
-  StepInputs inputs = builder.Build(plan, {100, 101});
-  EXPECT_THAT(Values(inputs.ids), ElementsAre(42));
-  EXPECT_THAT(Values(inputs.slots), ElementsAre(12));
-  EXPECT_THAT(Values(inputs.q_begin), ElementsAre(0, 1));
+  plan.tokens = {42, -1};
+  plan.block_ids = {3, 6};
+  plan.sequences = {
+      PlannedSequence{.num_tokens = 1, .num_blocks = 1},
+      PlannedSequence{
+          .slot = 1, .num_tokens = 1, .token_begin = 1, .block_begin = 1, .num_blocks = 1, .input_from_slot = true}};
+  const StepInputBuilder::Step step = builder.Build(*stream, plan);
+  EXPECT_THAT(Values(step.inputs.ids), ElementsAre(42, -1)) << "the step before sampled for slot 1 alone";
+  EXPECT_THAT(Values(step.inputs.slots), ElementsAre(12, 24));
+  EXPECT_THAT(Values(step.inputs.q_begin), ElementsAre(0, 1, 2));
+  EXPECT_EQ(step.sample_rows.elements(), 0);
+  EXPECT_EQ(step.score_rows.elements(), 0);
+}
+
+TEST(StepInputs, HoldTheLargestStep) {
+  const auto stream = Stream::Cpu(1);
+  StepInputBuilder builder = MakeBuilder(*stream);
+  StepPlan plan;
+  for (int32_t slot = 0; slot < 4; ++slot) {
+    plan.sequences.push_back(PlannedSequence{.slot = slot,
+                                             .first_position = 24,
+                                             .num_tokens = 4,
+                                             .token_begin = 4 * slot,
+                                             .block_begin = 8 * slot,
+                                             .num_blocks = 8,
+                                             .sample = true,
+                                             .num_prompt_scores = 3});
+    for (int32_t i = 0; i < 4; ++i) plan.tokens.push_back(slot);
+    for (int32_t i = 0; i < 8; ++i) plan.block_ids.push_back(100 * slot + i);
+  }
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const StepInputBuilder::Step step = builder.Build(*stream, plan);
+    EXPECT_THAT(Values(step.sample_rows), ElementsAre(3, 7, 11, 15));
+    EXPECT_EQ(Values(step.inputs.block_tables), plan.block_ids);
+    EXPECT_EQ(Values(step.inputs.ids), plan.tokens);
+    EXPECT_EQ(step.score_rows.elements(), 12);
+  }
 }
 
 std::shared_ptr<Request> Penalised() {
@@ -74,13 +127,15 @@ std::shared_ptr<Request> Penalised() {
   return request;
 }
 
-TEST(SlotStates, KeepsHistoryOnlyWhenAPenaltyNeedsIt) {
-  SlotStates states(2, 10, {7});
+TEST(SlotStates, KeepHistoryOnlyWhenAPenaltyNeedsIt) {
+  const auto stream = Stream::Cpu(1);
+  const auto created = SlotStates::Create(*stream, 2, 10, {7});
+  ASSERT_NE(created, nullptr);
+  SlotStates& states = *created;
   auto plain = std::make_shared<Request>();
   plain->prompt = {1};
-  states.Init({.slot = 0, .sequence = 0, .request = plain, .output_history = {}});
-  states.Init({.slot = 1, .sequence = 3, .request = Penalised(), .output_history = {5, 5}});
-  states.Record(1, 5);
+  states.Init(*stream, {.slot = 0, .sequence = 0, .request = plain, .output_history = {}});
+  states.Init(*stream, {.slot = 1, .sequence = 3, .request = Penalised(), .output_history = {5, 5}});
   PlannedSequence planned;
   planned.slot = 0;
   EXPECT_EQ(states.Params(planned).output_counts, nullptr);
@@ -89,7 +144,7 @@ TEST(SlotStates, KeepsHistoryOnlyWhenAPenaltyNeedsIt) {
   planned.num_tokens = 2;
   SampleParams params = states.Params(planned);
   ASSERT_NE(params.output_counts, nullptr);
-  EXPECT_EQ(params.output_counts[5], 3);  // two before the preemption, one since
+  EXPECT_EQ(params.output_counts[5], 2);  // before the preemption
   EXPECT_EQ(params.output_counts[2], 0);
   EXPECT_EQ(params.in_prompt[2], 1);
   EXPECT_EQ(params.in_prompt[5], 0);
@@ -98,20 +153,23 @@ TEST(SlotStates, KeepsHistoryOnlyWhenAPenaltyNeedsIt) {
   EXPECT_EQ(params.position, 6);
   ASSERT_EQ(params.num_bias, 2);
   EXPECT_EQ(params.bias_ids[1], 6);
-  EXPECT_EQ(states.last_sampled()[1], 5);
+  EXPECT_EQ(params.counts_out, params.output_counts);
 }
 
 TEST(SlotStates, BansEosAndStopIdsOnlyWhenThePlanSaysSo) {
-  SlotStates states(1, 10, {7});
+  const auto stream = Stream::Cpu(1);
+  const auto created = SlotStates::Create(*stream, 1, 10, {7});
+  ASSERT_NE(created, nullptr);
+  SlotStates& states = *created;
   auto request = Penalised();
   PlannedSequence planned;
-  states.Init({.slot = 0, .sequence = 0, .request = request, .output_history = {}});
+  states.Init(*stream, {.slot = 0, .sequence = 0, .request = request, .output_history = {}});
   EXPECT_EQ(states.Params(planned).num_banned, 0);
   planned.ban_stops = true;
   SampleParams params = states.Params(planned);
   EXPECT_THAT(std::vector<int32_t>(params.banned_ids, params.banned_ids + params.num_banned), ElementsAre(8, 7));
   request->stop.ignore_eos = true;  // then EOS is a token like any other
-  states.Init({.slot = 0, .sequence = 0, .request = request, .output_history = {}});
+  states.Init(*stream, {.slot = 0, .sequence = 0, .request = request, .output_history = {}});
   params = states.Params(planned);
   EXPECT_THAT(std::vector<int32_t>(params.banned_ids, params.banned_ids + params.num_banned), ElementsAre(8));
 }

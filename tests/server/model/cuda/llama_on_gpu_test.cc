@@ -69,8 +69,8 @@ class Side {
                               .page_size = page_size_,
                               .head_dim = c.head_dim,
                               .dtype = act},
-                             stream_->device());
-    llama_ = Llama::Create(c, Shard(), std::move(weights), {.max_tokens = 64, .max_logit_rows = 64}, nullptr);
+                             *stream_);
+    llama_ = Llama::Create(*stream_, c, Shard(), std::move(weights), {.max_tokens = 64, .max_logit_rows = 64}, nullptr);
   }
 
   // Logits of all tokens of a step, [T, V].

@@ -1,0 +1,295 @@
+// The engine on a (simulated) GPU against the engine on the CPU: a random model of a few thousand weights, one set of
+// requests, the same answers. And what only a GPU has: its memory, and errors that stick.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cuda/sim/sim.h"
+#include "server/base/strings.h"
+#include "server/engine/engine.h"
+#include "server/engine/local_executor.h"
+#include "server/model/checkpoint_tensors.h"
+#include "tests/server/engine/engine_testlib.h"
+#include "tests/server/model/checkpoint_testlib.h"
+
+namespace altiplano {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int32_t kVocab = 97;  // odd: with two ranks the last shard of it is padded
+
+// Two layers; heads of 64, which the tensor-core attention takes. Weights are normal, so that logits differ enough for
+// greedy choices to be the same on both devices.
+ModelFiles RandomModel() {
+  ModelFiles files = SmallModel("BF16");
+  files.config["vocab_size"] = kVocab;
+  files.config["hidden_size"] = 64;
+  files.config["num_attention_heads"] = 2;
+  files.config["num_key_value_heads"] = 1;
+  files.config["head_dim"] = 64;
+  files.config["intermediate_size"] = 64;
+  files.tensors.clear();
+  std::mt19937 random(5);
+  for (const WantedTensor& wanted : WantedTensors(*ParseModelConfig(files.config.dump()))) {
+    const bool is_norm = wanted.shape.size() == 1;
+    const int64_t columns = wanted.shape.back(), rows = is_norm ? 1 : wanted.shape[0];
+    const float deviation = is_norm ? 0.1f : 2 / std::sqrt(static_cast<float>(columns));
+    std::normal_distribution<float> normal(is_norm ? 1 : 0, deviation);
+    std::string data;
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const BF16 x = ToBF16(normal(random));
+      data.append(reinterpret_cast<const char*>(&x), sizeof(x));
+    }
+    files.tensors.push_back({wanted.name, "BF16", wanted.shape, data});
+  }
+  return files;
+}
+
+const Checkpoint& Model() {
+  static const TempFolder folder;
+  static const std::unique_ptr<Checkpoint> checkpoint = [] {
+    RandomModel().WriteTo(folder);
+    auto opened = Checkpoint::Open(folder.path());
+    EXPECT_TRUE(opened.ok()) << opened.status().ToString();
+    return std::move(*opened);
+  }();
+  return *checkpoint;
+}
+
+LocalExecutorOptions Options(Device device, DType dtype) {
+  LocalExecutorOptions options;
+  options.device = device;
+  options.dtype = dtype;
+  options.threads = 1;
+  options.readers = 2;
+  options.page_size = 4;
+  options.token_budget = 24;
+  options.max_running = 4;
+  options.max_context = 64;
+  return options;
+}
+
+std::unique_ptr<Engine> Start(LocalExecutorOptions options) {
+  auto executor = LocalExecutor::Create(Model(), std::move(options));
+  EXPECT_TRUE(executor.ok()) << executor.status().ToString();
+  if (!executor.ok()) return nullptr;
+  EngineOptions engine_options;
+  engine_options.scheduler = (*executor)->scheduler_options();
+  auto engine = Engine::Start(engine_options, std::move(*executor));
+  EXPECT_TRUE(engine.ok()) << engine.status().ToString();
+  return std::move(*engine);
+}
+
+std::shared_ptr<Request> MakeRequest(int index, int prompt_tokens, int max_new_tokens) {
+  auto request = std::make_shared<Request>();
+  request->id = StrCat("request-", index);
+  for (int i = 0; i < prompt_tokens; ++i) request->prompt.push_back((index * 31 + i * 17 + 3) % kVocab);
+  request->sampling.temperature = 0;
+  request->stop.max_new_tokens = max_new_tokens;
+  request->stop.ignore_eos = true;
+  return request;
+}
+
+struct Call {
+  RequestHandle handle;
+  std::shared_ptr<CollectingSink> sink;
+};
+
+Call Submit(Engine& engine, std::shared_ptr<const Request> request) {
+  Call call;
+  call.sink = std::make_shared<CollectingSink>();
+  auto handle = engine.Submit(std::move(request), call.sink);
+  EXPECT_TRUE(handle.ok()) << handle.status().ToString();
+  if (handle.ok()) call.handle = std::move(*handle);
+  return call;
+}
+
+std::vector<std::vector<Event>> RunAll(Engine& engine, const std::vector<std::shared_ptr<Request>>& requests) {
+  std::vector<Call> calls;
+  for (const auto& request : requests) calls.push_back(Submit(engine, request));
+  std::vector<std::vector<Event>> answers;
+  for (const Call& call : calls) {
+    answers.push_back(call.sink->WaitForEnd());
+    EXPECT_TRUE(answers.back().back().status.ok()) << answers.back().back().status.ToString();
+  }
+  return answers;
+}
+
+std::vector<TokenScore> ScoresOf(const std::vector<Event>& events) {
+  std::vector<TokenScore> scores;
+  for (const Event& event : events) {
+    scores.insert(scores.end(), event.prompt_scores.begin(), event.prompt_scores.end());
+    if (event.kind == Event::Kind::kToken) scores.push_back(event.score);
+  }
+  return scores;
+}
+
+// Prompts in chunks beside decodes, in one batch: penalties, draws, bias, alternatives, prompt log-probabilities,
+// siblings, EOS held back.
+std::vector<std::shared_ptr<Request>> AllKinds() {
+  std::vector<std::shared_ptr<Request>> requests;
+  requests.push_back(MakeRequest(0, 40, 6));
+  requests.push_back(MakeRequest(1, 7, 12));
+  requests.back()->sampling.repetition_penalty = 1.3f;
+  requests.back()->sampling.frequency_penalty = 0.7f;
+  requests.back()->sampling.presence_penalty = 0.2f;
+  requests.push_back(MakeRequest(2, 30, 3));
+  requests.back()->sampling.prompt_top_logprobs = 2;
+  requests.back()->sampling.top_logprobs = 3;
+  requests.push_back(MakeRequest(3, 5, 8));
+  requests.back()->sampling.temperature = 0.8f;
+  requests.back()->sampling.top_p = 0.9f;
+  requests.back()->sampling.top_k = 20;
+  requests.back()->sampling.seed = 11;
+  requests.back()->num_sequences = 2;
+  requests.push_back(MakeRequest(4, 9, 6));
+  requests.back()->sampling.logit_bias = {{50, 100.0f}};
+  requests.push_back(MakeRequest(5, 3, 6));
+  requests.back()->stop.ignore_eos = false;
+  requests.back()->stop.min_new_tokens = 4;
+  requests.back()->sampling.logit_bias = {{2, 100.0f}};  // EOS, as soon as it may
+  return requests;
+}
+
+// Both add up in f32, in different orders; values are of the order of 10.
+TEST(EngineOnGpu, AnswersAreThoseOfTheCpu) {
+  const auto on_gpu = RunAll(*Start(Options(Device::kCuda, DType::kF32)), AllKinds());
+  const auto on_cpu = RunAll(*Start(Options(Device::kCpu, DType::kF32)), AllKinds());
+  for (size_t i = 0; i < on_gpu.size(); ++i) {
+    SCOPED_TRACE(StrCat("request ", i));
+    for (uint32_t sequence : {0, 1}) EXPECT_EQ(TokensOf(on_gpu[i], sequence), TokensOf(on_cpu[i], sequence));
+    const std::vector<TokenScore> gpu = ScoresOf(on_gpu[i]), cpu = ScoresOf(on_cpu[i]);
+    ASSERT_EQ(gpu.size(), cpu.size());
+    if (i == 3) continue;  // its siblings' events come in any order
+    for (size_t t = 0; t < gpu.size(); ++t) {
+      EXPECT_NEAR(gpu[t].logprob, cpu[t].logprob, 1e-4) << t;
+      ASSERT_EQ(gpu[t].top.size(), cpu[t].top.size());
+      for (size_t k = 0; k < gpu[t].top.size(); ++k) EXPECT_EQ(gpu[t].top[k].token, cpu[t].top[k].token) << t;
+    }
+  }
+  EXPECT_EQ(ScoresOf(on_gpu[2]).size(), 29u + 3u);
+  EXPECT_EQ(TokensOf(on_gpu[4]), std::vector<TokenId>(6, 50));
+  EXPECT_EQ(TokensOf(on_gpu[5]).size(), 5u);
+  EXPECT_EQ(FinishOf(on_gpu[5]), FinishReason::kEos);
+}
+
+// Alone and undisturbed, then all at once in a pool for half of them.
+TEST(EngineOnGpu, BatchingAndPreemptionChangeNoToken) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  std::vector<std::vector<TokenId>> alone;
+  {
+    const auto engine = Start(options);
+    for (int i = 0; i < 4; ++i) alone.push_back(TokensOf(RunAll(*engine, {MakeRequest(i, 9, 20)})[0]));
+  }
+  options.kv_bytes = 16 * 2 * 2 * 4 * 64 * sizeof(BF16);  // 16 blocks; four sequences grow to 32
+  const auto engine = Start(options);
+  std::vector<std::shared_ptr<Request>> requests;
+  for (int i = 0; i < 4; ++i) {
+    requests.push_back(MakeRequest(i, 9, 20));
+    if (i == 3) requests.back()->sampling.frequency_penalty = 1e-6f;  // its counts are made anew too
+  }
+  const auto answers = RunAll(*engine, requests);
+  uint32_t preemptions = 0;
+  for (size_t i = 0; i < answers.size(); ++i) {
+    EXPECT_EQ(TokensOf(answers[i]), alone[i]) << i;
+    preemptions += answers[i].back().timing.preemptions;
+  }
+  EXPECT_GT(preemptions, 0u);
+}
+
+TEST(EngineOnGpu, APrefixHitChangesNoToken) {
+  const auto engine = Start(Options(Device::kCuda, DType::kBF16));
+  const auto cold = RunAll(*engine, {MakeRequest(1, 30, 5)})[0];
+  const auto warm = RunAll(*engine, {MakeRequest(1, 30, 5)})[0];
+  EXPECT_EQ(cold.front().cached_tokens, 0u);
+  EXPECT_EQ(warm.front().cached_tokens, 28u);
+  EXPECT_EQ(TokensOf(warm), TokensOf(cold));
+}
+
+TEST(EngineOnGpu, CancelsFreeTheirBlocks) {
+  const auto engine = Start(Options(Device::kCuda, DType::kBF16));
+  Call cancelled = Submit(*engine, MakeRequest(0, 5, 50)), other = Submit(*engine, MakeRequest(1, 5, 10));
+  cancelled.sink->WaitFor(Event::Kind::kToken, 2);
+  cancelled.handle.Cancel(Status(Code::kCancelled, "the client went away"));
+  EXPECT_EQ(cancelled.sink->WaitForEnd().back().status.code(), Code::kCancelled);
+  EXPECT_EQ(TokensOf(other.sink->WaitForEnd()).size(), 10u);
+  while (engine->load().scheduler.blocks_used > 0) std::this_thread::yield();
+}
+
+TEST(EngineOnGpu, TakesNoDeviceMemoryOnceItServes) {
+  const auto engine = Start(Options(Device::kCuda, DType::kBF16));
+  const uint64_t allocations = Buffer::DeviceAllocations();
+  const size_t free_bytes = QueryMemory(Device::kCuda).free_bytes;
+  RunAll(*engine, AllKinds());
+  EXPECT_EQ(Buffer::DeviceAllocations(), allocations);
+  EXPECT_EQ(QueryMemory(Device::kCuda).free_bytes, free_bytes);
+}
+
+TEST(EngineOnGpu, AnErrorThatSticksEndsEverything) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.before_step = [](int, uint64_t step) {
+    if (step == 4) sim::Stick("the GPU has fallen off the bus");
+  };
+  {
+    const auto engine = Start(options);
+    const Call first = Submit(*engine, MakeRequest(0, 5, 50)), second = Submit(*engine, MakeRequest(1, 30, 50));
+    for (const Call* call : {&first, &second}) {
+      const Status end = call->sink->WaitForEnd().back().status;
+      EXPECT_EQ(end.code(), Code::kUnavailable);
+      EXPECT_EQ(end.reason(), "ENGINE_DOWN");
+      EXPECT_THAT(end.message(), HasSubstr("the GPU has fallen off the bus"));
+    }
+    EXPECT_FALSE(engine->healthy());
+    const auto refused = engine->Submit(MakeRequest(2, 5, 5), std::make_shared<CollectingSink>());
+    EXPECT_EQ(refused.status().code(), Code::kUnavailable);
+  }
+  EXPECT_EQ(sim::TakeError(), "the GPU has fallen off the bus");
+}
+
+TEST(EngineOnGpu, RefusesACacheThatDoesNotFitWithNumbers) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.kv_bytes = uint64_t{1} << 30;  // all that a simulated GPU has
+  const auto executor = LocalExecutor::Create(Model(), options);
+  EXPECT_EQ(executor.status().code(), Code::kResourceExhausted);
+  EXPECT_THAT(executor.status().message(), HasSubstr("the KV cache was given 1.00 GiB, but only "));
+  EXPECT_THAT(executor.status().message(), HasSubstr(" of the 1.00 GiB of GPU 0 are free beside the model"));
+  options.kv_bytes = 0;
+  options.gpu = 1;
+  EXPECT_EQ(LocalExecutor::Create(Model(), options).status().code(), Code::kUnavailable);
+}
+
+TEST(EngineOnGpu, WeightsOfAShardAreThoseOfTheCpu) {
+  for (int rank : {0, 1}) {
+    LoadOptions options;
+    options.shard = *Shard::Make(Model().config(), rank, 1 + rank);  // alone, and the padded one of two
+    const auto on_cpu = LoadWeights(Model(), options);
+    options.device = Device::kCuda;
+    const auto on_gpu = LoadWeights(Model(), options);
+    ASSERT_TRUE(on_cpu.ok() && on_gpu.ok());
+    std::string error;
+    const auto stream = Stream::Cuda(0, &error);
+    auto expect_same = [&](const Buffer& gpu, const Buffer& cpu) {
+      ASSERT_EQ(gpu.device(), Device::kCuda);
+      ASSERT_EQ(gpu.bytes(), cpu.bytes());
+      std::string fetched(gpu.bytes(), '\0');
+      Copy(*stream, fetched.data(), Device::kCpu, gpu.data(), Device::kCuda, gpu.bytes());
+      EXPECT_EQ(stream->Synchronize(), "");
+      EXPECT_EQ(std::memcmp(fetched.data(), cpu.data(), cpu.bytes()), 0);
+    };
+    expect_same(on_gpu->memory, on_cpu->memory);
+    for (size_t i = 0; i < on_cpu->layers.size(); ++i) expect_same(on_gpu->layers[i].memory, on_cpu->layers[i].memory);
+  }
+}
+
+}  // namespace
+}  // namespace altiplano
