@@ -1,6 +1,6 @@
 # Altiplano with the CUDA side, on NVIDIA's CUDA 13 base (driver 580 or newer). From the project's root:
 #   docker build -f docker/cuda.Dockerfile -t altiplano:cuda .
-# The model still runs on the CPU backend until the CUDA backend serves (docs/kernels.md); the image proves the build.
+# --device cuda has run in a simulator only (docs/kernels.md); without it the CPU computes.
 # docker/check-dockerfiles.sh keeps these lines and docker/chroot-test.sh in step.
 
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS build

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/cpu_features.h"
+#include "kernels/device.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
@@ -39,19 +40,30 @@ StatusOr<std::shared_ptr<const ChatFormat>> LoadChatFormat(const Checkpoint& che
   return std::shared_ptr<const ChatFormat>();
 }
 
-Status ChooseDevice(const config::v1::Model& config) {
-  if (config.device() == "cuda") {
-    return Status(Code::kUnavailable, "device cuda: the model does not run on GPUs yet; use --device cpu");
-  }
+Status ChooseIsa(const std::string& name) {
   if (!CpuIsSupported()) return Status(Code::kUnavailable, "this CPU has no AVX2 with FMA, which the kernels need");
-  if (config.isa() == "auto") return OkStatus();
-  std::optional<Isa> isa = ParseIsa(config.isa());
+  if (name == "auto") return OkStatus();
+  std::optional<Isa> isa = ParseIsa(name);
   if (isa && SetIsa(*isa)) return OkStatus();
-  return Status(Code::kUnavailable, StrCat("--isa ", config.isa(), ": this machine has ", Name(DetectedIsa())));
+  return Status(Code::kUnavailable, StrCat("--isa ", name, ": this machine has ", Name(DetectedIsa())));
 }
 
-LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
+StatusOr<Device> ChooseDevice(const config::v1::Model& config) {
+  std::string error;
+  if (config.device() != "cpu") {
+    if (Stream::Cuda(0, &error) != nullptr) return Device::kCuda;
+    if (config.device() == "cuda") {
+      return Status(Code::kUnavailable, StrCat("--device cuda: ", error, "; use --device cpu"));
+    }
+    log::Info("no GPU to use: the CPU computes", {{"reason", error}});
+  }
+  RETURN_IF_ERROR(ChooseIsa(config.isa()));
+  return Device::kCpu;
+}
+
+LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, Device device, const LoadHooks& hooks) {
   LocalExecutorOptions options;
+  options.device = device;
   options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
   options.ranks = static_cast<int>(config.model().tensor_parallel());
   options.stages = static_cast<int>(config.model().pipeline_parallel());
@@ -61,7 +73,7 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, con
   options.threads = std::max(1, (threads > 0 ? threads : UsableCores()) / replicas);
   options.executors = replicas;
   options.readers = static_cast<int>(config.threads().load());
-  options.page_size = static_cast<int32_t>(config.kv().block_size());
+  options.page_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), device));
   options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = static_cast<int32_t>(config.model().max_context());
@@ -135,7 +147,11 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
 }
 
 StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
-  RETURN_IF_ERROR(ChooseDevice(config.model()));
+  ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.model()));
+  if (device == Device::kCuda && config.model().replicas() > 1) {
+    return Status(Code::kUnimplemented, StrCat("--replicas ", config.model().replicas(),
+                                               ": with --device cuda there is one, since only one GPU is used"));
+  }
   bench::Machine machine;
   if (!config.scheduler().step_cost().empty()) {
     ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
@@ -147,7 +163,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   model.name = config.model().name().empty() ? model.checkpoint->config().name : config.model().name();
   model.dtype = config.model().dtype();
 
-  LocalExecutorOptions executor_options = ExecutorOptions(config, hooks);
+  LocalExecutorOptions executor_options = ExecutorOptions(config, device, hooks);
   ASSIGN_OR_RETURN(const auto drill, FaultDrillFromEnvironment());
   const int replicas = executor_options.executors;
   if (replicas > 1) {

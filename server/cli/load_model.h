@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "altiplano/config/v1/server_config.pb.h"
+#include "kernels/tensor.h"
 #include "server/base/status.h"
 #include "server/engine/replica_set.h"
 #include "server/model/checkpoint.h"
@@ -27,6 +28,12 @@ struct TextModel {
 // is not known is NOT_FOUND naming --chat-format; "auto" without any template is plain text only, with a warning in the
 // log.
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format);
+
+// --block-size, whose default depends on the device.
+constexpr int64_t BlockSize(int64_t given, Device device) {
+  if (given > 0) return given;
+  return device == Device::kCuda ? 64 : 16;
+}
 
 struct LoadHooks {
   std::function<void(const LoadProgress&)> progress;  // calling thread

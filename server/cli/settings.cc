@@ -74,10 +74,13 @@ constexpr std::array kSettings = {
     Flag{.name = "device",
          .type = FlagType::kChoice,
          .default_value = "cpu",
-         .meaning = "What computes. Only cpu serves today; cuda ends with exit code 69.",
-         .example = "cpu",
+         .meaning =
+             "What computes. cuda is GPU 0, of those that CUDA_VISIBLE_DEVICES leaves; without one that this program "
+             "has kernels for it ends with exit code 69. auto is cuda where that works, else cpu. No kernel of this "
+             "project has run on a GPU yet.",
+         .example = "cuda",
          .field = "model.device",
-         .choices = "cpu|cuda",
+         .choices = "auto|cpu|cuda",
          .group = kGroupModel},
     Flag{.name = "isa",
          .type = FlagType::kChoice,
@@ -137,17 +140,18 @@ constexpr std::array kSettings = {
          .default_value = "0",
          .meaning =
              "Memory for the KV cache, of all replicas together. 0: what --max-num-seqs full contexts can use, but at "
-             "most half of the memory that is free after loading.",
+             "most half of the memory that is free after loading, or on a GPU nearly all of it.",
          .example = "4GiB",
          .field = "kv.memory",
          .group = kGroupKv},
     Flag{.name = "block-size",
          .type = FlagType::kCount,
-         .default_value = "16",
-         .meaning = "Tokens in a KV block, a power of two. Whole blocks are shared between equal prefixes.",
+         .default_value = "0",
+         .meaning =
+             "Tokens in a KV block, a power of two. Whole blocks are shared between equal prefixes. 0: 16 on the "
+             "CPU, 64 on a GPU.",
          .example = "32",
          .field = "kv.block_size",
-         .min = 1,
          .max = 1024,
          .group = kGroupKv},
     Flag{.name = "enable-prefix-caching",
@@ -267,7 +271,7 @@ constexpr std::array kSettings = {
     Flag{.name = "threads",
          .type = FlagType::kCount,
          .default_value = "0",
-         .meaning = "Threads that compute. 0: one for each core this process may use.",
+         .meaning = "Threads that compute, with --device cpu. 0: one for each core this process may use.",
          .example = "8",
          .field = "threads.compute",
          .max = 1024,

@@ -7,6 +7,7 @@
 #include "server/cli/command.h"
 #include "server/cli/config.h"
 #include "server/cli/load_flags.h"
+#include "server/cli/load_model.h"
 
 namespace altiplano::cli {
 
@@ -21,7 +22,7 @@ StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const ben
   options.cost = machine.cost;
   const int64_t kv_tokens = flags.given("kv-tokens") ? flags.count("kv-tokens") : machine.kv_tokens;
   SchedulerOptions& scheduler = options.scheduler;
-  scheduler.block_size = static_cast<int32_t>(flags.count("block-size"));
+  scheduler.block_size = static_cast<int32_t>(BlockSize(flags.count("block-size"), Device::kCpu));
   scheduler.num_blocks = static_cast<int32_t>(kv_tokens / scheduler.block_size);
   scheduler.max_running = static_cast<int32_t>(flags.count("max-num-seqs"));
   scheduler.token_budget = static_cast<int32_t>(flags.count("max-num-batched-tokens"));

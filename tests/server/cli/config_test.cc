@@ -114,7 +114,7 @@ TEST(Config, ErrorsNameThePlaceAndTheNearestName) {
       {"kv { memory: 16 }", "x.textproto:1:", "Expected string"},
       {"kv { block_size: \"16\" }", "x.textproto:1:", "Expected integer"},
       {"kv { block_size: 16", "x.textproto:1:", ""},
-      {"kv { block_size: 4096 }", "x.textproto:1:6: kv.block_size is \"4096\"", "from 1 to 1024"},
+      {"kv { block_size: 4096 }", "x.textproto:1:6: kv.block_size is \"4096\"", "from 0 to 1024"},
       {"kv { block_size: 24 }", "x.textproto:1:6: ", "power of two"},
       {"listen: \"a\" listen: \"b\"", "x.textproto:1:", "specified multiple times"},
       {"log { level: \"warning\" }", "x.textproto:1:7: log.level is \"warning\"", "did you mean warn?"},
