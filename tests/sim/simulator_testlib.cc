@@ -34,9 +34,25 @@ std::vector<TokenId> RandomTokens(Random random, int32_t count, int32_t vocab) {
 
 }  // namespace
 
-std::string ReplayCommand(uint64_t seed) {
-  return StrCat("replay: ALTIPLANO_SIM_SEED=", seed,
+std::string ReplayCommand(uint64_t seed, const std::set<RequestKey>& omitted) {
+  std::string keys;
+  for (RequestKey key : omitted) keys += StrCat(keys.empty() ? " ALTIPLANO_SIM_OMIT=" : ",", key);
+  return StrCat("replay: ALTIPLANO_SIM_SEED=", seed, keys,
                 " ALTIPLANO_SIM_TRACE=1 tests/sim_test --gtest_filter=Simulator.Seeds");
+}
+
+std::set<RequestKey> Shrink(RequestKey most, const std::function<bool(const std::set<RequestKey>&)>& fails) {
+  std::set<RequestKey> omitted;
+  for (bool changed = true; changed;) {
+    changed = false;
+    for (RequestKey key = 1; key <= most; ++key) {
+      if (!omitted.insert(key).second) continue;
+      const bool still = fails(omitted);
+      if (!still) omitted.erase(key);
+      changed |= still;
+    }
+  }
+  return omitted;
 }
 
 void AnnounceSeedOnAbort(uint64_t seed) {
@@ -44,9 +60,10 @@ void AnnounceSeedOnAbort(uint64_t seed) {
   std::signal(SIGABRT, PrintReplay);
 }
 
-Simulator::Simulator(uint64_t seed, Coverage* coverage)
+Simulator::Simulator(uint64_t seed, Coverage* coverage, std::set<RequestKey> omitted)
     : seed_(seed),
       trace_(std::getenv("ALTIPLANO_SIM_TRACE") != nullptr),
+      omitted_(std::move(omitted)),
       coverage_(*coverage),
       random_{Mix(seed, 42)} {}
 
@@ -157,6 +174,9 @@ void Simulator::MakeWorkload() {
     const uint64_t root = FakeModel::Root(*request);
     sim.score_attention = FakeModel::Attend(root, FakeModel::Value(request->prompt[0], 0, root));
     requests_.emplace(key, std::move(sim));
+  }
+  for (RequestKey key : omitted_) {
+    if (requests_.size() > 1) requests_.erase(key);
   }
   coverage_.requests += requests_.size();
 }

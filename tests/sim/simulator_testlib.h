@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,7 +29,8 @@ struct Coverage {
 
 class Simulator {
  public:
-  Simulator(uint64_t seed, Coverage* coverage);
+  // Without the requests in `omitted`, but for the last one that is left: to see how few a failure needs.
+  Simulator(uint64_t seed, Coverage* coverage, std::set<RequestKey> omitted = {});
   // What went wrong, or "".
   std::string Run();
 
@@ -87,6 +90,7 @@ class Simulator {
 
   const uint64_t seed_;
   const bool trace_;
+  const std::set<RequestKey> omitted_;
   Coverage& coverage_;
   Random random_;
   FakeModel model_;
@@ -121,6 +125,8 @@ class Simulator {
 
 // Prints how to run the current seed again if the process dies on a CHECK.
 void AnnounceSeedOnAbort(uint64_t seed);
-std::string ReplayCommand(uint64_t seed);
+std::string ReplayCommand(uint64_t seed, const std::set<RequestKey>& omitted = {});
+// As many of keys 1 ... most as can be left out with `fails` still true.
+std::set<RequestKey> Shrink(RequestKey most, const std::function<bool(const std::set<RequestKey>&)>& fails);
 
 }  // namespace altiplano::sim
