@@ -59,10 +59,12 @@ def parts_of(programs, out):
 
     small = "CudaRowOps*:CudaRope*:CudaLinear*Every*:CudaPagedAttention*DecodeIs*:CudaSample*Equal*"
     cases = str(out / "cases.jsonl")
+    compare = [sys.executable, str(HERE / "compare_devices.py"), program("altiplano"), str(ROOT / "tests/data/tiny")]
     parts = [
         Part("machine", ["nvidia-smi", "-q"], 30, shutil.which("nvidia-smi"), ["true"]),
         tests("cuda_kernels_gpu_test", 300),
         tests("llama_on_real_gpu_test", 120),
+        Part("tiny_model", compare, 300, program("altiplano"), compare + ["--dry"], "correctness"),
         sanitizer("memcheck", 300, small),
         sanitizer("racecheck", 300, small),
         bench("limits", 60),

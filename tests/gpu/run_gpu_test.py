@@ -35,6 +35,8 @@ if report:
 ENGINE = """#!{python}
 import json, sys
 words = sys.argv[1:]
+if words[0] == "generate":
+    print("Paris." if {agrees} or "cpu" in words else "Lyon.")
 if words[0] == "bench":
     print("a log line")
     print(json.dumps({{"weight_bytes": 16e9, "input_len": 512, "results": [{{"streams": int(words[words.index("--streams") + 1]),
@@ -59,11 +61,11 @@ class RunGpu(unittest.TestCase):
         path.write_text(text.format(python=sys.executable, **values) if values or "{python}" in text else text)
         path.chmod(0o755)
 
-    def programs(self, break_row_ops=False, skipped=False):
+    def programs(self, break_row_ops=False, skipped=False, agrees=True):
         self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops)
         for name in ("cuda_kernels_gpu_test", "llama_on_real_gpu_test"):
             self.program(f"bundle/bin/{name}", TESTS, skipped=skipped)
-        self.program("bundle/bin/altiplano", ENGINE)
+        self.program("bundle/bin/altiplano", ENGINE, agrees=agrees)
 
     def run_gpu(self, *arguments, path=None):
         env = dict(os.environ, PATH=path if path is not None else f"{self.root}/path:{os.environ['PATH']}")
@@ -106,6 +108,11 @@ class RunGpu(unittest.TestCase):
         self.programs(skipped=True)
         self.assertEqual(self.run_gpu("--only", "cuda_kernels_gpu_test").returncode, 1)
         self.assertIn("all 1 tests skipped", (self.out / "README.md").read_text())
+
+    def test_a_gpu_that_answers_otherwise_than_the_cpu_fails(self):
+        self.programs(agrees=False)
+        self.assertEqual(self.run_gpu("--only", "tiny_model").returncode, 1)
+        self.assertIn("CPU 'Paris.', GPU 'Lyon.'", (self.out / "tiny_model.log").read_text())
 
     def test_goes_on_where_a_slice_ended(self):
         seen = set()
