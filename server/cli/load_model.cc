@@ -150,7 +150,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.model()));
   if (device == Device::kCuda && config.model().replicas() > 1) {
     return Status(Code::kUnimplemented, StrCat("--replicas ", config.model().replicas(),
-                                               ": with --device cuda there is one, since only one GPU is used"));
+                                               ": with --device cuda there is one, on the first GPUs"));
   }
   bench::Machine machine;
   if (!config.scheduler().step_cost().empty()) {

@@ -75,8 +75,9 @@ constexpr std::array kSettings = {
          .type = FlagType::kChoice,
          .default_value = "cpu",
          .meaning =
-             "What computes. cuda is GPU 0, of those that CUDA_VISIBLE_DEVICES leaves; without one that this program "
-             "has kernels for it ends with exit code 69. auto is cuda where that works, else cpu. No kernel of this "
+             "What computes. cuda is a GPU for each rank, from 0 on of those that CUDA_VISIBLE_DEVICES leaves; without "
+             "such that this program has kernels for it ends with exit code 69. auto is cuda where that works, else "
+             "cpu. No kernel of this "
              "project has run on a GPU yet.",
          .example = "cuda",
          .field = "model.device",

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "kernels/comm/nccl_api.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 
@@ -38,6 +39,10 @@ struct Room {
   std::string words;
 };
 
+int GpuOf(const LocalExecutorOptions& options, int rank) {
+  return options.share_gpu ? options.gpu : options.gpu + rank;
+}
+
 Room FindRoom(const LocalExecutorOptions& options) {
   if (options.device == Device::kCpu) {
     const uint64_t free_bytes = QueryMemory(Device::kCpu).free_bytes;
@@ -46,16 +51,16 @@ Room FindRoom(const LocalExecutorOptions& options) {
   Room room;
   room.most = UINT64_MAX;
   for (int rank = 0; rank < options.ranks; ++rank) {  // the fullest GPU decides
-    const MemoryInfo memory = QueryMemory(Device::kCuda, options.gpu + rank);
+    const int gpu = GpuOf(options, rank);
+    const MemoryInfo memory = QueryMemory(Device::kCuda, gpu);
     const uint64_t reserve = memory.total_bytes / kReservedPart;
     const uint64_t most = memory.free_bytes - std::min<uint64_t>(memory.free_bytes, reserve);
     if (most >= room.most) continue;
     room.most = most;
-    room.words =
-        StrCat(HumanBytes(memory.free_bytes), " of the ", HumanBytes(memory.total_bytes), " of GPU ",
-               options.gpu + rank, " are free beside the model, and ", HumanBytes(reserve), " of them stay free");
+    room.words = StrCat(HumanBytes(memory.free_bytes), " of the ", HumanBytes(memory.total_bytes), " of GPU ", gpu,
+                        " are free beside the model, and ", HumanBytes(reserve), " of them stay free");
   }
-  room.most *= static_cast<uint64_t>(options.ranks);
+  if (!options.share_gpu) room.most *= static_cast<uint64_t>(options.ranks);
   room.default_ = room.most;
   return room;
 }
@@ -87,6 +92,7 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
   load.dtype = options.dtype;
   load.device = options.device;
   load.gpu = options.gpu;
+  load.share_gpu = options.share_gpu;
   load.readers = options.readers;
   load.progress = options.progress;
   load.cancelled = options.cancelled;
@@ -109,6 +115,22 @@ uint64_t HashOf(const StepPlan& plan) {
   return hash;
 }
 
+// Of one stage's ranks.
+StatusOr<std::vector<std::unique_ptr<Communicator>>> MakeGroup(const LocalExecutorOptions& options) {
+  if (options.device == Device::kCpu) return MakeInProcessGroup(options.ranks, options.patience);
+  CudaGroupOptions group;
+  for (int rank = 0; rank < options.ranks; ++rank) group.ordinals.push_back(GpuOf(options, rank));
+  group.patience = options.patience;
+  std::string error;
+  group.nccl = LoadNccl(&error);
+  if (group.nccl == nullptr) log::Info("large messages go without NCCL", {{"reason", error}});
+  std::vector<std::unique_ptr<Communicator>> members = MakeCudaGroup(group, &error);
+  if (members.empty()) {
+    return Status(Code::kUnavailable, StrCat("device cuda with ", options.ranks, " ranks: ", error));
+  }
+  return members;
+}
+
 }  // namespace
 
 StatusOr<std::shared_ptr<const RankWeights>> LocalExecutor::LoadShared(const Checkpoint& checkpoint,
@@ -129,12 +151,13 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   }
   if (options.max_context > 0) max_context = options.max_context;
 
-  if (options.device == Device::kCuda && options.ranks * options.stages > 1) {
-    return Status(Code::kUnimplemented, StrCat("device cuda: ", options.ranks * options.stages,
-                                               " ranks were asked for, but the model runs on one GPU only"));
+  if (options.device == Device::kCuda && options.stages > 1) {
+    return Status(Code::kUnimplemented, StrCat("device cuda: ", options.stages,
+                                               " stages were asked for, but there is no pipeline of GPUs yet"));
   }
 
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
+  ASSIGN_OR_RETURN(Ranks ranks, Connect(options));  // before weights are read for GPUs that are not there
   std::vector<LlamaWeights> weights;
   if (options.weights != nullptr) {
     for (const auto& rank : *options.weights) weights.push_back(Share(rank));
@@ -159,13 +182,12 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   shape.dtype = options.dtype;
   std::vector<KvCache::Shape> shapes(shards.size(), shape);
 
-  Ranks ranks = Connect(options);
   const int threads = options.threads > 0 ? options.threads : UsableCores();
   for (size_t i = 0; i < ranks.size(); ++i) {
     Rank& rank = *ranks[i];
     shapes[i].layers = shards[i].layers(config);
     std::string error;
-    auto stream = Stream::Open(options.device, options.gpu + static_cast<int>(i),
+    auto stream = Stream::Open(options.device, GpuOf(options, static_cast<int>(i)),
                                std::max(1, threads / static_cast<int>(ranks.size())), &error);
     if (stream == nullptr) return Status(Code::kUnavailable, error);
     auto model = Llama::Create(*stream, config, shards[i], std::move(weights[i]), limits, rank.communicator.get());
@@ -208,11 +230,13 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
       new LocalExecutor(std::move(ranks), std::move(scheduler), std::move(options.before_step)));
 }
 
-LocalExecutor::Ranks LocalExecutor::Connect(const LocalExecutorOptions& options) {
+StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions& options) {
   Ranks ranks;
   for (int stage = 0; stage < options.stages; ++stage) {
     std::vector<std::unique_ptr<Communicator>> group(static_cast<size_t>(options.ranks));
-    if (options.ranks > 1) group = MakeInProcessGroup(options.ranks, options.patience);
+    if (options.ranks > 1) {
+      ASSIGN_OR_RETURN(group, MakeGroup(options));
+    }
     for (auto& communicator : group) {
       if (communicator != nullptr && options.check_ranks) communicator = MakeChecked(std::move(communicator));
       ranks.push_back(std::make_shared<Rank>());
@@ -318,6 +342,9 @@ StepResult LocalExecutor::Wait() {
   }
   for (const auto& rank : ranks_) {
     while (failure().ok() && !rank->worker->Done()) std::this_thread::sleep_for(kPoll);
+    // A GPU may have found out in the middle of the step that another one does not come.
+    const std::string error = rank->communicator == nullptr ? "" : rank->communicator->error();
+    if (!error.empty()) Fail(Status(Code::kUnavailable, StrCat("the group of ranks ended: ", error)));
     // A rank may have ended the step before another one failed in it: the next one cannot run then.
     if (result.status = failure(); !result.status.ok()) return result;
     StepResult of_rank = rank->worker->Collect();

@@ -33,6 +33,7 @@ using RankWeights = std::vector<std::shared_ptr<const LlamaWeights>>;  // [stage
 struct LocalExecutorOptions {
   Device device = Device::kCpu;
   int gpu = 0;                 // CUDA: of rank 0; rank r's is gpu + r
+  bool share_gpu = false;      // CUDA, for tests: all ranks are on that one
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
   int ranks = 1;               // of each tensor-parallel group
   int stages = 1;              // of the pipeline; each is such a group
@@ -95,7 +96,7 @@ class LocalExecutor : public Executor {
   using Ranks = std::vector<std::shared_ptr<Rank>>;  // [stages * ranks], those of a stage together
 
   LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, std::function<void(int, uint64_t)> before_step);
-  static Ranks Connect(const LocalExecutorOptions& options);  // without workers
+  static StatusOr<Ranks> Connect(const LocalExecutorOptions& options);  // without workers
   static Status WarmUp(const Ranks& ranks, int32_t tokens, const std::vector<KvCache::Shape>& shapes);
   static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
                    std::function<void(int, uint64_t)> before_step);

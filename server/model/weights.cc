@@ -361,7 +361,7 @@ StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, c
   std::vector<LoadOptions> each(shards.size(), options);
   for (size_t rank = 0; rank < each.size(); ++rank) {
     each[rank].shard = shards[rank];
-    each[rank].gpu = options.gpu + static_cast<int>(rank);
+    if (!options.share_gpu) each[rank].gpu = options.gpu + static_cast<int>(rank);
     each[rank].readers = std::max(1, options.readers / static_cast<int>(shards.size()));
     loaded.emplace_back(Status(Code::kInternal, "not loaded"));
   }

@@ -88,7 +88,8 @@ struct LoadOptions {
   Shard shard;
   DType dtype = DType::kBF16;
   Device device = Device::kCpu;
-  int gpu = 0;      // CUDA: the rank's; for LoadAllRanks the first one's, and the i-th's is gpu + i
+  int gpu = 0;             // CUDA: the rank's; for LoadAllRanks the first one's, and the i-th's is gpu + i
+  bool share_gpu = false;  // LoadAllRanks: the i-th's is gpu too
   int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place, or into pinned memory
                     // from where it is copied to the GPU
   std::function<void(const LoadProgress&)> progress;  // calling thread, about ten times a second and once at the end

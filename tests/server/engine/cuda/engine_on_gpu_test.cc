@@ -183,6 +183,52 @@ TEST(EngineOnGpu, AnswersAreThoseOfTheCpu) {
   EXPECT_EQ(FinishOf(on_gpu[5]), FinishReason::kEos);
 }
 
+// With two ranks sums are split, and each rank has half of the heads and of the vocabulary, the latter padded. They
+// share the GPU and are compared with each other.
+TEST(EngineOnGpu, TwoRanksAnswerAsTwoOnTheCpu) {
+  LocalExecutorOptions options = Options(Device::kCpu, DType::kF32);
+  options.ranks = 2;
+  const auto on_cpu = RunAll(*Start(options), AllKinds());
+  options.device = Device::kCuda;
+  options.patience = std::chrono::minutes(10);
+  options.share_gpu = true;
+  options.check_ranks = true;
+  const auto on_gpu = RunAll(*Start(options), AllKinds());
+  for (size_t i = 0; i < on_gpu.size(); ++i) {
+    SCOPED_TRACE(StrCat("request ", i));
+    for (uint32_t sequence : {0, 1}) EXPECT_EQ(TokensOf(on_gpu[i], sequence), TokensOf(on_cpu[i], sequence));
+    const std::vector<TokenScore> gpu = ScoresOf(on_gpu[i]), cpu = ScoresOf(on_cpu[i]);
+    ASSERT_EQ(gpu.size(), cpu.size());
+    for (size_t t = 0; i != 3 && t < gpu.size(); ++t) EXPECT_NEAR(gpu[t].logprob, cpu[t].logprob, 1e-4) << t;
+  }
+}
+
+TEST(EngineOnGpu, ARankThatDoesNotComeEndsEverything) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kF32);
+  options.ranks = 2;
+  options.share_gpu = true;
+  options.patience = std::chrono::seconds(3);
+  std::atomic<bool> release = false;
+  options.before_step = [&](int rank, uint64_t step) {
+    while (rank == 1 && step == 3 && !release) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  };
+  const auto engine = Start(options);
+  ASSERT_NE(engine, nullptr);
+  const Call call = Submit(*engine, MakeRequest(0, 5, 50));
+  const Status end = call.sink->WaitForEnd().back().status;
+  release = true;
+  EXPECT_EQ(end.reason(), "ENGINE_DOWN");
+  EXPECT_THAT(end.message(), HasSubstr("no word for 3000 ms from rank 1"));
+}
+
+TEST(EngineOnGpu, RefusesMoreRanksThanThereAreGpus) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kF32);
+  options.ranks = 2;
+  const auto executor = LocalExecutor::Create(Model(), options);
+  EXPECT_EQ(executor.status().code(), Code::kUnavailable);
+  EXPECT_EQ(executor.status().message(), "device cuda with 2 ranks: no simulated GPU 1, only 0");
+}
+
 // Alone and undisturbed, then all at once in a pool for half of them.
 TEST(EngineOnGpu, BatchingAndPreemptionChangeNoToken) {
   LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
