@@ -10,7 +10,8 @@ RUN docker/install-deps.sh build
 COPY . .
 RUN cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=ON && ninja -C build/release altiplano && strip build/release/altiplano
 
-FROM nvidia/cuda:13.0.1-base-ubuntu24.04 AS runtime
+# The variant with libraries: cuBLASLt is loaded when the program runs (docs/adr/0006-cublaslt-by-dlopen.md).
+FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS runtime
 COPY docker/install-deps.sh /tmp/install-deps.sh
 RUN /tmp/install-deps.sh runtime && rm -rf /tmp/install-deps.sh /var/lib/apt/lists/*
 COPY --from=build /src/build/release/altiplano /usr/local/bin/altiplano

@@ -77,6 +77,7 @@ LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, Dev
   options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = static_cast<int32_t>(config.model().max_context());
+  options.batch_invariant = config.model().batch_invariant();
   options.kv_bytes = ParseBytes(config.kv().memory()).value() / static_cast<uint64_t>(replicas);
   options.patience =
       std::chrono::duration_cast<std::chrono::milliseconds>(ParseDuration(config.scheduler().step_deadline()).value());

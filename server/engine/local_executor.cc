@@ -167,6 +167,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
 
   Llama::Limits limits;
   limits.max_tokens = options.token_budget;
+  limits.batch_invariant = options.batch_invariant;
   limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
   if (options.device == Device::kCuda) limits.max_context = max_context;
   RankWorker::Limits worker_limits;

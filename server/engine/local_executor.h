@@ -48,6 +48,7 @@ struct LocalExecutorOptions {
                             // at most what is free after a step (half of the host's memory, nearly all of a GPU's),
                             // shared out among the executors
   std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
+  bool batch_invariant = false;                // see Llama::Limits
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
   bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them

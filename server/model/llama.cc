@@ -114,7 +114,7 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                                              .eps = config_.rms_eps})) {
       return false;
     }
-    Linear(stream, {.out = qkv, .x = normed, .weight = layer.qkv});
+    Linear(stream, {.out = qkv, .x = normed, .weight = layer.qkv, .batch_invariant = limits_.batch_invariant});
     RopeStoreKv(stream, {.q = q,
                          .k = k,
                          .v = v,
@@ -132,15 +132,20 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                             .block_tables = inputs.block_tables,
                             .scale = scale,
                             .scratch = scratch_.data,
-                            .scratch_bytes = static_cast<size_t>(scratch_.elements()) * sizeof(float)});
-    Linear(stream, {.out = delta, .x = attention, .weight = layer.o});
+                            .scratch_bytes = static_cast<size_t>(scratch_.elements()) * sizeof(float),
+                            .batch_invariant = limits_.batch_invariant});
+    Linear(stream, {.out = delta, .x = attention, .weight = layer.o, .batch_invariant = limits_.batch_invariant});
     if (!AllReduceAddRmsNorm(
             stream,
             {.out = normed, .residual = residual, .x = delta, .weight = layer.ffn_norm, .eps = config_.rms_eps})) {
       return false;
     }
-    LinearSiluMul(stream, {.out = ffn, .x = normed, .weight = layer.gate_up, .gate_up = gate_up});
-    Linear(stream, {.out = delta, .x = ffn, .weight = layer.down});
+    LinearSiluMul(stream, {.out = ffn,
+                           .x = normed,
+                           .weight = layer.gate_up,
+                           .gate_up = gate_up,
+                           .batch_invariant = limits_.batch_invariant});
+    Linear(stream, {.out = delta, .x = ffn, .weight = layer.down, .batch_invariant = limits_.batch_invariant});
   }
   if (shard_.last_stage()) return AllReduce(stream, delta);
   // For its addition: the norm of the next layer is computed where that layer's weights are.
@@ -161,7 +166,7 @@ TensorView Llama::Logits(Stream& stream, const TensorView& rows) {
   GatherRows(stream, {.out = delta, .x = delta_.first(tokens_), .rows = rows});
   AddRmsNorm(stream,
              {.out = normed, .residual = residual, .x = delta, .weight = weights_.final_norm, .eps = config_.rms_eps});
-  Linear(stream, {.out = logits, .x = normed, .weight = weights_.lm_head});
+  Linear(stream, {.out = logits, .x = normed, .weight = weights_.lm_head, .batch_invariant = limits_.batch_invariant});
   return logits;
 }
 

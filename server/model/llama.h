@@ -41,6 +41,7 @@ class Llama {
   struct Limits {
     int64_t max_tokens = 2048;     // T of one step
     int64_t max_logit_rows = 256;  // R of one Logits call
+    bool batch_invariant = false;  // as in kernels/ops.h
     int64_t max_context = 0;       // for attention's scratch, which only CUDA has a use for; 0: none
   };
 

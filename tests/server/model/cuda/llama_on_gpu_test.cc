@@ -40,7 +40,7 @@ struct Chunk {
 // The model on one device.
 class Side {
  public:
-  Side(std::unique_ptr<Stream> stream, DType act, int32_t page_size)
+  Side(std::unique_ptr<Stream> stream, DType act, int32_t page_size, bool batch_invariant = false)
       : stream_(std::move(stream)), page_size_(page_size) {
     const ModelConfig c = TinyConfig();
     LlamaWeights weights;
@@ -70,7 +70,8 @@ class Side {
                               .head_dim = c.head_dim,
                               .dtype = act},
                              *stream_);
-    llama_ = Llama::Create(*stream_, c, Shard(), std::move(weights), {.max_tokens = 64, .max_logit_rows = 64}, nullptr);
+    llama_ = Llama::Create(*stream_, c, Shard(), std::move(weights),
+                           {.max_tokens = 64, .max_logit_rows = 64, .batch_invariant = batch_invariant}, nullptr);
   }
 
   // Logits of all tokens of a step, [T, V].
@@ -184,6 +185,25 @@ TEST(LlamaOnGpu, LogitsAreThoseOfTheCpuInBf16) {
 TEST(LlamaOnGpu, LogitsAfterALongPromptAreThoseOfTheCpu) {
   const std::vector<int32_t> pages = {5, 0};
   ExpectSameLogits(DType::kBF16, 0.15, 64, {{{Ids(64, 3), 0, pages}}, {{Ids(1, 50), 64, pages}}});
+}
+
+// In one step the prompt goes through the prefill attention, in two through that of few rows.
+TEST(LlamaOnGpu, BatchInvariantLogitsDoNotDependOnHowThePromptIsCut) {
+  const std::vector<int32_t> ids = Ids(64, 3), pages = {5, 0};
+  const std::vector<int32_t> first(ids.begin(), ids.begin() + 32), second(ids.begin() + 32, ids.end());
+  for (bool batch_invariant : {false, true}) {
+    std::string error;
+    auto whole_stream = Stream::Cuda(0, &error), cut_stream = Stream::Cuda(0, &error);
+    if (whole_stream == nullptr) GTEST_SKIP() << error;
+    Side whole(std::move(whole_stream), DType::kBF16, 64, batch_invariant);
+    Side cut(std::move(cut_stream), DType::kBF16, 64, batch_invariant);
+    const auto at_once = whole.Step({{ids, 0, pages}});
+    cut.Step({{first, 0, pages}});
+    const auto rest = cut.Step({{second, 32, pages}});
+    bool same = true;
+    for (int64_t t = 0; t < 32; ++t) same = same && at_once->RowBytes(32 + t) == rest->RowBytes(t);
+    EXPECT_EQ(same, batch_invariant);
+  }
 }
 
 }  // namespace
