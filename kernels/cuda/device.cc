@@ -16,6 +16,10 @@ namespace altiplano {
 namespace {
 
 std::string Sentence(cudaError_t error) {
+  if (error == cudaErrorInsufficientDriver) {
+    return "no NVIDIA driver, or one too old for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+           std::to_string(CUDART_VERSION % 1000 / 10);
+  }
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
