@@ -21,6 +21,6 @@ build_line=$(sed -n 's/^RUN \(cmake --preset release.*\)$/\1/p' docker/cpu.Docke
 need docker/chroot-test.sh "$build_line" "the chroot test runs the Dockerfile's build line"
 need docker/cuda.Dockerfile "${build_line/ALTIPLANO_CUDA=OFF/ALTIPLANO_CUDA=ON}" "the same build with CUDA"
 need docker/chroot-test.sh "/tmp/install-deps.sh runtime && rm -rf /tmp/install-deps.sh /var/lib/apt/lists/*" "the same runtime stage"
-for script in docker/*.sh run .ci/run; do bash -n "$script" || bad=1; done
+for script in docker/*.sh docker/*.sbatch run .ci/run; do bash -n "$script" || bad=1; done
 [ $bad -eq 0 ] && echo "Dockerfiles: ok"
 exit $bad

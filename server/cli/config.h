@@ -21,6 +21,7 @@ std::vector<Flag> SettingsOf(std::span<const std::string_view> groups);
 
 inline constexpr std::string_view kGroupListening = "Listening";
 inline constexpr std::string_view kGroupModel = "Model";
+inline constexpr std::string_view kGroupNodes = "Several nodes";
 inline constexpr std::string_view kGroupKv = "KV cache";
 inline constexpr std::string_view kGroupScheduling = "Scheduling";
 inline constexpr std::string_view kGroupLimits = "Limits for callers";

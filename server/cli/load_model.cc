@@ -7,6 +7,7 @@
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
+#include "server/cli/nodes.h"
 #include "server/cli/units.h"
 #include "server/engine/fault_drill.h"
 #include "server/engine/local_executor.h"
@@ -61,34 +62,30 @@ StatusOr<Device> ChooseDevice(const config::v1::Model& config) {
   return Device::kCpu;
 }
 
-LocalExecutorOptions ExecutorOptions(const config::v1::ServerConfig& config, Device device, const LoadHooks& hooks) {
-  LocalExecutorOptions options;
-  options.device = device;
-  options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
-  options.ranks = static_cast<int>(config.model().tensor_parallel());
-  options.stages = static_cast<int>(config.model().pipeline_parallel());
-  options.check_ranks = config.model().check_ranks();
-  const auto replicas = static_cast<int>(config.model().replicas());
-  const auto threads = static_cast<int>(config.threads().compute());
-  options.threads = std::max(1, (threads > 0 ? threads : UsableCores()) / replicas);
-  options.executors = replicas;
-  options.readers = static_cast<int>(config.threads().load());
-  options.page_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), device));
-  options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
-  options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
-  options.max_context = static_cast<int32_t>(config.model().max_context());
-  options.batch_invariant = config.model().batch_invariant();
-  options.kv_bytes = ParseBytes(config.kv().memory()).value() / static_cast<uint64_t>(replicas);
-  options.patience =
-      std::chrono::duration_cast<std::chrono::milliseconds>(ParseDuration(config.scheduler().step_deadline()).value());
-  options.progress = hooks.progress;
-  options.cancelled = hooks.cancelled;
-  return options;
+// The ranks of one engine, on this machine alone or on all nodes.
+using Ranks = cluster::Leader::Formed;
+
+StatusOr<Ranks> MakeRanks(const Checkpoint& checkpoint, cluster::Leader* leader, const LocalExecutorOptions& options) {
+  if (leader != nullptr) return leader->Form(checkpoint, options);
+  ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(checkpoint, options));
+  Ranks ranks{.executor = nullptr,
+              .scheduler = executor->scheduler_options(),
+              .device = executor->DescribeDevice(),
+              .weight_bytes = executor->weight_bytes(),
+              .kv_bytes = executor->kv_bytes()};
+  ranks.executor = std::move(executor);
+  return ranks;
 }
 
-StatusOr<std::unique_ptr<Executor>> MakeExecutor(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
-  ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor, LocalExecutor::Create(checkpoint, options));
-  return executor;
+// After a failure: as many KV blocks as the scheduler counts on.
+StatusOr<std::unique_ptr<Executor>> MakeRanksAgain(const Checkpoint& checkpoint, cluster::Leader* leader,
+                                                   const LocalExecutorOptions& options, int32_t num_blocks) {
+  ASSIGN_OR_RETURN(Ranks ranks, MakeRanks(checkpoint, leader, options));
+  if (ranks.scheduler.num_blocks < num_blocks) {
+    return Status(Code::kResourceExhausted, StrCat("made again, the KV cache has ", ranks.scheduler.num_blocks,
+                                                   " blocks; before it had ", num_blocks));
+  }
+  return std::move(ranks.executor);
 }
 
 EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const StepCost& cost) {
@@ -147,9 +144,36 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
   return text;
 }
 
-StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
+StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
   ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.model()));
-  if (device == Device::kCuda && config.model().replicas() > 1) {
+  LocalExecutorOptions options;
+  options.device = device;
+  options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
+  options.ranks = static_cast<int>(config.model().tensor_parallel());
+  options.stages = static_cast<int>(PipelineStages(config));
+  options.check_ranks = config.model().check_ranks();
+  const auto replicas = static_cast<int>(config.model().replicas());
+  const auto threads = static_cast<int>(config.threads().compute());
+  options.threads = std::max(1, (threads > 0 ? threads : UsableCores()) / replicas);
+  options.executors = replicas;
+  options.readers = static_cast<int>(config.threads().load());
+  options.page_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), device));
+  options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
+  options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
+  options.max_context = static_cast<int32_t>(config.model().max_context());
+  options.batch_invariant = config.model().batch_invariant();
+  options.kv_bytes = ParseBytes(config.kv().memory()).value() / static_cast<uint64_t>(replicas);
+  options.patience =
+      std::chrono::duration_cast<std::chrono::milliseconds>(ParseDuration(config.scheduler().step_deadline()).value());
+  options.progress = hooks.progress;
+  options.cancelled = hooks.cancelled;
+  ASSIGN_OR_RETURN(options.before_step, FaultDrillFromEnvironment());
+  return options;
+}
+
+StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
+  ASSIGN_OR_RETURN(LocalExecutorOptions executor_options, ExecutorOptionsOf(config, hooks));
+  if (executor_options.device == Device::kCuda && config.model().replicas() > 1) {
     return Status(Code::kUnimplemented, StrCat("--replicas ", config.model().replicas(),
                                                ": with --device cuda there is one, on the first GPUs"));
   }
@@ -164,8 +188,11 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   model.name = config.model().name().empty() ? model.checkpoint->config().name : config.model().name();
   model.dtype = config.model().dtype();
 
-  LocalExecutorOptions executor_options = ExecutorOptions(config, device, hooks);
-  ASSIGN_OR_RETURN(const auto drill, FaultDrillFromEnvironment());
+  if (config.nodes().count() > 1) {
+    ASSIGN_OR_RETURN(auto group, GroupOptionsOf(config, *model.checkpoint, hooks.cancelled));
+    ASSIGN_OR_RETURN(model.leader, cluster::Leader::Start(std::move(group)));
+  }
+  const auto drill = executor_options.before_step;
   const int replicas = executor_options.executors;
   if (replicas > 1) {
     ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
@@ -178,25 +205,26 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       executor_options.before_step = [=, first = replica * executor_options.ranks * executor_options.stages](
                                          int rank, uint64_t step) { drill(first + rank, step); };
     }
-    ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(*model.checkpoint, executor_options));
-    SetSize(executor->scheduler_options(), &options.scheduler);
-    executor_options.kv_bytes = executor->kv_bytes();  // of the next replica, and of one made again
+    ASSIGN_OR_RETURN(Ranks ranks, MakeRanks(*model.checkpoint, model.leader.get(), executor_options));
+    SetSize(ranks.scheduler, &options.scheduler);
+    executor_options.kv_bytes = ranks.kv_bytes;  // of the next replica, and of one made again
     executor_options.progress = {};
     if (config.scheduler().on_engine_failure() == "restart") {
-      options.restart = [checkpoint = model.checkpoint.get(), executor_options]() {
-        return MakeExecutor(*checkpoint, executor_options);
+      options.restart = [checkpoint = model.checkpoint.get(), leader = model.leader.get(), executor_options,
+                         num_blocks = options.scheduler.num_blocks]() {
+        return MakeRanksAgain(*checkpoint, leader, executor_options, num_blocks);
       };
     }
-    model.device = executor->DescribeDevice();
-    model.tensor_parallel = executor_options.ranks;
-    model.pipeline_parallel = executor_options.stages;
-    model.weight_bytes = executor->weight_bytes();  // the replicas share them
-    model.kv_bytes += executor->kv_bytes();
+    model.device = ranks.device;
+    model.weight_bytes = ranks.weight_bytes;  // the replicas share them
+    model.kv_bytes += ranks.kv_bytes;
     model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;
-    model.max_context = options.scheduler.max_context;
-    ASSIGN_OR_RETURN(auto engine, Engine::Start(options, std::move(executor), hooks.on_step));
+    ASSIGN_OR_RETURN(auto engine, Engine::Start(options, std::move(ranks.executor), hooks.on_step));
     engines.push_back(std::move(engine));
   }
+  model.tensor_parallel = executor_options.ranks;
+  model.pipeline_parallel = executor_options.stages;
+  model.max_context = options.scheduler.max_context;
   if (replicas > 1) model.device = StrCat(replicas, " replicas, each ", model.device);
   model.engine = std::make_unique<ReplicaSet>(std::move(engines), config.kv().prefix_cache());
   return model;

@@ -10,6 +10,8 @@
 #include "altiplano/config/v1/server_config.pb.h"
 #include "kernels/tensor.h"
 #include "server/base/status.h"
+#include "server/cluster/group.h"
+#include "server/engine/local_executor.h"
 #include "server/engine/replica_set.h"
 #include "server/model/checkpoint.h"
 #include "server/model/weights.h"
@@ -53,8 +55,12 @@ struct LoadedModel {
   int64_t kv_tokens = 0;  // that the pools of all replicas hold
   uint64_t kv_bytes = 0;
   uint64_t weight_bytes = 0;
+  std::unique_ptr<cluster::Leader> leader;  // null for one node; outlives the engine
   std::unique_ptr<ReplicaSet> engine;
 };
+
+// What an executor of this config is to be given, ALTIPLANO_FAULT included. UNAVAILABLE without a usable device.
+StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks);
 
 // UNAVAILABLE without a usable device, RESOURCE_EXHAUSTED when memory does not suffice, else what is wrong with the
 // files.

@@ -13,6 +13,7 @@
 #include "server/cli/command.h"
 #include "server/cli/config.h"
 #include "server/cli/load_model.h"
+#include "server/cli/nodes.h"
 #include "server/cli/serving.h"
 #include "server/cli/stop_signal.h"
 #include "server/cli/terminal.h"
@@ -132,13 +133,14 @@ int Run(const ParsedFlags& flags) {
   if (config->values.model().path().empty()) {
     return Fail("serve", "needs --model (or model.path in the config file)", kExitUsage);
   }
+  if (Status status = ResolveNodes(&config->values); !status.ok()) return Fail("serve", status.message(), kExitUsage);
   if (flags.boolean("check")) {
     std::printf("configuration ok\n");
     return kExitOk;
   }
   InitLog(config->values.log());
   RaiseFileLimit();
-  return Serve(*config, stop);
+  return config->values.nodes().rank() == 0 ? Serve(*config, stop) : ServeAsFollower(config->values, stop);
 }
 
 }  // namespace
@@ -154,6 +156,7 @@ Subcommand ServeCommand() {
                "  READY address=HOST:PORT [admin=HOST:PORT] model=NAME kv_tokens=N seconds=SINCE_START\n"
                "SIGTERM or SIGINT: health NOT_SERVING, --drain-delay, new requests refused, live ones finish within\n"
                "--drain-timeout, exit code 0. A second one ends live requests at once, exit code 0 too.\n"
+               "With --nodes, the others than the leader print READY node=R of=N leader=HOST:PORT instead.\n"
                "Exit code 75: a device or a rank failed while serving (--on-engine-failure); start it again.",
            .flags = {{.name = "config",
                       .type = FlagType::kPath,

@@ -165,9 +165,11 @@ class Engine::Impl {
     std::vector<std::pair<RequestKey, uint32_t>> stops;
     std::vector<std::promise<int32_t>> cache_resets;
     Status cancel_all;  // not OK: end everything
+    Status lost;        // not OK: the executor failed while no step ran
 
     bool empty() const {
-      return arrivals.empty() && cancels.empty() && stops.empty() && cache_resets.empty() && cancel_all.ok();
+      return arrivals.empty() && cancels.empty() && stops.empty() && cache_resets.empty() && cancel_all.ok() &&
+             lost.ok();
     }
   };
   struct Live {
@@ -213,8 +215,15 @@ class Engine::Impl {
     // it.
     std::shared_ptr<const StepPlan> running;
     bool idle = true;  // nothing runs and nothing could be planned
+    WatchExecutor();
     for (;;) {
       if (!TakeInbox(/*may_sleep=*/idle)) break;
+      if (running == nullptr && !lost_.ok()) {
+        Fail(lost_);
+        if (!Restart()) break;
+        idle = true;
+        continue;
+      }
       std::shared_ptr<const StepPlan> next = scheduler_->Plan(clock_.Now(), &events_);
       Deliver();
       idle = running == nullptr && next == nullptr;
@@ -245,6 +254,16 @@ class Engine::Impl {
       FinishStep(now);
     }
     Stop(running != nullptr);
+  }
+
+  void WatchExecutor() {
+    executor_->OnFailure([this](Status why) {
+      {
+        std::lock_guard lock(mutex_);
+        inbox_.lost = std::move(why);
+      }
+      wake_.notify_one();
+    });
   }
 
   void Launch(std::shared_ptr<const StepPlan> plan) {
@@ -290,6 +309,7 @@ class Engine::Impl {
       for (const auto& [key, live] : live_) scheduler_->Cancel(key, inbox.cancel_all);
     }
     for (std::promise<int32_t>& reset : inbox.cache_resets) reset.set_value(scheduler_->ResetPrefixCache());
+    if (!inbox.lost.ok()) lost_ = std::move(inbox.lost);
     return true;
   }
 
@@ -358,6 +378,12 @@ class Engine::Impl {
       StatusOr<std::unique_ptr<Executor>> executor = options_.restart();
       if (executor.ok()) {
         executor_ = std::move(executor).value();
+        {
+          std::lock_guard lock(mutex_);
+          inbox_.lost = OkStatus();  // of the one that is gone
+        }
+        lost_ = OkStatus();
+        WatchExecutor();
         restarted_ = true;
         step_started_.store(0, std::memory_order_release);
         down_.store(false, std::memory_order_release);
@@ -407,6 +433,7 @@ class Engine::Impl {
   const std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<Executor> executor_;  // null after a restart that failed
   bool restarted_ = false;              // and no step has ended since
+  Status lost_;                         // what the executor said while no step ran
   std::unordered_map<RequestKey, Live> live_;
   std::vector<Event> events_;
   std::vector<LeftQueue> left_queue_;  // scratch of Account

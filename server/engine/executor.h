@@ -1,6 +1,7 @@
 // Executor: runs planned steps on the ranks. The engine's only view of devices.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "server/scheduler/step_plan.h"
@@ -15,6 +16,9 @@ class Executor {
   virtual void Launch(std::shared_ptr<const StepPlan> plan) = 0;
   // Blocks until the oldest launched step has ended. Engine thread.
   virtual StepResult Wait() = 0;
+  // `failed` is called, from any thread, when the devices are lost while no step runs. Engine thread, before the first
+  // Launch; for executors that can tell.
+  virtual void OnFailure(std::function<void(Status)> /*failed*/) {}
 };
 
 }  // namespace altiplano

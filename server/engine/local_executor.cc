@@ -16,10 +16,15 @@ namespace {
 
 constexpr auto kJoinPatience = std::chrono::seconds(5);
 
+int LocalStages(const LocalExecutorOptions& options) {
+  return options.local_stages > 0 ? options.local_stages : options.stages;
+}
+
 // Of all ranks, those of a stage together.
 StatusOr<std::vector<Shard>> MakeShards(const ModelConfig& config, const LocalExecutorOptions& options) {
   std::vector<Shard> shards;
-  for (int stage = 0; stage < options.stages; ++stage) {
+  for (int i = 0; i < LocalStages(options); ++i) {
+    const int stage = options.first_stage + i;
     for (int rank = 0; rank < options.ranks; ++rank) {
       ASSIGN_OR_RETURN(const Shard shard, Shard::Make(config, rank, options.ranks, stage, options.stages));
       shards.push_back(shard);
@@ -176,7 +181,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   worker_limits.max_context = max_context;
   worker_limits.page_size = options.page_size;
   KvCache::Shape shape;
-  shape.layers = config.layers;  // of all stages together
+  for (const Shard& shard : shards) shape.layers += shard.rank == 0 ? shard.layers(config) : 0;  // of all stages here
   shape.kv_heads = shards.front().kv_heads(config);
   shape.page_size = options.page_size;
   shape.head_dim = config.head_dim;
@@ -204,6 +209,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
                     StrCat("no memory for the logits and the sampling of ", options.max_running, " sequences"));
     }
   }
+  if (options.meet) RETURN_IF_ERROR(options.meet());
   RETURN_IF_ERROR(WarmUp(ranks, 1, shapes));
   // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
   const int64_t largest = std::min<int64_t>(options.token_budget, int64_t{max_context} * options.max_running);
@@ -227,13 +233,13 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   scheduler.token_budget = options.token_budget;
   scheduler.max_context = max_context;
   scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
-  return std::unique_ptr<LocalExecutor>(
-      new LocalExecutor(std::move(ranks), std::move(scheduler), std::move(options.before_step)));
+  return std::unique_ptr<LocalExecutor>(new LocalExecutor(
+      std::move(ranks), std::move(scheduler), options.first_stage * options.ranks, std::move(options.before_step)));
 }
 
 StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions& options) {
   Ranks ranks;
-  for (int stage = 0; stage < options.stages; ++stage) {
+  for (int stage = 0; stage < LocalStages(options); ++stage) {
     std::vector<std::unique_ptr<Communicator>> group(static_cast<size_t>(options.ranks));
     if (options.ranks > 1) {
       ASSIGN_OR_RETURN(group, MakeGroup(options));
@@ -246,10 +252,17 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions
   }
   if (options.stages == 1) return ranks;
   const auto stage_size = static_cast<size_t>(options.ranks);
+  const bool all_here = LocalStages(options) == options.stages;
+  const size_t first_rank = static_cast<size_t>(options.first_stage) * stage_size;
   for (size_t i = 0; i < ranks.size(); ++i) {
     const size_t next = (i + stage_size) % ranks.size();
+    if (!all_here && next < stage_size) {
+      ranks[i]->next = options.outer_next[next];
+      ranks[next]->previous = options.outer_previous[next];
+      continue;
+    }
     std::tie(ranks[i]->next, ranks[next]->previous) =
-        MakeInProcessLink(StrCat("rank ", i), StrCat("rank ", next), options.patience);
+        MakeInProcessLink(StrCat("rank ", first_rank + i), StrCat("rank ", first_rank + next), options.patience);
   }
   return ranks;
 }
@@ -275,14 +288,14 @@ Status LocalExecutor::WarmUp(const Ranks& ranks, int32_t tokens, const std::vect
   return OkStatus();
 }
 
-LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options,
+LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, int first_rank,
                              std::function<void(int, uint64_t)> before_step)
     : scheduler_options_(std::move(scheduler_options)), ranks_(std::move(ranks)), shared_(std::make_shared<Shared>()) {
   shared_->plans.resize(ranks_.size());
   shared_->enqueued.resize(ranks_.size());
   shared_->running = this->ranks();
   for (int i = 0; i < this->ranks(); ++i) {
-    threads_.emplace_back(Loop, shared_, ranks_, i, before_step);
+    threads_.emplace_back(Loop, shared_, ranks_, i, first_rank, before_step);
   }
 }
 
@@ -294,7 +307,8 @@ LocalExecutor::~LocalExecutor() {
     shared_->changed.notify_all();
     for (const auto& rank : ranks_) rank->Abort("the executor ends");
     const auto all_ended = [&] { return shared_->running == 0; };
-    if (ranks() == 1) shared_->changed.wait(lock, all_ended);  // a step, however long, ends
+    const bool alone = ranks() == 1 && ranks_[0]->next == nullptr;
+    if (alone) shared_->changed.wait(lock, all_ended);  // a step, however long, ends
     ended = shared_->changed.wait_for(lock, kJoinPatience, all_ended);
   }
   if (!ended) log::Error("a rank hangs: its thread and its memory are left behind");
@@ -337,9 +351,6 @@ StepResult LocalExecutor::Wait() {
       return std::all_of(shared_->enqueued.begin(), shared_->enqueued.end(), [](int steps) { return steps > 0; });
     };
     shared_->changed.wait(lock, [&] { return all_enqueued() || !shared_->failure.ok(); });
-    if (shared_->failure.ok()) {
-      for (int& steps : shared_->enqueued) --steps;
-    }
   }
   for (const auto& rank : ranks_) {
     while (failure().ok() && !rank->worker->Done()) std::this_thread::sleep_for(kPoll);
@@ -352,7 +363,10 @@ StepResult LocalExecutor::Wait() {
     if (!of_rank.status.ok()) Fail(of_rank.status);
     if (rank->worker->samples()) result = std::move(of_rank);
   }
-  result.status = failure();
+  std::lock_guard lock(shared_->mutex);
+  for (int& steps : shared_->enqueued) --steps;
+  shared_->changed.notify_all();
+  result.status = shared_->failure;
   return result;
 }
 
@@ -365,29 +379,33 @@ void LocalExecutor::Fail(const Status& status) {
   {
     std::lock_guard lock(shared_->mutex);
     if (shared_->failure.ok()) shared_->failure = status;
+    shared_->changed.notify_all();
   }
   for (const auto& rank : ranks_) rank->Abort(status.message());
 }
 
-void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
+void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
                          std::function<void(int, uint64_t)> before_step) {
   RankWorker& worker = *ranks[static_cast<size_t>(index)]->worker;
   worker.stream().UseFromThisThread();
   auto enqueue = [&](const StepPlan& plan) {
     try {
-      if (before_step) before_step(index, plan.step);
+      if (before_step) before_step(first_rank + index, plan.step);
       // Ranks that differ end the group, and so the step.
       Communicator* group = ranks[static_cast<size_t>(index)]->communicator.get();
       if (group != nullptr) group->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
       return worker.Enqueue(plan);
     } catch (const std::exception& error) {  // nothing of ours throws but an allocation
-      return Status(Code::kInternal, StrCat("rank ", index, ": ", error.what()));
+      return Status(Code::kInternal, StrCat("rank ", first_rank + index, ": ", error.what()));
     }
   };
   std::unique_lock lock(shared->mutex);
   auto& plans = shared->plans[static_cast<size_t>(index)];
   for (;;) {
-    shared->changed.wait(lock, [&] { return shared->stop || !plans.empty(); });
+    // A rank has room for two steps: a process without the last stage may be asked for a third before Wait has the
+    // first.
+    const int& enqueued = shared->enqueued[static_cast<size_t>(index)];
+    shared->changed.wait(lock, [&] { return shared->stop || (!plans.empty() && enqueued < 2); });
     if (shared->stop) break;
     const std::shared_ptr<const StepPlan> plan = std::move(plans.front());
     plans.pop_front();

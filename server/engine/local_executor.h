@@ -37,9 +37,15 @@ struct LocalExecutorOptions {
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
   int ranks = 1;               // of each tensor-parallel group
   int stages = 1;              // of the pipeline; each is such a group
-  int threads = 0;             // CPU: of all ranks together; 0: one for each core this process may use
-  int readers = 4;             // threads that read the checkpoint
-  int32_t page_size = 16;      // tokens in a KV block
+  // Of the stages, those of this process; 0: all. Then outer_previous and outer_next lead to the processes that have
+  // the stages before and after, around the ring: [ranks] each.
+  int first_stage = 0;
+  int local_stages = 0;
+  std::vector<std::shared_ptr<Link>> outer_previous, outer_next;
+  std::function<Status()> meet;  // waits until all processes have loaded, before the ranks first talk
+  int threads = 0;               // CPU: of all ranks together; 0: one for each core this process may use
+  int readers = 4;               // threads that read the checkpoint
+  int32_t page_size = 16;        // tokens in a KV block
   int32_t max_running = 256;
   int32_t token_budget = 2048;
   int32_t max_context = 0;  // 0: the model's own
@@ -66,6 +72,10 @@ class LocalExecutor : public Executor {
   static StatusOr<std::unique_ptr<LocalExecutor>> Create(const Checkpoint& checkpoint, LocalExecutorOptions options);
   ~LocalExecutor() override;
 
+  // Ends the group as a failed rank does. Any thread.
+  void Abort(std::string_view reason) { Fail(Status(Code::kUnavailable, std::string(reason))); }
+
+  // A process without the last stage gets results without tokens.
   void Launch(std::shared_ptr<const StepPlan> plan) override;
   StepResult Wait() override;
 
@@ -82,7 +92,7 @@ class LocalExecutor : public Executor {
     std::mutex mutex;  // guards what follows
     std::condition_variable changed;
     std::vector<std::deque<std::shared_ptr<const StepPlan>>> plans;  // [ranks]
-    std::vector<int> enqueued;                                       // [ranks]: steps not asked for by Wait yet
+    std::vector<int> enqueued;                                       // [ranks]: steps not collected by Wait yet
     Status failure;                                                  // the first
     int running = 0;                                                 // threads
     bool stop = false;
@@ -94,12 +104,13 @@ class LocalExecutor : public Executor {
 
     void Abort(std::string_view reason) const;  // any thread
   };
-  using Ranks = std::vector<std::shared_ptr<Rank>>;  // [stages * ranks], those of a stage together
+  using Ranks = std::vector<std::shared_ptr<Rank>>;  // [local stages * ranks], those of a stage together
 
-  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, std::function<void(int, uint64_t)> before_step);
+  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, int first_rank,
+                std::function<void(int, uint64_t)> before_step);
   static StatusOr<Ranks> Connect(const LocalExecutorOptions& options);  // without workers
   static Status WarmUp(const Ranks& ranks, int32_t tokens, const std::vector<KvCache::Shape>& shapes);
-  static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
+  static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
                    std::function<void(int, uint64_t)> before_step);
   Status failure() const;
   void Fail(const Status& status);

@@ -1,0 +1,133 @@
+#include "server/cli/nodes.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "server/base/log.h"
+#include "server/base/strings.h"
+#include "server/cli/command.h"
+#include "server/cli/load_model.h"
+#include "server/cli/terminal.h"
+#include "server/cli/units.h"
+#include "server/cli/version.h"
+#include "server/model/fingerprint.h"
+
+namespace altiplano::cli {
+
+namespace {
+
+Duration Time(const std::string& text) {
+  return ParseDuration(text).value();  // checked when the config was made
+}
+std::chrono::milliseconds Milliseconds(const std::string& text) {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(Time(text));
+}
+
+Status Refuse(std::string message) {
+  return Status(Code::kInvalidArgument, std::move(message));
+}
+
+}  // namespace
+
+uint32_t PipelineStages(const config::v1::ServerConfig& config) {
+  const uint32_t stages = config.model().pipeline_parallel();
+  return stages > 0 ? stages : config.nodes().count();
+}
+
+Status ResolveNodes(config::v1::ServerConfig* config) {
+  config::v1::Nodes& nodes = *config->mutable_nodes();
+  if (nodes.launcher() != "none") {
+    ASSIGN_OR_RETURN(const cluster::Place place, cluster::PlaceFromEnvironment(nodes.launcher(), std::getenv));
+    nodes.set_count(static_cast<uint32_t>(place.nodes));
+    nodes.set_rank(static_cast<uint32_t>(place.rank));
+    if (nodes.leader().empty()) nodes.set_leader(place.leader);
+  }
+  const uint32_t count = nodes.count();
+  if (nodes.rank() >= count) {
+    return Refuse(StrCat("--node-rank is ", nodes.rank(), ", with --nodes ", count, " it must be less than ", count));
+  }
+  if (count > 1 && nodes.leader().empty()) return Refuse(StrCat("--nodes ", count, " needs --leader HOST:PORT"));
+  if (count > 1 && config->model().replicas() > 1) {
+    return Refuse("--replicas and --nodes exclude each other: run a group of nodes for each replica");
+  }
+  const uint32_t stages = config->model().pipeline_parallel();
+  if (stages % count != 0) {
+    return Refuse(
+        StrCat("--pipeline-parallel is ", stages, ", with --nodes ", count, " it must be a multiple of ", count));
+  }
+  return OkStatus();
+}
+
+StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& config, const Checkpoint& checkpoint,
+                                               std::function<bool()> cancelled) {
+  cluster::GroupOptions options;
+  options.place.rank = static_cast<int>(config.nodes().rank());
+  options.place.nodes = static_cast<int>(config.nodes().count());
+  options.place.leader = config.nodes().leader();
+  options.join_patience = Milliseconds(config.nodes().join_timeout());
+  options.silence = Milliseconds(config.scheduler().step_deadline());
+  options.cancelled = std::move(cancelled);
+  ASSIGN_OR_RETURN(options.terms["model"], Fingerprint(checkpoint));
+  options.terms["version"] = StrCat(kVersion, " ", kCommit);
+  options.terms["nodes"] = StrCat(config.nodes().count());
+  options.terms["dtype"] = config.model().dtype();
+  options.terms["tensor-parallel"] = StrCat(config.model().tensor_parallel());
+  options.terms["pipeline-parallel"] = StrCat(PipelineStages(config));
+  options.terms["max-model-len"] = StrCat(config.model().max_context());
+  options.terms["batch-invariant"] = config.model().batch_invariant() ? "true" : "false";
+  options.terms["block-size"] = StrCat(config.kv().block_size());
+  options.terms["max-num-seqs"] = StrCat(config.scheduler().max_num_seqs());
+  options.terms["max-num-batched-tokens"] = StrCat(config.scheduler().max_num_batched_tokens());
+  return options;
+}
+
+int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
+  const std::string& path = config.model().path();
+  auto checkpoint = Checkpoint::Open(path);
+  if (!checkpoint.ok()) return Fail("serve", checkpoint.status().message(), ExitCodeOfLoad(checkpoint.status()));
+  // The signal comes to all nodes at once: this one stays until the leader has drained, or can have.
+  std::atomic<bool> ready{false};
+  const Duration drain = Time(config.drain().delay()) + Time(config.drain().timeout()) + std::chrono::seconds(5);
+  TimePoint give_up = kNever;
+  const auto cancelled = [&] {
+    if (stop.count() == 0) return false;
+    if (!ready || stop.count() > 1) return true;
+    if (give_up == kNever) {
+      log::Info("waiting for the leader to drain");
+      give_up = Clock::Real().Now() + drain;
+    }
+    return Clock::Real().Now() > give_up;
+  };
+  auto options = GroupOptionsOf(config, **checkpoint, cancelled);
+  if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
+  LoadHooks hooks{.progress = LoadProgressPrinter(), .cancelled = cancelled, .on_step = {}};
+  auto executor_options = ExecutorOptionsOf(config, hooks);
+  if (!executor_options.ok()) {
+    return Fail("serve", executor_options.status().message(), ExitCodeOfLoad(executor_options.status()));
+  }
+  const cluster::Place& place = options->place;
+  log::Info("joining the leader", {{"leader", place.leader}, {"node", place.rank}, {"nodes", place.nodes}});
+  for (;;) {
+    ready = false;
+    const Status end = cluster::Follow(*options, **checkpoint, *executor_options, [&] {
+      ready = true;
+      std::printf("READY node=%d of=%d leader=%s\n", place.rank, place.nodes, place.leader.c_str());
+      std::fflush(stdout);
+    });
+    if (end.ok() || end.code() == Code::kCancelled) {
+      log::Info("stopped", {{"why", end.ok() ? "the leader has stopped" : "a signal"}});
+      return kExitOk;
+    }
+    if (!ready) {
+      const bool refused = end.code() == Code::kFailedPrecondition || end.code() == Code::kInvalidArgument;
+      return Fail("serve", end.message(), refused ? kExitUsage : ExitCodeOfLoad(end));
+    }
+    log::Error("the group has ended", {{"why", end.message()}});
+    if (config.scheduler().on_engine_failure() != "restart") return kExitRestart;
+    log::Info("joining the leader again", {{"leader", place.leader}});
+  }
+}
+
+}  // namespace altiplano::cli

@@ -1,0 +1,28 @@
+// Several nodes: from flags to a place in a group, and what a node does that does not lead.
+#pragma once
+
+#include <functional>
+
+#include "altiplano/config/v1/server_config.pb.h"
+#include "server/base/status.h"
+#include "server/cli/stop_signal.h"
+#include "server/cluster/group.h"
+#include "server/model/checkpoint.h"
+
+namespace altiplano::cli {
+
+// Stages of the pipeline: as configured, or one for each node.
+uint32_t PipelineStages(const config::v1::ServerConfig& config);
+
+// Fills config->nodes() from the launcher. INVALID_ARGUMENT or
+// FAILED_PRECONDITION naming the flag to change.
+Status ResolveNodes(config::v1::ServerConfig* config);
+
+// Of a config that ResolveNodes has seen.
+StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& config, const Checkpoint& checkpoint,
+                                               std::function<bool()> cancelled);
+
+// Until the group ends, or stop asks for it. Returns the exit code.
+int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop);
+
+}  // namespace altiplano::cli

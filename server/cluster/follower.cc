@@ -1,0 +1,256 @@
+#include <grpcpp/grpcpp.h>
+
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "altiplano/cluster/v1/cluster.grpc.pb.h"
+#include "server/base/log.h"
+#include "server/base/strings.h"
+#include "server/cluster/data_links.h"
+#include "server/cluster/group.h"
+#include "server/cluster/heartbeat.h"
+#include "server/cluster/plan_proto.h"
+
+namespace altiplano::cluster {
+
+namespace {
+
+using SteadyTime = std::chrono::steady_clock::time_point;
+
+SteadyTime Now() {
+  return std::chrono::steady_clock::now();
+}
+
+// The call to the leader: one thread reads, one sends heartbeats, others send when they have something.
+class Call {
+ public:
+  Call(const GroupOptions& options, v1::LeaderService::Stub& stub)
+      : options_(options), stream_(stub.Join(&context_)), last_heard_(Now()) {
+    reader_ = std::thread([this] { Read(); });
+    heart_ = std::thread([this] { Beat(); });
+  }
+  ~Call() {
+    context_.TryCancel();
+    {
+      std::lock_guard lock(mutex_);
+      closed_ = true;
+    }
+    changed_.notify_all();
+    reader_.join();
+    heart_.join();
+  }
+
+  void Send(const v1::FollowerMessage& message) {
+    std::lock_guard lock(write_mutex_);
+    stream_->Write(message);  // when that fails, so does Next
+  }
+
+  // The last message was that the group has ended. The thread that calls Next.
+  bool over() const { return over_; }
+
+  // What the leader sends next, but for heartbeats. An error: the call is over; CANCELLED: options.cancelled says so.
+  StatusOr<v1::LeaderMessage> Next() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      if (!inbox_.empty()) {
+        v1::LeaderMessage message = std::move(inbox_.front());
+        inbox_.pop_front();
+        over_ = message.has_ended();
+        return message;
+      }
+      if (closed_) break;
+      if (options_.cancelled && options_.cancelled()) return Status(Code::kCancelled, "cancelled");
+      if (Now() - last_heard_ > options_.silence) {
+        return Status(Code::kUnavailable, StrCat("no word for ", options_.silence.count(), " ms from the leader"));
+      }
+      changed_.wait_for(lock, kPollInterval);
+    }
+    lock.unlock();
+    if (!end_.ok()) return end_;  // a call is finished once
+    const grpc::Status status = stream_->Finish();
+    end_ = status.ok() ? Status(Code::kUnavailable, "the leader has hung up")
+                       : Status(static_cast<Code>(status.error_code()), status.error_message());
+    return end_;
+  }
+
+ private:
+  void Read() {
+    v1::LeaderMessage message;
+    while (stream_->Read(&message)) {
+      std::lock_guard lock(mutex_);
+      last_heard_ = Now();
+      if (message.has_heartbeat()) continue;
+      inbox_.push_back(std::move(message));
+      changed_.notify_all();
+    }
+    std::lock_guard lock(mutex_);
+    closed_ = true;
+    changed_.notify_all();
+  }
+
+  void Beat() {
+    v1::FollowerMessage message;
+    message.mutable_heartbeat();
+    const auto interval = HeartbeatInterval(options_.silence);
+    std::unique_lock lock(mutex_);
+    while (!changed_.wait_for(lock, interval, [&] { return closed_; })) {
+      if (!greeted_) continue;
+      lock.unlock();
+      Send(message);
+      lock.lock();
+    }
+  }
+
+ public:
+  // The first message: no heartbeat goes before it.
+  void Greet(const v1::FollowerMessage& hello) {
+    Send(hello);
+    std::lock_guard lock(mutex_);
+    greeted_ = true;
+  }
+
+ private:
+  const GroupOptions& options_;
+  grpc::ClientContext context_;
+  const std::unique_ptr<grpc::ClientReaderWriter<v1::FollowerMessage, v1::LeaderMessage>> stream_;
+  std::mutex write_mutex_;
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable changed_;
+  std::deque<v1::LeaderMessage> inbox_;
+  SteadyTime last_heard_;
+  bool greeted_ = false;
+  // Of the thread that calls Next.
+  bool over_ = false;
+  Status end_;  // how the call ended
+  bool closed_ = false;
+  std::thread reader_, heart_;
+};
+
+// Launches what the leader plans, and sends back what becomes of it.
+class Work {
+ public:
+  // samples: this node has the last stage.
+  Work(Call* call, std::unique_ptr<LocalExecutor> executor, bool samples)
+      : call_(*call), samples_(samples), executor_(std::move(executor)), results_([this] { SendResults(); }) {}
+  ~Work() {
+    executor_->Abort("the group has ended");
+    results_.join();
+  }
+  void Launch(const v1::Plan& plan) { executor_->Launch(PlanFromProto(plan)); }
+
+ private:
+  // A node without the last stage has nothing to tell but a failure.
+  void SendResults() {
+    for (;;) {
+      const StepResult result = executor_->Wait();
+      if (result.status.ok() && !samples_) continue;
+      v1::FollowerMessage message;
+      ResultToProto(result, message.mutable_step_done());
+      call_.Send(message);
+      if (!result.status.ok()) return;
+    }
+  }
+
+  Call& call_;
+  const bool samples_;
+  const std::unique_ptr<LocalExecutor> executor_;
+  std::thread results_;
+};
+
+// What to do about a message that is not one of those expected now.
+Status Unexpected(const v1::LeaderMessage& message) {
+  if (!message.has_ended()) return Status(Code::kInternal, "the leader sent what was not expected");
+  if (message.ended().reason().empty()) return Status(Code::kAborted, "the leader has stopped");
+  return Status(Code::kUnavailable, message.ended().reason());
+}
+
+Status Serve(const GroupOptions& options, Call& call, const DataListener& listener, const v1::Formed& formed,
+             const Checkpoint& checkpoint, LocalExecutorOptions executor_options,
+             const std::function<void()>& on_ready) {
+  const Place& place = options.place;
+  const int after = (place.rank + 1) % place.nodes;
+  ASSIGN_OR_RETURN(DataLinks links, ConnectDataLinks(listener,
+                                                     {.token = formed.token(),
+                                                      .node = place.rank,
+                                                      .nodes = place.nodes,
+                                                      .ranks = executor_options.ranks,
+                                                      .next_address = formed.data_addresses(after),
+                                                      .link_patience = executor_options.patience},
+                                                     options.silence, options.cancelled));
+  executor_options.local_stages = executor_options.stages / place.nodes;
+  executor_options.first_stage = executor_options.local_stages * place.rank;
+  executor_options.outer_previous = std::move(links.previous);
+  executor_options.outer_next = std::move(links.next);
+  executor_options.meet = [&call]() -> Status {
+    v1::FollowerMessage loaded;
+    loaded.mutable_loaded();
+    call.Send(loaded);
+    ASSIGN_OR_RETURN(const v1::LeaderMessage message, call.Next());
+    return message.has_warm_up() ? OkStatus() : Unexpected(message);
+  };
+  const bool samples = place.rank == place.nodes - 1;
+  ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(checkpoint, std::move(executor_options)));
+  v1::FollowerMessage warmed_up;
+  warmed_up.mutable_warmed_up()->set_num_blocks(static_cast<uint32_t>(executor->scheduler_options().num_blocks));
+  call.Send(warmed_up);
+  Work work(&call, std::move(executor), samples);
+  on_ready();
+  for (;;) {
+    ASSIGN_OR_RETURN(const v1::LeaderMessage message, call.Next());
+    if (!message.has_plan()) return Unexpected(message);
+    work.Launch(message.plan());
+  }
+}
+
+}  // namespace
+
+Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalExecutorOptions executor_options,
+              const std::function<void()>& on_ready) {
+  const SteadyTime end = Now() + options.join_patience;
+  // The leader's name may not be known yet.
+  StatusOr<std::string> host = LocalAddressTowards(options.place.leader);
+  while (!host.ok() && Now() < end && !(options.cancelled && options.cancelled())) {
+    std::this_thread::sleep_for(4 * kPollInterval);
+    host = LocalAddressTowards(options.place.leader);
+  }
+  RETURN_IF_ERROR(host.status());
+  ASSIGN_OR_RETURN(const auto listener, DataListener::Start(*host));
+  v1::FollowerMessage hello;
+  hello.mutable_hello()->set_node_rank(static_cast<uint32_t>(options.place.rank));
+  hello.mutable_hello()->mutable_terms()->insert(options.terms.begin(), options.terms.end());
+  hello.mutable_hello()->set_data_address(listener->address());
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  const auto stub = v1::LeaderService::NewStub(
+      grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));
+  for (;;) {
+    Call call(options, *stub);
+    call.Greet(hello);
+    const auto formed = call.Next();
+    if (formed.ok() && formed->has_formed()) {
+      log::Info("the group is complete: loading", {{"node", options.place.rank}});
+      Status status =
+          Serve(options, call, *listener, formed->formed(), checkpoint, std::move(executor_options), on_ready);
+      if (status.code() == Code::kAborted) return OkStatus();
+      if (!status.ok() && !call.over()) {
+        v1::FollowerMessage failed;
+        failed.mutable_step_done()->set_error(status.message());
+        call.Send(failed);
+        while (!call.over() && call.Next().ok()) {
+        }  // the leader hears it before the call goes
+      }
+      return status;
+    }
+    const Status why = formed.ok() ? Unexpected(*formed) : formed.status();
+    const bool may_come = why.code() == Code::kUnavailable || why.code() == Code::kAlreadyExists;
+    if (!may_come || Now() > end) return why;
+    std::this_thread::sleep_for(4 * kPollInterval);
+  }
+}
+
+}  // namespace altiplano::cluster

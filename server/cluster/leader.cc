@@ -1,0 +1,434 @@
+#include <grpcpp/grpcpp.h>
+
+#include <condition_variable>
+#include <deque>
+#include <list>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "altiplano/cluster/v1/cluster.grpc.pb.h"
+#include "server/base/log.h"
+#include "server/base/strings.h"
+#include "server/cluster/data_links.h"
+#include "server/cluster/group.h"
+#include "server/cluster/heartbeat.h"
+#include "server/cluster/plan_proto.h"
+
+namespace altiplano::cluster {
+
+namespace {
+
+using SteadyTime = std::chrono::steady_clock::time_point;
+using Message = std::shared_ptr<const v1::LeaderMessage>;
+
+constexpr auto kFarewell = std::chrono::seconds(1);  // for a follower to hang up by itself
+
+SteadyTime Now() {
+  return std::chrono::steady_clock::now();
+}
+
+std::string RandomToken() {
+  std::random_device random;
+  std::string token;
+  for (int i = 0; i < 4; ++i) token += StrFormat("%08x", random());
+  return token;
+}
+
+class Group;
+
+// A follower, from its Hello until its call ends. Everything is guarded by the state's mutex.
+struct Member {
+  int node = 0;
+  std::string data_address;
+  grpc::ServerContext* context = nullptr;  // null: the call has ended
+  std::shared_ptr<Group> group;
+  std::deque<Message> outbox;
+  bool heartbeat_queued = false;
+  SteadyTime last_heard;
+  SteadyTime hang_up_at = SteadyTime::max();
+  bool loaded = false;
+  uint32_t num_blocks = 0;  // 0: has not warmed up
+};
+
+struct State {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::list<std::shared_ptr<Member>> callers;  // guarded by mutex
+  std::shared_ptr<Group> forming;              // guarded by mutex: whom the next to join belongs to
+  bool stop = false;                           // guarded by mutex
+};
+
+// One generation of nodes, from the first that joins to the end. Everything under the state's mutex.
+class Group {
+ public:
+  Group(int nodes, State* state) : members(static_cast<size_t>(nodes)), state_(*state) {}
+
+  bool complete() const {
+    for (size_t node = 1; node < members.size(); ++node) {
+      if (members[node] == nullptr) return false;
+    }
+    return true;
+  }
+  void PostToAll(const Message& message) {
+    for (const auto& member : members) {
+      if (member != nullptr) member->outbox.push_back(message);
+    }
+    state_.changed.notify_all();
+  }
+  // The first reason stays. Empty: in order.
+  void End(const std::string& reason) {
+    if (ended) return;
+    ended = true;
+    failure = reason;
+    if (on_end) on_end(Status(Code::kUnavailable, reason));
+    auto message = std::make_shared<v1::LeaderMessage>();
+    message->mutable_ended()->set_reason(reason);
+    PostToAll(message);
+    for (const auto& member : members) {
+      if (member != nullptr) member->hang_up_at = Now() + kFarewell;
+    }
+  }
+
+  std::vector<std::shared_ptr<Member>> members;  // [nodes]; null: the leader itself, and who has not joined
+  bool formed = false;                           // nobody joins any more; who leaves ends it
+  bool ended = false;
+  std::string failure;  // once ended
+  std::function<void(Status)> on_end;
+  std::deque<StepResult> results;
+
+ private:
+  State& state_;
+};
+
+class Service final : public v1::LeaderService::Service {
+ public:
+  Service(State* state, const GroupOptions* options) : state_(*state), options_(*options) {}
+
+  grpc::Status Join(grpc::ServerContext* context,
+                    grpc::ServerReaderWriter<v1::LeaderMessage, v1::FollowerMessage>* stream) override {
+    v1::FollowerMessage message;
+    if (!stream->Read(&message) || !message.has_hello()) {
+      return {grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"};
+    }
+    auto member = std::make_shared<Member>();
+    if (grpc::Status refused = Enter(message.hello(), context, member); !refused.ok()) return refused;
+    std::thread writer([&] { Write(*member, *stream); });
+    while (stream->Read(&message)) Read(*member, message);
+    Leave(*member);
+    writer.join();
+    return grpc::Status::OK;
+  }
+
+ private:
+  grpc::Status Enter(const v1::Hello& hello, grpc::ServerContext* context, const std::shared_ptr<Member>& member) {
+    const auto node = static_cast<int>(hello.node_rank());
+    if (node < 1 || node >= options_.place.nodes) {
+      return {grpc::StatusCode::FAILED_PRECONDITION,
+              StrCat("there is no node ", node, " to follow: the leader has --nodes ", options_.place.nodes)};
+    }
+    for (const auto& [name, mine] : options_.terms) {
+      auto theirs = hello.terms().find(name);
+      const std::string value = theirs == hello.terms().end() ? "none" : theirs->second;
+      if (value == mine) continue;
+      const std::string what = StrCat("node ", node, " has ", name, " ", value, ", the leader has ", mine);
+      log::Warn("a node was refused", {{"why", what}});
+      return {grpc::StatusCode::FAILED_PRECONDITION, what};
+    }
+    std::lock_guard lock(state_.mutex);
+    if (state_.stop) return {grpc::StatusCode::UNAVAILABLE, "the leader stops"};
+    auto& place = state_.forming->members[static_cast<size_t>(node)];
+    if (place != nullptr) return {grpc::StatusCode::ALREADY_EXISTS, StrCat("node ", node, " has joined already")};
+    member->node = node;
+    member->data_address = hello.data_address();
+    member->context = context;
+    member->group = state_.forming;
+    member->last_heard = Now();
+    place = member;
+    state_.callers.push_back(member);
+    state_.changed.notify_all();
+    log::Info("a node has joined", {{"node", node}, {"address", context->peer()}});
+    return grpc::Status::OK;
+  }
+
+  void Read(Member& member, const v1::FollowerMessage& message) {
+    std::lock_guard lock(state_.mutex);
+    member.last_heard = Now();
+    if (message.has_loaded()) member.loaded = true;
+    if (message.has_warmed_up()) member.num_blocks = message.warmed_up().num_blocks();
+    if (message.has_step_done()) {
+      StepResult result = ResultFromProto(message.step_done());
+      if (result.status.ok()) {
+        member.group->results.push_back(std::move(result));
+      } else {
+        member.group->End(StrCat("node ", member.node, ": ", result.status.message()));
+      }
+    }
+    if (!message.has_heartbeat()) state_.changed.notify_all();
+  }
+
+  void Write(Member& member, grpc::ServerReaderWriter<v1::LeaderMessage, v1::FollowerMessage>& stream) {
+    std::unique_lock lock(state_.mutex);
+    for (;;) {
+      state_.changed.wait(lock, [&] { return member.context == nullptr || !member.outbox.empty(); });
+      if (member.context == nullptr) return;
+      const Message message = std::move(member.outbox.front());
+      member.outbox.pop_front();
+      if (message->has_heartbeat()) member.heartbeat_queued = false;
+      lock.unlock();
+      const bool written = stream.Write(*message);
+      lock.lock();
+      if (!written) return;  // Read hears of it too
+    }
+  }
+
+  void Leave(Member& member) {
+    std::lock_guard lock(state_.mutex);
+    member.context = nullptr;
+    Group& group = *member.group;
+    if (group.formed) {
+      group.End(StrCat("the connection to node ", member.node, " was lost"));
+    } else {
+      group.members[static_cast<size_t>(member.node)].reset();
+    }
+    state_.callers.remove_if([&](const auto& caller) { return caller.get() == &member; });
+    state_.changed.notify_all();
+  }
+
+  State& state_;
+  const GroupOptions& options_;
+};
+
+// The leader's own stages, and the other nodes.
+class GroupExecutor : public Executor {
+ public:
+  GroupExecutor(State* state, std::shared_ptr<Group> group, std::unique_ptr<LocalExecutor> local)
+      : state_(*state), group_(std::move(group)), local_(std::move(local)), watch_([this] { WatchLocal(); }) {}
+  ~GroupExecutor() override {
+    {
+      std::lock_guard lock(state_.mutex);
+      group_->on_end = {};
+      group_->End("");
+    }
+    local_->Abort("the executor ends");
+    watch_.join();
+  }
+
+  void Launch(std::shared_ptr<const StepPlan> plan) override {
+    auto message = std::make_shared<v1::LeaderMessage>();
+    PlanToProto(*plan, message->mutable_plan());
+    local_->Launch(std::move(plan));
+    std::lock_guard lock(state_.mutex);
+    group_->PostToAll(message);
+  }
+
+  void OnFailure(std::function<void(Status)> failed) override {
+    std::lock_guard lock(state_.mutex);
+    if (group_->ended) return failed(Status(Code::kUnavailable, group_->failure));
+    group_->on_end = std::move(failed);
+  }
+
+  StepResult Wait() override {
+    std::unique_lock lock(state_.mutex);
+    state_.changed.wait(lock, [&] { return group_->ended || !group_->results.empty(); });
+    StepResult result;
+    if (group_->ended) {
+      result.status = Status(Code::kUnavailable, group_->failure);
+      lock.unlock();
+      local_->Abort(result.status.message());
+      return result;
+    }
+    result = std::move(group_->results.front());
+    group_->results.pop_front();
+    return result;
+  }
+
+ private:
+  // The last stage is elsewhere: what matters here is a failure.
+  void WatchLocal() {
+    StepResult result = local_->Wait();
+    while (result.status.ok()) result = local_->Wait();
+    std::lock_guard lock(state_.mutex);
+    group_->End(StrCat("node 0: ", result.status.message()));
+  }
+
+  State& state_;
+  const std::shared_ptr<Group> group_;
+  const std::unique_ptr<LocalExecutor> local_;
+  std::thread watch_;
+};
+
+}  // namespace
+
+class Leader::Impl {
+ public:
+  explicit Impl(GroupOptions options) : options_(std::move(options)) {
+    state_.forming = std::make_shared<Group>(options_.place.nodes, &state_);
+  }
+
+  ~Impl() {
+    {
+      std::lock_guard lock(state_.mutex);
+      state_.stop = true;
+      state_.forming->End("");
+    }
+    state_.changed.notify_all();
+    if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now() + 2 * kFarewell);
+    if (ticker_.joinable()) ticker_.join();
+  }
+
+  Status Start() {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort(options_.place.leader, grpc::InsecureServerCredentials(), &port);
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    builder.SetMaxReceiveMessageSize(-1);
+    builder.RegisterService(&service_);
+    server_ = builder.BuildAndStart();
+    if (server_ == nullptr || port == 0) {
+      return Status(Code::kUnavailable, StrCat("cannot listen for the other nodes on ", options_.place.leader));
+    }
+    ASSIGN_OR_RETURN(const std::string host, LocalAddressTowards(options_.place.leader));
+    ASSIGN_OR_RETURN(listener_, DataListener::Start(host));
+    ticker_ = std::thread([this] { Tick(); });
+    return OkStatus();
+  }
+
+  StatusOr<Formed> Form(const Checkpoint& checkpoint, LocalExecutorOptions options) {
+    ASSIGN_OR_RETURN(const std::shared_ptr<Group> group, WaitForAll());
+    auto formed = Build(group, checkpoint, std::move(options));
+    if (!formed.ok()) {
+      std::lock_guard lock(state_.mutex);
+      group->End(formed.status().message());
+    }
+    return formed;
+  }
+
+ private:
+  StatusOr<std::shared_ptr<Group>> WaitForAll() {
+    const SteadyTime end = Now() + options_.join_patience;
+    std::unique_lock lock(state_.mutex);
+    while (!state_.forming->complete()) {
+      if (options_.cancelled && options_.cancelled()) return Status(Code::kCancelled, "cancelled");
+      if (Now() > end) {
+        std::string missing;
+        for (size_t node = 1; node < state_.forming->members.size(); ++node) {
+          if (state_.forming->members[node] == nullptr) missing += StrCat(missing.empty() ? "" : ", ", node);
+        }
+        return Status(Code::kUnavailable,
+                      StrCat("of ", options_.place.nodes, " nodes these have not joined: ", missing));
+      }
+      state_.changed.wait_for(lock, kPollInterval);
+    }
+    std::shared_ptr<Group> group =
+        std::exchange(state_.forming, std::make_shared<Group>(options_.place.nodes, &state_));
+    group->formed = true;
+    return group;
+  }
+
+  // Until `done` says so of every follower.
+  template <typename Done>
+  Status WaitFor(const Group& group, Done done) {
+    std::unique_lock lock(state_.mutex);
+    for (;;) {
+      if (group.ended) return Status(Code::kUnavailable, group.failure);
+      if (options_.cancelled && options_.cancelled()) return Status(Code::kCancelled, "cancelled");
+      bool all = true;
+      for (size_t node = 1; node < group.members.size(); ++node) all = all && done(*group.members[node]);
+      if (all) return OkStatus();
+      state_.changed.wait_for(lock, kPollInterval);
+    }
+  }
+
+  StatusOr<Formed> Build(const std::shared_ptr<Group>& group, const Checkpoint& checkpoint,
+                         LocalExecutorOptions options) {
+    const int nodes = options_.place.nodes;
+    auto message = std::make_shared<v1::LeaderMessage>();
+    message->mutable_formed()->set_token(RandomToken());
+    message->mutable_formed()->add_data_addresses(listener_->address());
+    for (size_t node = 1; node < group->members.size(); ++node) {
+      message->mutable_formed()->add_data_addresses(group->members[node]->data_address);
+    }
+    {
+      std::lock_guard lock(state_.mutex);
+      group->PostToAll(message);
+    }
+    ASSIGN_OR_RETURN(DataLinks links, ConnectDataLinks(*listener_,
+                                                       {.token = message->formed().token(),
+                                                        .node = 0,
+                                                        .nodes = nodes,
+                                                        .ranks = options.ranks,
+                                                        .next_address = message->formed().data_addresses(1),
+                                                        .link_patience = options.patience},
+                                                       options_.silence, options_.cancelled));
+    options.local_stages = options.stages / nodes;
+    options.outer_previous = std::move(links.previous);
+    options.outer_next = std::move(links.next);
+    options.meet = [this, group]() -> Status {
+      RETURN_IF_ERROR(WaitFor(*group, [](const Member& member) { return member.loaded; }));
+      auto warm_up = std::make_shared<v1::LeaderMessage>();
+      warm_up->mutable_warm_up();
+      std::lock_guard lock(state_.mutex);
+      group->PostToAll(warm_up);
+      return OkStatus();
+    };
+    ASSIGN_OR_RETURN(std::unique_ptr<LocalExecutor> local, LocalExecutor::Create(checkpoint, std::move(options)));
+    RETURN_IF_ERROR(WaitFor(*group, [](const Member& member) { return member.num_blocks > 0; }));
+    Formed formed;
+    formed.scheduler = local->scheduler_options();
+    for (size_t node = 1; node < group->members.size(); ++node) {
+      formed.scheduler.num_blocks =
+          std::min(formed.scheduler.num_blocks, static_cast<int32_t>(group->members[node]->num_blocks));
+    }
+    formed.device = StrCat(nodes, " nodes, this one ", local->DescribeDevice());
+    formed.weight_bytes = local->weight_bytes();
+    formed.kv_bytes = local->kv_bytes();
+    formed.executor = std::make_unique<GroupExecutor>(&state_, group, std::move(local));
+    return formed;
+  }
+
+  // Sends heartbeats, and ends what is silent.
+  void Tick() {
+    auto heartbeat = std::make_shared<v1::LeaderMessage>();
+    heartbeat->mutable_heartbeat();
+    const std::chrono::milliseconds interval = HeartbeatInterval(options_.silence);
+    std::unique_lock lock(state_.mutex);
+    while (!state_.stop || !state_.callers.empty()) {
+      for (const auto& member : state_.callers) {
+        if (!std::exchange(member->heartbeat_queued, true)) member->outbox.push_back(heartbeat);
+        if (Now() - member->last_heard > options_.silence) {
+          const std::string why = StrCat("no word for ", options_.silence.count(), " ms from node ", member->node);
+          if (member->group->formed) member->group->End(why);
+          member->hang_up_at = std::min(member->hang_up_at, Now());
+        }
+        if (Now() >= member->hang_up_at) member->context->TryCancel();
+      }
+      state_.changed.notify_all();
+      state_.changed.wait_for(lock, interval, [&] { return state_.stop && state_.callers.empty(); });
+    }
+  }
+
+  const GroupOptions options_;
+  State state_;
+  Service service_{&state_, &options_};
+  std::unique_ptr<DataListener> listener_;
+  std::unique_ptr<grpc::Server> server_;
+  std::thread ticker_;
+};
+
+Leader::Leader(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Leader::~Leader() = default;
+
+StatusOr<std::unique_ptr<Leader>> Leader::Start(GroupOptions options) {
+  auto impl = std::make_unique<Impl>(std::move(options));
+  RETURN_IF_ERROR(impl->Start());
+  return std::unique_ptr<Leader>(new Leader(std::move(impl)));
+}
+
+StatusOr<Leader::Formed> Leader::Form(const Checkpoint& checkpoint, LocalExecutorOptions options) {
+  return impl_->Form(checkpoint, std::move(options));
+}
+
+}  // namespace altiplano::cluster

@@ -1,0 +1,214 @@
+// Several nodes as processes of this machine: killed, paused, stopped, started again.
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+
+#include "server/base/strings.h"
+#include "server/cli/client.h"
+#include "tests/e2e/process_testlib.h"
+
+namespace altiplano::e2e {
+namespace {
+
+namespace v1 = inference::v1;
+using cli::Answer;
+using cli::Client;
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+const std::string kTiny = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
+
+std::string FreeAddress() {
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof at;
+  EXPECT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at), 0);
+  EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size), 0);
+  close(fd);
+  return StrCat("127.0.0.1:", ntohs(at.sin_port));
+}
+
+v1::GenerateRequest Endless(uint32_t tokens) {
+  v1::GenerateRequest request;
+  auto* message = request.mutable_chat()->add_messages();
+  message->set_role(v1::ROLE_USER);
+  message->set_content("Tell me a story.");
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_stopping()->set_max_new_tokens(tokens);
+  request.mutable_stopping()->set_ignore_eos(true);
+  return request;
+}
+
+template <typename Done>
+bool Eventually(Done done) {
+  auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(kPatience);
+  while (!done()) {
+    if (std::chrono::steady_clock::now() > limit) return false;
+    std::this_thread::sleep_for(milliseconds(5));
+  }
+  return true;
+}
+
+// A leader and one follower, two ranks each; the deadline is short.
+class Nodes : public ::testing::Test {
+ protected:
+  void Start(std::vector<std::string> more = {}) {
+    group_ = {"--nodes", "2", "--leader", FreeAddress(), "--tp", "2", "--step-deadline", "2s"};
+    group_.insert(group_.end(), more.begin(), more.end());
+    leader_ = std::make_unique<Server>(group_);
+    StartFollower();
+    ASSERT_NE(leader_->address(), "") << leader_->process().Errors() << follower_->Errors();
+    EXPECT_THAT(follower_->ReadLine(), StartsWith("READY node=1 of=2"));
+    auto client = Client::Connect(leader_->address(), std::chrono::seconds(kPatience));
+    ASSERT_TRUE(client.ok()) << client.status().ToString();
+    client_ = std::move(*client);
+  }
+  void StartFollower() {
+    std::vector<std::string> flags = {"serve",       "--model",      kTiny,       "--dtype", "f32",
+                                      "--kv-memory", "64MiB",        "--threads", "2",       "--node-rank",
+                                      "1",           "--log-format", "text"};
+    flags.insert(flags.end(), group_.begin(), group_.end());
+    follower_ = std::make_unique<Process>(flags);
+  }
+  // Generates until something happens to it.
+  void StartStream(uint32_t tokens = 1'000'000) {
+    stream_ = std::thread([this, tokens] {
+      Answer answer;
+      status_ = client_->StreamGenerate(
+          Endless(tokens), [this](const v1::Delta&) { started_ = true; }, &answer);
+      tokens_ = answer.tokens;
+    });
+    ASSERT_TRUE(Eventually([&] { return started_.load(); }));
+  }
+  Status EndOfStream() {
+    stream_.join();
+    return status_;
+  }
+  std::string Health() { return client_->Health("", std::chrono::seconds(kPatience)).value(); }
+
+  std::vector<std::string> group_;
+  std::unique_ptr<Server> leader_;
+  std::unique_ptr<Process> follower_;
+  std::unique_ptr<Client> client_;
+  std::thread stream_;
+  std::atomic<bool> started_{false};
+  Status status_;
+  uint64_t tokens_ = 0;
+};
+
+TEST_F(Nodes, AnswersAreThoseOfOneProcess) {
+  Start();
+  Server alone({"--tp", "2"});
+  auto other = Client::Connect(alone.address(), std::chrono::seconds(kPatience));
+  ASSERT_TRUE(other.ok());
+  std::string texts[2];
+  Client* clients[2] = {client_.get(), other->get()};
+  for (int i = 0; i < 2; ++i) {
+    Answer answer;
+    EXPECT_TRUE(clients[i]
+                    ->StreamGenerate(
+                        Endless(200), [&](const v1::Delta& delta) { texts[i] += delta.text(); }, &answer)
+                    .ok());
+  }
+  EXPECT_NE(texts[0], "");
+  EXPECT_EQ(texts[0], texts[1]);
+}
+
+// Both get the signal at once, as from a launcher: the follower stays until the leader has drained.
+TEST_F(Nodes, TermForAllDrainsThemAll) {
+  Start({"--drain-timeout", "10m"});
+  StartStream(300);
+  follower_->Signal(SIGTERM);
+  leader_->process().Signal(SIGTERM);
+  EXPECT_TRUE(EndOfStream().ok()) << status_.ToString();
+  EXPECT_EQ(tokens_, 300u);
+  EXPECT_EQ(leader_->process().Wait(), 0) << leader_->process().Errors();
+  EXPECT_EQ(follower_->Wait(), 0) << follower_->Errors();
+}
+
+TEST_F(Nodes, AKilledFollowerEndsTheLeaderWithExit75) {
+  Start();
+  StartStream();
+  follower_->Signal(SIGKILL);
+  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << status_.ToString();
+  EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
+}
+
+TEST_F(Nodes, APausedFollowerEndsTheLeaderWithExit75) {
+  Start();
+  StartStream();
+  follower_->Signal(SIGSTOP);
+  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << status_.ToString();
+  EXPECT_THAT(status_.message(), HasSubstr("no word for 2000 ms from"));
+  EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
+  follower_->Signal(SIGCONT);
+  EXPECT_EQ(follower_->Wait(), 75) << "when it goes on it finds the leader gone: " << follower_->Errors();
+}
+
+TEST_F(Nodes, APausedFollowerIsNoticedWhileNothingRuns) {
+  Start({"--on-engine-failure", "stay"});
+  EXPECT_EQ(Health(), "SERVING");
+  follower_->Signal(SIGSTOP);
+  EXPECT_TRUE(Eventually([&] { return Health() == "NOT_SERVING"; })) << leader_->process().Errors();
+  leader_->process().Signal(SIGTERM);
+  EXPECT_EQ(leader_->process().Wait(), 0) << leader_->process().Errors();
+  follower_->Signal(SIGCONT);
+  EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
+}
+
+TEST_F(Nodes, AFollowerEndsWhenTheLeaderIsKilledOrPaused) {
+  Start();
+  leader_->process().Signal(SIGKILL);
+  EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
+  Start();
+  leader_->process().Signal(SIGSTOP);
+  EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
+  leader_->process().Signal(SIGCONT);
+  EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
+}
+
+TEST_F(Nodes, WithRestartTheGroupIsFormedAgainWhenTheFollowerIs) {
+  Start({"--on-engine-failure", "restart"});
+  StartStream();
+  follower_->Signal(SIGKILL);
+  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << status_.ToString();
+  EXPECT_EQ(Health(), "NOT_SERVING");
+  StartFollower();
+  EXPECT_THAT(follower_->ReadLine(), StartsWith("READY node=1 of=2"));
+  EXPECT_TRUE(Eventually([&] { return Health() == "SERVING"; })) << leader_->process().Errors();
+  Answer answer;
+  EXPECT_TRUE(client_
+                  ->StreamGenerate(
+                      Endless(20), [](const v1::Delta&) {}, &answer)
+                  .ok());
+  leader_->process().Signal(SIGTERM);
+  EXPECT_EQ(leader_->process().Wait(), 0) << leader_->process().Errors();
+  EXPECT_EQ(follower_->Wait(), 0) << follower_->Errors();
+}
+
+TEST_F(Nodes, OneWithAnotherModelOrFlagIsRefused) {
+  Start();
+  group_.insert(group_.end(), {"--max-num-seqs", "3"});
+  std::vector<std::string> flags = {"serve", "--model", kTiny, "--node-rank", "1", "--log-level", "off"};
+  flags.insert(flags.end(), group_.begin(), group_.end());
+  const Finished other_flag = RunToEnd(flags);
+  EXPECT_EQ(other_flag.code, 64) << other_flag.err;
+  EXPECT_THAT(other_flag.err, HasSubstr("node 1 has dtype bf16, the leader has f32"));
+  flags[2] = ALTIPLANO_SOURCE_DIR "/tests/data/tiny-draft";
+  const Finished other_model = RunToEnd(flags);
+  EXPECT_EQ(other_model.code, 64) << other_model.err;
+  EXPECT_EQ(Health(), "SERVING") << "and the group goes on";
+}
+
+}  // namespace
+}  // namespace altiplano::e2e

@@ -1,0 +1,64 @@
+#include "server/cli/nodes.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "server/cli/config.h"
+
+namespace altiplano::cli {
+namespace {
+
+using ::testing::HasSubstr;
+
+config::v1::ServerConfig Parse(const char* text) {
+  auto file = ParseConfig(text, "test.textproto");
+  EXPECT_TRUE(file.ok()) << file.status().ToString();
+  auto flags = ParsedFlags::Parse({.name = "serve", .summary = "", .synopsis = "", .notes = "", .flags = {}}, {});
+  EXPECT_TRUE(flags.ok());
+  return ResolveConfig(*flags, &*file)->values;
+}
+
+TEST(Nodes, AStageEachUnlessToldOtherwise) {
+  auto config = Parse("");
+  EXPECT_TRUE(ResolveNodes(&config).ok());
+  EXPECT_EQ(PipelineStages(config), 1u);
+  config = Parse("nodes { count: 3 rank: 2 leader: \"a:1\" }");
+  EXPECT_TRUE(ResolveNodes(&config).ok());
+  EXPECT_EQ(PipelineStages(config), 3u);
+  config = Parse("nodes { count: 3 leader: \"a:1\" } model { pipeline_parallel: 6 }");
+  EXPECT_TRUE(ResolveNodes(&config).ok());
+  EXPECT_EQ(PipelineStages(config), 6u);
+}
+
+TEST(Nodes, ContradictionsAreRefusedByTheirFlags) {
+  for (const auto& [text, part] :
+       {std::pair{"nodes { count: 2 }", "--nodes 2 needs --leader HOST:PORT"},
+        {"nodes { count: 2 rank: 2 leader: \"a:1\" }", "--node-rank is 2"},
+        {"nodes { rank: 1 }", "--node-rank is 1"},
+        {"nodes { count: 2 leader: \"a:1\" } model { replicas: 2 }", "--replicas and --nodes"},
+        {"nodes { count: 2 leader: \"a:1\" } model { pipeline_parallel: 3 }",
+         "--pipeline-parallel is 3, with --nodes 2"},
+        {"nodes { launcher: \"lws\" }", "LWS_WORKER_INDEX is not set"}}) {
+    auto config = Parse(text);
+    EXPECT_THAT(ResolveNodes(&config).message(), HasSubstr(part)) << text;
+  }
+}
+
+TEST(Nodes, TheLauncherFillsInWhatFlagsDoNotSay) {
+  setenv("OMPI_COMM_WORLD_RANK", "1", 1);
+  setenv("OMPI_COMM_WORLD_SIZE", "2", 1);
+  auto config = Parse("nodes { launcher: \"openmpi\" }");
+  EXPECT_THAT(ResolveNodes(&config).message(), HasSubstr("needs --leader"));
+  config = Parse("nodes { launcher: \"openmpi\" leader: \"a:1\" }");
+  EXPECT_TRUE(ResolveNodes(&config).ok());
+  EXPECT_EQ(config.nodes().rank(), 1u);
+  EXPECT_EQ(config.nodes().count(), 2u);
+  EXPECT_EQ(config.nodes().leader(), "a:1");
+  unsetenv("OMPI_COMM_WORLD_RANK");
+  unsetenv("OMPI_COMM_WORLD_SIZE");
+}
+
+}  // namespace
+}  // namespace altiplano::cli

@@ -1,0 +1,216 @@
+// Groups of nodes, as threads of this process over real connections.
+#include "server/cluster/group.h"
+
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <future>
+#include <stdexcept>
+#include <thread>
+
+#include "server/base/strings.h"
+#include "tests/server/engine/engine_testlib.h"
+#include "tests/server/engine/parallel_testlib.h"
+
+namespace altiplano::cluster {
+namespace {
+
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+
+// A port that was free a moment ago.
+std::string FreeAddress() {
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof at;
+  EXPECT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at), 0);
+  EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size), 0);
+  close(fd);
+  return StrCat("127.0.0.1:", ntohs(at.sin_port));
+}
+
+std::unique_ptr<Checkpoint> OpenTiny() {
+  return std::move(*Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny")));
+}
+
+class GroupTest : public ::testing::Test {
+ protected:
+  GroupOptions Options(int rank, int nodes) const {
+    GroupOptions options;
+    options.place = {rank, nodes, address_};
+    options.terms = {{"dtype", "f32"}, {"model", "tiny"}};
+    options.join_patience = std::chrono::seconds(60);
+    return options;
+  }
+  LocalExecutorOptions Stages(int stages, int ranks) const {
+    LocalExecutorOptions options = TinyOptions(ranks);
+    options.stages = stages;
+    return options;
+  }
+  std::future<Status> StartFollower(GroupOptions options, LocalExecutorOptions executor_options) {
+    return std::async(std::launch::async, [this, options, executor_options] {
+      return Follow(options, *checkpoint_, executor_options, [this] { ++ready_; });
+    });
+  }
+  std::unique_ptr<Engine> StartEngine(Leader& leader, const LocalExecutorOptions& options,
+                                      std::function<StatusOr<std::unique_ptr<Executor>>()> restart = {}) {
+    auto formed = leader.Form(*checkpoint_, options);
+    EXPECT_TRUE(formed.ok()) << formed.status().ToString();
+    if (!formed.ok()) return nullptr;
+    EngineOptions engine_options;
+    engine_options.scheduler = formed->scheduler;
+    engine_options.restart = std::move(restart);
+    return std::move(*Engine::Start(engine_options, std::move(formed->executor)));
+  }
+
+  const std::string address_ = FreeAddress();
+  const std::unique_ptr<Checkpoint> checkpoint_ = OpenTiny();
+  std::atomic<int> ready_{0};
+};
+
+TEST_F(GroupTest, NodesAnswerAsOneProcessDoes) {
+  const Answers alone = Ask(*StartTiny(Stages(1, 2)));
+  for (const auto& [nodes, stages] : {std::pair{2, 2}, {2, 4}, {4, 4}}) {
+    SCOPED_TRACE(StrCat(nodes, " nodes, ", stages, " stages"));
+    auto leader = std::move(*Leader::Start(Options(0, nodes)));
+    std::vector<std::future<Status>> followers;
+    for (int node = nodes - 1; node > 0; --node)
+      followers.push_back(StartFollower(Options(node, nodes), Stages(stages, 2)));
+    {
+      auto engine = StartEngine(*leader, Stages(stages, 2));
+      ASSERT_NE(engine, nullptr);
+      const Answers together = Ask(*engine);
+      for (size_t i = 0; i < alone.tokens.size(); ++i) {
+        ExpectSame(alone.tokens[i], together.tokens[i], 0);
+        ExpectSame(alone.prompt_scores[i], together.prompt_scores[i], 0);
+      }
+    }
+    for (auto& follower : followers) EXPECT_TRUE(follower.get().ok()) << "the leader has stopped in order";
+  }
+  EXPECT_EQ(ready_, 1 + 1 + 3);
+}
+
+TEST_F(GroupTest, TheSmallestPoolBoundsTheGroup) {
+  auto leader = std::move(*Leader::Start(Options(0, 2)));
+  LocalExecutorOptions small = Stages(2, 1);
+  small.kv_bytes /= 2;
+  auto follower = StartFollower(Options(1, 2), small);
+  auto formed = leader->Form(*checkpoint_, Stages(2, 1));
+  ASSERT_TRUE(formed.ok()) << formed.status().ToString();
+  auto alone = LocalExecutor::Create(*checkpoint_, small);
+  // A stage has half of the layers: as many bytes hold twice the blocks.
+  EXPECT_EQ(formed->scheduler.num_blocks, 2 * (*alone)->scheduler_options().num_blocks);
+  formed->executor.reset();
+  EXPECT_TRUE(follower.get().ok());
+}
+
+TEST_F(GroupTest, ANodeWithOtherTermsIsRefusedByNameAndTheRightOneMayCome) {
+  auto leader = std::move(*Leader::Start(Options(0, 2)));
+  GroupOptions wrong = Options(1, 2);
+  wrong.terms["dtype"] = "bf16";
+  const Status refused = Follow(wrong, *checkpoint_, Stages(2, 1), [] {});
+  EXPECT_EQ(refused.code(), Code::kFailedPrecondition);
+  EXPECT_THAT(refused.message(), HasSubstr("node 1 has dtype bf16, the leader has f32"));
+  GroupOptions stranger = Options(2, 2);
+  EXPECT_THAT(Follow(stranger, *checkpoint_, Stages(2, 1), [] {}).message(), HasSubstr("there is no node 2"));
+  auto follower = StartFollower(Options(1, 2), Stages(2, 1));
+  auto engine = StartEngine(*leader, Stages(2, 1));
+  ASSERT_NE(engine, nullptr);
+  engine.reset();
+  EXPECT_TRUE(follower.get().ok());
+}
+
+TEST_F(GroupTest, NodesThatDoNotComeAreNamed) {
+  GroupOptions options = Options(0, 4);
+  options.join_patience = milliseconds(100);
+  auto leader = std::move(*Leader::Start(options));
+  auto formed = leader->Form(*checkpoint_, Stages(4, 1));
+  EXPECT_EQ(formed.status().code(), Code::kUnavailable);
+  EXPECT_THAT(formed.status().message(), HasSubstr("of 4 nodes these have not joined: 1, 2, 3"));
+}
+
+TEST_F(GroupTest, AFollowerWithoutALeaderGivesUp) {
+  GroupOptions options = Options(1, 2);
+  options.join_patience = milliseconds(200);
+  EXPECT_EQ(Follow(options, *checkpoint_, Stages(2, 1), [] {}).code(), Code::kUnavailable);
+  options.join_patience = std::chrono::seconds(60);
+  options.cancelled = [] { return true; };
+  EXPECT_EQ(Follow(options, *checkpoint_, Stages(2, 1), [] {}).code(), Code::kCancelled);
+}
+
+TEST_F(GroupTest, ALeaderWhoseAddressIsTakenSaysSo) {
+  auto leader = std::move(*Leader::Start(Options(0, 2)));
+  auto second = Leader::Start(Options(0, 2));
+  EXPECT_EQ(second.status().code(), Code::kUnavailable);
+  EXPECT_THAT(second.status().message(), HasSubstr(address_));
+}
+
+// A rank of any node fails: everybody learns why, and the nodes form a group again.
+TEST_F(GroupTest, AFailureEndsTheGroupEverywhereAndItIsFormedAgain) {
+  for (int victim : {0, 1}) {
+    for (bool hangs : {false, true}) {
+      SCOPED_TRACE(StrCat("node ", victim, hangs ? " hangs" : " throws"));
+      std::promise<void> release;
+      std::shared_future<void> released = release.get_future().share();
+      auto done = std::make_shared<std::atomic<bool>>(false);
+      LocalExecutorOptions options = Stages(2, 1);
+      options.patience = milliseconds(2000);  // also the time that loaded machines have to warm up
+      options.before_step = [=](int rank, uint64_t step) {
+        if (rank != victim || step < 8 || done->exchange(true)) return;
+        if (!hangs) throw std::runtime_error("injected");
+        released.wait();
+      };
+      auto leader = std::move(*Leader::Start(Options(0, 2)));
+      std::promise<Status> first_end;
+      std::thread follower([&] {
+        first_end.set_value(Follow(Options(1, 2), *checkpoint_, options, [] {}));
+        EXPECT_TRUE(Follow(Options(1, 2), *checkpoint_, options, [] {}).ok());
+      });
+      auto engine = StartEngine(*leader, options, [&]() -> StatusOr<std::unique_ptr<Executor>> {
+        auto formed = leader->Form(*checkpoint_, options);
+        if (!formed.ok()) return formed.status();
+        return std::move(formed->executor);
+      });
+      ASSERT_NE(engine, nullptr);
+      auto sink = std::make_shared<CollectingSink>();
+      auto handle = engine->Submit(MakeRequest(0, 10, 100), sink);
+      ASSERT_TRUE(handle.ok());
+      const Status ended = sink->WaitForEnd().back().status;
+      EXPECT_EQ(ended.reason(), "ENGINE_DOWN") << ended.ToString();
+      EXPECT_THAT(ended.message(), HasSubstr(hangs ? "no word for 2000 ms" : StrCat("rank ", victim, ": injected")));
+      release.set_value();
+      EXPECT_EQ(first_end.get_future().get().code(), Code::kUnavailable);
+      while (!engine->healthy()) std::this_thread::sleep_for(milliseconds(5));
+      auto again = std::make_shared<CollectingSink>();
+      auto second = engine->Submit(MakeRequest(0, 10, 20), again);
+      ASSERT_TRUE(second.ok()) << second.status().ToString();
+      EXPECT_TRUE(again->WaitForEnd().back().status.ok());
+      engine.reset();
+      follower.join();
+    }
+  }
+}
+
+// While nothing runs: the follower's node stops without a word. Its executor goes, its call is cancelled.
+TEST_F(GroupTest, AFollowerThatLeavesWhileIdleEndsTheGroup) {
+  auto leader = std::move(*Leader::Start(Options(0, 2)));
+  std::atomic<bool> leave{false};
+  GroupOptions options = Options(1, 2);
+  options.cancelled = [&] { return leave.load(); };
+  auto follower = StartFollower(options, Stages(2, 1));
+  auto engine = StartEngine(*leader, Stages(2, 1));
+  ASSERT_NE(engine, nullptr);
+  leave = true;
+  EXPECT_EQ(follower.get().code(), Code::kCancelled);
+  while (engine->healthy()) std::this_thread::sleep_for(milliseconds(5));  // no step runs that could tell
+}
+
+}  // namespace
+}  // namespace altiplano::cluster
