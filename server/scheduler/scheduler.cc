@@ -27,6 +27,11 @@ Status CheckOptions(const SchedulerOptions& options) {
   if (options.max_context < 2) {
     return invalid("max_context is ", options.max_context, ", must hold a prompt token and an answer token at least");
   }
+  const StepCost& cost = options.step_cost;
+  for (double us :
+       {cost.step_us, cost.weights_us, cost.token_us, cost.sequence_us, cost.kv_token_us, cost.attention_us}) {
+    if (!(us >= 0 && us <= 1e9)) return invalid("step_cost has a coefficient of ", us, " us, must be from 0 to 1e9");
+  }
   const Duration least = StepTime(options.step_cost, {.sequences = 1, .tokens = 1, .decode_context = 1});
   if (options.max_itl < Duration(0)) return invalid("max_itl is negative");
   if (options.max_itl > Duration(0) && least == Duration(0) && !options.learn_step_cost) {

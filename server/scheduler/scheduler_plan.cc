@@ -174,13 +174,13 @@ Duration Scheduler::Impl::PrefillTime(int32_t first, int32_t count, const StepWo
     StepWork work = beside;
     ++work.sequences;
     work.tokens += tokens;
-    return StepTime(learner_.cost(), work);
+    return static_cast<double>(StepTime(learner_.cost(), work).count()) / 1e3;
   };
   StepWork prompt;
   prompt.Add(first, count);
   const double attention_us = learner_.cost().attention_us * static_cast<double>(prompt.prefill_context);
   const int32_t before_last = (count - 1) / chunk;
-  return before_last * step(chunk) + step(count - before_last * chunk) + Duration(std::llround(attention_us * 1e3));
+  return DurationOf(before_last * step(chunk) + step(count - before_last * chunk) + attention_us);
 }
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------

@@ -21,12 +21,17 @@ StepWork WorkOf(const StepPlan& plan) {
   return work;
 }
 
+Duration DurationOf(double us) {
+  constexpr double kMostNanoseconds = 1e18;
+  return Duration(std::llround(std::min(us * 1e3, kMostNanoseconds)));
+}
+
 Duration StepTime(const StepCost& cost, const StepWork& work) {
   const double us = cost.step_us + std::max(cost.weights_us, static_cast<double>(work.tokens) * cost.token_us) +
                     static_cast<double>(work.sequences) * cost.sequence_us +
                     static_cast<double>(work.decode_context) * cost.kv_token_us +
                     static_cast<double>(work.prefill_context) * cost.attention_us;
-  return Duration(std::llround(us * 1e3));
+  return DurationOf(us);
 }
 
 }  // namespace altiplano

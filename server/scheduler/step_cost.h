@@ -32,6 +32,8 @@ struct StepCost {
   double kv_token_us = 0;   // a decode's attention to one token: reading its keys and values
   double attention_us = 0;  // a prompt token's attention to one token: arithmetic
 };
+// No more than thirty years, so that sums with times stay in range.
+Duration DurationOf(double us);
 Duration StepTime(const StepCost& cost, const StepWork& work);
 
 }  // namespace altiplano

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cmath>
 #include <map>
 #include <random>
 #include <set>
@@ -36,6 +37,8 @@ TEST(SchedulerOptions, ContradictionsAreRefusedByName) {
   EXPECT_THAT(refusal([](auto& o) { o.token_budget = 0; }), HasSubstr("token_budget is 0"));
   EXPECT_THAT(refusal([](auto& o) { o.max_context = 1; }), HasSubstr("max_context is 1"));
   EXPECT_THAT(refusal([](auto& o) { o.num_blocks = o.block_size = 1; }), HasSubstr("one block of one token"));
+  EXPECT_THAT(refusal([](auto& o) { o.step_cost.token_us = -1; }), HasSubstr("a coefficient of -1 us"));
+  EXPECT_THAT(refusal([](auto& o) { o.step_cost.kv_token_us = NAN; }), HasSubstr("a coefficient of"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = -milliseconds(1); }), HasSubstr("max_itl is negative"));
   EXPECT_THAT(refusal([](auto& o) { o.max_itl = milliseconds(1); }), HasSubstr("needs a step_cost"));
   EXPECT_THAT(refusal([](auto& o) { o.default_ttft_target = -milliseconds(1); }), HasSubstr("target is negative"));
@@ -358,6 +361,18 @@ TEST(Deadlines, WhatCannotMeetItsOwnIsRefusedAtOnce) {
   driver.Step();
   EXPECT_EQ(driver.EndOf(4).status.reason(), "HOPELESS") << "it waited until it was";
   EXPECT_EQ(driver->load().hopeless, 2u);
+}
+
+TEST(Deadlines, NoCostIsTooLargeToBeReckonedWith) {
+  SchedulerOptions options = OneByOne();
+  options.token_budget = 1;
+  options.step_cost = {.step_us = 1e9, .weights_us = 1e9, .token_us = 1e9, .sequence_us = 1e9, .attention_us = 1e9};
+  Driver driver(options);
+  Add(driver, 1, {.prompt = 300, .priority = INT32_MAX, .deadline_ms = 1000});
+  Add(driver, 2, {.prompt = 300, .target_ms = 1000});
+  driver.RunAll();
+  EXPECT_EQ(driver.EndOf(1).status.reason(), "HOPELESS");
+  EXPECT_TRUE(driver.EndOf(2).status.ok());
 }
 
 TEST(Deadlines, WhatThePrefixCacheHoldsTakesNoTime) {
