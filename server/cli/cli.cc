@@ -37,9 +37,20 @@ void Print(const std::string& text) {
 }  // namespace
 
 std::vector<Subcommand> Subcommands() {
-  return {ServeCommand(),      GenerateCommand(),     ChatCommand(),     TokenizeCommand(), InspectCommand(),
-          BenchServeCommand(), BenchOfflineCommand(), SimulateCommand(), PlanCommand(),     MakeRandomCommand(),
-          DemoCommand(),       HealthCommand(),       VersionCommand()};
+  return {ServeCommand(),
+          GenerateCommand(),
+          ChatCommand(),
+          TokenizeCommand(),
+          InspectCommand(),
+          BenchServeCommand(),
+          BenchOfflineCommand(),
+          SimulateCommand(),
+          PlanCommand(),
+          MakeRandomCommand(),
+          DemoCommand(),
+          HealthCommand(),
+          DumpFlightRecordCommand(),
+          VersionCommand()};
 }
 
 int Fail(std::string_view name, std::string_view message, ExitCode code) {
@@ -81,7 +92,8 @@ int Main(std::span<const std::string_view> arguments) {
     if (!flags.ok()) return Fail(name, flags.status().message(), kExitUsage);
     return subcommand.run(*flags);
   }
-  std::string given = first == "bench" && words.size() > 1 ? StrCat("bench ", words[1]) : std::string(first);
+  const bool two_words = (first == "bench" || first == "admin") && words.size() > 1;
+  std::string given = two_words ? StrCat(first, " ", words[1]) : std::string(first);
   std::string_view nearest = Nearest(given, names);
   return Fail("",
               StrCat(given, ": unknown command; ",

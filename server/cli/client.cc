@@ -217,6 +217,19 @@ StatusOr<v1::Load> Client::GetLoad() {
   return response;
 }
 
+StatusOr<std::string> Client::DumpFlightRecord(uint32_t replica) {
+  auto stub = v1::AdminService::NewStub(channel_);
+  grpc::ClientContext context;
+  v1::DumpFlightRecordRequest request;
+  request.set_replica(replica);
+  auto reader = stub->DumpFlightRecord(&context, request);
+  std::string record;
+  v1::DumpFlightRecordResponse response;
+  while (reader->Read(&response)) record += response.chunk();
+  RETURN_IF_ERROR(FromGrpc(reader->Finish()));
+  return record;
+}
+
 StatusOr<std::string> Client::Health(const std::string& service, Duration timeout) {
   auto stub = grpc::health::v1::Health::NewStub(channel_);
   grpc::ClientContext context;

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "altiplano/inference/v1/admin.grpc.pb.h"
 #include "altiplano/inference/v1/inference.grpc.pb.h"
 #include "altiplano/inference/v1/model.grpc.pb.h"
 #include "altiplano/inference/v1/status.grpc.pb.h"
@@ -73,6 +74,8 @@ class Client {
   StatusOr<v1::ListModelsResponse> ListModels();
   StatusOr<v1::GetServerInfoResponse> GetServerInfo();
   StatusOr<v1::Load> GetLoad();
+  // Of an admin address.
+  StatusOr<std::string> DumpFlightRecord(uint32_t replica);
   // grpc.health.v1 of `service` ("": the server): "SERVING", "NOT_SERVING", ... NOT_FOUND for a service it has not.
   StatusOr<std::string> Health(const std::string& service, Duration timeout);
 

@@ -26,6 +26,7 @@ Subcommand SimulateCommand();
 Subcommand PlanCommand();
 Subcommand DemoCommand();
 Subcommand HealthCommand();
+Subcommand DumpFlightRecordCommand();
 Subcommand VersionCommand();
 
 std::vector<Subcommand> Subcommands();

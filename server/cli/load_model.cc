@@ -1,6 +1,9 @@
 #include "server/cli/load_model.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <ctime>
 
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/device.h"
@@ -9,6 +12,7 @@
 #include "server/bench/machine.h"
 #include "server/cli/nodes.h"
 #include "server/cli/units.h"
+#include "server/cli/write_file.h"
 #include "server/engine/fault_drill.h"
 #include "server/engine/local_executor.h"
 
@@ -77,6 +81,22 @@ StatusOr<Ranks> MakeRanks(const Checkpoint& checkpoint, cluster::Leader* leader,
   return ranks;
 }
 
+// In a file of its own, named by time, process and replica; the log says which.
+void KeepFlightRecord(const std::string& folder, int replica, const std::string& record) {
+  if (record.empty()) return;
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  gmtime_r(&now, &utc);
+  char time[32];
+  std::strftime(time, sizeof time, "%Y%m%dT%H%M%SZ", &utc);
+  const std::string path = StrCat(folder, "/altiplano-", time, "-", getpid(), "-", replica, ".flight");
+  if (Status status = WriteFile(path, record); !status.ok()) {
+    log::Error("cannot write the flight record", {{"error", status.message()}});
+    return;
+  }
+  log::Info("the flight record of the failure is kept", {{"file", path}, {"bytes", record.size()}});
+}
+
 // After a failure: as many KV blocks as the scheduler counts on.
 StatusOr<std::unique_ptr<Executor>> MakeRanksAgain(const Checkpoint& checkpoint, cluster::Leader* leader,
                                                    const LocalExecutorOptions& options, int32_t num_blocks) {
@@ -88,7 +108,7 @@ StatusOr<std::unique_ptr<Executor>> MakeRanksAgain(const Checkpoint& checkpoint,
   return std::move(ranks.executor);
 }
 
-EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const StepCost& cost) {
+EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks, const StepCost& cost) {
   EngineOptions options;
   options.scheduler.prefix_cache = config.kv().prefix_cache();
   options.scheduler.max_itl = ParseDuration(config.scheduler().max_itl()).value();
@@ -99,6 +119,8 @@ EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const Step
   options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
   options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
+  options.flight_record_bytes = ParseBytes(config.log().flight_record_memory()).value();
+  options.on_failed_for_good = hooks.on_failed_for_good;
   return options;
 }
 
@@ -197,7 +219,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   if (replicas > 1) {
     ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
   }
-  EngineOptions options = EngineOptionsOf(config, machine.cost);
+  EngineOptions options = EngineOptionsOf(config, hooks, machine.cost);
   options.scheduler.tenants = std::move(tenants);
   std::vector<std::unique_ptr<Engine>> engines;
   for (int replica = 0; replica < replicas; ++replica) {
@@ -214,6 +236,9 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
                          num_blocks = options.scheduler.num_blocks]() {
         return MakeRanksAgain(*checkpoint, leader, executor_options, num_blocks);
       };
+    }
+    if (const std::string& folder = config.log().flight_record_dir(); !folder.empty()) {
+      options.on_failure = [=](const std::string& record) { KeepFlightRecord(folder, replica, record); };
     }
     model.device = ranks.device;
     model.weight_bytes = ranks.weight_bytes;  // the replicas share them

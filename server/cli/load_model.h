@@ -41,6 +41,7 @@ struct LoadHooks {
   std::function<void(const LoadProgress&)> progress;  // calling thread
   std::function<bool()> cancelled;                    // polled while weights are read; true: CANCELLED
   std::function<void()> on_step;                      // see Engine::Start
+  std::function<void()> on_failed_for_good = {};      // see EngineOptions
 };
 
 struct LoadedModel {

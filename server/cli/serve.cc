@@ -70,10 +70,7 @@ void WaitForLiveRequests(Serving& serving, TimePoint deadline, StopSignal& stop,
 
 // False: the engine failed for good, and on_failure does not say to stay.
 bool ServeUntilStopped(const Serving& serving, const std::string& on_failure, StopSignal& stop) {
-  while (!stop.WaitForCount(1, Clock::Real().Now() + std::chrono::milliseconds(100))) {
-    if (serving.failed_for_good() && on_failure != "stay") return false;
-  }
-  return true;
+  return stop.WaitForCount(1, [&] { return serving.failed_for_good() && on_failure != "stay"; });
 }
 
 // docs: reliability, life cycle. Ends when no request is live, at the timeout, or at the second signal.
@@ -94,8 +91,10 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
   auto serving = Serving::Listen(config.values);
   if (!serving.ok()) return Fail("serve", serving.status().message(), kExitUnavailable);
   log::Info("listening, loading", {{"address", (*serving)->address()}, {"model", config.values.model().path()}});
-  Status loaded = (*serving)->Load(
-      {.progress = LoadProgressPrinter(), .cancelled = [&stop] { return stop.count() > 0; }, .on_step = {}});
+  Status loaded = (*serving)->Load({.progress = LoadProgressPrinter(),
+                                    .cancelled = [&stop] { return stop.count() > 0; },
+                                    .on_step = {},
+                                    .on_failed_for_good = [&stop] { stop.Wake(); }});
   if (stop.count() > 0) {
     log::Info("stopped while loading");
     return kExitOk;

@@ -61,6 +61,18 @@ void StopSignal::WaitForCount(int count) {
   changed_.wait(lock, [&] { return count_ >= count; });
 }
 
+bool StopSignal::WaitForCount(int count, const std::function<bool()>& otherwise) {
+  std::unique_lock lock(mutex_);
+  bool other = false;
+  changed_.wait(lock, [&] { return count_ >= count || (other = otherwise()); });
+  return !other;
+}
+
+void StopSignal::Wake() {
+  std::lock_guard lock(mutex_);  // else it could come between the question and the wait
+  changed_.notify_all();
+}
+
 bool StopSignal::WaitForCount(int count, TimePoint deadline) {
   std::unique_lock lock(mutex_);
   return changed_.wait_until(lock, deadline, [&] { return count_ >= count; });

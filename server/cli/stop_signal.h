@@ -21,6 +21,9 @@ class StopSignal {
   void WaitForCount(int count);
   // False: `deadline` came first.
   bool WaitForCount(int count, TimePoint deadline);
+  // False: `otherwise` became true first. It is asked again after each Wake().
+  bool WaitForCount(int count, const std::function<bool()>& otherwise);
+  void Wake();  // any thread
 
  private:
   void Loop();

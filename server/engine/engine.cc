@@ -13,6 +13,7 @@
 #include "server/base/check.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/queue_bounds.h"
 #include "server/scheduler/rate_meter.h"
 
@@ -33,9 +34,10 @@ Status Unavailable(std::string reason, std::string message) {
 
 class Engine::Impl {
  public:
-  Impl(EngineOptions options, std::unique_ptr<Scheduler> scheduler, std::unique_ptr<Executor> executor,
-       std::function<void()> on_step)
+  Impl(EngineOptions options, std::unique_ptr<FlightRecorder> recorder, std::unique_ptr<Scheduler> scheduler,
+       std::unique_ptr<Executor> executor, std::function<void()> on_step)
       : options_(std::move(options)),
+        recorder_(std::move(recorder)),
         clock_(*options_.clock),
         on_step_(std::move(on_step)),
         max_servable_tokens_(scheduler->max_servable_tokens()),
@@ -149,6 +151,12 @@ class Engine::Impl {
     }
     wake_.notify_one();
     return answer.get();
+  }
+
+  StatusOr<std::string> FlightRecord() const {
+    if (recorder_ == nullptr)
+      return Status(Code::kFailedPrecondition, "no flight record is kept here: --flight-record-memory is 0");
+    return recorder_->Write(clock_.Now(), std::chrono::system_clock::now().time_since_epoch() / Duration(1));
   }
 
   int32_t max_servable_tokens() const { return max_servable_tokens_; }
@@ -365,6 +373,7 @@ class Engine::Impl {
   void Fail(const Status& status) {
     log::Error("engine failed", {{"error", status.ToString()}});
     down_.store(true, std::memory_order_release);
+    if (options_.on_failure) options_.on_failure(recorder_ == nullptr ? "" : FlightRecord().value());
     scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat("the engine failed: ", status.message())), clock_.Now(),
                       &events_);
     Deliver();
@@ -393,6 +402,7 @@ class Engine::Impl {
       log::Error("the engine cannot start again", {{"error", executor.status().ToString()}});
     }
     dead_.store(true, std::memory_order_release);
+    if (options_.on_failed_for_good) options_.on_failed_for_good();
     return false;
   }
 
@@ -424,6 +434,7 @@ class Engine::Impl {
 
   // Constant after construction.
   const EngineOptions options_;
+  const std::unique_ptr<FlightRecorder> recorder_;  // null: none is kept
   const Clock& clock_;
   const std::function<void()> on_step_;
   const int32_t max_servable_tokens_;
@@ -475,11 +486,16 @@ StatusOr<std::unique_ptr<Engine>> Engine::Start(EngineOptions options, std::uniq
   if (options.max_queued_requests < 1 || options.max_queued_tokens < 1 || options.step_deadline <= Duration(0)) {
     return Status(Code::kInvalidArgument, "max_queued_requests, max_queued_tokens and step_deadline must be positive");
   }
+  std::unique_ptr<FlightRecorder> recorder;
+  if (options.flight_record_bytes > 0) {
+    recorder = std::make_unique<FlightRecorder>(options.scheduler, options.flight_record_bytes);
+    options.scheduler.recorder = recorder.get();
+  }
   ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Scheduler::Create(options.scheduler));
   ASSIGN_OR_RETURN(options.scheduler.tenants,
                    CompleteTenants(std::move(options.scheduler.tenants), options.scheduler.max_running));
-  return std::unique_ptr<Engine>(new Engine(
-      std::make_unique<Impl>(std::move(options), std::move(scheduler), std::move(executor), std::move(on_step))));
+  return std::unique_ptr<Engine>(new Engine(std::make_unique<Impl>(
+      std::move(options), std::move(recorder), std::move(scheduler), std::move(executor), std::move(on_step))));
 }
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -509,6 +525,10 @@ EngineLoad Engine::load() const {
 }
 int32_t Engine::ResetPrefixCache() {
   return impl_->ResetPrefixCache();
+}
+StatusOr<std::string> Engine::FlightRecord(int replica) const {
+  if (replica != 0) return Status(Code::kOutOfRange, StrCat("there is one replica, 0, not ", replica));
+  return impl_->FlightRecord();
 }
 int32_t Engine::max_servable_tokens() const {
   return impl_->max_servable_tokens();

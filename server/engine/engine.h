@@ -4,6 +4,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "server/base/clock.h"
@@ -26,6 +27,11 @@ struct EngineOptions {
   int32_t max_queued_requests = 512;
   int64_t max_queued_tokens = 4 << 20;                // prompt tokens waiting
   Duration step_deadline = std::chrono::seconds(30);  // a step that takes longer: the engine is unhealthy
+  size_t flight_record_bytes = 0;                     // of the scheduler's last steps, kept for people; 0: none
+  // A step failed: with the flight record, "" when none is kept. Engine thread, before live requests end.
+  std::function<void(const std::string& flight_record)> on_failure;
+  // failed_for_good() has become true. Engine thread.
+  std::function<void()> on_failed_for_good;
   const Clock* clock = &Clock::Real();
   // After a failure: makes the ranks again, with as many KV blocks as before. Engine thread, after the old executor has
   // gone; new requests are refused meanwhile. Null: the engine stays down.
@@ -83,7 +89,10 @@ class InferenceEngine {
   virtual bool healthy() const = 0;
   virtual std::vector<EngineLoad> loads() const = 0;  // of each replica
   virtual int32_t ResetPrefixCache() = 0;             // waits for the step that runs; returns how many blocks it freed
-  virtual int32_t max_servable_tokens() const = 0;    // prompt and answer of one sequence
+  // Of one replica, as a file (scheduler/flight_record.h), also while a step hangs and after a failure.
+  // FAILED_PRECONDITION when none is kept, OUT_OF_RANGE when there is no such replica.
+  virtual StatusOr<std::string> FlightRecord(int replica) const = 0;
+  virtual int32_t max_servable_tokens() const = 0;  // prompt and answer of one sequence
 };
 
 class Engine final : public InferenceEngine {
@@ -109,6 +118,7 @@ class Engine final : public InferenceEngine {
   EngineLoad load() const;
   std::vector<EngineLoad> loads() const override { return {load()}; }
   int32_t ResetPrefixCache() override;
+  StatusOr<std::string> FlightRecord(int replica = 0) const override;
   int32_t max_servable_tokens() const override;
 
  private:

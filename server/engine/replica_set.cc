@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "server/base/check.h"
+#include "server/base/strings.h"
 #include "server/engine/replica_router.h"
 
 namespace altiplano {
@@ -104,6 +105,13 @@ int32_t ReplicaSet::ResetPrefixCache() {
     routing_->router.Forget(static_cast<int>(i));
   }
   return freed;
+}
+
+StatusOr<std::string> ReplicaSet::FlightRecord(int replica) const {
+  if (replica < 0 || replica >= size()) {
+    return Status(Code::kOutOfRange, StrCat("there are replicas 0 to ", size() - 1, ", not ", replica));
+  }
+  return replicas_[static_cast<size_t>(replica)]->FlightRecord();
 }
 
 int32_t ReplicaSet::max_servable_tokens() const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "server/engine/engine.h"
@@ -22,6 +23,7 @@ class ReplicaSet final : public InferenceEngine {
   bool healthy() const override;  // one is
   std::vector<EngineLoad> loads() const override;
   int32_t ResetPrefixCache() override;
+  StatusOr<std::string> FlightRecord(int replica) const override;
   int32_t max_servable_tokens() const override;
 
   bool failed_for_good() const;  // all have

@@ -1,5 +1,9 @@
 #include "server/frontend/admin_service.h"
 
+#include <algorithm>
+#include <string>
+#include <utility>
+
 #include "server/base/log.h"
 #include "server/frontend/proto_mapping.h"
 #include "server/frontend/unary.h"
@@ -8,6 +12,41 @@
 namespace altiplano {
 
 namespace v1 = inference::v1;
+
+namespace {
+
+constexpr size_t kChunkBytes = 256 << 10;
+
+// One flight record, in chunks; deletes itself after its end.
+class FlightRecordStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
+ public:
+  explicit FlightRecordStream(grpc::CallbackServerContext* context) : context_(context) {}
+
+  void Begin(StatusOr<std::string> record) {
+    if (!record.ok()) return Finish(FinalStatus(record.status(), context_));
+    record_ = std::move(*record);
+    WriteNext();
+  }
+  void OnWriteDone(bool ok) override { ok ? WriteNext() : Finish(grpc::Status::CANCELLED); }
+  void OnDone() override { delete this; }
+
+ private:
+  void WriteNext() {
+    if (sent_ == record_.size()) return Finish(grpc::Status::OK);
+    v1::DumpFlightRecordResponse response;
+    response.set_chunk(record_.substr(sent_, kChunkBytes));
+    sent_ += response.chunk().size();
+    SerializeMessage(response, &bytes_);
+    StartWrite(&bytes_);
+  }
+
+  grpc::CallbackServerContext* const context_;
+  std::string record_;
+  size_t sent_ = 0;
+  grpc::ByteBuffer bytes_;  // of the write in flight
+};
+
+}  // namespace
 
 grpc::ServerUnaryReactor* AdminService::Drain(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
                                               grpc::ByteBuffer* response) {
@@ -66,9 +105,20 @@ grpc::ServerUnaryReactor* AdminService::SetLogLevel(grpc::CallbackServerContext*
       });
 }
 
+// Copying and hashing tens of megabytes is nothing for gRPC's threads.
 grpc::ServerWriteReactor<grpc::ByteBuffer>* AdminService::DumpFlightRecord(grpc::CallbackServerContext* context,
-                                                                           const grpc::ByteBuffer*) {
-  return new RefusedStream(context, Unsupported("flight_record", "this server records no steps yet"));
+                                                                           const grpc::ByteBuffer* request) {
+  v1::DumpFlightRecordRequest in;
+  grpc::ByteBuffer bytes = *request;
+  if (Status status = ParseMessage(&bytes, &in); !status.ok()) return new RefusedStream(context, status);
+  auto backend = state_->Loaded();
+  if (!backend.ok()) return new RefusedStream(context, backend.status());
+  auto* stream = new FlightRecordStream(context);
+  bool taken = state_->admin_pool.Run([stream, engine = (*backend)->engine, replica = in.replica()] {
+    stream->Begin(engine->FlightRecord(static_cast<int>(std::min<uint32_t>(replica, INT32_MAX))));
+  });
+  if (!taken) stream->Begin(Status(Code::kResourceExhausted, "too many admin calls wait for the engine"));
+  return stream;
 }
 
 }  // namespace altiplano

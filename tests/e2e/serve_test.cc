@@ -16,6 +16,7 @@
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/cli/client.h"
+#include "server/scheduler/flight_record.h"
 #include "tests/e2e/process_testlib.h"
 
 namespace altiplano::e2e {
@@ -300,10 +301,11 @@ TEST(Signals, TermAtRandomMomentsExitsZero) {
 class FaultDrill : public ::testing::Test {
  protected:
   // Serves the tiny model on two ranks, the second of which fails as `fault` says, and asks for an endless answer.
-  Status AskUntilItFails(const char* fault, const char* on_failure) {
+  Status AskUntilItFails(const char* fault, const char* on_failure, const std::vector<std::string>& more = {}) {
     setenv("ALTIPLANO_FAULT", fault, 1);
-    server_ = std::make_unique<Server>(
-        std::vector<std::string>{"--tp", "2", "--step-deadline", "3s", "--on-engine-failure", on_failure});
+    std::vector<std::string> flags = {"--tp", "2", "--step-deadline", "3s", "--on-engine-failure", on_failure};
+    flags.insert(flags.end(), more.begin(), more.end());
+    server_ = std::make_unique<Server>(flags);
     unsetenv("ALTIPLANO_FAULT");
     client_ = ConnectTo(*server_);
     if (client_ == nullptr) return Status(Code::kInternal, "not READY");
@@ -315,11 +317,26 @@ class FaultDrill : public ::testing::Test {
   std::unique_ptr<Client> client_;
 };
 
-TEST_F(FaultDrill, ARankThatThrowsEndsTheProgramWithExit75) {
-  Status status = AskUntilItFails("1:40:throw", "exit");
+TEST_F(FaultDrill, ARankThatThrowsEndsTheProgramWithExit75AndLeavesItsRecord) {
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "flight_records";
+  std::filesystem::remove_all(folder);
+  std::filesystem::create_directory(folder);
+  Status status = AskUntilItFails("1:40:throw", "exit", {"--flight-record-dir", folder.string()});
   EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
   EXPECT_EQ(status.reason(), "ENGINE_DOWN");
   EXPECT_EQ(server_->process().Wait(), 75) << server_->process().Errors();
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) files.push_back(entry.path());
+  ASSERT_EQ(files.size(), 1u);
+  std::ifstream in(files[0], std::ios::binary);
+  auto record = ParseFlightRecord(std::string(std::istreambuf_iterator<char>(in), {}));
+  ASSERT_TRUE(record.ok()) << record.status().ToString();
+  uint64_t steps = 0;
+  for (const FlightFrame& frame : record->frames) {
+    if (const auto* result = std::get_if<FlightResult>(&frame)) steps = result->step;
+  }
+  EXPECT_GT(steps, 30u);  // the fault is in step 40
+  std::filesystem::remove_all(folder);
 }
 
 TEST_F(FaultDrill, ARankThatHangsEndsTheProgramWithExit75) {

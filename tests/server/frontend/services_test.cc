@@ -19,6 +19,7 @@ namespace {
 namespace v1 = inference::v1;
 using grpc::health::v1::HealthCheckRequest;
 using grpc::health::v1::HealthCheckResponse;
+using ::testing::HasSubstr;
 
 grpc::Status Tokenize(TestServer& server, const v1::TokenizeRequest& request, v1::TokenizeResponse* response) {
   grpc::ClientContext context;
@@ -289,8 +290,35 @@ TEST(AdminServiceTest, CacheLevelAndRecorder) {
   v1::DumpFlightRecordResponse chunk;
   EXPECT_FALSE(dump->Read(&chunk));
   grpc::Status status = dump->Finish();
-  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
-  EXPECT_EQ(ReasonOf(status), "FEATURE");
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(status.error_message(), HasSubstr("--flight-record-memory is 0"));
+}
+
+TEST(AdminServiceTest, FlightRecordComesWholeAndKnowsRequestsByTheirIds) {
+  TestServer::Options options;
+  options.engine.flight_record_bytes = 4 << 20;
+  TestServer server(options);
+  v1::GenerateRequest request = TextRequest("some text", 3);
+  for (int i = 0; i < 4000; ++i) {  // more than one chunk
+    request.set_request_id(std::string(100, 'x') + std::to_string(i));
+    ASSERT_TRUE(Stream(server.stub(), request).status.ok());
+  }
+  auto admin = v1::AdminService::NewStub(server.Channel(true));
+  grpc::ClientContext context;
+  auto dump = admin->DumpFlightRecord(&context, {});
+  std::string file;
+  v1::DumpFlightRecordResponse chunk;
+  int chunks = 0;
+  for (; dump->Read(&chunk); ++chunks) file += chunk.chunk();
+  ASSERT_TRUE(dump->Finish().ok());
+  EXPECT_GT(chunks, 1);
+  v1::DumpFlightRecordRequest second;
+  second.set_replica(1);
+  grpc::ClientContext none_context;
+  auto none = admin->DumpFlightRecord(&none_context, second);
+  EXPECT_FALSE(none->Read(&chunk));
+  EXPECT_EQ(none->Finish().error_code(), grpc::StatusCode::OUT_OF_RANGE);
+  EXPECT_THAT(file, HasSubstr(std::string(100, 'x') + "3999"));
 }
 
 // --- Health ----------------------------------------------------------------------------------------------------------

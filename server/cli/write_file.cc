@@ -1,0 +1,33 @@
+#include "server/cli/write_file.h"
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+
+#include "server/base/strings.h"
+
+namespace altiplano::cli {
+
+Status WriteFile(const std::string& path, std::string_view contents) {
+  auto failed = [&path](int error) {
+    return Status(Code::kUnavailable, StrCat("cannot write ", path, ": ", std::strerror(error)));
+  };
+  // A device or a pipe is written where it is.
+  std::error_code ignored;
+  const bool special = std::filesystem::exists(path, ignored) && !std::filesystem::is_regular_file(path, ignored);
+  const std::string partial = special ? path : path + ".part";
+  std::FILE* file = std::fopen(partial.c_str(), "wb");
+  if (file == nullptr) return failed(errno);
+  const bool written = std::fwrite(contents.data(), 1, contents.size(), file) == contents.size();
+  const int error = errno;
+  if (std::fclose(file) != 0 || !written) {
+    const int why = written ? errno : error;
+    if (!special) std::remove(partial.c_str());
+    return failed(why);
+  }
+  if (!special && std::rename(partial.c_str(), path.c_str()) != 0) return failed(errno);
+  return OkStatus();
+}
+
+}  // namespace altiplano::cli
