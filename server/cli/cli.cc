@@ -50,6 +50,7 @@ std::vector<Subcommand> Subcommands() {
           DemoCommand(),
           HealthCommand(),
           DumpFlightRecordCommand(),
+          ReplayCommand(),
           VersionCommand()};
 }
 

@@ -27,6 +27,7 @@ Subcommand PlanCommand();
 Subcommand DemoCommand();
 Subcommand HealthCommand();
 Subcommand DumpFlightRecordCommand();
+Subcommand ReplayCommand();
 Subcommand VersionCommand();
 
 std::vector<Subcommand> Subcommands();

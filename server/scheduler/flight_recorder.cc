@@ -95,9 +95,10 @@ void FlightRecorder::Frame::Bytes(const void* data, size_t size) {
 FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes)
     : header_(HeaderOf(options)), ring_(bytes) {
   CHECK(bytes > 0);
-  frame_.Room(static_cast<size_t>(options.max_running) * kMostPlannedBytes);
+  const auto most = static_cast<size_t>(std::max(0, options.max_running));  // nobody has checked the options yet
+  frame_.Room(most * kMostPlannedBytes);
   names_.Room(1 << 16);
-  preempted_.reserve(static_cast<size_t>(options.max_running));
+  preempted_.reserve(most);
 }
 
 void FlightRecorder::Put(std::span<const uint8_t> bytes) {

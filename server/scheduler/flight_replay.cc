@@ -22,6 +22,7 @@ constexpr TokenId kAnyToken = 0, kEosToken = 1, kStopToken = 2;
 // What a replay is ready to hold in memory.
 constexpr int64_t kMostPoolTokens = int64_t{1} << 27;
 constexpr int64_t kMostPromptTokens = int64_t{1} << 30;  // of all requests
+constexpr double kMostCost = 1e9;                        // microseconds, as in files of step costs
 constexpr int32_t kMostRunning = 1 << 20, kMostBudget = 1 << 24, kMostSequences = 1 << 16;
 
 Status Invalid(std::string message) {
@@ -84,6 +85,12 @@ class Replay {
       return Invalid(StrCat("the recorded scheduler is larger than a replay takes: ", options.num_blocks, " blocks of ",
                             options.block_size, " tokens, ", options.max_running, " sequences, ", options.token_budget,
                             " tokens in a step"));
+    }
+    const StepCost& cost = options.step_cost;
+    for (double us :
+         {cost.step_us, cost.weights_us, cost.token_us, cost.sequence_us, cost.kv_token_us, cost.attention_us}) {
+      if (!(us >= 0 && us <= kMostCost))
+        return Invalid(StrCat("a recorded step cost is ", us, ", must be in [0, 1e9]"));
     }
     int64_t prompt_tokens = 0;
     for (const FlightFrame& frame : record_.frames) {

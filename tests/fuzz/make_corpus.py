@@ -259,6 +259,78 @@ def make_requests():
         write("generate_request", name, encoded)
 
 
+# --- Flight records: what follows the version, up to the checksum ---------------------------------------------------
+
+
+def number(value):
+    out = b""
+    while value >= 0x80:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def signed(value):
+    return number(value << 1 if value >= 0 else (-value << 1) - 1)
+
+
+NEVER = signed((1 << 63) - 1)
+
+
+def frame(kind, *fields):
+    body = bytes([kind]) + b"".join(fields)
+    return number(len(body)) + body
+
+
+def flight_header(blocks=8, tenants=b"\x00"):
+    sizes = b"".join(signed(v) for v in (blocks, 4, 2, 16, 100))  # blocks of 4, slots, budget, context
+    cost = struct.pack("<6d", 100, 1000, 10, 1, 0.1, 0.01)
+    return (sizes + number(1) + signed(0) + cost + number(0) + signed(10**10) + signed(0) + tenants +
+            signed(1_700_000_000 * 10**9) + signed(10**9) + number(0) + number(0))
+
+
+def flight_arrival(key, prompt, new=4, sequences=1, tenant=b"a"):
+    name = b"r-%d" % key
+    return frame(1, number(key), number(len(name)), name, number(len(tenant)), tenant, number(prompt),
+                 number(sequences), number(new), signed(0), number(0), number(0), signed(1000), NEVER, NEVER, NEVER,
+                 signed(0))
+
+
+def flight_plan(now, step, planned, waiting=0, why=0, head=0):
+    out, last = [], 0
+    for key, flags, slot, first, tokens in planned:
+        out.append(signed(key - last) + number(flags) + number(slot) + number(first) + number(tokens))
+        last = key
+    return frame(7, signed(now), number(step), number(why), number(waiting), number(head), number(0), number(3),
+                 number(0), number(0), number(0), number(0), number(len(planned)), *out)
+
+
+def flight_result(now, step, ends=()):
+    coded = b"".join(number(1) + number(key) + number(who) + number(how) + number(token)
+                     for key, who, how, token in ends)
+    return frame(8, signed(now), number(step), number(900), number(0), coded, number(0))
+
+
+def make_flight_records():
+    whole = (1 << 32) - 1  # a request, not one of its sequences
+    begin = flight_header() + flight_arrival(1, 8, new=2) + flight_arrival(2, 20)
+    first = flight_plan(2000, 1, [(1, 3, 0, 0, 8), (2, 2, 1, 0, 8)]) + flight_plan(2100, 2, [(1, 1, 0, 8, 1)])
+    end = (flight_result(3000, 1) + frame(6, number(1), number(whole), number(0), struct.pack("<2Q", 7, 8)) +
+           flight_result(4000, 2, [(1, 0, 3, 1), (1, whole, 0, 0)]) + frame(2, number(2), number(1)) +
+           flight_plan(5000, 0, []))
+    write("flight_record", "two_requests", begin + first + end)
+    write("flight_record", "aborted", begin + first + frame(5, signed(2500)) + frame(4) + frame(3, number(1), number(0)))
+    write("flight_record", "from_the_middle", flight_header() + first + end)
+    write("flight_record", "siblings", flight_header() + flight_arrival(1, 9, sequences=3) +
+          flight_plan(2000, 1, [(1, 3, 0, 0, 9)], 0) + flight_result(3000, 1))
+    share = number(2) + b"".join(number(1) + name + signed(w) + signed(0) + signed(0) + signed(0)
+                                 for name, w in ((b"a", 1), (b"b", 3)))
+    write("flight_record", "tenants", flight_header(tenants=share) + flight_arrival(1, 8, tenant=b"b") + first)
+    write("flight_record", "huge_counts", flight_header() + frame(7, signed(0), number(1), number(1 << 62)))
+    write("flight_record", "header_only", flight_header(blocks=(1 << 31) - 1))
+
+
+make_flight_records()
 make_safetensors()
 make_gguf()
 make_tokenizers()
