@@ -28,6 +28,10 @@ struct LoadRequest {
   int32_t input_tokens = 0;
   int32_t output_tokens = 0;
   Duration arrival{};  // since the first request of the dataset; zero when it has no times
+  // What the server is asked for; no dataset has it.
+  Duration ttft_target{};
+  int32_t priority = 0;
+  std::string tenant;
 };
 
 struct Dataset {

@@ -84,6 +84,9 @@ class Simulation {
       request->stop.max_new_tokens = load.output_tokens;
       request->stop.ignore_eos = true;
       request->arrival = sent;
+      request->ttft_target = load.ttft_target;
+      request->priority = load.priority;
+      request->tenant = load.tenant;
       ++running_;
       scheduler_->Add(next_to_send_, std::move(request));
     }

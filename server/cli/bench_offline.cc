@@ -14,6 +14,7 @@
 #include "server/cli/load_model.h"
 #include "server/cli/load_run.h"
 #include "server/cli/local_server.h"
+#include "server/cli/step_cost_file.h"
 #include "server/cli/terminal.h"
 #include "server/cli/units.h"
 
@@ -168,6 +169,9 @@ class EngineTarget : public LoadTarget {
     request->prompt = bench::PromptOf(load, vocabulary_);
     request->sampling.temperature = 0;
     request->stop.max_new_tokens = load.output_tokens;
+    request->ttft_target = load.ttft_target;
+    request->priority = load.priority;
+    request->tenant = load.tenant;
     request->stop.ignore_eos = true;
     return [this, request](const Done& done) {
       request->arrival = Clock::Real().Now();
@@ -186,6 +190,20 @@ class EngineTarget : public LoadTarget {
   const bench::Vocabulary vocabulary_;
   std::vector<RequestHandle> handles_;  // the sending thread's
 };
+
+// --write-step-cost: from the flight record of what was measured.
+int WriteStepCost(const ParsedFlags& flags, const LoadedModel& model) {
+  constexpr std::string_view kName = "bench offline";
+  if (!flags.given("write-step-cost")) return kExitOk;
+  auto file = model.engine->FlightRecord(0);
+  if (!file.ok()) return Fail(kName, StrCat("--write-step-cost: ", file.status().message()), kExitUsage);
+  const std::string& path = flags.text("write-step-cost");
+  const std::string what = StrCat("fitted to ", model.name, ", ", model.dtype, ", on ", model.device);
+  auto said = FitAndWriteStepCost(*ParseFlightRecord(*file), what, model.kv_tokens, path);
+  if (!said.ok()) return Fail(kName, StrCat("--write-step-cost: ", said.status().message()), kExitFailure);
+  std::fprintf(stderr, "%s\n", said->c_str());
+  return kExitOk;
+}
 
 int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
   constexpr std::string_view kName = "bench offline";
@@ -214,13 +232,14 @@ int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
       .kv_tokens = model.kv_tokens,
       .cost = learned.step_cost};
   plan.report.rows.emplace_back("Step time predicted off by (%):", 100 * learned.step_cost_error);
-  return PrintReport(kName, flags, plan.report,
-                     {{"model_id", model.name},
-                      {"device", model.device},
-                      {"dtype", model.dtype},
-                      {"step_cost", bench::ToJson(machine)},
-                      {"measured_steps", learned.measured_steps},
-                      {"step_cost_error_percent", 100 * learned.step_cost_error}});
+  const int code = PrintReport(kName, flags, plan.report,
+                               {{"model_id", model.name},
+                                {"device", model.device},
+                                {"dtype", model.dtype},
+                                {"step_cost", bench::ToJson(machine)},
+                                {"measured_steps", learned.measured_steps},
+                                {"step_cost_error_percent", 100 * learned.step_cost_error}});
+  return std::max(code, WriteStepCost(flags, model));
 }
 
 OrderedJson ToJson(const Result& result) {
@@ -264,7 +283,7 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
     std::fflush(stdout);
   }
   if (as_json) std::printf("%s\n", json.dump(2).c_str());
-  return kExitOk;
+  return WriteStepCost(flags, model);
 }
 
 int Run(const ParsedFlags& flags) {
@@ -299,7 +318,12 @@ Subcommand BenchOfflineCommand() {
                              .type = FlagType::kText,
                              .default_value = "1,8,32",
                              .meaning = "Numbers of streams to measure, separated by commas.",
-                             .example = "1,64"}}},
+                             .example = "1,64"},
+                            {.name = "write-step-cost",
+                             .type = FlagType::kPath,
+                             .meaning = "Fit what a step costs to the steps measured here and write it to this file, "
+                                        "for --step-cost of serve and simulate.",
+                             .example = "step_cost.json"}}},
       .run = Run};
   for (Flag& flag : LoadFlags()) subcommand.command.flags.push_back(flag);
   for (Flag& flag : OfflineFlags()) subcommand.command.flags.push_back(flag);

@@ -50,6 +50,14 @@ class GrpcTarget : public LoadTarget {
     message->mutable_sampling()->set_temperature(0);
     message->mutable_stopping()->set_max_new_tokens(static_cast<uint32_t>(request.output_tokens));
     message->mutable_stopping()->set_ignore_eos(ignore_eos_);
+    v1::Scheduling& scheduling = *message->mutable_scheduling();
+    scheduling.set_priority(request.priority);
+    scheduling.set_tenant(request.tenant);
+    if (request.ttft_target > Duration(0)) {
+      const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(request.ttft_target);
+      scheduling.mutable_ttft_target()->set_seconds(seconds.count());
+      scheduling.mutable_ttft_target()->set_nanos(static_cast<int32_t>((request.ttft_target - seconds).count()));
+    }
     Client& client = *clients_[next_client_++ % clients_.size()];
     return [this, &client, message](const Done& done) {
       const auto input_tokens = static_cast<uint64_t>(message->token_ids().ids_size());

@@ -1,11 +1,13 @@
 #include "server/cli/load_flags.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <fstream>
 
 #include "server/base/strings.h"
 #include "server/cli/command.h"
+#include "server/cli/units.h"
 
 namespace altiplano::cli {
 
@@ -87,6 +89,22 @@ std::vector<Flag> LoadFlags() {
        .meaning = "Multiplies the lengths of a file, so that a trace of a large model fits a small one.",
        .example = "0.1",
        .group = kGroupDataset},
+      {.name = "ttft-target",
+       .type = FlagType::kText,
+       .meaning = "Time to first token that each request asks for; several, separated by commas, are given in turn. "
+                  "0: none.",
+       .example = "500ms,5s",
+       .group = kGroupDataset},
+      {.name = "priorities",
+       .type = FlagType::kText,
+       .meaning = "Priorities of the requests in turn, separated by commas.",
+       .example = "0,0,1",
+       .group = kGroupDataset},
+      {.name = "tenants",
+       .type = FlagType::kText,
+       .meaning = "Names of the tenants that the requests are of in turn, separated by commas.",
+       .example = "blue,green",
+       .group = kGroupDataset},
       {.name = "seed",
        .type = FlagType::kCount,
        .default_value = "0",
@@ -158,6 +176,38 @@ std::vector<Flag> LoadFlags() {
   };
 }
 
+namespace {
+
+std::vector<std::string> SplitAtCommas(std::string_view text) {
+  std::vector<std::string> parts;
+  while (!text.empty()) {
+    const size_t comma = std::min(text.find(','), text.size());
+    parts.emplace_back(text.substr(0, comma));
+    text.remove_prefix(std::min(comma + 1, text.size()));
+  }
+  return parts;
+}
+
+Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
+  for (const std::string& text : SplitAtCommas(flags.text("ttft-target"))) {
+    auto target = ParseDuration(text);
+    if (!target.ok()) return Usage(StrCat("--ttft-target: \"", text, "\" ", target.status().message()));
+    plan->ttft_targets.push_back(*target);
+  }
+  for (const std::string& text : SplitAtCommas(flags.text("priorities"))) {
+    int32_t priority = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), priority);
+    if (error != std::errc() || end != text.data() + text.size()) {
+      return Usage(StrCat("--priorities: \"", text, "\" is not a whole number such as -1"));
+    }
+    plan->priorities.push_back(priority);
+  }
+  plan->tenants = SplitAtCommas(flags.text("tenants"));
+  return OkStatus();
+}
+
+}  // namespace
+
 StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags) {
   LoadPlan plan;
   auto name_it = [](std::string_view flag, const Status& status) {
@@ -183,6 +233,7 @@ StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags) {
     if (!positive(name)) return Usage(StrCat("--", name, " must be above 0, at most 1000000"));
   }
   dataset.length_scale = flags.real("length-scale");
+  RETURN_IF_ERROR(PlanTurns(flags, &plan));
 
   auto arrivals = bench::ParseRequestRate(flags.text("request-rate"));
   if (!arrivals.ok()) return name_it("request-rate", arrivals.status());
@@ -212,6 +263,15 @@ StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, int32_t vocabulary_
   Load load;
   ASSIGN_OR_RETURN(load.dataset, bench::LoadDataset(plan->dataset, tokenize));
   ASSIGN_OR_RETURN(load.arrivals, bench::MakeArrivals(plan->arrivals, load.dataset));
+  for (size_t i = 0; i < load.dataset.requests.size(); ++i) {
+    auto in_turn = [i](const auto& values, auto* value) {
+      if (!values.empty()) *value = values[i % values.size()];
+    };
+    bench::LoadRequest& request = load.dataset.requests[i];
+    in_turn(plan->ttft_targets, &request.ttft_target);
+    in_turn(plan->priorities, &request.priority);
+    in_turn(plan->tenants, &request.tenant);
+  }
   if (load.dataset.left_out > 0) {
     plan->report.notes.push_back(StrCat(load.dataset.left_out, " requests of the dataset were left out: longer than ",
                                         max_context, " tokens with their answers"));

@@ -1,6 +1,7 @@
 // The flags that bench serve, bench offline and simulate share: which requests, when, and what to say about them.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "server/bench/arrivals.h"
@@ -16,6 +17,10 @@ std::vector<Flag> LoadFlags();
 struct LoadPlan {
   bench::DatasetOptions dataset;
   bench::ArrivalOptions arrivals;
+  // Given to the requests in turn; empty: none.
+  std::vector<Duration> ttft_targets;
+  std::vector<int32_t> priorities;
+  std::vector<std::string> tenants;
   bench::BenchReport report;  // settings only
 };
 // INVALID_ARGUMENT, one line, for what is wrong with the command line.

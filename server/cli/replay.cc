@@ -6,6 +6,7 @@
 #include "server/bench/flight_timeline.h"
 #include "server/bench/read_file.h"
 #include "server/cli/command.h"
+#include "server/cli/step_cost_file.h"
 #include "server/cli/write_file.h"
 #include "server/scheduler/flight_replay.h"
 
@@ -54,6 +55,13 @@ int Run(const ParsedFlags& flags) {
   if (flags.given("perfetto")) {
     Status status = WriteFile(flags.text("perfetto"), bench::FlightTrace(history));
     if (!status.ok()) return Fail(kName, status.message(), kExitUnavailable);
+  }
+
+  if (flags.given("write-step-cost")) {
+    const int64_t kv_tokens = int64_t{record->options.num_blocks} * record->options.block_size;
+    auto said = FitAndWriteStepCost(*record, "fitted to a flight record", kv_tokens, flags.text("write-step-cost"));
+    if (!said.ok()) return Fail(kName, StrCat("--write-step-cost: ", said.status().message()), kExitData);
+    std::fprintf(stderr, "%s\n", said->c_str());
   }
 
   PrintSummary(*record, history);
@@ -105,7 +113,12 @@ Subcommand ReplayCommand() {
                              .type = FlagType::kPath,
                              .meaning = "Write a trace for ui.perfetto.dev or chrome://tracing: tracks of slots and "
                                         "requests, counters of blocks, queue and budget.",
-                             .example = "trace.json"}},
+                             .example = "trace.json"},
+                            {.name = "write-step-cost",
+                             .type = FlagType::kPath,
+                             .meaning = "Fit what a step costs to the recorded steps and write it to this file, for "
+                                        "--step-cost of serve and simulate.",
+                             .example = "step_cost.json"}},
                   .max_positional = 1},
       .run = Run};
 }

@@ -1,5 +1,7 @@
 // A load on the scheduler alone: what would these settings do on that machine?
 #include <algorithm>
+#include <chrono>
+#include <optional>
 
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
@@ -8,10 +10,14 @@
 #include "server/cli/config.h"
 #include "server/cli/load_flags.h"
 #include "server/cli/load_model.h"
+#include "server/cli/write_file.h"
+#include "server/scheduler/flight_recorder.h"
 
 namespace altiplano::cli {
 
 namespace {
+
+constexpr size_t kRecordBytes = 256 << 20;
 
 constexpr std::string_view kSchedulerFlags[] = {
     "block-size",          "enable-prefix-caching", "max-num-seqs", "max-num-batched-tokens",
@@ -51,8 +57,20 @@ int Run(const ParsedFlags& flags) {
 
   bench::BenchReport& report = plan->report;
   report.title = "Simulated Benchmark Result";
+  std::optional<FlightRecorder> recorder;
+  if (flags.given("flight-record")) {
+    recorder.emplace(scheduler, kRecordBytes);
+    options->scheduler.recorder = &*recorder;
+  }
   auto totals = bench::Simulate(load->dataset, load->arrivals, *options, &report);
   if (!totals.ok()) return Fail(kName, totals.status().message(), kExitUsage);
+  if (recorder) {
+    const auto unix_time = std::chrono::system_clock::now().time_since_epoch();
+    Status status =
+        WriteFile(flags.text("flight-record"),
+                  recorder->Write(TimePoint(std::chrono::hours(1)) + report.duration, unix_time / Duration(1)));
+    if (!status.ok()) return Fail(kName, status.message(), kExitUnavailable);
+  }
   const double steps = static_cast<double>(std::max<uint64_t>(1, totals->steps));
   const double seconds = std::max(Seconds(report.duration), 1e-9);
   report.rows = {{"Steps:", static_cast<double>(totals->steps)},
@@ -119,7 +137,13 @@ Subcommand SimulateCommand() {
                       .example = "8192",
                       .min = 2,
                       .max = 1 << 24,
-                      .group = "Machine"}}},
+                      .group = "Machine"},
+                     {.name = "flight-record",
+                      .type = FlagType::kPath,
+                      .meaning = "Write the last 256 MiB of what the scheduler decided to this file, for altiplano "
+                                 "replay. Times in it count from an hour before the load begins.",
+                      .example = "simulated.flight",
+                      .group = "Report"}}},
       .run = Run};
   std::vector<Flag>& flags = subcommand.command.flags;
   for (Flag& flag : LoadFlags()) flags.push_back(flag);

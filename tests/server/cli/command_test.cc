@@ -133,6 +133,32 @@ TEST(Commands, SimulateRunsTheSchedulerOnAFormula) {
   EXPECT_THAT(output.err, HasSubstr("longer than 512 tokens"));
 }
 
+TEST(Commands, ReplayShowsAndFitsWhatSimulateRecorded) {
+  const std::string record = ::testing::TempDir() + "simulated.flight", cost = ::testing::TempDir() + "fitted.json",
+                    trace = ::testing::TempDir() + "trace.json";
+  ASSERT_EQ(Invoke({"simulate", "--num-prompts", "30", "--request-rate", "20", "--input-len", "300", "--ttft-target",
+                    "200ms,2s", "--priorities", "0,1", "--tenants", "blue,green", "--flight-record", record})
+                .code,
+            0);
+  Output output = Invoke({"replay", record, "--write-step-cost", cost, "--perfetto", trace, "--request", "#1"});
+  EXPECT_EQ(output.code, 0) << output.err;
+  EXPECT_THAT(output.out, HasSubstr("every decision is as recorded"));
+  EXPECT_THAT(output.out, HasSubstr("priority 1, tenant green, TTFT target 2000 ms"));
+  EXPECT_THAT(output.err, HasSubstr("fitted.json: "));
+  EXPECT_EQ(Invoke({"simulate", "--step-cost", cost}).code, 0);
+  std::ifstream in(trace);
+  EXPECT_TRUE(ParseJson(std::string(std::istreambuf_iterator<char>(in), {})).ok());
+
+  std::ofstream(record, std::ios::app) << "more";
+  output = Invoke({"replay", record});
+  EXPECT_EQ(output.code, 65);
+  EXPECT_THAT(output.err, HasSubstr("is truncated or damaged"));
+  EXPECT_EQ(Invoke({"replay", "nowhere.flight"}).code, 65);
+  EXPECT_EQ(Invoke({"replay"}).code, 64);
+  EXPECT_THAT(Invoke({"simulate", "--priorities", "0,high"}).err, HasSubstr("\"high\" is not a whole number"));
+  EXPECT_THAT(Invoke({"admin", "dump-flight-record", "x"}).err, HasSubstr("needs --url"));
+}
+
 TEST(Commands, NoServerIs69AndForHealth1) {
   EXPECT_EQ(Invoke({"health", "--url", "127.0.0.1:1", "--timeout", "50ms"}).code, 1);
   Output output = Invoke({"chat", "--url", "unix:/nowhere/socket"});
