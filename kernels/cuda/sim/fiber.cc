@@ -76,6 +76,7 @@ void CreateFiber(Fiber* fiber, size_t stack_bytes, void (*entry)(void*), void* a
 void DestroyFiber(Fiber* fiber) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   TsanDestroyFiber(fiber->tsan);
+  AsanUnpoison(fiber->stack, fiber->stack_bytes);  // whoever gets these addresses next would find frames' red zones
   munmap(fiber->stack - page, fiber->stack_bytes + page);
 }
 
