@@ -100,7 +100,7 @@ std::vector<Flag> LoadFlags() {
        .meaning = "Priorities of the requests in turn, separated by commas.",
        .example = "0,0,1",
        .group = kGroupDataset},
-      {.name = "tenants",
+      {.name = "request-tenants",
        .type = FlagType::kText,
        .meaning = "Names of the tenants that the requests are of in turn, separated by commas.",
        .example = "blue,green",
@@ -202,7 +202,7 @@ Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
     }
     plan->priorities.push_back(priority);
   }
-  plan->tenants = SplitAtCommas(flags.text("tenants"));
+  plan->tenants = SplitAtCommas(flags.text("request-tenants"));
   return OkStatus();
 }
 

@@ -72,8 +72,10 @@ class Call {
     lock.unlock();
     if (!end_.ok()) return end_;  // a call is finished once
     const grpc::Status status = stream_->Finish();
-    end_ = status.ok() ? Status(Code::kUnavailable, "the leader has hung up")
-                       : Status(static_cast<Code>(status.error_code()), status.error_message());
+    // Cut by the leader counts as hung up: CANCELLED is for options.cancelled alone.
+    end_ = status.ok() || status.error_code() == grpc::StatusCode::CANCELLED
+               ? Status(Code::kUnavailable, "the leader has hung up")
+               : Status(static_cast<Code>(status.error_code()), status.error_message());
     return end_;
   }
 
@@ -225,6 +227,9 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
   hello.mutable_hello()->set_data_address(listener->address());
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
+  // A leader that starts a moment later is joined a moment later.
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   const auto stub = v1::LeaderService::NewStub(
       grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));

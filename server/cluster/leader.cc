@@ -25,6 +25,8 @@ using SteadyTime = std::chrono::steady_clock::time_point;
 using Message = std::shared_ptr<const v1::LeaderMessage>;
 
 constexpr auto kFarewell = std::chrono::seconds(1);  // for a follower to hang up by itself
+// A failure shows on other nodes as a link that closes, which may be heard of first: so long the cause is waited for.
+constexpr auto kCausePatience = std::chrono::milliseconds(500);
 
 SteadyTime Now() {
   return std::chrono::steady_clock::now();
@@ -92,6 +94,12 @@ class Group {
     }
   }
 
+  // Of a rank of node `node`, under `lock`.
+  void EndByFailure(std::unique_lock<std::mutex>& lock, int node, const Status& status) {
+    if (status.code() == Code::kUnavailable) state_.changed.wait_for(lock, kCausePatience, [this] { return ended; });
+    End(StrCat("node ", node, ": ", status.message()));
+  }
+
   std::vector<std::shared_ptr<Member>> members;  // [nodes]; null: the leader itself, and who has not joined
   bool formed = false;                           // nobody joins any more; who leaves ends it
   bool ended = false;
@@ -154,7 +162,7 @@ class Service final : public v1::LeaderService::Service {
   }
 
   void Read(Member& member, const v1::FollowerMessage& message) {
-    std::lock_guard lock(state_.mutex);
+    std::unique_lock lock(state_.mutex);
     member.last_heard = Now();
     if (message.has_loaded()) member.loaded = true;
     if (message.has_warmed_up()) member.num_blocks = message.warmed_up().num_blocks();
@@ -163,7 +171,7 @@ class Service final : public v1::LeaderService::Service {
       if (result.status.ok()) {
         member.group->results.push_back(std::move(result));
       } else {
-        member.group->End(StrCat("node ", member.node, ": ", result.status.message()));
+        member.group->EndByFailure(lock, member.node, result.status);
       }
     }
     if (!message.has_heartbeat()) state_.changed.notify_all();
@@ -250,8 +258,8 @@ class GroupExecutor : public Executor {
   void WatchLocal() {
     StepResult result = local_->Wait();
     while (result.status.ok()) result = local_->Wait();
-    std::lock_guard lock(state_.mutex);
-    group_->End(StrCat("node 0: ", result.status.message()));
+    std::unique_lock lock(state_.mutex);
+    group_->EndByFailure(lock, 0, result.status);
   }
 
   State& state_;

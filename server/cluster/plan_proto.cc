@@ -138,7 +138,10 @@ std::shared_ptr<const StepPlan> PlanFromProto(const v1::Plan& in) {
 void ResultToProto(const StepResult& result, v1::StepDone* out) {
   const auto& [step, status, sampled, prompt_scores, device_time] = result;
   out->set_step(step);
-  if (!status.ok()) return out->set_error(status.message().empty() ? "failed" : status.message());
+  if (!status.ok()) {
+    out->set_follows(status.code() == Code::kUnavailable);  // as a rank says whose group has ended
+    return out->set_error(status.message().empty() ? "failed" : status.message());
+  }
   for (const TokenScore& score : sampled) ScoreToProto(score, out->add_sampled());
   for (const auto& scores : prompt_scores) {
     v1::PromptScores* prompt = out->add_prompt_scores();
@@ -150,7 +153,7 @@ void ResultToProto(const StepResult& result, v1::StepDone* out) {
 StepResult ResultFromProto(const v1::StepDone& in) {
   StepResult result;
   result.step = in.step();
-  if (!in.error().empty()) result.status = Status(Code::kUnavailable, in.error());
+  if (!in.error().empty()) result.status = Status(in.follows() ? Code::kUnavailable : Code::kInternal, in.error());
   for (const v1::TokenScore& score : in.sampled()) result.sampled.push_back(ScoreFromProto(score));
   for (const v1::PromptScores& prompt : in.prompt_scores()) {
     std::vector<TokenScore>& scores = result.prompt_scores.emplace_back();

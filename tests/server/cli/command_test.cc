@@ -137,7 +137,7 @@ TEST(Commands, ReplayShowsAndFitsWhatSimulateRecorded) {
   const std::string record = ::testing::TempDir() + "simulated.flight", cost = ::testing::TempDir() + "fitted.json",
                     trace = ::testing::TempDir() + "trace.json";
   ASSERT_EQ(Invoke({"simulate", "--num-prompts", "30", "--request-rate", "20", "--input-len", "300", "--ttft-target",
-                    "200ms,2s", "--priorities", "0,1", "--tenants", "blue,green", "--flight-record", record})
+                    "200ms,2s", "--priorities", "0,1", "--request-tenants", "blue,green", "--flight-record", record})
                 .code,
             0);
   Output output = Invoke({"replay", record, "--write-step-cost", cost, "--perfetto", trace, "--request", "#1"});
