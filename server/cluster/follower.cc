@@ -227,13 +227,11 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
   hello.mutable_hello()->set_data_address(listener->address());
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
-  // A leader that starts a moment later is joined a moment later.
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
-  const auto stub = v1::LeaderService::NewStub(
-      grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));
+  // A connection of its own for each attempt: one that was refused once is left alone by gRPC for seconds.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   for (;;) {
+    const auto stub = v1::LeaderService::NewStub(
+        grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));
     Call call(options, *stub);
     call.Greet(hello);
     const auto formed = call.Next();
