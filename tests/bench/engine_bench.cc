@@ -67,15 +67,15 @@ class TimedExecutor : public Executor {
     }
     executor_->Launch(std::move(plan));
   }
-  // The engine has one step in the executor at a time: the last of steps_.
+  // Steps end in the order in which they were launched; the next one may be launched before.
   StepResult Wait() override {
     StepResult result = executor_->Wait();
     const double now = Now(), cpu = ThreadSeconds(), process = ProcessSeconds();
     std::lock_guard lock(mutex_);
-    Step& step = steps_.back();
+    Step& step = steps_[ended_++];
     step.model = std::chrono::duration<double>(result.device_time).count();
-    step.cpu = process - (steps_.size() > 1 ? last_process_ : begin_process_);
-    if (steps_.size() > 1) step.period = now - last_end_, step.engine_cpu = cpu - last_cpu_;
+    step.cpu = process - (ended_ > 1 ? last_process_ : begin_process_);
+    if (ended_ > 1) step.period = now - last_end_, step.engine_cpu = cpu - last_cpu_;
     last_end_ = now;
     last_cpu_ = cpu;
     last_process_ = process;
@@ -84,6 +84,7 @@ class TimedExecutor : public Executor {
 
   std::vector<Step> TakeSteps() {
     std::lock_guard lock(mutex_);
+    ended_ = 0;
     return std::exchange(steps_, {});
   }
 
@@ -91,6 +92,7 @@ class TimedExecutor : public Executor {
   const std::unique_ptr<LocalExecutor> executor_;
   std::mutex mutex_;  // guards what follows
   std::vector<Step> steps_;
+  size_t ended_ = 0;
   double last_end_ = 0, last_cpu_ = 0, last_process_ = 0, begin_process_ = 0;
 };
 
