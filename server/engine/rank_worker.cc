@@ -1,6 +1,7 @@
 #include "server/engine/rank_worker.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "server/base/check.h"
@@ -62,6 +63,18 @@ bool RankWorker::AllocateBuffers(const Limits& limits, std::vector<TokenId> eos_
   const int64_t columns = llama_->shard_vocab() * communicator_->size();
   gathered_ = Buffer::Allocate(*stream_, static_cast<size_t>(rows * columns) * sizeof(float));
   return static_cast<bool>(gathered_);
+}
+
+void RankWorker::SetCache(KvCache cache) {
+  // The system hands out memory when it is first written to: for the first pages that is now, and not while the first
+  // request waits. They are zero already.
+  const KvCache::Shape& shape = cache.shape();
+  const size_t bytes = shape.page_bytes() / 2 / static_cast<size_t>(shape.layers);
+  for (int64_t layer = 0; stream_->device() == Device::kCpu && layer < shape.layers; ++layer) {
+    std::memset(cache.k_pages(layer).data, 0, bytes);
+    std::memset(cache.v_pages(layer).data, 0, bytes);
+  }
+  cache_ = std::move(cache);
 }
 
 Status RankWorker::Enqueue(const StepPlan& plan) {

@@ -48,7 +48,7 @@ class RankWorker {
   // at once. RESOURCE_EXHAUSTED when the cache does not fit.
   Status WarmUp(int32_t tokens, KvCache::Shape shape);
   // Before the first Enqueue.
-  void SetCache(KvCache cache) { cache_ = std::move(cache); }
+  void SetCache(KvCache cache);
 
   // Of one thread, which has called stream().UseFromThisThread(). UNAVAILABLE when the group was aborted, INTERNAL when
   // the device failed.
