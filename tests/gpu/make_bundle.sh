@@ -35,7 +35,8 @@ elif [ -n "${ALTIPLANO_BUNDLE_CHECK:-}" ]; then
   cp -r "$folder" "$root/bundle"
   cp -L /lib64/ld-linux-x86-64.so.2 "$root/lib64/"
   for name in libc.so.6 libm.so.6 libdl.so.2 librt.so.1 libpthread.so.0 libresolv.so.2 libstdc++.so.6 libgcc_s.so.1; do
-    path=$(ldconfig -p | awk -v name="$name" '$1 == name && /x86-64/ {print $NF; exit}')
+    # To the end of the list: who stops reading ends ldconfig by a signal, and with it this script.
+    path=$(ldconfig -p | awk -v name="$name" '$1 == name && /x86-64/ && found == "" {found = $NF} END {print found}')
     [ -z "$path" ] || cp -L "$path" "$root/lib/x86_64-linux-gnu/"
   done
   for program in "$folder"/bin/*; do
