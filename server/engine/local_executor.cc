@@ -245,8 +245,9 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions
       ASSIGN_OR_RETURN(group, MakeGroup(options));
     }
     for (auto& communicator : group) {
-      if (communicator != nullptr && options.check_ranks) communicator = MakeChecked(std::move(communicator));
       ranks.push_back(std::make_shared<Rank>());
+      ranks.back()->checked = communicator != nullptr && options.check_ranks;
+      if (ranks.back()->checked) communicator = MakeChecked(std::move(communicator));
       ranks.back()->communicator = std::move(communicator);
     }
   }
@@ -386,14 +387,14 @@ void LocalExecutor::Fail(const Status& status) {
 
 void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
                          std::function<void(int, uint64_t)> before_step) {
-  RankWorker& worker = *ranks[static_cast<size_t>(index)]->worker;
+  const Rank& rank = *ranks[static_cast<size_t>(index)];
+  RankWorker& worker = *rank.worker;
   worker.stream().UseFromThisThread();
   auto enqueue = [&](const StepPlan& plan) {
     try {
       if (before_step) before_step(first_rank + index, plan.step);
       // Ranks that differ end the group, and so the step.
-      Communicator* group = ranks[static_cast<size_t>(index)]->communicator.get();
-      if (group != nullptr) group->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
+      if (rank.checked) rank.communicator->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
       return worker.Enqueue(plan);
     } catch (const std::exception& error) {  // nothing of ours throws but an allocation
       return Status(Code::kInternal, StrCat("rank ", first_rank + index, ": ", error.what()));
@@ -416,7 +417,7 @@ void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index,
     if (status.ok()) ++shared->enqueued[static_cast<size_t>(index)];
     if (!status.ok()) {
       if (shared->failure.ok()) shared->failure = status;
-      for (const auto& rank : ranks) rank->Abort(status.message());
+      for (const auto& each : ranks) each->Abort(status.message());
     }
     shared->changed.notify_all();
   }

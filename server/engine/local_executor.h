@@ -99,6 +99,7 @@ class LocalExecutor : public Executor {
   };
   struct Rank {
     std::unique_ptr<Communicator> communicator;  // null for one rank
+    bool checked = false;                        // it is one of MakeChecked
     std::shared_ptr<Link> previous, next;        // null for one stage
     std::unique_ptr<RankWorker> worker;          // Enqueue is the thread's, Collect the engine's
 
