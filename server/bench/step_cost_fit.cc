@@ -12,36 +12,29 @@ namespace altiplano::bench {
 namespace {
 
 constexpr size_t kLeastSteps = 20;
-constexpr size_t kTerms = 5;  // step, tokens, sequences, decode_context, prefill_context
-using Terms = std::array<double, kTerms>;
+constexpr size_t kTerms = std::tuple_size_v<StepTerms>;
 
-// Reading the weights hides the arithmetic of up to `hidden` tokens.
-Terms TermsOf(const StepWork& work, double hidden) {
-  return {1, std::max(hidden, static_cast<double>(work.tokens)), static_cast<double>(work.sequences),
-          static_cast<double>(work.decode_context), static_cast<double>(work.prefill_context)};
-}
-
-double Dot(const Terms& a, const Terms& b) {
+double Dot(const StepTerms& a, const StepTerms& b) {
   double sum = 0;
   for (size_t i = 0; i < kTerms; ++i) sum += a[i] * b[i];
   return sum;
 }
 
 struct Solution {
-  Terms coefficients{};
+  StepTerms coefficients{};
   double squares = std::numeric_limits<double>::infinity();  // of relative errors
 };
 
-// Least squares of relative errors without negative coefficients: coordinate descent on the normal equations, whose
-// terms are scaled to equal size first.
+// Reading the weights hides the arithmetic of up to `hidden` tokens. Least squares of relative errors without negative
+// coefficients: coordinate descent on the normal equations, whose terms are scaled to equal size first.
 Solution Solve(const std::vector<MeasuredStep>& steps, double hidden) {
   constexpr int kRounds = 20000;
   constexpr double kStill = 1e-12;
-  Terms scale{};
-  std::array<Terms, kTerms> normal{};
-  Terms right{};
+  StepTerms scale{};
+  std::array<StepTerms, kTerms> normal{};
+  StepTerms right{};
   for (const MeasuredStep& step : steps) {
-    Terms terms = TermsOf(step.work, hidden);
+    StepTerms terms = TermsOf(step.work, hidden);
     const double us = Seconds(step.time) * 1e6;
     for (double& term : terms) term /= us;
     for (size_t i = 0; i < kTerms; ++i) {
@@ -50,7 +43,7 @@ Solution Solve(const std::vector<MeasuredStep>& steps, double hidden) {
     }
   }
   for (size_t i = 0; i < kTerms; ++i) scale[i] = normal[i][i] > 0 ? 1 / std::sqrt(normal[i][i]) : 0;
-  Terms x{};
+  StepTerms x{};
   for (int round = 0; round < kRounds; ++round) {
     double moved = 0;
     for (size_t i = 0; i < kTerms; ++i) {
@@ -83,13 +76,7 @@ StepCost Fit(const std::vector<MeasuredStep>& steps) {
     // Of two that fit alike the simpler one: the weights hide nothing.
     if (solution.squares < best.squares * (1 - 1e-6)) best = solution, best_hidden = hidden;
   }
-  const Terms& x = best.coefficients;
-  return {.step_us = x[0],
-          .weights_us = x[1] * best_hidden,
-          .token_us = x[1],
-          .sequence_us = x[2],
-          .kv_token_us = x[3],
-          .attention_us = x[4]};
+  return CostFrom(best.coefficients, best_hidden);
 }
 
 std::vector<double> Errors(const std::vector<MeasuredStep>& steps, const StepCost& cost) {

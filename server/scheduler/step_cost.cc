@@ -34,4 +34,18 @@ Duration StepTime(const StepCost& cost, const StepWork& work) {
   return DurationOf(us);
 }
 
+StepTerms TermsOf(const StepWork& work, double knee) {
+  return {1, std::max(knee, static_cast<double>(work.tokens)), static_cast<double>(work.sequences),
+          static_cast<double>(work.decode_context), static_cast<double>(work.prefill_context)};
+}
+
+StepCost CostFrom(const StepTerms& us, double knee) {
+  return {.step_us = us[0],
+          .weights_us = us[1] * knee,
+          .token_us = us[1],
+          .sequence_us = us[2],
+          .kv_token_us = us[3],
+          .attention_us = us[4]};
+}
+
 }  // namespace altiplano

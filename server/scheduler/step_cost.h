@@ -1,6 +1,7 @@
 // What one step of the engine costs, as a formula: for the ceiling on inter-token latency, and for simulations.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "server/base/clock.h"
@@ -32,6 +33,12 @@ struct StepCost {
   double kv_token_us = 0;   // a decode's attention to one token: reading its keys and values
   double attention_us = 0;  // a prompt token's attention to one token: arithmetic
 };
+// For whoever fits the formula to measured steps. But for its max it is linear: the time is what each of five things
+// costs - a step, a token, a sequence, a token of a decode's and of a prompt's context - times how many a step has.
+// knee: the tokens up to which a step only waits for the weights.
+using StepTerms = std::array<double, 5>;
+StepTerms TermsOf(const StepWork& work, double knee);
+StepCost CostFrom(const StepTerms& us, double knee);
 // No more than thirty years, so that sums with times stay in range.
 Duration DurationOf(double us);
 Duration StepTime(const StepCost& cost, const StepWork& work);

@@ -24,8 +24,8 @@ constexpr double kGuesses[] = {0, 16, 64, 128, 256, 512};
 }  // namespace
 
 StepCostLearner::StepCostLearner(const StepCost& start) : cost_(start) {
-  const Vector given = {start.step_us + start.weights_us, start.token_us, start.sequence_us, start.kv_token_us,
-                        start.attention_us};
+  const StepTerms given = {start.step_us + start.weights_us, start.token_us, start.sequence_us, start.kv_token_us,
+                           start.attention_us};
   const bool known = std::ranges::max(given) > 0;
   for (size_t i = 0; i < kTerms; ++i) doubt_[i] = known ? given[i] + 1e-4 * kDoubt[i] : kDoubt[i];
   fits_[0].knee = start.token_us > 0 ? start.weights_us / start.token_us : 0;
@@ -60,7 +60,7 @@ void StepCostLearner::Learn(const StepWork& work, Duration measured) {
 }
 
 bool StepCostLearner::LearnOne(Fit* fit, const StepWork& work, double measured_us, double weight) const {
-  Vector terms = Terms(*fit, work);
+  StepTerms terms = TermsOf(work, fit->knee);
   double predicted = 0, fitted = 0;
   for (size_t i = 0; i < kTerms; ++i) {
     terms[i] /= measured_us;
@@ -77,13 +77,13 @@ bool StepCostLearner::LearnOne(Fit* fit, const StepWork& work, double measured_u
   }
   fit->strange = 0;
 
-  Vector gain{};  // covariance * terms, then divided
+  StepTerms gain{};  // covariance * terms, then divided
   double spread = kNoise * kNoise;
   for (size_t i = 0; i < kTerms; ++i) {
     for (size_t j = 0; j < kTerms; ++j) gain[i] += fit->covariance[i][j] * terms[j];
     spread += gain[i] * terms[i];
   }
-  const Vector shift = gain;
+  const StepTerms shift = gain;
   for (double& g : gain) g /= spread;
   for (size_t i = 0; i < kTerms; ++i) {
     fit->coefficients[i] += gain[i] * error;
@@ -103,20 +103,10 @@ bool StepCostLearner::LearnOne(Fit* fit, const StepWork& work, double measured_u
   return true;
 }
 
-StepCostLearner::Vector StepCostLearner::Terms(const Fit& fit, const StepWork& work) {
-  return {1, std::max(fit.knee, static_cast<double>(work.tokens)), static_cast<double>(work.sequences),
-          static_cast<double>(work.decode_context), static_cast<double>(work.prefill_context)};
-}
-
 StepCost StepCostLearner::CostOf(const Fit& fit) {
-  Vector c = fit.coefficients;
-  for (double& us : c) us = std::max(0.0, us);
-  return {.step_us = c[0],
-          .weights_us = c[1] * fit.knee,
-          .token_us = c[1],
-          .sequence_us = c[2],
-          .kv_token_us = c[3],
-          .attention_us = c[4]};
+  StepTerms us = fit.coefficients;
+  for (double& each : us) each = std::max(0.0, each);
+  return CostFrom(us, fit.knee);
 }
 
 }  // namespace altiplano

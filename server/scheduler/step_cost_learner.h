@@ -28,25 +28,23 @@ class StepCostLearner {
   double error() const { return error_; }
 
  private:
-  static constexpr size_t kTerms = 5;  // a step, a token, a sequence, a token of a decode's and of a prompt's context
+  static constexpr size_t kTerms = std::tuple_size_v<StepTerms>;
   static constexpr size_t kKnees = 7;
-  using Vector = std::array<double, kTerms>;
 
   // A fit for one guess of the token count up to which a step only waits for the weights. The formula is not linear in
   // that count, so that a few guesses run side by side and the one that predicts best speaks.
   struct Fit {
     double knee = 0;
-    Vector coefficients{};  // a negative one speaks as zero
-    std::array<Vector, kTerms> covariance{};
+    StepTerms coefficients{};  // a negative one speaks as zero
+    std::array<StepTerms, kTerms> covariance{};
     double error = 0;
     int32_t strange = 0;  // steps in a row that were too far off to learn from
   };
-  static Vector Terms(const Fit& fit, const StepWork& work);
   static StepCost CostOf(const Fit& fit);
   void Doubt(Fit* fit) const;  // takes the coefficients for no more than a start
   bool LearnOne(Fit* fit, const StepWork& work, double measured_us, double weight) const;
 
-  Vector doubt_{};  // standard deviation of each coefficient at the start
+  StepTerms doubt_{};  // standard deviation of each coefficient at the start
   std::array<Fit, kKnees> fits_;
   size_t best_ = 0;
   StepCost cost_;
