@@ -10,6 +10,7 @@
 
 #include "server/base/check.h"
 #include "server/base/json.h"
+#include "server/base/mix.h"
 #include "server/base/strings.h"
 #include "server/bench/read_file.h"
 
@@ -22,14 +23,6 @@ constexpr int32_t kDefaultOutputLen = 64;
 // What the published ShareGPT benchmarks leave out: too short to say anything, or too long for their models.
 constexpr size_t kShareGptMinTokens = 4, kShareGptMaxPrompt = 1024, kShareGptMaxTotal = 2048;
 constexpr int32_t kMaxLength = 1 << 24;
-
-// The finaliser of splitmix64: neighbouring inputs give unrelated outputs.
-uint64_t Mix(uint64_t x) {
-  x += 0x9E3779B97F4A7C15;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-  return x ^ (x >> 31);
-}
 
 // Datasets with the same seed have no prompt in common, or one run would find another's in the prefix cache.
 enum class StreamKind : uint64_t { kOwn, kPrefix, kBlock };

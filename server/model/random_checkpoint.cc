@@ -9,6 +9,7 @@
 
 #include "server/base/check.h"
 #include "server/base/json.h"
+#include "server/base/mix.h"
 #include "server/base/strings.h"
 #include "server/model/checkpoint_stored.h"
 #include "server/model/checkpoint_tensors.h"
@@ -52,10 +53,7 @@ class RandomBytes final : public ByteSource {
  private:
   // In (-1, 1). Four neighbours share the 64 bits of a splitmix64 step.
   float Uniform(uint64_t element) const {
-    uint64_t x = (element / 4 + 1) * 0x9E3779B97F4A7C15 + seed_ * 0xD1B54A32D192ED03;
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-    x = (x ^ x >> 27) * 0x94D049BB133111EB;
-    x ^= x >> 31;
+    const uint64_t x = Mix(element / 4 * 0x9E3779B97F4A7C15 + seed_ * 0xD1B54A32D192ED03);
     const auto bits = static_cast<int16_t>(static_cast<uint16_t>(x >> element % 4 * 16));
     return (static_cast<float>(bits) + 0.5f) / 32768;
   }
