@@ -24,10 +24,6 @@ constexpr size_t kMostQueued = 4;
   std::abort();
 }
 
-size_t Bytes(const TensorView& x) {
-  return static_cast<size_t>(x.elements()) * SizeOf(x.dtype);
-}
-
 struct Shared {
   explicit Shared(std::chrono::milliseconds p) : patience(p) {}
 
@@ -54,7 +50,7 @@ class InProcessLink : public Link {
   ~InProcessLink() override { shared_->Abort("a rank has left"); }
 
   bool Send(Stream& stream, const TensorView& x) override {
-    Check(x);
+    const size_t bytes = BytesOfDense(x);
     if (!stream.Synchronize().empty()) return false;
     Shared::Way& way = shared_->ways[end_];
     std::unique_lock lock(shared_->mutex);
@@ -65,7 +61,7 @@ class InProcessLink : public Link {
       way.empty.pop_front();
     }
     lock.unlock();
-    buffer.resize(Bytes(x));
+    buffer.resize(bytes);
     if (!buffer.empty()) std::memcpy(buffer.data(), x.data, buffer.size());
     lock.lock();
     way.full.push_back(std::move(buffer));
@@ -74,7 +70,7 @@ class InProcessLink : public Link {
   }
 
   bool Receive(Stream& stream, const TensorView& x) override {
-    Check(x);
+    const size_t bytes = BytesOfDense(x);
     if (!stream.Synchronize().empty()) return false;
     Shared::Way& way = shared_->ways[1 - end_];
     std::unique_lock lock(shared_->mutex);
@@ -82,7 +78,7 @@ class InProcessLink : public Link {
     std::vector<char> buffer = std::move(way.full.front());
     way.full.pop_front();
     lock.unlock();
-    if (buffer.size() != Bytes(x)) Die("Link: a tensor of another size was sent than is received");
+    if (buffer.size() != bytes) Die("Link: a tensor of another size was sent than is received");
     if (!buffer.empty()) std::memcpy(x.data, buffer.data(), buffer.size());
     lock.lock();
     way.empty.push_back(std::move(buffer));
@@ -97,9 +93,6 @@ class InProcessLink : public Link {
   }
 
  private:
-  static void Check(const TensorView& x) {
-    if (x.device != Device::kCpu || !x.contiguous()) Die("Link: wants a dense tensor on the CPU");
-  }
   template <typename Ready>
   bool WaitFor(std::unique_lock<std::mutex>& lock, Ready ready) {
     const auto ended = [&] { return !shared_->error.empty(); };
@@ -116,6 +109,11 @@ class InProcessLink : public Link {
 };
 
 }  // namespace
+
+size_t Link::BytesOfDense(const TensorView& x) {
+  if (x.device != Device::kCpu || !x.contiguous()) Die("Link: wants a dense tensor on the CPU");
+  return static_cast<size_t>(x.elements()) * SizeOf(x.dtype);
+}
 
 std::pair<std::unique_ptr<Link>, std::unique_ptr<Link>> MakeInProcessLink(std::string first, std::string second,
                                                                           std::chrono::milliseconds patience) {

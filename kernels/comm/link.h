@@ -33,6 +33,10 @@ class Link {
   virtual void Abort(std::string_view reason = "aborted") = 0;
   // Why the link ended; empty while it lives. Any thread.
   virtual std::string error() const = 0;
+
+ protected:
+  // Of a tensor that links with CPU memory can carry. Dies when it is another one: a bug of the caller's.
+  static size_t BytesOfDense(const TensorView& x);
 };
 
 // Between two ranks of this process, with CPU memory. The names are for errors: what the other end is called.

@@ -8,8 +8,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -28,15 +26,6 @@ struct Header {
   uint64_t bytes = 0;
 };
 
-[[noreturn]] void Die(const char* sentence) {
-  std::fprintf(stderr, "%s\n", sentence);
-  std::abort();
-}
-
-uint64_t Bytes(const TensorView& x) {
-  return static_cast<uint64_t>(x.elements()) * SizeOf(x.dtype);
-}
-
 class SocketLink : public Link {
  public:
   SocketLink(int socket, std::string peer, std::chrono::milliseconds patience)
@@ -51,21 +40,20 @@ class SocketLink : public Link {
   }
 
   bool Send(Stream& stream, const TensorView& x) override {
-    Check(x);
+    const Header header{.bytes = BytesOfDense(x)};
     if (!stream.Synchronize().empty()) return false;
-    const Header header{.bytes = Bytes(x)};
     return Write(&header, sizeof header) && Write(x.data, header.bytes);
   }
 
   bool Receive(Stream& stream, const TensorView& x) override {
-    Check(x);
+    const uint64_t bytes = BytesOfDense(x);
     if (!stream.Synchronize().empty()) return false;
     Header header;
     if (!Read(&header, sizeof header)) return false;
     if (header.mark != kMark) return Fail(peer_ + " sent what is no tensor");
-    if (header.bytes != Bytes(x)) {
+    if (header.bytes != bytes) {
       return Fail(peer_ + " sent a tensor of " + std::to_string(header.bytes) + " bytes where one of " +
-                  std::to_string(Bytes(x)) + " was expected");
+                  std::to_string(bytes) + " was expected");
     }
     return Read(x.data, header.bytes);
   }
@@ -77,10 +65,6 @@ class SocketLink : public Link {
   }
 
  private:
-  static void Check(const TensorView& x) {
-    if (x.device != Device::kCpu || !x.contiguous()) Die("Link: wants a dense tensor on the CPU");
-  }
-
   bool Fail(const std::string& reason) {
     std::lock_guard lock(mutex_);
     if (error_.empty()) error_ = reason;
