@@ -111,15 +111,15 @@ StatusOr<std::unique_ptr<Executor>> MakeRanksAgain(const Checkpoint& checkpoint,
 EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks, const StepCost& cost) {
   EngineOptions options;
   options.scheduler.prefix_cache = config.kv().prefix_cache();
-  options.scheduler.max_itl = ParseDuration(config.scheduler().max_itl()).value();
+  options.scheduler.max_itl = CheckedDuration(config.scheduler().max_itl());
   options.scheduler.step_cost = cost;
   options.scheduler.learn_step_cost = config.scheduler().learn_step_cost();
-  options.scheduler.default_ttft_target = ParseDuration(config.scheduler().default_ttft_target()).value();
-  options.scheduler.priority_ageing = ParseDuration(config.scheduler().priority_ageing()).value();
+  options.scheduler.default_ttft_target = CheckedDuration(config.scheduler().default_ttft_target());
+  options.scheduler.priority_ageing = CheckedDuration(config.scheduler().priority_ageing());
   options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
-  options.step_deadline = ParseDuration(config.scheduler().step_deadline()).value();
-  options.flight_record_bytes = ParseBytes(config.log().flight_record_memory()).value();
+  options.step_deadline = CheckedDuration(config.scheduler().step_deadline());
+  options.flight_record_bytes = CheckedBytes(config.log().flight_record_memory());
   options.on_failed_for_good = hooks.on_failed_for_good;
   return options;
 }
@@ -184,9 +184,9 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = static_cast<int32_t>(config.model().max_context());
   options.batch_invariant = config.model().batch_invariant();
-  options.kv_bytes = ParseBytes(config.kv().memory()).value() / static_cast<uint64_t>(replicas);
+  options.kv_bytes = CheckedBytes(config.kv().memory()) / static_cast<uint64_t>(replicas);
   options.patience =
-      std::chrono::duration_cast<std::chrono::milliseconds>(ParseDuration(config.scheduler().step_deadline()).value());
+      std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(config.scheduler().step_deadline()));
   options.progress = hooks.progress;
   options.cancelled = hooks.cancelled;
   ASSIGN_OR_RETURN(options.before_step, FaultDrillFromEnvironment());

@@ -18,11 +18,8 @@ namespace altiplano::cli {
 
 namespace {
 
-Duration Time(const std::string& text) {
-  return ParseDuration(text).value();  // checked when the config was made
-}
 std::chrono::milliseconds Milliseconds(const std::string& text) {
-  return std::chrono::duration_cast<std::chrono::milliseconds>(Time(text));
+  return std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(text));
 }
 
 Status Refuse(std::string message) {
@@ -89,7 +86,8 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   if (!checkpoint.ok()) return Fail("serve", checkpoint.status().message(), ExitCodeOfLoad(checkpoint.status()));
   // The signal comes to all nodes at once: this one stays until the leader has drained, or can have.
   std::atomic<bool> ready{false};
-  const Duration drain = Time(config.drain().delay()) + Time(config.drain().timeout()) + std::chrono::seconds(5);
+  const Duration drain =
+      CheckedDuration(config.drain().delay()) + CheckedDuration(config.drain().timeout()) + std::chrono::seconds(5);
   TimePoint give_up = kNever;
   const auto cancelled = [&] {
     if (stop.count() == 0) return false;

@@ -78,9 +78,9 @@ void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) 
   log::Info("draining", {{"delay", config.delay()}, {"timeout", config.timeout()}});
   serving.SetNotServing();
   TimePoint now = Clock::Real().Now();
-  if (stop.WaitForCount(2, now + ParseDuration(config.delay()).value())) return;
+  if (stop.WaitForCount(2, now + CheckedDuration(config.delay()))) return;
   serving.RefuseNew();
-  WaitForLiveRequests(serving, Clock::Real().Now() + ParseDuration(config.timeout()).value(), stop, 2);
+  WaitForLiveRequests(serving, Clock::Real().Now() + CheckedDuration(config.timeout()), stop, 2);
   if (serving.live_requests() > 0) {
     log::Warn(stop.count() > 1 ? "second signal: live requests are ended" : "drain timeout: live requests are ended",
               {{"requests", serving.live_requests()}});

@@ -12,11 +12,8 @@ namespace altiplano::cli {
 
 namespace {
 
-Duration Time(const std::string& text) {
-  return ParseDuration(text).value();  // checked when the config was made
-}
 int64_t Size(const std::string& text) {
-  return static_cast<int64_t>(ParseBytes(text).value());
+  return static_cast<int64_t>(CheckedBytes(text));
 }
 int32_t SmallSize(const std::string& text) {
   return static_cast<int32_t>(std::min<int64_t>(Size(text), INT32_MAX));
@@ -52,9 +49,9 @@ FrontendLimits LimitsOf(const config::v1::Limits& config) {
   FrontendLimits limits;
   limits.max_message_bytes = SmallSize(config.message_size());
   limits.max_streams_per_connection = static_cast<int32_t>(config.streams_per_connection());
-  limits.keepalive_time = Time(config.keepalive_time());
-  limits.keepalive_timeout = Time(config.keepalive_timeout());
-  limits.min_client_ping_interval = Time(config.min_client_ping_interval());
+  limits.keepalive_time = CheckedDuration(config.keepalive_time());
+  limits.keepalive_timeout = CheckedDuration(config.keepalive_timeout());
+  limits.min_client_ping_interval = CheckedDuration(config.min_client_ping_interval());
   limits.max_prompt_bytes = Size(config.prompt_size());
   limits.max_chat_messages = static_cast<int32_t>(config.chat_messages());
   limits.max_tools = static_cast<int32_t>(config.tools());
@@ -67,11 +64,11 @@ FrontendLimits LimitsOf(const config::v1::Limits& config) {
   limits.max_request_id_bytes = SmallSize(config.request_id_size());
   limits.max_tenant_bytes = SmallSize(config.tenant_size());
   limits.max_cache_salt_bytes = SmallSize(config.cache_salt_size());
-  limits.max_queue_wait = Time(config.queue_wait());
+  limits.max_queue_wait = CheckedDuration(config.queue_wait());
   limits.max_unprepared_requests = static_cast<int32_t>(config.unprepared_requests());
   limits.max_unprepared_bytes = Size(config.unprepared_size());
   limits.max_unread_bytes = Size(config.unread_size());
-  limits.max_unread_time = Time(config.unread_time());
+  limits.max_unread_time = CheckedDuration(config.unread_time());
   return limits;
 }
 
@@ -102,7 +99,7 @@ StatusOr<std::unique_ptr<Serving>> Serving::Listen(const config::v1::ServerConfi
   options.text_threads = static_cast<int32_t>(config.threads().text());
   options.version = kVersion;
   options.commit = kCommit;
-  options.drain_grace = Time(config.drain().timeout());
+  options.drain_grace = CheckedDuration(config.drain().timeout());
   auto impl = std::make_unique<Impl>();
   impl->config = config;
   ASSIGN_OR_RETURN(impl->server, Server::Start(std::move(options)));

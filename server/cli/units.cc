@@ -84,6 +84,13 @@ StatusOr<Duration> ParseDuration(std::string_view text) {
   return Invalid(StrCat("has the unit ", Quote(unit), ", must be one of ns, us, ms, s, m, h"));
 }
 
+uint64_t CheckedBytes(std::string_view text) {
+  return ParseBytes(text).value();
+}
+Duration CheckedDuration(std::string_view text) {
+  return ParseDuration(text).value();
+}
+
 StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max) {
   int64_t value = 0;
   auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);

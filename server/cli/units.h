@@ -16,6 +16,10 @@ StatusOr<uint64_t> ParseBytes(std::string_view text);
 // "30s", "1.5m", "250ms", "2h"; "0". Any other number without a unit is an error. At most 1000 days.
 StatusOr<Duration> ParseDuration(std::string_view text);
 
+// Of a config, whose texts were checked when it was made.
+uint64_t CheckedBytes(std::string_view text);
+Duration CheckedDuration(std::string_view text);
+
 // A decimal integer within [min, max], underscores and commas not allowed.
 StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max);
 
