@@ -10,6 +10,7 @@
 #include "server/bench/simulation.h"
 #include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/flight_replay.h"
+#include "tests/server/bench/simulation_testlib.h"
 
 namespace altiplano::bench {
 namespace {
@@ -20,22 +21,11 @@ using testing::Not;
 
 // Two requests of 100 prompt tokens and 5 of an answer on one slot, in steps of 10 ms and 64 tokens.
 FlightRecord TwoOnOneSlot() {
-  SimulationOptions options;
-  options.scheduler.num_blocks = 1000;
-  options.scheduler.block_size = 16;
-  options.scheduler.max_running = 1;
-  options.scheduler.token_budget = 64;
-  options.scheduler.max_context = 1000;
-  options.cost = {
-      .step_us = 10000, .weights_us = 0, .token_us = 0, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
+  SimulationOptions options = TenMillisecondSteps(1);
   FlightRecorder recorder(options.scheduler, 1 << 20);
   options.scheduler.recorder = &recorder;
-  DatasetOptions dataset;
-  dataset.num_prompts = 2;
-  dataset.input_len = 100;
-  dataset.output_len = 5;
   BenchReport report;
-  EXPECT_TRUE(Simulate(*LoadDataset(dataset, nullptr), {Duration(0), Duration(0)}, options, &report).ok());
+  EXPECT_TRUE(Simulate(RandomRequests(2, 100, 5), {Duration(0), Duration(0)}, options, &report).ok());
   return *ParseFlightRecord(recorder.Write(TimePoint{}, 0));
 }
 

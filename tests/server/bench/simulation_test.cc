@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "server/bench/arrivals.h"
+#include "tests/server/bench/simulation_testlib.h"
 
 namespace altiplano::bench {
 namespace {
@@ -13,30 +14,9 @@ using std::chrono::milliseconds;
 using testing::Each;
 using testing::HasSubstr;
 
-SimulationOptions TenMillisecondSteps() {
-  SimulationOptions options;
-  options.scheduler.num_blocks = 1000;
-  options.scheduler.block_size = 16;
-  options.scheduler.max_running = 8;
-  options.scheduler.token_budget = 64;
-  options.scheduler.max_context = 1000;
-  options.cost = {
-      .step_us = 10000, .weights_us = 0, .token_us = 0, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
-  return options;
-}
-
-Dataset Random(int64_t count, int32_t input_len, int32_t output_len, int32_t prefix_len = 0) {
-  DatasetOptions options;
-  options.num_prompts = count;
-  options.input_len = input_len;
-  options.output_len = output_len;
-  options.prefix_len = prefix_len;
-  return *LoadDataset(options, nullptr);
-}
-
 TEST(Simulation, OneRequestStepByStep) {
   BenchReport report;
-  SimulationTotals totals = *Simulate(Random(1, 100, 5), {Duration(0)}, TenMillisecondSteps(), &report);
+  SimulationTotals totals = *Simulate(RandomRequests(1, 100, 5), {Duration(0)}, TenMillisecondSteps(), &report);
   const RequestRecord& request = report.requests[0];
   EXPECT_TRUE(request.ok);
   EXPECT_EQ(request.ttft, milliseconds(20)) << "two chunks";
@@ -55,7 +35,7 @@ TEST(Simulation, OneRequestStepByStep) {
 // The step after the running one is planned when that one starts: who comes later has to wait for two ends.
 TEST(Simulation, WhoComesDuringAStepWaitsAsInTheEngine) {
   BenchReport report;
-  Dataset dataset = Random(2, 10, 5);
+  Dataset dataset = RandomRequests(2, 10, 5);
   ASSERT_TRUE(Simulate(dataset, {Duration(0), milliseconds(3)}, TenMillisecondSteps(), &report).ok());
   EXPECT_EQ(report.requests[1].start, milliseconds(3));
   EXPECT_EQ(report.requests[1].queued, milliseconds(7)) << "admitted by the plan made at 10 ms";
@@ -64,7 +44,8 @@ TEST(Simulation, WhoComesDuringAStepWaitsAsInTheEngine) {
 
 TEST(Simulation, AnIdleServerWaitsForTheNextArrival) {
   BenchReport report;
-  ASSERT_TRUE(Simulate(Random(2, 10, 1), {Duration(0), milliseconds(5000)}, TenMillisecondSteps(), &report).ok());
+  ASSERT_TRUE(
+      Simulate(RandomRequests(2, 10, 1), {Duration(0), milliseconds(5000)}, TenMillisecondSteps(), &report).ok());
   EXPECT_EQ(report.requests[1].ttft, milliseconds(10));
   EXPECT_EQ(report.duration, milliseconds(5010));
 }
@@ -72,7 +53,7 @@ TEST(Simulation, AnIdleServerWaitsForTheNextArrival) {
 TEST(Simulation, ClosedLoopSendsWhenAnotherHasEnded) {
   BenchReport report;
   report.max_concurrency = 2;
-  Dataset dataset = Random(6, 10, 3);
+  Dataset dataset = RandomRequests(6, 10, 3);
   ASSERT_TRUE(Simulate(dataset, std::vector<Duration>(6), TenMillisecondSteps(), &report).ok());
   EXPECT_EQ(report.ToJson()["max_concurrent_requests"], 2);
   EXPECT_EQ(report.requests[1].start, Duration(0));
@@ -84,7 +65,7 @@ TEST(Simulation, SharedPrefixesAreFoundAndSaveTime) {
   SimulationOptions options = TenMillisecondSteps();
   options.cost = {
       .step_us = 10, .weights_us = 0, .token_us = 100, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
-  Dataset dataset = Random(10, 16, 4, /*prefix_len=*/160);
+  Dataset dataset = RandomRequests(10, 16, 4, /*prefix_len=*/160);
   BenchReport with, without;
   with.max_concurrency = without.max_concurrency = 1;
   ASSERT_TRUE(Simulate(dataset, std::vector<Duration>(10), options, &with).ok());
@@ -102,12 +83,12 @@ TEST(Simulation, AFullQueueRefuses) {
   options.scheduler.max_running = 1;
   options.max_queued_requests = 3;
   BenchReport report;
-  ASSERT_TRUE(Simulate(Random(10, 10, 4), std::vector<Duration>(10), options, &report).ok());
+  ASSERT_TRUE(Simulate(RandomRequests(10, 10, 4), std::vector<Duration>(10), options, &report).ok());
   EXPECT_EQ(report.ToJson()["completed"], 3);
   EXPECT_EQ(report.ToJson()["errors"]["RESOURCE_EXHAUSTED QUEUE_FULL"]["count"], 7);
   options.max_queued_requests = 100;
   options.max_queued_tokens = 25;
-  ASSERT_TRUE(Simulate(Random(10, 10, 4), std::vector<Duration>(10), options, &report).ok());
+  ASSERT_TRUE(Simulate(RandomRequests(10, 10, 4), std::vector<Duration>(10), options, &report).ok());
   EXPECT_EQ(report.ToJson()["completed"], 2);
 }
 
@@ -116,7 +97,7 @@ TEST(Simulation, TooFewBlocksPreemptAndEveryoneStillEnds) {
   options.scheduler.num_blocks = 20;
   options.scheduler.prefix_cache = false;
   BenchReport report;
-  SimulationTotals totals = *Simulate(Random(12, 20, 150), std::vector<Duration>(12), options, &report);
+  SimulationTotals totals = *Simulate(RandomRequests(12, 20, 150), std::vector<Duration>(12), options, &report);
   EXPECT_GT(totals.load.preemptions, 0u);
   EXPECT_LE(totals.peak_blocks, 20);
   for (const RequestRecord& request : report.requests) {
@@ -132,7 +113,7 @@ TEST(Simulation, ACeilingTradesTimeToFirstTokenForSteadyStreams) {
   options.cost = {
       .step_us = 1000, .weights_us = 0, .token_us = 100, .sequence_us = 0, .kv_token_us = 0, .attention_us = 0};
   options.scheduler.step_cost = options.cost;
-  Dataset dataset = Random(20, 500, 50);
+  Dataset dataset = RandomRequests(20, 500, 50);
   std::vector<Duration> arrivals = *MakeArrivals({.kind = ArrivalOptions::Kind::kRate, .rate = 5, .seed = 1}, dataset);
   BenchReport free, bound;
   ASSERT_TRUE(Simulate(dataset, arrivals, options, &free).ok());
@@ -149,7 +130,7 @@ TEST(Simulation, TheStepCostIsLearnedWhereTheSchedulerDoesNotKnowIt) {
   options.cost = {.step_us = 500, .weights_us = 4000, .token_us = 30, .sequence_us = 10, .kv_token_us = 1};
   options.scheduler.num_blocks = 10000;
   options.scheduler.learn_step_cost = true;
-  Dataset dataset = Random(60, 200, 40);
+  Dataset dataset = RandomRequests(60, 200, 40);
   std::vector<Duration> arrivals = *MakeArrivals({.kind = ArrivalOptions::Kind::kRate, .rate = 5, .seed = 1}, dataset);
   BenchReport report;
   const SchedulerLoad load = Simulate(dataset, arrivals, options, &report)->load;
@@ -158,7 +139,7 @@ TEST(Simulation, TheStepCostIsLearnedWhereTheSchedulerDoesNotKnowIt) {
 }
 
 TEST(Simulation, TheSameArgumentsGiveTheSameTable) {
-  Dataset dataset = Random(50, 80, 30);
+  Dataset dataset = RandomRequests(50, 80, 30);
   std::vector<Duration> arrivals =
       *MakeArrivals({.kind = ArrivalOptions::Kind::kRate, .rate = 20, .burstiness = 0.5, .seed = 4}, dataset);
   BenchReport a, b;
@@ -171,7 +152,7 @@ TEST(Simulation, ContradictingOptionsAreRefused) {
   SimulationOptions options = TenMillisecondSteps();
   options.scheduler.block_size = 12;
   BenchReport report;
-  EXPECT_THAT(Simulate(Random(1, 10, 1), {Duration(0)}, options, &report).status().message(),
+  EXPECT_THAT(Simulate(RandomRequests(1, 10, 1), {Duration(0)}, options, &report).status().message(),
               HasSubstr("block_size is 12"));
 }
 
