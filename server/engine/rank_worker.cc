@@ -68,11 +68,14 @@ bool RankWorker::AllocateBuffers(const Limits& limits, std::vector<TokenId> eos_
 void RankWorker::SetCache(KvCache cache) {
   // The system hands out memory when it is first written to: for the first pages that is now, and not while the first
   // request waits. They are zero already.
-  const KvCache::Shape& shape = cache.shape();
-  const size_t bytes = shape.page_bytes() / 2 / static_cast<size_t>(shape.layers);
-  for (int64_t layer = 0; stream_->device() == Device::kCpu && layer < shape.layers; ++layer) {
-    std::memset(cache.k_pages(layer).data, 0, bytes);
-    std::memset(cache.v_pages(layer).data, 0, bytes);
+  if (stream_->device() == Device::kCpu) {
+    const KvCache::Shape& shape = cache.shape();
+    const size_t bytes =
+        shape.page_bytes() / static_cast<size_t>(2 * shape.layers);  // of a page of K or V in one layer
+    for (int64_t layer = 0; layer < shape.layers; ++layer) {
+      std::memset(cache.k_pages(layer).data, 0, bytes);
+      std::memset(cache.v_pages(layer).data, 0, bytes);
+    }
   }
   cache_ = std::move(cache);
 }
