@@ -13,7 +13,7 @@ void Append(const Values& values, Repeated* out) {
 }
 
 void SequenceToProto(const PlannedSequence& planned, v1::PlannedSequence* out) {
-  const auto& [request, sequence, slot, first_position, num_tokens, token_begin, block_begin, num_blocks,
+  const auto& [request, sequence, slot, first_position, num_tokens, token_begin, block_begin, num_blocks, known_blocks,
                input_from_slot, sample, ban_stops, num_prompt_scores, prompt_score_begin] = planned;
   out->set_request(request);
   out->set_sequence(sequence);
@@ -23,6 +23,7 @@ void SequenceToProto(const PlannedSequence& planned, v1::PlannedSequence* out) {
   out->set_token_begin(token_begin);
   out->set_block_begin(block_begin);
   out->set_num_blocks(num_blocks);
+  out->set_known_blocks(known_blocks);
   out->set_input_from_slot(input_from_slot);
   out->set_sample(sample);
   out->set_ban_stops(ban_stops);
@@ -31,10 +32,10 @@ void SequenceToProto(const PlannedSequence& planned, v1::PlannedSequence* out) {
 }
 
 PlannedSequence SequenceFromProto(const v1::PlannedSequence& in) {
-  return {in.request(),           in.sequence(),    in.slot(),        in.first_position(),
-          in.num_tokens(),        in.token_begin(), in.block_begin(), in.num_blocks(),
-          in.input_from_slot(),   in.sample(),      in.ban_stops(),   in.num_prompt_scores(),
-          in.prompt_score_begin()};
+  return {in.request(),           in.sequence(),          in.slot(),        in.first_position(),
+          in.num_tokens(),        in.token_begin(),       in.block_begin(), in.num_blocks(),
+          in.known_blocks(),      in.input_from_slot(),   in.sample(),      in.ban_stops(),
+          in.num_prompt_scores(), in.prompt_score_begin()};
 }
 
 void SamplingToProto(const SamplingParams& params, v1::Sampling* out) {

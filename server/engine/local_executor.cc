@@ -113,6 +113,7 @@ uint64_t HashOf(const StepPlan& plan) {
     add(sequence.slot);
     add(sequence.token_begin);
     add(sequence.num_tokens);
+    add(sequence.known_blocks);
     add(sequence.sample);
   }
   for (TokenId token : plan.tokens) add(token);

@@ -38,9 +38,15 @@ class Packer {
 
 }  // namespace
 
+StepInputBuilder::StepInputBuilder(const Limits& limits)
+    : limits_(limits),
+      slots_(static_cast<size_t>(limits.slots)),
+      tables_(std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(limits.slots) *
+                                                        static_cast<size_t>(max_blocks()))) {}
+
 size_t StepInputBuilder::MaxBytes() const {
   const int64_t tokens = limits_.max_tokens, sequences = limits_.max_sequences();
-  const int64_t pages = limits_.max_context / limits_.page_size + 1;
+  const int64_t pages = max_blocks();
   const int64_t elements = 4 * Aligned(tokens)  // ids, positions, slots, score rows
                            + 3 * Aligned(sequences + 1) + Aligned(sequences * pages);  // q_begin, lengths, sample rows
   return static_cast<size_t>(elements) * sizeof(int32_t);
@@ -68,7 +74,7 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
     sampling += sequence.sample;
     scores += sequence.num_prompt_scores;
   }
-  CHECK(pages <= limits_.max_context / limits_.page_size + 1);
+  CHECK(pages <= max_blocks());
 
   const Buffer& host = host_[turn_++ % host_.size()];
   Packer packer(host, device_);
@@ -85,7 +91,7 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
   int32_t row = 0, sampled = 0;
   *q_begin++ = 0;
   for (const PlannedSequence& sequence : plan.sequences) {
-    const int32_t* blocks = plan.block_ids.data() + sequence.block_begin;
+    const int32_t* blocks = BlocksOf(plan, sequence);
     std::fill(std::copy_n(blocks, sequence.num_blocks, table), table + pages, 0);
     table += pages;
     for (int32_t i = 0; i < sequence.num_prompt_scores; ++i) *score_row++ = row + i;
@@ -95,7 +101,7 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
       *position++ = at;
       *slot++ = blocks[at / limits_.page_size] * limits_.page_size + at % limits_.page_size;
     }
-    int32_t& sampled_at = sampled_at_[static_cast<size_t>(sequence.slot)];
+    int32_t& sampled_at = slots_[static_cast<size_t>(sequence.slot)].sampled_at;
     if (sequence.input_from_slot) id[-1] = -1 - sampled_at;
     row += sequence.num_tokens;
     if (sequence.sample) {
@@ -107,6 +113,16 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
   }
   if (device_) Copy(stream, device_.data(), stream.device(), host.data(), Device::kCpu, packer.bytes());
   return step;
+}
+
+// The slot's row of tables_ with the sequence's new blocks behind those that are known.
+const int32_t* StepInputBuilder::BlocksOf(const StepPlan& plan, const PlannedSequence& sequence) {
+  const auto at = static_cast<size_t>(sequence.slot);
+  CHECK(sequence.known_blocks == 0 || sequence.known_blocks == slots_[at].blocks);
+  int32_t* row = tables_.get() + at * static_cast<size_t>(max_blocks());
+  std::copy_n(plan.block_ids.data() + sequence.block_begin, sequence.new_blocks(), row + sequence.known_blocks);
+  slots_[at].blocks = sequence.num_blocks;
+  return row;
 }
 
 }  // namespace altiplano

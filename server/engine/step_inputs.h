@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -38,20 +39,29 @@ class StepInputBuilder {
 
   // Views of the stream's device memory. The copy goes out in stream order, and the host's block is used again in the
   // call after the next: by then the stream must have come to the copy. An input that the plan does not know by value
-  // becomes -1 - r, where the step before sampled it as the r-th.
+  // becomes -1 - r, where the step before sampled it as the r-th. Wants every plan in turn: each names new blocks only.
   Step Build(Stream& stream, const StepPlan& plan);
 
   const Limits& limits() const { return limits_; }
 
  private:
-  StepInputBuilder(const Limits& limits) : limits_(limits), sampled_at_(static_cast<size_t>(limits.slots), -1) {}
+  // What is remembered about a slot's sequence.
+  struct Slot {
+    int32_t sampled_at = -1;  // as the how manieth it sampled in the step before
+    int32_t blocks = 0;       // in its row of tables_
+  };
+
+  explicit StepInputBuilder(const Limits& limits);
+  int32_t max_blocks() const { return limits_.max_context / limits_.page_size + 1; }  // of a sequence
   size_t MaxBytes() const;
+  const int32_t* BlocksOf(const StepPlan& plan, const PlannedSequence& sequence);
 
   Limits limits_;
-  std::array<Buffer, 2> host_;       // take turns
-  Buffer device_;                    // empty on the CPU, where ops read the host's block
-  size_t turn_ = 0;                  // of host_
-  std::vector<int32_t> sampled_at_;  // [slots]: as the how manieth a slot sampled in the step before
+  std::array<Buffer, 2> host_;         // take turns
+  Buffer device_;                      // empty on the CPU, where ops read the host's block
+  size_t turn_ = 0;                    // of host_
+  std::vector<Slot> slots_;            // [slots]
+  std::unique_ptr<int32_t[]> tables_;  // [slots][max_blocks()], not written before: the system gives what is used
 };
 
 }  // namespace altiplano

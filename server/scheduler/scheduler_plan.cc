@@ -408,6 +408,7 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
   CHECK(tokens > 0 && tokens <= budget_left_ && sequence->last_step != step_);
   const int32_t end = sequence->scheduled + tokens;
 
+  const int32_t known_blocks = sequence->needs_init ? 0 : BlocksFor(sequence->scheduled);
   if (sequence->needs_init) AppendSlotInit(plan, sequence);
   PlannedSequence& planned = plan->sequences.emplace_back();
   planned.request = request.key;
@@ -422,8 +423,9 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
   if (planned.input_from_slot) plan->tokens.push_back(-1);
   planned.block_begin = static_cast<int32_t>(plan->block_ids.size());
   planned.num_blocks = BlocksFor(end);
+  planned.known_blocks = known_blocks;
   CHECK(planned.num_blocks <= static_cast<int32_t>(sequence->blocks.size()));
-  plan->block_ids.insert(plan->block_ids.end(), sequence->blocks.begin(),
+  plan->block_ids.insert(plan->block_ids.end(), sequence->blocks.begin() + known_blocks,
                          sequence->blocks.begin() + planned.num_blocks);
   AppendPromptScores(plan, &planned, request);
 

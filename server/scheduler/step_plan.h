@@ -27,16 +27,20 @@ struct SlotInit {
 //
 //   position:  0 ............. first_position ............. first_position + num_tokens
 //              |-- in the cache --|-- tokens of this step ------|
-//   blocks  :  block_ids[block_begin, block_begin + num_blocks) cover all of it
+//   blocks  :  |-- known_blocks --|---- new_blocks() ----|      num_blocks cover all of it
+//
+// Plans are executed in order and a sequence's blocks never change, so that each is named once: in the first plan that
+// needs it, and all of them again when the sequence comes to a slot. Executors keep the rest by slot.
 struct PlannedSequence {
   RequestKey request = 0;
   uint32_t sequence = 0;
   int32_t slot = 0;
   int32_t first_position = 0;
   int32_t num_tokens = 0;
-  int32_t token_begin = 0;  // into StepPlan::tokens
-  int32_t block_begin = 0;  // into StepPlan::block_ids
-  int32_t num_blocks = 0;
+  int32_t token_begin = 0;   // into StepPlan::tokens
+  int32_t block_begin = 0;   // into StepPlan::block_ids: the new ones
+  int32_t num_blocks = 0;    // from position 0 on
+  int32_t known_blocks = 0;  // of these, from earlier plans for this slot; 0 in the first plan of a sequence there
   // The last token's value is not known to the plan: it is what this slot sampled in the step before (tokens[] holds
   // -1).
   bool input_from_slot = false;
@@ -46,6 +50,8 @@ struct PlannedSequence {
   // num_prompt_scores; their ids are prompt_score_ids[prompt_score_begin ...].
   int32_t num_prompt_scores = 0;
   int32_t prompt_score_begin = 0;
+
+  int32_t new_blocks() const { return num_blocks - known_blocks; }
 };
 
 struct StepPlan {

@@ -22,41 +22,70 @@ std::string FakeExecutor::Judge(const StepPlan& plan, const StepPlan* running) c
   if (plan.sequences.empty()) return "an empty plan";
   if (static_cast<int32_t>(plan.tokens.size()) > options_.token_budget) return "the token budget is exceeded";
   if (plan.num_prefill_tokens > static_cast<int32_t>(plan.tokens.size())) return "more prefill tokens than tokens";
-  std::set<int32_t> slots;
+  if (std::string wrong = JudgeKnownBlocks(plan); !wrong.empty()) return wrong;
+  const BlockTables tables = TablesOf(plan);
   std::map<int32_t, size_t> writers;  // block -> planned sequence that writes it
   for (size_t i = 0; i < plan.sequences.size(); ++i) {
     const PlannedSequence& planned = plan.sequences[i];
     const int32_t end = planned.first_position + planned.num_tokens;
-    if (planned.slot < 0 || planned.slot >= options_.max_running || !slots.insert(planned.slot).second) {
-      return StrCat("slot ", planned.slot, " is used twice or unknown");
-    }
     if (planned.num_tokens < 1 || planned.first_position < 0) return "a planned sequence without tokens";
     if (end >= max_servable_) return StrCat("position ", end - 1, " cannot be of use: ", max_servable_, " are served");
     if (planned.num_blocks * block_size < end) return "blocks do not cover the positions";
     for (int32_t b = planned.first_position / block_size; b <= (end - 1) / block_size; ++b) {
-      const int32_t block = plan.block_ids[static_cast<size_t>(planned.block_begin + b)];
+      const int32_t block = tables[i][static_cast<size_t>(b)];
       if (block < 0 || block >= options_.num_blocks) return StrCat("no such block: ", block);
       if (!writers.emplace(block, i).second) return StrCat("block ", block, " is written by two");
     }
   }
-  for (size_t i = 0; i < plan.sequences.size(); ++i) {
-    const PlannedSequence& planned = plan.sequences[i];
-    for (int32_t b = 0; b < planned.num_blocks; ++b) {
-      auto writer = writers.find(plan.block_ids[static_cast<size_t>(planned.block_begin + b)]);
-      if (writer != writers.end() && writer->second != i)
-        return StrCat("block ", writer->first, " is written and read");
+  for (size_t i = 0; i < tables.size(); ++i) {
+    for (int32_t block : tables[i]) {
+      auto writer = writers.find(block);
+      if (writer != writers.end() && writer->second != i) return StrCat("block ", block, " is written and read");
     }
   }
-  if (running == nullptr) return "";
-  // A block in use by the step in flight must not be written for anybody else: it may still be read or written there.
-  for (const PlannedSequence& other : running->sequences) {
-    for (int32_t b = 0; b < other.num_blocks; ++b) {
-      const int32_t block = running->block_ids[static_cast<size_t>(other.block_begin + b)];
+  return running == nullptr ? "" : JudgeInFlight(plan, tables, writers, *running);
+}
+
+// A slot keeps its sequence's blocks from plan to plan, and knows none of a new one's.
+std::string FakeExecutor::JudgeKnownBlocks(const StepPlan& plan) const {
+  std::set<int32_t> slots, fresh;
+  for (const SlotInit& init : plan.slot_inits) fresh.insert(init.slot);
+  for (const PlannedSequence& planned : plan.sequences) {
+    if (planned.slot < 0 || planned.slot >= options_.max_running || !slots.insert(planned.slot).second) {
+      return StrCat("slot ", planned.slot, " is used twice or unknown");
+    }
+    const size_t known = fresh.contains(planned.slot) ? 0 : slots_[static_cast<size_t>(planned.slot)].blocks.size();
+    if (planned.known_blocks != static_cast<int32_t>(known) || planned.new_blocks() < 0) {
+      return StrCat("of ", planned.num_blocks, " blocks, slot ", planned.slot, " is to know ", planned.known_blocks,
+                    ", but knows ", known);
+    }
+  }
+  return "";
+}
+
+FakeExecutor::BlockTables FakeExecutor::TablesOf(const StepPlan& plan) const {
+  BlockTables tables;
+  for (const PlannedSequence& planned : plan.sequences) {
+    std::vector<int32_t>& table = tables.emplace_back(slots_[static_cast<size_t>(planned.slot)].blocks);
+    table.resize(static_cast<size_t>(planned.known_blocks));
+    const auto begin = plan.block_ids.begin() + planned.block_begin;
+    table.insert(table.end(), begin, begin + planned.new_blocks());
+  }
+  return tables;
+}
+
+// A block in use by the step in flight must not be written for anybody else: it may still be read or written there.
+std::string FakeExecutor::JudgeInFlight(const StepPlan& plan, const BlockTables& tables,
+                                        const std::map<int32_t, size_t>& writers, const StepPlan& running) const {
+  for (size_t i = 0; i < running.sequences.size(); ++i) {
+    const PlannedSequence& other = running.sequences[i];
+    for (size_t b = 0; b < executed_[i].size(); ++b) {
+      const int32_t block = executed_[i][b];
       auto writer = writers.find(block);
       if (writer == writers.end()) continue;
       const PlannedSequence& planned = plan.sequences[writer->second];
-      const bool same_place =
-          b < planned.num_blocks && plan.block_ids[static_cast<size_t>(planned.block_begin + b)] == block;
+      const std::vector<int32_t>& table = tables[writer->second];
+      const bool same_place = b < table.size() && table[b] == block;
       if (planned.request != other.request || planned.sequence != other.sequence || !same_place) {
         return StrCat("block ", block, " is reused while a step in flight still touches it");
       }
@@ -69,6 +98,10 @@ StepResult FakeExecutor::Execute(const StepPlan& plan, const std::vector<size_t>
   StepResult result;
   result.step = plan.step;
   InitSlots(plan);
+  executed_ = TablesOf(plan);
+  for (size_t i = 0; i < executed_.size(); ++i) {
+    slots_[static_cast<size_t>(plan.sequences[i].slot)].blocks = executed_[i];
+  }
   size_t next_nan = 0;
   for (size_t i = 0; i < plan.sequences.size(); ++i) {
     const bool nan = next_nan < make_nan.size() && make_nan[next_nan] == i;
@@ -81,13 +114,14 @@ StepResult FakeExecutor::Execute(const StepPlan& plan, const std::vector<size_t>
 void FakeExecutor::InitSlots(const StepPlan& plan) {
   for (const SlotInit& init : plan.slot_inits) {
     Slot& slot = slots_[static_cast<size_t>(init.slot)];
-    slot = Slot{init.request, init.sequence, -1, -1, init.output_history};
+    slot = Slot{init.request, init.sequence, -1, -1, init.output_history, {}};
     if (!init.request->sampling.NeedsHistory() && !init.output_history.empty()) error_ = "history without need";
   }
 }
 
-FakeExecutor::Cell& FakeExecutor::At(const StepPlan& plan, const PlannedSequence& planned, int32_t position) {
-  const int32_t block = plan.block_ids[static_cast<size_t>(planned.block_begin + position / options_.block_size)];
+FakeExecutor::Cell& FakeExecutor::At(const PlannedSequence& planned, int32_t position) {
+  const std::vector<int32_t>& blocks = slots_[static_cast<size_t>(planned.slot)].blocks;
+  const int32_t block = blocks[static_cast<size_t>(position / options_.block_size)];
   return cells_[static_cast<size_t>(block * options_.block_size + position % options_.block_size)];
 }
 
@@ -102,7 +136,7 @@ FakeExecutor::Row FakeExecutor::ReadContext(const StepPlan& plan, const PlannedS
   Row row;
   row.attention = FakeModel::Root(*slots_[static_cast<size_t>(planned.slot)].request);
   for (int32_t p = 0; p < planned.first_position; ++p) {
-    const Cell& cell = At(plan, planned, p);
+    const Cell& cell = At(planned, p);
     if (cell.token == kPoison) Complain(plan, planned, StrCat("reads poison at position ", p));
     if (cell.position != p) Complain(plan, planned, StrCat("finds position ", cell.position, " at position ", p));
     row.attention = FakeModel::Attend(row.attention, cell.value);
@@ -110,7 +144,7 @@ FakeExecutor::Row FakeExecutor::ReadContext(const StepPlan& plan, const PlannedS
   }
   const int32_t block_size = options_.block_size;
   for (int32_t b = (planned.first_position + block_size - 1) / block_size; b < planned.num_blocks; ++b) {
-    for (int32_t i = 0; i < block_size; ++i) At(plan, planned, b * block_size + i) = {0xdead, kPoison, -2, false};
+    for (int32_t i = 0; i < block_size; ++i) At(planned, b * block_size + i) = {0xdead, kPoison, -2, false};
   }
   return row;
 }
@@ -136,7 +170,7 @@ void FakeExecutor::RunSequence(const StepPlan& plan, const PlannedSequence& plan
     const bool from_slot = planned.input_from_slot && i + 1 == planned.num_tokens;
     if (from_slot != (token == -1)) Complain(plan, planned, "a token without a value");
     if (from_slot) token = slot.last_sampled;
-    Cell& cell = At(plan, planned, position);
+    Cell& cell = At(planned, position);
     cell = {FakeModel::Value(token, position, row.attention), token, position, row.nan};
     row.attention = FakeModel::Attend(row.attention, cell.value);
     if (i < planned.num_prompt_scores) {

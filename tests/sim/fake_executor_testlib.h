@@ -18,7 +18,8 @@ class FakeExecutor {
  public:
   FakeExecutor(const FakeModel& model, const SchedulerOptions& options, int32_t max_servable);
 
-  // Judges a plan when it has been made: `running` is the plan in flight then, or null. Returns what is wrong, or "".
+  // Judges a plan when it has been made: `running` is the plan in flight then, which is the last one executed, or null.
+  // Returns what is wrong, or "".
   std::string Judge(const StepPlan& plan, const StepPlan* running) const;
   // Runs a step. For a planned sequence named in `make_nan` (index into plan.sequences), all that it computes is NaN.
   StepResult Execute(const StepPlan& plan, const std::vector<size_t>& make_nan);
@@ -38,12 +39,19 @@ class FakeExecutor {
     int32_t next_position = -1;  // -1: the first chunk decides
     TokenId last_sampled = -1;
     std::vector<TokenId> history;
+    std::vector<int32_t> blocks;  // that plans have named so far
   };
+  // Of each planned sequence, from position 0 on.
+  using BlockTables = std::vector<std::vector<int32_t>>;
   struct Row {  // a planned sequence while it is computed
     uint64_t attention = 0;
     bool nan = false;
   };
-  Cell& At(const StepPlan& plan, const PlannedSequence& planned, int32_t position);
+  BlockTables TablesOf(const StepPlan& plan) const;
+  std::string JudgeKnownBlocks(const StepPlan& plan) const;
+  std::string JudgeInFlight(const StepPlan& plan, const BlockTables& tables, const std::map<int32_t, size_t>& writers,
+                            const StepPlan& running) const;
+  Cell& At(const PlannedSequence& planned, int32_t position);
   void InitSlots(const StepPlan& plan);
   Row ReadContext(const StepPlan& plan, const PlannedSequence& planned);
   void RunSequence(const StepPlan& plan, const PlannedSequence& planned, bool make_nan, StepResult* result);
@@ -54,6 +62,7 @@ class FakeExecutor {
   const int32_t max_servable_;
   std::vector<Cell> cells_;  // [block][offset]
   std::vector<Slot> slots_;
+  BlockTables executed_;  // of the last plan executed
   std::string error_;
 };
 

@@ -38,6 +38,8 @@ MUTATIONS = [
      "if (sampled != nullptr) --sequence->pending;", "if (sampled != nullptr && sequence->slot >= 0) --sequence->pending;"),
     ("a preempted sequence forgets its history", "scheduler_plan.cc",
      "init.output_history = sequence->generated;", "init.output_history.clear();"),
+    ("a sequence's blocks are known to its new slot", "scheduler_plan.cc",
+     "sequence->needs_init ? 0 : BlocksFor(sequence->scheduled)", "BlocksFor(sequence->scheduled)"),
     ("a preempted sequence counts as computed", "scheduler_apply.cc",
      "if (sequence->state == Sequence::State::kRunning) {", "{"),
     ("the oldest running request is preempted", "scheduler_plan.cc",

@@ -18,8 +18,8 @@ TEST(PlanProto, APlanComesBackAsItWas) {
     plan.step = random();
     for (int i = 0; i < 5; ++i) {
       plan.sequences.push_back({random(), static_cast<uint32_t>(number()), number(), number(), number(), number(),
-                                number(), number(), random() % 2 == 0, random() % 2 == 0, random() % 2 == 0, number(),
-                                number()});
+                                number(), number(), number(), random() % 2 == 0, random() % 2 == 0, random() % 2 == 0,
+                                number(), number()});
       auto request = std::make_shared<Request>();
       request->prompt = {number(), number()};
       request->stop.token_ids = {number()};
@@ -53,11 +53,12 @@ TEST(PlanProto, APlanComesBackAsItWas) {
     EXPECT_EQ(back->num_prefill_tokens, plan.num_prefill_tokens);
     for (size_t i = 0; i < plan.sequences.size(); ++i) {
       const PlannedSequence &a = plan.sequences[i], &b = back->sequences[i];
-      EXPECT_EQ(
-          std::tie(a.request, a.sequence, a.slot, a.first_position, a.num_tokens, a.token_begin, a.block_begin,
-                   a.num_blocks, a.input_from_slot, a.sample, a.ban_stops, a.num_prompt_scores, a.prompt_score_begin),
-          std::tie(b.request, b.sequence, b.slot, b.first_position, b.num_tokens, b.token_begin, b.block_begin,
-                   b.num_blocks, b.input_from_slot, b.sample, b.ban_stops, b.num_prompt_scores, b.prompt_score_begin));
+      EXPECT_EQ(std::tie(a.request, a.sequence, a.slot, a.first_position, a.num_tokens, a.token_begin, a.block_begin,
+                         a.num_blocks, a.known_blocks, a.input_from_slot, a.sample, a.ban_stops, a.num_prompt_scores,
+                         a.prompt_score_begin),
+                std::tie(b.request, b.sequence, b.slot, b.first_position, b.num_tokens, b.token_begin, b.block_begin,
+                         b.num_blocks, b.known_blocks, b.input_from_slot, b.sample, b.ban_stops, b.num_prompt_scores,
+                         b.prompt_score_begin));
       const SlotInit &x = plan.slot_inits[i], &y = back->slot_inits[i];
       EXPECT_EQ(x.output_history, y.output_history);
       EXPECT_EQ(x.request->sampling.seed, y.request->sampling.seed);

@@ -20,11 +20,12 @@ StepInputBuilder MakeBuilder(const Stream& stream) {
   return StepInputBuilder::Create(stream, {.slots = 4, .max_tokens = 16, .max_context = 28, .page_size = 4}).value();
 }
 
-// A chunk of three tokens from position 3 (blocks of 4: its page 5, then 9) and a decode at position 8 (pages 2, 7, 1).
+// A chunk of three tokens from position 3, found in the cache up to there (blocks of 4: its page 5, then 9), and a
+// decode at position 8 (pages 2 and 7 from TheStepBefore, then 1).
 StepPlan TwoSequences() {
   StepPlan plan;
   plan.tokens = {11, 12, 13, -1};
-  plan.block_ids = {5, 9, 2, 7, 1};
+  plan.block_ids = {5, 9, 1};
   PlannedSequence chunk;
   chunk.slot = 0;
   chunk.first_position = 3;
@@ -38,6 +39,7 @@ StepPlan TwoSequences() {
   decode.token_begin = 3;
   decode.block_begin = 2;
   decode.num_blocks = 3;
+  decode.known_blocks = 2;
   decode.input_from_slot = true;
   decode.sample = true;
   plan.sequences = {chunk, decode};
@@ -48,10 +50,15 @@ StepPlan TwoSequences() {
 StepPlan TheStepBefore() {
   StepPlan plan;
   plan.tokens = {1, 2, 3};
-  plan.block_ids = {0, 2};
-  plan.sequences = {
-      PlannedSequence{.slot = 3, .num_tokens = 1, .num_blocks = 1, .sample = true},
-      PlannedSequence{.slot = 1, .num_tokens = 2, .token_begin = 1, .block_begin = 1, .num_blocks = 1, .sample = true}};
+  plan.block_ids = {0, 2, 7};
+  plan.sequences = {PlannedSequence{.slot = 3, .num_tokens = 1, .num_blocks = 1, .sample = true},
+                    PlannedSequence{.slot = 1,
+                                    .first_position = 6,
+                                    .num_tokens = 2,
+                                    .token_begin = 1,
+                                    .block_begin = 1,
+                                    .num_blocks = 2,
+                                    .sample = true}};
   return plan;
 }
 
@@ -90,6 +97,33 @@ TEST(StepInputs, ReuseForgetsTheStepsBefore) {
   EXPECT_THAT(Values(step.inputs.q_begin), ElementsAre(0, 1, 2));
   EXPECT_EQ(step.sample_rows.elements(), 0);
   EXPECT_EQ(step.score_rows.elements(), 0);
+}
+
+TEST(StepInputs, RememberEachSlotsBlocksThroughStepsWithoutIt) {
+  const auto stream = Stream::Cpu(1);
+  StepInputBuilder builder = MakeBuilder(*stream);
+  builder.Build(*stream, TheStepBefore());
+  StepPlan other;  // its sequence replaces that of slot 3
+  other.tokens = {5};
+  other.block_ids = {4};
+  other.sequences = {PlannedSequence{.slot = 3, .num_tokens = 1, .num_blocks = 1}};
+  EXPECT_THAT(Values(builder.Build(*stream, other).inputs.block_tables), ElementsAre(4));
+  StepPlan both;
+  both.tokens = {6, 7};
+  both.block_ids = {1};
+  both.sequences = {
+      PlannedSequence{.slot = 3, .first_position = 1, .num_tokens = 1, .num_blocks = 1, .known_blocks = 1},
+      PlannedSequence{
+          .slot = 1, .first_position = 8, .num_tokens = 1, .token_begin = 1, .num_blocks = 3, .known_blocks = 2}};
+  const StepInputBuilder::Step step = builder.Build(*stream, both);
+  EXPECT_THAT(Values(step.inputs.block_tables), ElementsAre(4, 0, 0, 2, 7, 1));
+  EXPECT_THAT(Values(step.inputs.slots), ElementsAre(4 * 4 + 1, 1 * 4));
+}
+
+TEST(StepInputsDeathTest, APlanThatWasLeftOutIsNoticed) {
+  const auto stream = Stream::Cpu(1);
+  StepInputBuilder builder = MakeBuilder(*stream);
+  EXPECT_DEATH(builder.Build(*stream, TwoSequences()), "known_blocks");
 }
 
 TEST(StepInputs, HoldTheLargestStep) {

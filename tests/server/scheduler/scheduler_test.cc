@@ -55,6 +55,38 @@ TEST(SchedulerOptions, ServableIsBoundedByContextAndByThePool) {
   EXPECT_EQ(Driver(options)->max_servable_tokens(), 12);
 }
 
+// Executors remember a sequence's blocks as long as it keeps its slot.
+TEST(Scheduler, PlansNameEachBlockOnceUntilASequenceComesToASlotAgain) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 4;
+  options.prefix_cache = false;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(3, 12));
+  driver->Add(2, MakeRequest(3, 12));
+  std::vector<int32_t> table;  // of request 2
+  int32_t preemptions = 0, new_blocks = 0;
+  while (!driver.Ended(2)) {
+    const auto plan = driver.Step();
+    int32_t named = 0;
+    for (const PlannedSequence& planned : plan->sequences) {
+      named += planned.new_blocks();
+      if (planned.request != 2) continue;
+      if (planned.known_blocks == 0 && !table.empty()) {
+        ++preemptions;
+        table.clear();
+      }
+      EXPECT_EQ(planned.known_blocks, static_cast<int32_t>(table.size()));
+      EXPECT_EQ(planned.num_blocks, (planned.first_position + planned.num_tokens + 3) / 4);
+      new_blocks += planned.new_blocks();
+      const auto begin = plan->block_ids.begin() + planned.block_begin;
+      table.insert(table.end(), begin, begin + planned.new_blocks());
+    }
+    EXPECT_EQ(plan->block_ids.size(), static_cast<size_t>(named));
+  }
+  EXPECT_EQ(preemptions, 1);
+  EXPECT_EQ(new_blocks, 2 + 4) << "before it was preempted, and after";
+}
+
 TEST(Scheduler, OneRequestFromPromptToLength) {
   Driver driver(SmallOptions());
   auto request = MakeRequest(5, 3);
@@ -882,17 +914,14 @@ TEST(PrefixSharing, AnAnswerIsFoundWhenItComesBackAsAPrompt) {
 TEST(PrefixSharing, RunningRequestsShareBlocksWithoutCopying) {
   Driver driver(SmallOptions());
   driver->Add(1, MakeRequest(13, 50));
-  driver.Step();
+  auto first = driver.Step();
   driver->Add(2, MakeRequest(13, 50));
-  auto plan = driver.Step();
-  ASSERT_EQ(plan->sequences.size(), 2u);
-  std::vector<std::vector<int32_t>> tables;
-  for (const PlannedSequence& s : plan->sequences) {
-    tables.emplace_back(plan->block_ids.begin() + s.block_begin,
-                        plan->block_ids.begin() + s.block_begin + s.num_blocks);
-  }
-  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(tables[0][i], tables[1][i]);
-  EXPECT_NE(tables[0][3], tables[1][3]);
+  auto second = driver.Step();
+  ASSERT_EQ(second->sequences.size(), 2u);
+  ASSERT_EQ(first->block_ids.size(), 4u);
+  ASSERT_EQ(second->block_ids.size(), 4u);  // none of the first's, which are known
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(first->block_ids[i], second->block_ids[i]);
+  EXPECT_NE(first->block_ids[3], second->block_ids[3]);
   EXPECT_EQ(driver->load().blocks_used, 5);
 }
 
@@ -1010,8 +1039,9 @@ TEST_P(Siblings, ComputeThePromptOnceAndShareItsFullBlocks) {
   EXPECT_EQ(plan->sequences[0].num_tokens, 14);
   plan = driver.Step();
   ASSERT_EQ(plan->sequences.size(), 3u);
+  EXPECT_EQ(plan->sequences[0].new_blocks(), 0);
   std::set<int32_t> blocks(plan->block_ids.begin(), plan->block_ids.end());
-  EXPECT_EQ(blocks.size(), 3u + 3u);  // three shared, one own each
+  EXPECT_EQ(blocks.size(), 3u + 2u);  // three shared with the first, one own each
   for (size_t i = 1; i < 3; ++i) {
     EXPECT_EQ(plan->sequences[i].first_position, 12);
     EXPECT_EQ(plan->sequences[i].num_tokens, 2);  // only the tail block is computed again
