@@ -22,7 +22,10 @@ struct LiveRequest;
 //   |-applied-|--in flight----|--not planned--|--sampled in a step in flight, values not here yet
 //
 // Blocks cover [0, scheduled) at least; those below `computed` are never written again.
-struct Sequence {
+//
+// What every step reads comes first, here in two cache lines and in LiveRequest in one: a step with thousands of
+// sequences waits for memory.
+struct alignas(64) Sequence {
   // kHeld -> kWaiting <-> kRunning -> kEnded; a sequence may end from every state.
   enum class State : uint8_t {
     kHeld,     // waits for a sibling to compute the prompt; in no queue
@@ -32,21 +35,21 @@ struct Sequence {
   };
 
   LiveRequest* request = nullptr;
-  uint32_t index = 0;  // among the request's sequences
-  State state = State::kHeld;
-  bool admitted = false;    // ever
-  bool needs_init = false;  // its slot has not been described to the executor yet
+  std::vector<TokenId> generated;
+  std::vector<BlockId> blocks;
+  uint64_t last_step = 0;     // the last step that it is part of; 0: none
+  TimePoint last_token_at{};  // once something has been generated
+  uint32_t index = 0;         // among the request's sequences
   int32_t slot = -1;
   int32_t pending = 0;
   int32_t scheduled = 0;
   int32_t computed = 0;
-  int32_t preempted = 0;   // so often
-  int32_t charged = 0;     // positions before it have been charged to the account: none is twice
-  uint64_t last_step = 0;  // the last step that it is part of; 0: none
-  std::vector<TokenId> generated;
-  TimePoint last_token_at{};  // once something has been generated
-  std::vector<BlockId> blocks;
-  int32_t published = 0;          // leading blocks that have been offered to the prefix cache (or came from it)
+  int32_t charged = 0;    // positions before it have been charged to the account: none is twice
+  int32_t published = 0;  // leading blocks that have been offered to the prefix cache (or came from it)
+  int32_t preempted = 0;  // so often
+  State state = State::kHeld;
+  bool admitted = false;          // ever
+  bool needs_init = false;        // its slot has not been described to the executor yet
   std::vector<BlockHash> hashes;  // of its full blocks that reach behind the prompt, in order, as far as needed
 
   inline int32_t known() const;
@@ -56,39 +59,43 @@ struct Sequence {
   inline TokenId TokenAt(int32_t position) const;
 };
 
-struct LiveRequest {
+struct alignas(64) LiveRequest {
   RequestKey key = 0;
+  // Computes the prompt while its siblings are kHeld; null when none is.
+  Sequence* leader = nullptr;
+  uint32_t account = 0;  // of its tenant
+  int32_t prompt_size = 0;
+  int32_t limit = 0;           // tokens of one sequence, prompt and answer, at most
+  int32_t in_flight = 0;       // sequences planned in steps in flight
+  int32_t scored = 0;          // prompt log-probabilities have been planned for positions 1 ... scored
+  int32_t min_new_tokens = 0;  // this and the next three: as the request's stop and sampling parameters
+  bool ends_at_eos = false;
+  bool has_stop_ids = false;
+  bool scores_prompt = false;
+  bool uses_cache = false;  // the prefix cache, for writing at least
+  bool admitted = false;
+  bool ended = false;
+  std::optional<TimePoint> first_token_at;
+
   std::shared_ptr<const Request> request;
   uint64_t order = 0;  // of arrival
-  size_t account = 0;  // of its tenant
   // The place in the queue: see ComesBefore.
   int64_t level = 0;
-  TimePoint start_by{};     // to meet its target; changes in the queue only
-  bool hurries = false;     // start_by is that of a target of its own, which has not been missed yet
-  TimePoint hopeless_at{};  // until its first admission: from then on the deadline cannot be met
-  int32_t prompt_size = 0;
-  int32_t limit = 0;                // tokens of one sequence, prompt and answer, at most
+  TimePoint start_by{};             // to meet its target; changes in the queue only
+  bool hurries = false;             // start_by is that of a target of its own, which has not been missed yet
+  TimePoint hopeless_at{};          // until its first admission: from then on the deadline cannot be met
   std::vector<Sequence> sequences;  // never resized: steps in flight point into it
   int32_t num_live = 0;             // sequences that have not ended
   int32_t num_running = 0;          // of these, kRunning
   int32_t num_unadmitted = 0;       // live and never admitted
-  int32_t in_flight = 0;            // sequences planned in steps in flight
-  bool admitted = false;
-  bool ended = false;
-  // Computes the prompt while its siblings are kHeld; null when none is.
-  Sequence* leader = nullptr;
   // The prompt's full blocks, referenced here for siblings that have not been admitted yet.
   std::vector<BlockId> shared;
   std::vector<BlockHash> prompt_hashes;  // of full blocks within the prompt, as far as needed
-  bool uses_cache = false;               // the prefix cache, for writing at least
   BlockHash root{};
-  int32_t scored = 0;  // prompt log-probabilities have been planned for positions 1 ... scored
   uint32_t preemptions = 0;
-  std::optional<TimePoint> admitted_at, first_token_at;
+  std::optional<TimePoint> admitted_at;
 
-  const StopParams& stop() const { return request->stop; }
-  bool scores_prompt() const { return request->sampling.prompt_top_logprobs >= 0; }
-  bool scoring_complete() const { return !scores_prompt() || scored >= prompt_size - 1; }
+  bool scoring_complete() const { return !scores_prompt || scored >= prompt_size - 1; }
 };
 
 int32_t Sequence::known() const {

@@ -1,6 +1,7 @@
 #include "server/scheduler/scheduler.h"
 
 #include <algorithm>
+#include <bit>
 #include <utility>
 
 #include "server/base/check.h"
@@ -131,6 +132,7 @@ std::vector<int32_t> WeightsOf(const std::vector<TenantOptions>& tenants) {
 
 Scheduler::Impl::Impl(SchedulerOptions options)
     : options_(std::move(options)),
+      block_shift_(std::countr_zero(static_cast<uint32_t>(options_.block_size))),
       pool_(options_.num_blocks),
       cache_(&pool_, options_.block_size),
       learner_(options_.step_cost),
@@ -144,6 +146,15 @@ Scheduler::Impl::Impl(SchedulerOptions options)
     order_.push_back(i);
   }
   in_flight_.reserve(2);
+}
+
+void Scheduler::Impl::Prefetch(std::span<Sequence* const> sequences, size_t i) {
+  constexpr size_t kSequencesAhead = 8, kRequestsAhead = 4;
+  if (i + kSequencesAhead >= sequences.size()) return;
+  const auto* sequence = reinterpret_cast<const char*>(sequences[i + kSequencesAhead]);
+  __builtin_prefetch(sequence, 1);
+  __builtin_prefetch(sequence + 64, 1);
+  __builtin_prefetch(sequences[i + kRequestsAhead]->request, 1);
 }
 
 int32_t Scheduler::Impl::max_servable_tokens() const {
@@ -166,7 +177,11 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
     live->uses_cache = true;
     live->root = RootHash(request->tenant, request->cache_salt);
   }
-  live->account = TenantOf(options_.tenants, request->tenant);
+  live->min_new_tokens = request->stop.min_new_tokens;
+  live->ends_at_eos = !request->stop.ignore_eos;
+  live->has_stop_ids = !request->stop.token_ids.empty();
+  live->scores_prompt = request->sampling.prompt_top_logprobs >= 0;
+  live->account = static_cast<uint32_t>(TenantOf(options_.tenants, request->tenant));
   Account& account = accounts_[live->account];
   if (++account.live == 1) share_.Join(live->account);
   ++account.load.waiting_requests;
@@ -383,6 +398,7 @@ void Scheduler::Impl::LeaveQueueOrSlot(Sequence* sequence) {
   free_slots_.push_back(sequence->slot);
   sequence->slot = -1;
   --sequence->request->num_running;
+  if (sequence->request == oldest_ && oldest_->num_running == 0) oldest_ = nullptr;
   --num_running_;
   --account.load.running_sequences;
   account.running_dirty = true;

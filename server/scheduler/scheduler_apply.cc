@@ -21,6 +21,7 @@ void Scheduler::Impl::Apply(const StepPlan& plan, const StepResult& result, Time
   for (BlockId block : in_flight.retired) pool_.Unretire(block);
   TakeCommands(call);
   for (size_t i = 0; i < plan.sequences.size(); ++i) {
+    Prefetch(in_flight.sequences, i);
     const PlannedSequence& planned = plan.sequences[i];
     CHECK(sampled + planned.sample <= result.sampled.size());
     CHECK(scored + (planned.num_prompt_scores > 0) <= result.prompt_scores.size());
@@ -100,14 +101,13 @@ void Scheduler::Impl::CountLateness(const Call& call, Sequence* sequence) {
 
 // Why the sequence ends with this token, which is not appended yet.
 FinishReason Scheduler::Impl::StopReason(const Sequence& sequence, TokenId token) const {
-  const StopParams& stop = sequence.request->stop();
-  if (static_cast<int32_t>(sequence.generated.size()) >= stop.min_new_tokens) {
-    if (!stop.ignore_eos && std::ranges::find(options_.eos_ids, token) != options_.eos_ids.end()) {
-      return FinishReason::kEos;
-    }
-    if (std::ranges::find(stop.token_ids, token) != stop.token_ids.end()) return FinishReason::kStop;
+  const LiveRequest& request = *sequence.request;
+  auto is_in = [token](const std::vector<TokenId>& ids) { return std::ranges::find(ids, token) != ids.end(); };
+  if (static_cast<int32_t>(sequence.generated.size()) >= request.min_new_tokens) {
+    if (request.ends_at_eos && is_in(options_.eos_ids)) return FinishReason::kEos;
+    if (request.has_stop_ids && is_in(request.request->stop.token_ids)) return FinishReason::kStop;
   }
-  return sequence.known() + 1 >= sequence.request->limit ? FinishReason::kLength : FinishReason::kNone;
+  return sequence.known() + 1 >= request.limit ? FinishReason::kLength : FinishReason::kNone;
 }
 
 // NaN in, NaN out: nothing that this request has computed may be found by another one.
@@ -127,7 +127,7 @@ void Scheduler::Impl::FailNonFinite(const Call& call, LiveRequest& request) {
 // Offers newly full blocks to the prefix cache. A block whose name is taken stays private: its twin serves as well.
 void Scheduler::Impl::Publish(Sequence* sequence) {
   if (!sequence->request->uses_cache) return;
-  const int32_t full = sequence->computed / options_.block_size;
+  const int32_t full = sequence->computed >> block_shift_;
   for (; sequence->published < full; ++sequence->published) {
     const int32_t i = sequence->published;
     const BlockId block = sequence->blocks[static_cast<size_t>(i)];

@@ -91,6 +91,7 @@ void Scheduler::Impl::CheckQueues() const {
     waiting -= account.waiting.size();
   }
   CHECK(running == 0 && waiting == 0);
+  CHECK(oldest_ == nullptr || oldest_ == FindOldestRunning());
   CHECK(static_cast<int32_t>(slots.size()) == options_.max_running);
   CHECK(num_running_ == options_.max_running - static_cast<int32_t>(free_slots_.size()));
   CHECK(waiting_requests == waiting_requests_ && waiting_tokens == waiting_tokens_);

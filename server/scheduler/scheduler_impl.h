@@ -81,11 +81,14 @@ class Scheduler::Impl {
   void DropShareIfUnused(LiveRequest& request);
   void ForgetEnded();
   InFlight* FindInFlight(uint64_t step);
+  // For loops over many sequences, which find little in the caches: has some of those behind the i-th brought there.
+  static void Prefetch(std::span<Sequence* const> sequences, size_t i);
 
   // --- Planning (scheduler_plan.cc)
   void PlanDecodes(StepPlan* plan);
   void PlanDecode(StepPlan* plan, Sequence* sequence);
-  const LiveRequest* OldestRunning() const;  // null: nobody runs
+  LiveRequest* OldestRunning() const;  // null: nobody runs
+  LiveRequest* FindOldestRunning() const;
   void PlanPrefills(StepPlan* plan);
   void AdmitWaiting(StepPlan* plan, const Call& call);
   bool TryAdmit(Sequence* sequence, const Call& call);
@@ -130,10 +133,11 @@ class Scheduler::Impl {
   void CheckReferences() const;
   void CheckQueues() const;
 
-  int32_t BlocksFor(int32_t tokens) const { return (tokens + options_.block_size - 1) / options_.block_size; }
+  int32_t BlocksFor(int32_t tokens) const { return (tokens + options_.block_size - 1) >> block_shift_; }
 
   // Constant after construction.
   const SchedulerOptions options_;
+  const int block_shift_;  // log2 of options_.block_size
 
   BlockPool pool_;
   PrefixCache cache_;
@@ -146,6 +150,7 @@ class Scheduler::Impl {
   FairShare share_;                                  // of these
   std::vector<size_t> order_;                        // of the accounts in the plan being made: least served first
   int32_t num_running_ = 0;                          // sequences
+  mutable LiveRequest* oldest_ = nullptr;            // of those with sequences that run; null: to be found
   std::vector<LiveRequest*> sharing_;                // requests that hold `shared`
   std::vector<int32_t> free_slots_;
   std::vector<InFlight> in_flight_;  // oldest first, at most two
@@ -157,12 +162,13 @@ class Scheduler::Impl {
   uint64_t step_ = 0;  // of the last plan
   uint64_t arrivals_ = 0;
   // Of the plan being made:
-  int32_t budget_left_ = 0;  // its work is in_flight_.back().work
-  StepWork decodes_;         // stays until the next plan
-  int32_t streams_ = 0;      // answers that wait for a token of this step
-  int32_t prefills_ = 0;     // the other sequences
-  int32_t shortage_ = 0;     // blocks that sequences went without
-  bool pressed_ = false;     // a running sequence found no block at once
+  int32_t budget_left_ = 0;   // its work is in_flight_.back().work
+  StepWork decodes_;          // stays until the next plan
+  int32_t streams_ = 0;       // answers that wait for a token of this step
+  int32_t prefills_ = 0;      // the other sequences
+  bool prompts_run_ = false;  // some running sequence has more than one token to compute
+  int32_t shortage_ = 0;      // blocks that sequences went without
+  bool pressed_ = false;      // a running sequence found no block at once
 
   // The head of the queue did not fit: it is tried again when that many blocks are available, or some steps later,
   // since what it may share with the prefix cache changes. Saves matching its whole prompt in every step.
@@ -181,7 +187,6 @@ class Scheduler::Impl {
   uint64_t targets_met_ = 0, targets_missed_ = 0, hopeless_ = 0;
 
   std::vector<BlockId> match_;          // scratch of TryAdmit
-  std::vector<Sequence*> first_;        // scratch of PlanDecodes
   std::vector<TokenId> token_scratch_;  // scratch of hashing and publishing
 };
 

@@ -30,6 +30,7 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   in_flight.work = {};
   budget_left_ = options_.token_budget;
   streams_ = prefills_ = 0;
+  prompts_run_ = false;
   shortage_ = 0;
   pressed_ = false;
   std::shared_ptr<StepPlan> plan = plans_.Get();
@@ -43,7 +44,7 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   PlanDecodes(plan.get());
   decodes_ = in_flight_.back().work;
   CompactRunning();
-  PlanPrefills(plan.get());
+  if (prompts_run_) PlanPrefills(plan.get());
   // What waits must not take blocks that a running sequence went without, nor come back in the step that preempted it.
   if (!pressed_) AdmitWaiting(plan.get(), call);
 
@@ -90,22 +91,25 @@ PlanNotes Scheduler::Impl::Notes(const StepPlan* plan) {
 // Every running sequence with one token to compute. The oldest running request comes first: it is never preempted, so
 // whoever must give up blocks for it has not been planned yet. Then in order, and victims come later in the order.
 void Scheduler::Impl::PlanDecodes(StepPlan* plan) {
-  const LiveRequest* oldest = OldestRunning();
+  LiveRequest* oldest = OldestRunning();
   if (oldest == nullptr) return;
-  first_.clear();
-  for (Sequence* sequence : accounts_[oldest->account].running) {
-    if (sequence->request == oldest) first_.push_back(sequence);
-  }
-  for (Sequence* sequence : first_) PlanDecode(plan, sequence);
+  for (Sequence& sequence : oldest->sequences) PlanDecode(plan, &sequence);
   for (size_t account : order_) {
-    for (Sequence* sequence : accounts_[account].running) {
-      if (sequence->request != oldest) PlanDecode(plan, sequence);
+    const std::vector<Sequence*>& running = accounts_[account].running;
+    for (size_t i = 0; i < running.size(); ++i) {
+      Prefetch(running, i);
+      if (running[i]->request != oldest) PlanDecode(plan, running[i]);
     }
   }
 }
 
-const LiveRequest* Scheduler::Impl::OldestRunning() const {
-  const LiveRequest* oldest = nullptr;
+LiveRequest* Scheduler::Impl::OldestRunning() const {
+  if (oldest_ == nullptr) oldest_ = FindOldestRunning();
+  return oldest_;
+}
+
+LiveRequest* Scheduler::Impl::FindOldestRunning() const {
+  LiveRequest* oldest = nullptr;
   for (const Account& account : accounts_) {
     for (const Sequence* sequence : account.running) {
       if (sequence->state != Sequence::State::kRunning) continue;
@@ -116,7 +120,10 @@ const LiveRequest* Scheduler::Impl::OldestRunning() const {
 }
 
 void Scheduler::Impl::PlanDecode(StepPlan* plan, Sequence* sequence) {
-  if (sequence->state != Sequence::State::kRunning || sequence->remaining() != 1 || budget_left_ == 0) return;
+  if (sequence->state != Sequence::State::kRunning) return;
+  const int32_t remaining = sequence->remaining();
+  prompts_run_ |= remaining > 1;
+  if (remaining != 1 || budget_left_ == 0) return;
   if (Grow(sequence)) AppendChunk(plan, sequence, budget_left_);
 }
 
@@ -332,6 +339,7 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   free_slots_.pop_back();
   sequence->needs_init = true;
   ++request.num_running;
+  if (oldest_ != nullptr && request.order < oldest_->order) oldest_ = &request;
   ++num_running_;
   ++account.load.running_sequences;
   account.running.insert(std::ranges::upper_bound(account.running, sequence, ComesBefore()), sequence);
@@ -431,7 +439,7 @@ void Scheduler::Impl::AppendChunk(StepPlan* plan, Sequence* sequence, int32_t bu
 
   const int32_t generated = sequence->expected() - request.prompt_size;
   planned.sample = end == sequence->expected();
-  planned.ban_stops = planned.sample && generated < request.stop().min_new_tokens;
+  planned.ban_stops = planned.sample && generated < request.min_new_tokens;
   const bool decode = tokens == 1 && planned.sample && generated > 0;
   if (!decode) plan->num_prefill_tokens += tokens;
   ++(decode ? streams_ : prefills_);

@@ -1,17 +1,20 @@
 // What the scheduler costs a step, in CPU time: Plan and Apply with many sequences that all decode, without and with
-// the flight recorder, and the memory they ask for. The executor is a loop that samples one token for each sequence.
+// the flight recorder, and the memory they ask for; and the admission of a prompt that the prefix cache holds. The
+// executor is a loop that samples one token for each sequence.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "server/base/strings.h"
 #include "server/scheduler/flight_recorder.h"
+#include "server/scheduler/prefix_cache.h"
 #include "server/scheduler/scheduler.h"
 #include "tests/bench/bench.h"
 
@@ -220,6 +223,66 @@ void MeasureRecorder(Report& report, int32_t sequences) {
   ReportAllocations(report, StrCat(name, ", recorded"), costs[1]);
 }
 
+// The Plan that admits a prompt which the cache holds but for its last block, beside hashing alone. Returns best
+// seconds.
+double MeasureMatching(Report& report, int32_t tokens) {
+  constexpr int kRounds = 40;
+  SchedulerOptions options = Options(/*sequences=*/1, /*prefix_cache=*/true);
+  options.max_context = tokens + 1;
+  options.num_blocks = 2 * tokens / options.block_size;
+  Driver driver(options);
+  auto request = std::make_shared<Request>();
+  std::minstd_rand random(3);
+  for (int32_t i = 0; i < tokens; ++i) request->prompt.push_back(static_cast<TokenId>(random() % 100'000));
+  request->stop.max_new_tokens = 1;
+  std::vector<double> plan, hash;
+  for (RequestKey key = 1; key <= kRounds + 1; ++key) {
+    driver.scheduler().Add(key, request);
+    const double seconds = driver.Step().plan;
+    while (!driver.scheduler().idle()) driver.Step();
+    if (key == 1) continue;  // found nothing
+    plan.push_back(seconds);
+    const double begin = ThreadSeconds();
+    BlockHash name = RootHash("", "");
+    const auto block_size = static_cast<size_t>(options.block_size);
+    for (size_t i = 0; i + block_size < request->prompt.size(); i += block_size) {
+      name = ChainHash(name, std::span(request->prompt).subspan(i, block_size));
+    }
+    hash.push_back(ThreadSeconds() - begin);
+    if (name == BlockHash{}) std::exit(1);  // so that nothing is optimized away
+  }
+  const auto cached = static_cast<int64_t>(driver.scheduler().load().cached_tokens);
+  if (cached != int64_t{kRounds} * (tokens - options.block_size)) {
+    std::fprintf(stderr, "scheduler_bench: %lld tokens were found\n", static_cast<long long>(cached));
+    std::exit(1);
+  }
+  Result result;
+  result.name = StrCat("prefix matching, ", tokens, " tokens");
+  result.value = Quantile(plan, 0.1) * 1e6;
+  result.unit = "us";
+  result.limit = Quantile(hash, 0.1) * 1e6;
+  result.limit_name = "hashing its blocks";
+  result.median_ratio = Quantile(plan, 0.5) / Quantile(hash, 0.5);
+  result.at_most = 2;
+  result.remark = StrCat(Number(Quantile(plan, 0.1) / tokens * 1e9), " ns a token");
+  report.Add(result);
+  return Quantile(plan, 0.1);
+}
+
+// Its time grows as the prompt does.
+void MeasureMatchings(Report& report) {
+  constexpr int32_t kShort = 1024, kLong = 65536;
+  const double few = MeasureMatching(report, kShort), many = MeasureMatching(report, kLong);
+  Result result;
+  result.name = StrCat("prefix matching, a token of ", kLong);
+  result.value = many / kLong * 1e9;
+  result.unit = "ns";
+  result.limit = few / kShort * 1e9;
+  result.limit_name = StrCat("a token of ", kShort);
+  result.at_most = 1.5;
+  report.Add(result);
+}
+
 }  // namespace
 }  // namespace altiplano::bench
 
@@ -233,4 +296,5 @@ int main(int argc, char** argv) {
     altiplano::bench::MeasureRecorder(report, 512);
     altiplano::bench::MeasureRecorder(report, 4096);
   }
+  altiplano::bench::MeasureMatchings(report);
 }

@@ -1,0 +1,94 @@
+// Steps that are like those before them ask for no memory. Counts what this thread asks operator new for.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "server/scheduler/flight_recorder.h"
+#include "server/scheduler/scheduler.h"
+
+namespace {
+thread_local int64_t allocations = 0;
+}
+
+// Not inlined: else the compiler sees free() meet a pointer of new and warns.
+[[gnu::noinline]] void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes)) return p;
+  std::abort();
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept {
+  std::free(p);
+}
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept {
+  std::free(p);
+}
+
+namespace altiplano {
+namespace {
+
+class Allocations : public ::testing::TestWithParam<bool> {};
+
+INSTANTIATE_TEST_SUITE_P(Scheduler, Allocations, ::testing::Bool());  // with a prefix cache
+
+TEST_P(Allocations, NoneInStepsOfDecodesThoughTheyTakeAndPublishBlocks) {
+  constexpr int32_t kSequences = 40, kBlockSize = 4, kSteps = 300;
+  SchedulerOptions options;
+  options.block_size = kBlockSize;
+  options.max_running = kSequences;
+  options.token_budget = 512;
+  options.max_context = 2048;
+  options.num_blocks = kSequences * options.max_context / kBlockSize;
+  options.prefix_cache = GetParam();
+  FlightRecorder recorder(options, 1 << 16);  // full long before the end
+  options.recorder = &recorder;
+  std::unique_ptr<Scheduler> scheduler = *Scheduler::Create(options);
+  for (int32_t i = 0; i < kSequences; ++i) {
+    auto request = std::make_shared<Request>();
+    request->prompt.assign(static_cast<size_t>(20 + i), 1000 + i);  // so that in every step some fill a block
+    request->stop.max_new_tokens = 1000;
+    scheduler->Add(static_cast<RequestKey>(i) + 1, std::move(request));
+  }
+
+  std::shared_ptr<const StepPlan> running;
+  StepResult result;
+  std::vector<Event> events;
+  TimePoint now{};
+  const auto step = [&] {  // returns what Plan and Apply asked for
+    events.clear();
+    now += std::chrono::milliseconds(1);
+    const int64_t before = allocations;
+    std::shared_ptr<const StepPlan> next = scheduler->Plan(now, &events);
+    int64_t asked = allocations - before;
+    if (running != nullptr) {
+      result.step = running->step;
+      result.sampled.clear();
+      for (const PlannedSequence& planned : running->sequences) {
+        if (planned.sample) result.sampled.emplace_back().token = static_cast<TokenId>(running->step % 7);
+      }
+      const int64_t before_apply = allocations;
+      scheduler->Apply(*running, result, now, &events);
+      asked += allocations - before_apply;
+    }
+    running = std::move(next);
+    return asked;
+  };
+  int64_t at_first = 0;
+  for (int i = 0; i < 20; ++i) at_first += step();
+  ASSERT_EQ(running->num_prefill_tokens, 0);
+  EXPECT_GT(at_first, 0) << "nothing is counted";
+
+  size_t blocks = 0;
+  int64_t asked = 0;
+  for (int i = 0; i < kSteps; ++i) {
+    asked += step();
+    ASSERT_EQ(running->sequences.size(), size_t{kSequences});
+    blocks += running->block_ids.size();
+  }
+  EXPECT_EQ(asked, 0);
+  EXPECT_EQ(blocks, size_t{kSequences} * kSteps / kBlockSize);
+}
+
+}  // namespace
+}  // namespace altiplano
