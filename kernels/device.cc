@@ -189,6 +189,26 @@ std::string StreamEvent::Wait() const {
   return cuda_ == nullptr ? std::string() : cuda::WaitForEvent(cuda_);
 }
 
+std::unique_ptr<StepGraph> StepGraph::Capture(Stream& stream, const std::function<bool()>& issue, std::string* error) {
+  if (stream.device() != Device::kCuda) Die("StepGraph: the stream is not a GPU's");
+  if (*error = cuda::BeginCapture(stream.cuda_stream()); !error->empty()) return nullptr;
+  const bool issued = issue();
+  size_t ops = 0;
+  void* graph = cuda::EndCapture(stream.cuda_stream(), &ops, error);
+  std::unique_ptr<StepGraph> captured(graph == nullptr ? nullptr : new StepGraph(graph, ops));
+  if (issued) return captured;
+  error->clear();
+  return nullptr;
+}
+
+StepGraph::~StepGraph() {
+  cuda::DestroyGraph(cuda_);
+}
+
+void StepGraph::Launch(Stream& stream) const {
+  cuda::LaunchGraph(cuda_, stream.cuda_stream());
+}
+
 Buffer Buffer::Allocate(Device device, size_t bytes, int ordinal) {
   Buffer buffer;
   buffer.data_ = device == Device::kCuda ? cuda::Allocate(ordinal, bytes) : MapHost(bytes);

@@ -66,6 +66,28 @@ class StreamEvent {
   void* const cuda_;  // null on the CPU
 };
 
+// Ops that a stream has recorded instead of running them, and that one call then starts again and again, on the same
+// arguments: what is to change from one launch to the next must lie in memory that they point to. CUDA only.
+class StepGraph {
+ public:
+  // Records what `issue` issues on the stream from the calling thread. It must neither allocate nor wait, nor copy from
+  // or to host memory that is not pinned, and every op of its kind should have run before: drivers load code lazily.
+  // Null with *error, which is empty when issue returned false.
+  static std::unique_ptr<StepGraph> Capture(Stream& stream, const std::function<bool()>& issue, std::string* error);
+  ~StepGraph();
+  StepGraph(const StepGraph&) = delete;
+  StepGraph& operator=(const StepGraph&) = delete;
+
+  // As an op of the stream: returns at once, and errors are the stream's.
+  void Launch(Stream& stream) const;
+  size_t ops() const { return ops_; }
+
+ private:
+  StepGraph(void* cuda, size_t ops) : cuda_(cuda), ops_(ops) {}
+  void* const cuda_;
+  const size_t ops_;
+};
+
 // Device memory, 64-byte aligned (CPU: huge pages where the system grants them), released on destruction. Contents
 // start undefined except on the CPU, where they are zero.
 class Buffer {

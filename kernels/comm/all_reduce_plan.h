@@ -43,6 +43,14 @@ constexpr AllReduceWay ChooseAllReduce(int ranks, size_t bytes, bool have_nccl) 
   return AllReduceWay::kNccl;  // more ranks than peers
 }
 
+// Up to which no message goes to NCCL.
+constexpr size_t MostBytesWithoutNccl(int ranks, bool have_nccl) {
+  for (const AllReduceRow& row : kAllReduceTable) {
+    if (ranks <= row.most_ranks) return have_nccl ? row.two_shots_bytes : SIZE_MAX;
+  }
+  return 0;
+}
+
 // ---- the memory that a rank lends its peers: two halves, each the message and the sums of the rank's share
 //
 // Calls take the halves in turn. Whoever lays out call n has met everybody in call n - 1, and they had all ended call

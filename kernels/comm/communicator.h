@@ -45,6 +45,10 @@ class Communicator {
   // x of rank 0 becomes x of every rank. Dense, any dtype. False: the group was aborted.
   virtual bool Broadcast(Stream& stream, const TensorView& x) = 0;
 
+  // AllReduceSum and AllReduceAddRmsNorm of f32 tensors up to this size may be captured in a StepGraph, which all ranks
+  // then launch in the place of the call. 0: none.
+  virtual size_t most_captured_bytes() const { return 0; }
+
   // In groups of MakeChecked: all ranks bring the same hash of `what`, or the group ends and names who does not. In
   // others nothing, and always true.
   virtual bool CheckSame(std::string_view what, uint64_t hash);

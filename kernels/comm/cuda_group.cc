@@ -222,6 +222,10 @@ class CudaRank : public Communicator {
   void Abort(std::string_view reason) override { group_->Abort(reason); }
   std::string error() const override { return group_->error(); }
 
+  // Our own kernels count their calls in device memory. NCCL's may be captured too, but then what Abort frees would be
+  // part of the graph.
+  size_t most_captured_bytes() const override { return MostBytesWithoutNccl(size(), group_->has_nccl()); }
+
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     if (stream.device() == Device::kCpu) return group_->host(rank()).AllReduceSum(stream, x);
     if (x.device != Device::kCuda || x.rank < 1 || x.rank > 2 || (x.dtype != DType::kF32 && x.dtype != DType::kBF16)) {

@@ -31,6 +31,13 @@ void RecordEvent(void* event, void* stream);
 bool EventPassed(void* event);
 std::string WaitForEvent(void* event);
 
+// From then on the stream records what this thread issues. Empty, or why it cannot.
+std::string BeginCapture(void* stream);
+// What was recorded, ready to be launched, and how many ops that are; null with *error.
+void* EndCapture(void* stream, size_t* ops, std::string* error);
+void LaunchGraph(void* graph, void* stream);
+void DestroyGraph(void* graph);
+
 void* Allocate(int ordinal, size_t bytes);  // null when the device has no more
 void Free(void* data);
 // Host memory that kernels of all GPUs reach, zero at first; null when it cannot be had.

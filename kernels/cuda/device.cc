@@ -149,6 +149,38 @@ std::string WaitForEvent(void* event) {
   return result == cudaSuccess ? "" : Sentence(result);
 }
 
+// Other threads may allocate and wait meanwhile: they serve other GPUs.
+std::string BeginCapture(void* stream) {
+  cudaError_t result = cudaGetLastError();
+  if (result == cudaSuccess) result = cudaStreamBeginCapture(StreamOf(stream), cudaStreamCaptureModeThreadLocal);
+  return result == cudaSuccess ? "" : Sentence(result);
+}
+
+void* EndCapture(void* stream, size_t* ops, std::string* error) {
+  const cudaError_t refused = cudaGetLastError();  // a launch, before it was recorded
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cudaError_t result = cudaStreamEndCapture(StreamOf(stream), &graph);
+  if (refused != cudaSuccess) result = refused;
+  if (result == cudaSuccess) result = cudaGraphGetNodes(graph, nullptr, ops);
+  if (result == cudaSuccess) result = cudaGraphInstantiate(&executable, graph, 0);
+  if (result == cudaSuccess) result = cudaGraphUpload(executable, StreamOf(stream));
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  if (result == cudaSuccess) return executable;
+  cudaGetLastError();  // the caller learns of it
+  *error = Sentence(result);
+  if (executable != nullptr) cudaGraphExecDestroy(executable);
+  return nullptr;
+}
+
+void LaunchGraph(void* graph, void* stream) {
+  cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), StreamOf(stream));  // Error tells of its error
+}
+
+void DestroyGraph(void* graph) {
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+}
+
 void* Allocate(int ordinal, size_t bytes) {
   const CurrentGpu gpu(ordinal);
   void* data = nullptr;

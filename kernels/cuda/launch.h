@@ -29,10 +29,11 @@ void Launch(Stream& stream, [[maybe_unused]] const char* name, const LaunchShape
   kernel<<<grid, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream.cuda_stream())>>>(
       static_cast<Parameters>(arguments)...);
 #else
-  static_cast<void>(stream);
-  const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  sim::LaunchGrid({.kernel = name, .grid = grid, .block = dim3(shape.threads), .shared_bytes = shape.shared_bytes},
-                  [&] { std::apply(kernel, values); });
+  sim::Launch(stream.cuda_stream(),
+              {.grid = {.kernel = name, .grid = grid, .block = dim3(shape.threads), .shared_bytes = shape.shared_bytes},
+               .body = [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
+                 std::apply(kernel, values);
+               }});
 #endif
 }
 
@@ -44,8 +45,8 @@ void LaunchWithPeers(Stream& stream, const Peers& peers, const char* name, const
 #ifdef __CUDACC__
   Launch(stream, name, shape, kernel, peers, arguments...);
 #else
-  static_cast<void>(stream);
   sim::LaunchWithPeers(
+      stream.cuda_stream(),
       {.group = peers.verdicts,
        .rank = peers.rank,
        .ranks = peers.ranks,

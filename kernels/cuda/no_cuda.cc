@@ -88,6 +88,18 @@ bool EventPassed(void*) {
 std::string WaitForEvent(void*) {
   Die();
 }
+std::string BeginCapture(void*) {
+  Die();
+}
+void* EndCapture(void*, size_t*, std::string*) {
+  Die();
+}
+void LaunchGraph(void*, void*) {
+  Die();
+}
+void DestroyGraph(void*) {
+  Die();
+}
 void Free(void*) {
   Die();
 }

@@ -184,6 +184,7 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = static_cast<int32_t>(config.model().max_context());
   options.batch_invariant = config.model().batch_invariant();
+  options.cuda_graphs = config.model().cuda_graphs() != "off";
   options.kv_bytes = CheckedBytes(config.kv().memory()) / static_cast<uint64_t>(replicas);
   options.patience =
       std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(config.scheduler().step_deadline()));

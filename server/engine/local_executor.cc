@@ -211,10 +211,13 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
     }
   }
   if (options.meet) RETURN_IF_ERROR(options.meet());
-  RETURN_IF_ERROR(WarmUp(ranks, 1, shapes));
+  const auto warm_up = [&](int32_t tokens) {
+    return OnAllRanks(ranks, [&](size_t i, RankWorker& worker) { return worker.WarmUp(tokens, shapes[i]); });
+  };
+  RETURN_IF_ERROR(warm_up(1));
   // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
   const int64_t largest = std::min<int64_t>(options.token_budget, int64_t{max_context} * options.max_running);
-  if (options.device == Device::kCuda) RETURN_IF_ERROR(WarmUp(ranks, static_cast<int32_t>(largest), shapes));
+  if (options.device == Device::kCuda) RETURN_IF_ERROR(warm_up(static_cast<int32_t>(largest)));
   ASSIGN_OR_RETURN(int32_t pages, ChoosePages(options, shape, max_context));
   for (size_t i = 0; i < ranks.size(); ++i) {
     shapes[i].pages = pages;
@@ -226,6 +229,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
     }
     ranks[i]->worker->SetCache(std::move(*cache));
   }
+  if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, options));
 
   SchedulerOptions scheduler;
   scheduler.num_blocks = pages;
@@ -275,18 +279,35 @@ void LocalExecutor::Rank::Abort(std::string_view reason) const {
   if (next != nullptr) next->Abort(reason);
 }
 
-// On all ranks at once: they meet in it.
-Status LocalExecutor::WarmUp(const Ranks& ranks, int32_t tokens, const std::vector<KvCache::Shape>& shapes) {
+Status LocalExecutor::OnAllRanks(const Ranks& ranks, const std::function<Status(size_t, RankWorker&)>& work) {
   std::vector<Status> statuses(ranks.size());
   std::vector<std::thread> threads;
   for (size_t i = 0; i < ranks.size(); ++i) {
     threads.emplace_back([&, i] {
-      ranks[i]->worker->stream().UseFromThisThread();
-      statuses[i] = ranks[i]->worker->WarmUp(tokens, shapes[i]);
+      RankWorker& worker = *ranks[i]->worker;
+      worker.stream().UseFromThisThread();
+      statuses[i] = work(i, worker);
+      if (!statuses[i].ok()) ranks[i]->Abort(statuses[i].message());  // nobody waits for it
     });
   }
   for (std::thread& thread : threads) thread.join();
+  // That a group has ended is the consequence of another rank's error.
+  std::stable_partition(statuses.begin(), statuses.end(),
+                        [](const Status& status) { return status.code() != Code::kUnavailable; });
   for (const Status& status : statuses) RETURN_IF_ERROR(status);
+  return OkStatus();
+}
+
+Status LocalExecutor::CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options) {
+  const auto begin = std::chrono::steady_clock::now();
+  const uint64_t free_before = QueryMemory(options.device, options.gpu).free_bytes;
+  RETURN_IF_ERROR(OnAllRanks(ranks, [](size_t, RankWorker& worker) { return worker.CaptureDecodeGraphs(); }));
+  const uint64_t free_after = QueryMemory(options.device, options.gpu).free_bytes;
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  log::Info("captured the graphs of decode steps",
+            {{"graphs", ranks[0]->worker->decode_graphs()},
+             {"seconds", took.count()},
+             {"driver_memory", HumanBytes(free_before - std::min(free_before, free_after))}});
   return OkStatus();
 }
 

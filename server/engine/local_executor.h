@@ -55,6 +55,7 @@ struct LocalExecutorOptions {
                             // shared out among the executors
   std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
   bool batch_invariant = false;                // see Llama::Limits
+  bool cuda_graphs = true;                     // CUDA: see RankWorker::CaptureDecodeGraphs
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
   bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them
@@ -110,7 +111,9 @@ class LocalExecutor : public Executor {
   LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, int first_rank,
                 std::function<void(int, uint64_t)> before_step);
   static StatusOr<Ranks> Connect(const LocalExecutorOptions& options);  // without workers
-  static Status WarmUp(const Ranks& ranks, int32_t tokens, const std::vector<KvCache::Shape>& shapes);
+  // The work of each rank, all at once: they meet in it. The first error ends the group.
+  static Status OnAllRanks(const Ranks& ranks, const std::function<Status(size_t index, RankWorker& worker)>& work);
+  static Status CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options);
   static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
                    std::function<void(int, uint64_t)> before_step);
   Status failure() const;

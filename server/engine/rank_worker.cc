@@ -66,6 +66,7 @@ bool RankWorker::AllocateBuffers(const Limits& limits, std::vector<TokenId> eos_
 }
 
 void RankWorker::SetCache(KvCache cache) {
+  CHECK(graphs_.empty());  // they know the addresses of the cache
   // The system hands out memory when it is first written to: for the first pages that is now, and not while the first
   // request waits. They are zero already.
   if (stream_->device() == Device::kCpu) {
@@ -78,6 +79,49 @@ void RankWorker::SetCache(KvCache cache) {
     }
   }
   cache_ = std::move(cache);
+}
+
+Status RankWorker::CaptureDecodeGraphs() {
+  CHECK(cache_.has_value() && graphs_.empty());
+  DecodeGraphLimits limits;
+  int64_t most = std::min<int64_t>(inputs_->limits().max_sequences(), llama_->limits().max_logit_rows);
+  if (communicator_ != nullptr) {
+    const size_t row_bytes = static_cast<size_t>(llama_->config().hidden) * sizeof(float);
+    most = static_cast<int64_t>(std::min<size_t>(most, communicator_->most_captured_bytes() / row_bytes));
+  }
+  limits.max_sequences = static_cast<int32_t>(most);
+  limits.max_pages = inputs_->limits().max_blocks();
+  limits.page_size = inputs_->limits().page_size;
+  std::vector<DecodeShape> shapes = PlanDecodeGraphs(limits);
+  std::vector<std::unique_ptr<StepGraph>> graphs;
+  int32_t ran = 0;  // with how many sequences
+  for (const DecodeShape& shape : shapes) {
+    const StepInputBuilder::Step step = BuildInputs(StepPlan(), &shape);
+    const auto compute = [&] {
+      if (!llama_->Forward(*stream_, step.inputs, *cache_)) return false;
+      if (llama_->shard().last_stage()) llama_->Logits(*stream_, step.padded_sample_rows);
+      return true;
+    };
+    if (ran != shape.sequences && !compute()) return Aborted();
+    ran = shape.sequences;
+    std::string error = stream_->Synchronize();
+    if (!error.empty()) return Status(Code::kInternal, error);
+    graphs.push_back(StepGraph::Capture(*stream_, compute, &error));
+    if (graphs.back() != nullptr) continue;
+    if (error.empty()) return Aborted();
+    return Status(Code::kInternal, StrCat("capturing the graph of a step that decodes ", shape.sequences,
+                                          " sequences: ", error, "; --cuda-graphs off does without"));
+  }
+  graph_shapes_ = std::move(shapes);
+  graphs_ = std::move(graphs);
+  return OkStatus();
+}
+
+StepInputBuilder::Step RankWorker::BuildInputs(const StepPlan& plan, const DecodeShape* padded) {
+  StepInputBuilder::Step step = inputs_->Build(*stream_, plan, padded);
+  step.inputs.sampled = TensorView::Make(sampled_.data(), DType::kI32,
+                                         {static_cast<int64_t>(sampled_.bytes() / sizeof(int32_t))}, stream_->device());
+  return step;
 }
 
 Status RankWorker::Enqueue(const StepPlan& plan) {
@@ -97,14 +141,15 @@ Status RankWorker::Enqueue(const StepPlan& plan) {
     for (const SlotInit& init : plan.slot_inits) slots_->Init(*stream_, init);
   }
   if (!ReceiveSampled(plan)) return Aborted();
-  StepInputBuilder::Step step = inputs_->Build(*stream_, plan);
-  step.inputs.sampled = TensorView::Make(sampled_.data(), DType::kI32,
-                                         {static_cast<int64_t>(sampled_.bytes() / sizeof(int32_t))}, stream_->device());
-  if (!ForwardStage(step.inputs)) return Aborted();
+  const size_t shape = FindDecodeShape(graph_shapes_, plan);
+  const bool replays = shape < graphs_.size();
+  const StepInputBuilder::Step step = BuildInputs(plan, replays ? &graph_shapes_[shape] : nullptr);
+  const auto tokens = static_cast<int64_t>(plan.tokens.size());
+  if (!ForwardStage(step.inputs, tokens, replays ? graphs_[shape].get() : nullptr)) return Aborted();
   if (llama_->shard().last_stage()) {
     auto* results = static_cast<SampleResult*>(pending.results.data());
     if (!ScorePrompts(plan, step.score_rows, results) ||
-        !SampleTokens(plan, step.sample_rows, samples() ? results + num_scores : nullptr)) {
+        !SampleTokens(plan, step.sample_rows, replays, samples() ? results + num_scores : nullptr)) {
       return Aborted();
     }
   }
@@ -164,20 +209,24 @@ bool RankWorker::ReceiveSampled(const StepPlan& plan) {
   return true;
 }
 
-bool RankWorker::ForwardStage(const StepInputs& inputs) {
+bool RankWorker::ForwardStage(const StepInputs& inputs, int64_t tokens, const StepGraph* graph) {
   const Shard& shard = llama_->shard();
-  const TensorView handed = llama_->residual(inputs.ids.dim(0));
+  const TensorView handed = llama_->residual(tokens);  // not what a step was padded with
   if (!shard.first_stage() && !previous_->Receive(*stream_, handed)) return false;
-  if (!llama_->Forward(*stream_, inputs, *cache_)) return false;
+  if (graph != nullptr) {
+    graph->Launch(*stream_);
+    if (communicator_ != nullptr && !communicator_->error().empty()) return false;
+  } else if (!llama_->Forward(*stream_, inputs, *cache_)) {
+    return false;
+  }
   return shard.last_stage() || next_->Send(*stream_, handed);
 }
 
-std::optional<TensorView> RankWorker::Logits(const TensorView& rows) {
-  const TensorView part = llama_->Logits(*stream_, rows);
+std::optional<TensorView> RankWorker::WholeLogits(const TensorView& part) {
   if (communicator_ == nullptr) return part;
   TensorView whole;
   if (is_first()) {
-    whole = TensorView::Make(gathered_.data(), DType::kF32, {rows.dim(0), part.dim(1) * communicator_->size()},
+    whole = TensorView::Make(gathered_.data(), DType::kF32, {part.dim(0), part.dim(1) * communicator_->size()},
                              stream_->device());
   }
   if (!communicator_->AllGather(*stream_, whole, part)) return std::nullopt;
@@ -198,7 +247,8 @@ bool RankWorker::ScorePrompts(const StepPlan& plan, const TensorView& rows, Samp
   }
   const int64_t most = llama_->limits().max_logit_rows;
   for (int64_t begin = 0; begin < rows.dim(0); begin += most) {
-    const std::optional<TensorView> logits = Logits(Slice(rows, begin, std::min(most, rows.dim(0) - begin)));
+    const TensorView part = llama_->Logits(*stream_, Slice(rows, begin, std::min(most, rows.dim(0) - begin)));
+    const std::optional<TensorView> logits = WholeLogits(part);
     if (!logits) return false;
     if (!is_first()) continue;
     Score(*stream_, {.results = results + begin,
@@ -209,7 +259,7 @@ bool RankWorker::ScorePrompts(const StepPlan& plan, const TensorView& rows, Samp
   return true;
 }
 
-bool RankWorker::SampleTokens(const StepPlan& plan, const TensorView& rows, SampleResult* results) {
+bool RankWorker::SampleTokens(const StepPlan& plan, const TensorView& rows, bool have_logits, SampleResult* results) {
   if (rows.dim(0) == 0) return true;
   const TensorView tokens = TensorView::Make(sampled_.data(), DType::kI32, {rows.dim(0)}, stream_->device());
   if (is_first()) {
@@ -221,7 +271,8 @@ bool RankWorker::SampleTokens(const StepPlan& plan, const TensorView& rows, Samp
   const int64_t most = llama_->limits().max_logit_rows;
   for (int64_t begin = 0; begin < rows.dim(0); begin += most) {
     const int64_t n = std::min(most, rows.dim(0) - begin);
-    const std::optional<TensorView> logits = Logits(Slice(rows, begin, n));
+    const TensorView part = have_logits ? llama_->logits(n) : llama_->Logits(*stream_, Slice(rows, begin, n));
+    const std::optional<TensorView> logits = WholeLogits(part);
     if (!logits) return false;
     if (!is_first()) continue;
     Sample(*stream_, {.results = results + begin,

@@ -21,6 +21,7 @@
 #include "kernels/comm/link.h"
 #include "kernels/device.h"
 #include "kernels/ops.h"
+#include "server/engine/decode_graphs.h"
 #include "server/engine/slot_states.h"
 #include "server/engine/step_inputs.h"
 #include "server/model/kv_cache.h"
@@ -49,6 +50,10 @@ class RankWorker {
   Status WarmUp(int32_t tokens, KvCache::Shape shape);
   // Before the first Enqueue.
   void SetCache(KvCache cache);
+  // On a GPU, after SetCache: steps that only decode are replayed from graphs of their padded shape from now on. On all
+  // ranks at once: each shape runs before it is captured. Sampling is not captured, its parameters are arguments.
+  Status CaptureDecodeGraphs();
+  size_t decode_graphs() const { return graphs_.size(); }
 
   // Of one thread, which has called stream().UseFromThisThread(). UNAVAILABLE when the group was aborted, INTERNAL when
   // the device failed.
@@ -80,12 +85,16 @@ class RankWorker {
   Status Aborted() const;
   // First of several stages: waits for the ids that the plan's inputs need. False: the group was aborted.
   bool ReceiveSampled(const StepPlan& plan);
-  // Forward, with what comes from the stage before and goes to the next. False: the group was aborted.
-  bool ForwardStage(const StepInputs& inputs);
-  // Logits of rows [R] i32: [R, V]; on other ranks than the first nothing to look at. nullopt: the group was aborted.
-  std::optional<TensorView> Logits(const TensorView& rows);
+  StepInputBuilder::Step BuildInputs(const StepPlan& plan, const DecodeShape* padded);
+  // Forward of a step of `tokens`, or the graph that has it and the logits of the step; with what comes from the stage
+  // before and goes to the next. False: the group was aborted.
+  bool ForwardStage(const StepInputs& inputs, int64_t tokens, const StepGraph* graph);
+  // The ranks' parts of logits [R, V'] together: [R, V]; on other ranks than the first nothing to look at. nullopt: the
+  // group was aborted.
+  std::optional<TensorView> WholeLogits(const TensorView& part);
   bool ScorePrompts(const StepPlan& plan, const TensorView& rows, SampleResult* results);
-  bool SampleTokens(const StepPlan& plan, const TensorView& rows, SampleResult* results);
+  // have_logits: of all rows, from the step's graph.
+  bool SampleTokens(const StepPlan& plan, const TensorView& rows, bool have_logits, SampleResult* results);
 
   Communicator* const communicator_;
   Link* const previous_;
@@ -99,8 +108,10 @@ class RankWorker {
   Buffer sampled_;                     // [B] i32: what the last step sampled, where the next one finds it
   Buffer sample_scratch_;              // likewise
   Buffer gathered_;                    // [R, V' * ranks] f32, of the one that samples of several
-  std::vector<SampleParams> params_;   // reused between steps
-  std::vector<int32_t> num_top_;       // likewise
+  std::vector<DecodeShape> graph_shapes_;
+  std::vector<std::unique_ptr<StepGraph>> graphs_;  // of each shape
+  std::vector<SampleParams> params_;                // reused between steps
+  std::vector<int32_t> num_top_;                    // likewise
   // First of several stages: how many ids each step sampled whose ids have not come yet, oldest first.
   std::deque<int64_t> waiting_ids_;
   uint64_t enqueued_ = 0;

@@ -42,11 +42,11 @@ StepInputBuilder::StepInputBuilder(const Limits& limits)
     : limits_(limits),
       slots_(static_cast<size_t>(limits.slots)),
       tables_(std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(limits.slots) *
-                                                        static_cast<size_t>(max_blocks()))) {}
+                                                        static_cast<size_t>(limits.max_blocks()))) {}
 
 size_t StepInputBuilder::MaxBytes() const {
   const int64_t tokens = limits_.max_tokens, sequences = limits_.max_sequences();
-  const int64_t pages = max_blocks();
+  const int64_t pages = limits_.max_blocks();
   const int64_t elements = 4 * Aligned(tokens)  // ids, positions, slots, score rows
                            + 3 * Aligned(sequences + 1) + Aligned(sequences * pages);  // q_begin, lengths, sample rows
   return static_cast<size_t>(elements) * sizeof(int32_t);
@@ -64,9 +64,8 @@ std::optional<StepInputBuilder> StepInputBuilder::Create(const Stream& stream, c
   return builder;
 }
 
-StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& plan) {
-  const auto tokens = static_cast<int64_t>(plan.tokens.size()), sequences = static_cast<int64_t>(plan.sequences.size());
-  CHECK(tokens <= limits_.max_tokens && sequences <= limits_.max_sequences());
+StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& plan, const DecodeShape* padded) {
+  auto tokens = static_cast<int64_t>(plan.tokens.size()), sequences = static_cast<int64_t>(plan.sequences.size());
   int32_t pages = 1;
   int64_t sampling = 0, scores = 0;
   for (const PlannedSequence& sequence : plan.sequences) {
@@ -74,7 +73,13 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
     sampling += sequence.sample;
     scores += sequence.num_prompt_scores;
   }
-  CHECK(pages <= max_blocks());
+  int64_t rows = sampling;
+  if (padded != nullptr) {
+    CHECK(tokens == sequences && sequences <= padded->sequences && pages <= padded->pages && scores == 0);
+    tokens = sequences = rows = padded->sequences;
+    pages = padded->pages;
+  }
+  CHECK(tokens <= limits_.max_tokens && sequences <= limits_.max_sequences() && pages <= limits_.max_blocks());
 
   const Buffer& host = host_[turn_++ % host_.size()];
   Packer packer(host, device_);
@@ -84,9 +89,11 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
   int32_t* slot = packer.Add({tokens}, &step.inputs.slots);
   int32_t* q_begin = packer.Add({sequences + 1}, &step.inputs.q_begin);
   int32_t* context_length = packer.Add({sequences}, &step.inputs.context_lengths);
-  int32_t* sample_row = packer.Add({sampling}, &step.sample_rows);
+  int32_t* sample_row = packer.Add({rows}, &step.padded_sample_rows);
   int32_t* score_row = packer.Add({scores}, &step.score_rows);
   int32_t* table = packer.Add({sequences, pages}, &step.inputs.block_tables);
+
+  step.sample_rows = step.padded_sample_rows.first(sampling);
 
   int32_t row = 0, sampled = 0;
   *q_begin++ = 0;
@@ -111,6 +118,15 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
     *q_begin++ = row;
     *context_length++ = sequence.first_position + sequence.num_tokens;
   }
+  for (const auto planned = static_cast<int64_t>(plan.sequences.size()); sequences > planned; --sequences) {
+    *id++ = 0;
+    *position++ = 0;
+    *slot++ = -1;
+    *q_begin++ = row;
+    *context_length++ = 0;
+    table = std::fill_n(table, pages, 0);
+  }
+  std::fill_n(sample_row, rows - sampling, 0);
   if (device_) Copy(stream, device_.data(), stream.device(), host.data(), Device::kCpu, packer.bytes());
   return step;
 }
@@ -119,7 +135,7 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
 const int32_t* StepInputBuilder::BlocksOf(const StepPlan& plan, const PlannedSequence& sequence) {
   const auto at = static_cast<size_t>(sequence.slot);
   CHECK(sequence.known_blocks == 0 || sequence.known_blocks == slots_[at].blocks);
-  int32_t* row = tables_.get() + at * static_cast<size_t>(max_blocks());
+  int32_t* row = tables_.get() + at * static_cast<size_t>(limits_.max_blocks());
   std::copy_n(plan.block_ids.data() + sequence.block_begin, sequence.new_blocks(), row + sequence.known_blocks);
   slots_[at].blocks = sequence.num_blocks;
   return row;

@@ -12,6 +12,7 @@
 
 #include "kernels/device.h"
 #include "kernels/tensor.h"
+#include "server/engine/decode_graphs.h"
 #include "server/model/llama.h"
 #include "server/scheduler/step_plan.h"
 
@@ -26,12 +27,14 @@ class StepInputBuilder {
     int32_t page_size = 0;
     // Of a step: each has a slot and a token.
     int32_t max_sequences() const { return std::min(slots, max_tokens); }
+    int32_t max_blocks() const { return max_context / page_size + 1; }  // of a sequence
   };
   struct Step {
     StepInputs inputs;  // `sampled` is left empty
     // Rows of the step's tokens, in the order of the plan.
-    TensorView sample_rows;  // [R] i32: the last token of each sequence with `sample`
-    TensorView score_rows;   // [Q] i32: the tokens before those whose prompt log-probabilities are wanted
+    TensorView sample_rows;         // [R] i32: the last token of each sequence with `sample`
+    TensorView padded_sample_rows;  // [R], or of a padded step [its sequences]: the same and then row 0 again and again
+    TensorView score_rows;          // [Q] i32: the tokens before those whose prompt log-probabilities are wanted
   };
 
   // nullopt when the memory cannot be had.
@@ -40,7 +43,10 @@ class StepInputBuilder {
   // Views of the stream's device memory. The copy goes out in stream order, and the host's block is used again in the
   // call after the next: by then the stream must have come to the copy. An input that the plan does not know by value
   // becomes -1 - r, where the step before sampled it as the r-th. Wants every plan in turn: each names new blocks only.
-  Step Build(Stream& stream, const StepPlan& plan);
+  //
+  // padded: a shape that the step fits, and whose views are then the same in every call. The tokens behind the plan's
+  // are of no sequence: their id is 0, they are stored nowhere and attend to nothing, so that no other row sees them.
+  Step Build(Stream& stream, const StepPlan& plan, const DecodeShape* padded = nullptr);
 
   const Limits& limits() const { return limits_; }
 
@@ -52,7 +58,6 @@ class StepInputBuilder {
   };
 
   explicit StepInputBuilder(const Limits& limits);
-  int32_t max_blocks() const { return limits_.max_context / limits_.page_size + 1; }  // of a sequence
   size_t MaxBytes() const;
   const int32_t* BlocksOf(const StepPlan& plan, const PlannedSequence& sequence);
 

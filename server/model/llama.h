@@ -61,6 +61,8 @@ class Llama {
   // Last stage only. Logits of rows (token indices of the last Forward) [R] i32: [R, V'], this rank's part, valid until
   // the next call. R <= max_logit_rows.
   TensorView Logits(Stream& stream, const TensorView& rows);
+  // What the last call of Logits left of its first rows, a replay of it in a StepGraph included.
+  TensorView logits(int64_t rows) const { return logits_.first(rows); }
 
   const ModelConfig& config() const { return config_; }
   const Shard& shard() const { return shard_; }

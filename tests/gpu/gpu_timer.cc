@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 namespace altiplano::gpu {
@@ -45,7 +46,6 @@ class Timer {
 
 Time Measure(Stream& stream, bool captured, const std::function<void(Stream&, int turn)>& call) {
   Time time;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream.cuda_stream());
   call(stream, 0);  // loads the kernel
   if (time.error = stream.Synchronize(); !time.error.empty()) return time;
   Timer timer(stream);
@@ -55,27 +55,16 @@ Time Measure(Stream& stream, bool captured, const std::function<void(Stream&, in
     for (int turn = 0; turn < time.calls; ++turn) call(stream, turn);
   };
   std::function<void()> run = all;
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
+  std::unique_ptr<StepGraph> graph;
   if (captured) {
-    cudaError_t result = cudaStreamBeginCapture(cuda_stream, cudaStreamCaptureModeThreadLocal);
-    if (result == cudaSuccess) {
-      all();
-      result = cudaStreamEndCapture(cuda_stream, &graph);
-    }
-    if (result == cudaSuccess) result = cudaGraphInstantiate(&executable, graph, 0);
-    if (result != cudaSuccess) {
-      cudaGetLastError();
-      time.error = std::string("capture: ") + cudaGetErrorString(result);
-      return time;
-    }
-    run = [&] { cudaGraphLaunch(executable, cuda_stream); };
+    graph = StepGraph::Capture(
+        stream, [&] { return all(), true; }, &time.error);
+    if (graph == nullptr) return time;
+    run = [&] { graph->Launch(stream); };
   }
   run();
   std::vector<double> seconds;
   for (int i = 0; i < kRuns; ++i) seconds.push_back(timer.Seconds(run) / time.calls);
-  if (executable != nullptr) cudaGraphExecDestroy(executable);
-  if (graph != nullptr) cudaGraphDestroy(graph);
   time.error = stream.Synchronize();
   std::sort(seconds.begin(), seconds.end());
   time.least = seconds.front();

@@ -263,6 +263,9 @@ inline void CopyBytes(void* to, const void* from, size_t bytes) {
 
 // ---- memory.cc
 bool IsDeviceMemory(const void* data, size_t bytes);
+void* AllocatePinned(size_t bytes);
+void FreePinned(void* data);
+bool IsPinned(const void* data, size_t bytes);
 uint32_t SharedAddress(const Runner& runner, const void* data);
 void CheckShared(Runner& runner, const void* data, int bytes, const char* what, Site site);
 

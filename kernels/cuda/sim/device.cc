@@ -4,17 +4,18 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "kernels/cpu/thread_team.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/sim/core.h"
+#include "kernels/cuda/sim/stream.h"
 
 namespace altiplano {
 
 namespace {
 constexpr size_t kTotalBytes = size_t{1} << 30;
-// What is issued runs at once, so that streams and events have no state.
-char the_stream, the_event;
+char the_event;  // what is issued runs at once, so that events have no state
 std::atomic<int> gpus{1};
 }  // namespace
 
@@ -28,18 +29,22 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     if (gpus > 1) *error += " to " + std::to_string(gpus - 1);
     return nullptr;
   }
-  return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, &the_stream));
+  return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, sim::CreateStream()));
 }
 
 namespace cuda {
 
-void DestroyStream(void*) {}
+void DestroyStream(void* stream) {
+  sim::DestroyStream(stream);
+}
 
 std::string Synchronize(void*) {
+  if (sim::ForbiddenInCapture("a wait for the stream")) return "a wait for a stream that is captured";
   return sim::StuckError();
 }
 
 std::string Error(void*) {
+  if (sim::ForbiddenInCapture("a look at the stream")) return "a look at a stream that is captured";
   return sim::StuckError();
 }
 
@@ -55,25 +60,49 @@ void* CreateEvent(int) {
 
 void DestroyEvent(void*) {}
 
-void RecordEvent(void*, void*) {}
+void RecordEvent(void*, void*) {
+  sim::ForbiddenInCapture("an event that the host waits for");
+}
 
 bool EventPassed(void*) {
+  sim::ForbiddenInCapture("a look at an event");
   return true;
 }
 
 std::string WaitForEvent(void*) {
+  sim::ForbiddenInCapture("a wait for an event");
   return sim::StuckError();
 }
 
+std::string BeginCapture(void* stream) {
+  return sim::BeginCapture(stream);
+}
+
+void* EndCapture(void* stream, size_t* ops, std::string* error) {
+  return sim::EndCapture(stream, ops, error);
+}
+
+void LaunchGraph(void* graph, void* stream) {
+  sim::LaunchGraph(graph, stream);
+}
+
+void DestroyGraph(void* graph) {
+  sim::DestroyGraph(graph);
+}
+
 void* Allocate(int, size_t bytes) {
+  if (sim::ForbiddenInCapture("an allocation")) return nullptr;
   return bytes > QueryMemory(0).free_bytes ? nullptr : sim::AllocateDevice(bytes);
 }
 
 void Free(void* data) {
+  sim::ForbiddenInCapture("a release of memory");
   sim::FreeDevice(data);
 }
 
-void SynchronizeGpu(int) {}
+void SynchronizeGpu(int) {
+  sim::ForbiddenInCapture("a wait for the GPU");
+}
 
 std::string EnablePeerAccess(const std::vector<int>& ordinals) {
   std::string error;
@@ -94,28 +123,39 @@ void FreeShared(void* data) {
 }
 
 void* AllocatePinned(int, size_t bytes) {
-  return std::malloc(bytes);
+  return sim::ForbiddenInCapture("an allocation") ? nullptr : sim::AllocatePinned(bytes);
 }
 
 void FreePinned(void* data) {
-  std::free(data);
+  sim::ForbiddenInCapture("a release of memory");
+  sim::FreePinned(data);
 }
 
-void Copy(void*, void* to, Device to_device, const void* from, Device from_device, size_t bytes) {
-  if (to_device == Device::kCuda && !sim::IsDeviceMemory(to, bytes)) {
-    return sim::Stick("a copy of " + std::to_string(bytes) + " bytes to outside of device memory");
+void Copy(void* stream, void* to, Device to_device, const void* from, Device from_device, size_t bytes) {
+  for (const auto& [device, data] :
+       {std::pair(to_device, static_cast<const void*>(to)), std::pair(from_device, from)}) {
+    if (device == Device::kCpu && !sim::IsPinned(data, bytes)) {
+      sim::ForbiddenInCapture("a copy of host memory that is not pinned");
+    }
   }
-  if (from_device == Device::kCuda && !sim::IsDeviceMemory(from, bytes)) {
-    return sim::Stick("a copy of " + std::to_string(bytes) + " bytes from outside of device memory");
-  }
-  if (sim::StuckError().empty()) std::memcpy(to, from, bytes);
+  sim::Issue(stream, [=] {
+    if (to_device == Device::kCuda && !sim::IsDeviceMemory(to, bytes)) {
+      return sim::Stick("a copy of " + std::to_string(bytes) + " bytes to outside of device memory");
+    }
+    if (from_device == Device::kCuda && !sim::IsDeviceMemory(from, bytes)) {
+      return sim::Stick("a copy of " + std::to_string(bytes) + " bytes from outside of device memory");
+    }
+    if (sim::StuckError().empty()) std::memcpy(to, from, bytes);
+  });
 }
 
-void Zero(void*, void* data, size_t bytes) {
-  if (!sim::IsDeviceMemory(data, bytes)) {
-    return sim::Stick("zeros for " + std::to_string(bytes) + " bytes outside of device memory");
-  }
-  if (sim::StuckError().empty()) std::memset(data, 0, bytes);
+void Zero(void* stream, void* data, size_t bytes) {
+  sim::Issue(stream, [=] {
+    if (!sim::IsDeviceMemory(data, bytes)) {
+      return sim::Stick("zeros for " + std::to_string(bytes) + " bytes outside of device memory");
+    }
+    if (sim::StuckError().empty()) std::memset(data, 0, bytes);
+  });
 }
 
 MemoryInfo QueryMemory(int) {

@@ -13,6 +13,8 @@ namespace altiplano::sim {
 namespace {
 
 // All OS threads share the device's memory. Not a mutex: TSan would take it for order between the threads of a kernel.
+enum class Kind { kDevice, kPinned };
+template <Kind>
 class Allocations {
  public:
   Allocations() {
@@ -23,6 +25,15 @@ class Allocations {
   std::map<uintptr_t, size_t>* operator->() const { return &map(); }
   std::map<uintptr_t, size_t>& operator*() const { return map(); }
 
+  static bool Hold(const void* data, size_t bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    const Allocations allocations;
+    auto it = allocations->upper_bound(address);
+    if (it == allocations->begin()) return false;
+    --it;
+    return address + bytes <= it->first + it->second;
+  }
+
  private:
   static std::map<uintptr_t, size_t>& map() {  // alive for the whole process: buffers may be freed late
     static auto* allocations = new std::map<uintptr_t, size_t>();
@@ -30,38 +41,58 @@ class Allocations {
   }
   static inline std::atomic_flag busy_;
 };
+using DeviceAllocations = Allocations<Kind::kDevice>;
+using PinnedAllocations = Allocations<Kind::kPinned>;
 
-}  // namespace
-
-void* AllocateDevice(size_t bytes) {
+// Filled with NaN, as all that nobody has written to.
+template <typename Kind>
+void* Allocate(size_t bytes) {
   if (bytes == 0) return nullptr;
   // As cudaMalloc aligns. Not rounded up: the sanitizers then see one byte too many.
   void* data = nullptr;
   if (posix_memalign(&data, 256, bytes) != 0) return nullptr;
   PoisonBytes(data, bytes);
-  Allocations()->emplace(reinterpret_cast<uintptr_t>(data), bytes);
+  Kind()->emplace(reinterpret_cast<uintptr_t>(data), bytes);
   return data;
 }
 
-void FreeDevice(void* data) {
-  Allocations()->erase(reinterpret_cast<uintptr_t>(data));
+template <typename Kind>
+void Free(void* data) {
+  Kind()->erase(reinterpret_cast<uintptr_t>(data));
   std::free(data);
+}
+
+}  // namespace
+
+void* AllocateDevice(size_t bytes) {
+  return Allocate<DeviceAllocations>(bytes);
+}
+
+void FreeDevice(void* data) {
+  Free<DeviceAllocations>(data);
+}
+
+void* AllocatePinned(size_t bytes) {
+  return Allocate<PinnedAllocations>(bytes);
+}
+
+void FreePinned(void* data) {
+  Free<PinnedAllocations>(data);
+}
+
+bool IsDeviceMemory(const void* data, size_t bytes) {
+  return DeviceAllocations::Hold(data, bytes);
+}
+
+bool IsPinned(const void* data, size_t bytes) {
+  return PinnedAllocations::Hold(data, bytes);
 }
 
 size_t LiveDeviceBytes() {
   size_t bytes = 0;
-  const Allocations allocations;
+  const DeviceAllocations allocations;
   for (const auto& [begin, size] : *allocations) bytes += size;
   return bytes;
-}
-
-bool IsDeviceMemory(const void* data, size_t bytes) {
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const Allocations allocations;
-  auto it = allocations->upper_bound(address);
-  if (it == allocations->begin()) return false;
-  --it;
-  return address + bytes <= it->first + it->second;
 }
 
 void* DynamicShared() {

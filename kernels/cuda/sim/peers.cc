@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels/cuda/sim/sim.h"
+#include "kernels/cuda/sim/stream.h"
 
 namespace altiplano::sim {
 
@@ -30,19 +31,7 @@ std::map<const void*, std::shared_ptr<Meeting>> meetings;  // of each group, the
 
 thread_local std::optional<std::vector<std::vector<Kernel>>> collected;
 
-}  // namespace
-
-void Collect() {
-  collected.emplace();
-}
-
-std::string RunCollected() {
-  const std::vector<std::vector<Kernel>> streams = std::move(*collected);
-  collected.reset();
-  return RunTogether(streams);
-}
-
-void LaunchWithPeers(const PeerLaunch& launch, Kernel kernel) {
+void RunWithPeers(const PeerLaunch& launch, Kernel kernel) {
   const auto rank = static_cast<size_t>(launch.rank);
   if (collected) {
     collected->resize(std::max(collected->size(), static_cast<size_t>(launch.ranks)));
@@ -75,6 +64,22 @@ void LaunchWithPeers(const PeerLaunch& launch, Kernel kernel) {
   }
   changed.wait(lock, [&] { return meeting->done; });
   if (!meeting->error.empty()) Stick(meeting->error);
+}
+
+}  // namespace
+
+void Collect() {
+  collected.emplace();
+}
+
+std::string RunCollected() {
+  const std::vector<std::vector<Kernel>> streams = std::move(*collected);
+  collected.reset();
+  return RunTogether(streams);
+}
+
+void LaunchWithPeers(void* stream, const PeerLaunch& launch, const Kernel& kernel) {
+  Issue(stream, [launch, kernel] { RunWithPeers(launch, kernel); });
 }
 
 }  // namespace altiplano::sim

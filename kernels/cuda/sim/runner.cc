@@ -66,10 +66,6 @@ std::string RunGrid(const Grid& grid, const std::function<void()>& body) {
   return CurrentRunner().Run(grid, body);
 }
 
-void LaunchGrid(const Grid& grid, const std::function<void()>& body) {
-  if (StuckError().empty()) Stick(RunGrid(grid, body));
-}
-
 void Stick(const std::string& error) {
   std::lock_guard lock(stuck_mutex);
   if (stuck_error.empty()) stuck_error = error;

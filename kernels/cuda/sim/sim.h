@@ -45,16 +45,19 @@ struct PeerLaunch {
   std::chrono::nanoseconds patience;
   std::function<bool()> ended;
 };
-void LaunchWithPeers(const PeerLaunch& launch, Kernel kernel);
+void LaunchWithPeers(void* stream, const PeerLaunch& launch, const Kernel& kernel);
 void Collect();
 std::string RunCollected();
 
-// As a launch on a stream: an error sticks, and what is launched after it does not run.
-void LaunchGrid(const Grid& grid, const std::function<void()>& body);
+// An error sticks, and what is launched after it does not run.
+void Launch(void* stream, const Kernel& kernel);
 void Stick(const std::string& error);  // unless there is one already
 // The error that stuck, if any; TakeError also forgets it.
 std::string StuckError();
 std::string TakeError();
+
+// Of graphs, so far.
+uint64_t GraphLaunches();
 
 // What a kernel asked of the memories while counting was on.
 struct Traffic {

@@ -53,11 +53,16 @@ TEST(Simulator, RefusesLaunchesThatAGpuRefuses) {
 
 TEST(Simulator, ErrorsStickUntilTheyAreTaken) {
   bool ran = false;
-  sim::LaunchGrid({"First", 1, 33}, [] {});
-  sim::LaunchGrid({"Second", 1, 32}, [&] { ran = true; });
+  std::string error;
+  const auto stream = Stream::Cuda(0, &error);
+  const auto launch = [&](const char* name, unsigned threads) {
+    sim::Launch(stream->cuda_stream(), {.grid = {name, 1, threads}, .body = [&] { ran = true; }});
+  };
+  launch("First", 33);
+  launch("Second", 32);
   EXPECT_FALSE(ran);
   EXPECT_THAT(sim::TakeError(), HasSubstr("kernel First"));
-  sim::LaunchGrid({"Third", 1, 32}, [&] { ran = true; });
+  launch("Third", 32);
   EXPECT_TRUE(ran);
   EXPECT_EQ(sim::TakeError(), "");
 }

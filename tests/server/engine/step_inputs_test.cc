@@ -151,6 +151,45 @@ TEST(StepInputs, HoldTheLargestStep) {
   }
 }
 
+// A chunk of one token, which samples nothing, and a decode, padded to four.
+TEST(StepInputs, PaddedRowsAreOfNoSequence) {
+  const auto stream = Stream::Cpu(1);
+  StepInputBuilder builder = MakeBuilder(*stream);
+  const DecodeShape shape = {.sequences = 4, .pages = 3};
+  StepPlan plan;
+  plan.tokens = {42, 43};
+  plan.block_ids = {3, 6, 7};
+  plan.sequences = {PlannedSequence{.num_tokens = 1, .num_blocks = 1}, PlannedSequence{.slot = 1,
+                                                                                       .first_position = 5,
+                                                                                       .num_tokens = 1,
+                                                                                       .token_begin = 1,
+                                                                                       .block_begin = 1,
+                                                                                       .num_blocks = 2,
+                                                                                       .sample = true}};
+  const StepInputBuilder::Step step = builder.Build(*stream, plan, &shape);
+  EXPECT_THAT(Values(step.inputs.ids), ElementsAre(42, 43, 0, 0));
+  EXPECT_THAT(Values(step.inputs.positions), ElementsAre(0, 5, 0, 0));
+  EXPECT_THAT(Values(step.inputs.slots), ElementsAre(12, 29, -1, -1));
+  EXPECT_THAT(Values(step.inputs.q_begin), ElementsAre(0, 1, 2, 2, 2));
+  EXPECT_THAT(Values(step.inputs.context_lengths), ElementsAre(1, 6, 0, 0));
+  EXPECT_THAT(Values(step.inputs.block_tables), ElementsAre(3, 0, 0, 6, 7, 0, 0, 0, 0, 0, 0, 0));
+  EXPECT_THAT(Values(step.sample_rows), ElementsAre(1));
+  EXPECT_THAT(Values(step.padded_sample_rows), ElementsAre(1, 0, 0, 0));
+
+  // Where a graph of the shape reads them, whatever the step: here the host's blocks take turns.
+  const StepInputBuilder::Step other = builder.Build(*stream, TheStepBefore());
+  EXPECT_NE(other.inputs.ids.data, step.inputs.ids.data);
+  const StepInputBuilder::Step again = builder.Build(*stream, StepPlan(), &shape);
+  EXPECT_EQ(again.inputs.ids.data, step.inputs.ids.data);
+  EXPECT_EQ(again.inputs.positions.data, step.inputs.positions.data);
+  EXPECT_EQ(again.inputs.slots.data, step.inputs.slots.data);
+  EXPECT_EQ(again.inputs.q_begin.data, step.inputs.q_begin.data);
+  EXPECT_EQ(again.inputs.context_lengths.data, step.inputs.context_lengths.data);
+  EXPECT_EQ(again.inputs.block_tables.data, step.inputs.block_tables.data);
+  EXPECT_EQ(again.padded_sample_rows.data, step.padded_sample_rows.data);
+  EXPECT_THAT(Values(again.inputs.q_begin), ElementsAre(0, 0, 0, 0, 0));
+}
+
 std::shared_ptr<Request> Penalised() {
   auto request = std::make_shared<Request>();
   request->prompt = {1, 2, 2};

@@ -253,6 +253,72 @@ TEST(EngineOnGpu, BatchingAndPreemptionChangeNoToken) {
   EXPECT_GT(preemptions, 0u);
 }
 
+void ExpectSameBits(const std::vector<TokenScore>& a, const std::vector<TokenScore>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    EXPECT_EQ(a[i].token, b[i].token) << i;
+    EXPECT_EQ(a[i].logprob, b[i].logprob) << i;
+    ASSERT_EQ(a[i].top.size(), b[i].top.size());
+    for (size_t k = 0; k < a[i].top.size(); ++k) {
+      EXPECT_EQ(a[i].top[k].token, b[i].top[k].token) << i;
+      EXPECT_EQ(a[i].top[k].logprob, b[i].top[k].logprob) << i;
+    }
+  }
+}
+
+// One sequence after the other ends, the last one first, so that steps decode 6, 5, 4, 3, 2 and 1 of them, in graphs of
+// 6, 4, 2 and 1.
+std::vector<std::shared_ptr<Request>> EndingInTurn() {
+  std::vector<std::shared_ptr<Request>> requests;
+  for (int i = 0; i < 6; ++i) {
+    requests.push_back(MakeRequest(i, 2 + i, 19 - 3 * i));
+    requests.back()->sampling.top_logprobs = 3;
+    if (i % 2 == 1) requests.back()->sampling.frequency_penalty = 0.5f;
+  }
+  return requests;
+}
+
+TEST(EngineOnGpu, GraphsChangeNoBit) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.max_running = 6;
+  std::vector<std::vector<Event>> answers[2];
+  size_t live_bytes[2];
+  for (const bool graphs : {false, true}) {
+    options.cuda_graphs = graphs;
+    const uint64_t replays = sim::GraphLaunches();
+    const auto engine = Start(options);
+    live_bytes[graphs] = sim::LiveDeviceBytes();
+    answers[graphs] = RunAll(*engine, EndingInTurn());
+    // The longest answer has 19 tokens, of which a prefill gives the first.
+    EXPECT_EQ(sim::GraphLaunches() - replays >= 18, graphs);
+  }
+  EXPECT_EQ(live_bytes[0], live_bytes[1]) << "graphs work in the memory that steps have anyway";
+  for (size_t i = 0; i < answers[0].size(); ++i) {
+    SCOPED_TRACE(StrCat("request ", i));
+    ExpectSameBits(ScoresOf(answers[1][i]), ScoresOf(answers[0][i]));
+  }
+}
+
+// The kernels between ranks are in the graphs too, and count their calls for themselves.
+TEST(EngineOnGpu, GraphsOfTwoRanksChangeNoBit) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.ranks = 2;
+  options.share_gpu = true;
+  options.patience = std::chrono::minutes(10);
+  std::vector<std::vector<Event>> answers[2];
+  for (const bool graphs : {false, true}) {
+    options.cuda_graphs = graphs;
+    const uint64_t replays = sim::GraphLaunches();
+    const auto requests = EndingInTurn();
+    answers[graphs] = RunAll(*Start(options), {requests[0], requests[1], requests[2]});
+    EXPECT_EQ(sim::GraphLaunches() > replays, graphs);
+  }
+  for (size_t i = 0; i < answers[0].size(); ++i) {
+    SCOPED_TRACE(StrCat("request ", i));
+    ExpectSameBits(ScoresOf(answers[1][i]), ScoresOf(answers[0][i]));
+  }
+}
+
 TEST(EngineOnGpu, APrefixHitChangesNoToken) {
   const auto engine = Start(Options(Device::kCuda, DType::kBF16));
   const auto cold = RunAll(*engine, {MakeRequest(1, 30, 5)})[0];

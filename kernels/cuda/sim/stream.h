@@ -1,0 +1,28 @@
+// Streams of the simulated GPU, and the graphs that they record. Private to the simulator.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <string>
+
+namespace altiplano::sim {
+
+// One op of a stream, with all that it needs by value.
+using Operation = std::function<void()>;
+
+void* CreateStream();
+void DestroyStream(void* stream);
+// Runs it, or records it while the stream is captured. Whatever runs on a stream comes through here.
+void Issue(void* stream, Operation operation);
+
+// As cudaStreamBeginCapture in the mode of one thread, and cudaStreamEndCapture: empty or an error, a graph or null
+// with *error.
+std::string BeginCapture(void* stream);
+void* EndCapture(void* stream, size_t* operations, std::string* error);
+void LaunchGraph(void* graph, void* stream);
+void DestroyGraph(void* graph);
+
+// True where the calling thread captures a stream, in which a call like `call` is forbidden: the capture is then void.
+bool ForbiddenInCapture(const char* call);
+
+}  // namespace altiplano::sim
