@@ -289,8 +289,8 @@ TEST(EngineOnGpu, GraphsChangeNoBit) {
     const auto engine = Start(options);
     live_bytes[graphs] = sim::LiveDeviceBytes();
     answers[graphs] = RunAll(*engine, EndingInTurn());
-    // The longest answer has 19 tokens, of which a prefill gives the first.
-    EXPECT_EQ(sim::GraphLaunches() - replays >= 18, graphs);
+    // The longest answer has 19 tokens, and beside some of the first ones prompts of the others are computed.
+    EXPECT_EQ(sim::GraphLaunches() - replays >= 10, graphs);
   }
   EXPECT_EQ(live_bytes[0], live_bytes[1]) << "graphs work in the memory that steps have anyway";
   for (size_t i = 0; i < answers[0].size(); ++i) {
