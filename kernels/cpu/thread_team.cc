@@ -42,6 +42,7 @@ void* ThreadTeam::Scratch(size_t bytes) {
 }
 
 void ThreadTeam::RunErased(Task task, void* context) {
+  runs_.store(runs() + 1, std::memory_order_relaxed);
   if (workers_.empty()) {
     task(context, 0, 1);
     return;

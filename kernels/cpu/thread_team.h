@@ -23,6 +23,8 @@ class ThreadTeam {
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
+  // Calls of Run so far. Any thread: one that sees it grow knows that Run's caller does not hang.
+  uint64_t runs() const { return runs_.load(std::memory_order_relaxed); }
 
   // Memory of the team's for an op's packed operands and partial results: 64-byte aligned, contents undefined, good
   // until the next call. Grows when an op needs more than any before it; steps of one size allocate nothing. Run's
@@ -51,6 +53,7 @@ class ThreadTeam {
   Task task_ = nullptr;
   void* context_ = nullptr;
   bool stop_ = false;
+  std::atomic<uint64_t> runs_{0};  // written by Run's caller
 
   alignas(64) std::atomic<uint64_t> generation_{0};
   alignas(64) std::atomic<int> running_{0};

@@ -27,6 +27,14 @@ namespace {
 // How long the second signal lets things end in order before the process ends without.
 constexpr auto kAtOnce = std::chrono::seconds(5);
 
+// The process, whatever hangs in it: the timer runs where nothing else does.
+void EndWithin(std::chrono::seconds time, ExitCode code) {
+  std::thread([=] {
+    std::this_thread::sleep_for(time);
+    _exit(code);
+  }).detach();
+}
+
 // A connection is a file; the usual soft limit of 1,024 is less than the front end's.
 void RaiseFileLimit() {
   rlimit limit{};
@@ -103,6 +111,7 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
   PrintReady(**serving, (*serving)->model());
   if (!ServeUntilStopped(**serving, config.values.scheduler().on_engine_failure(), stop)) {
     log::Error("the engine failed: ending, to be started again", {{"exit_code", static_cast<int>(kExitRestart)}});
+    EndWithin(3 * kAtOnce, kExitRestart);  // a GPU that hangs may hang whoever lets go of it
     (*serving)->RefuseNew();
     WaitForLiveRequests(**serving, Clock::Real().Now() + kAtOnce, stop, 1);
     (*serving)->Stop();
@@ -115,13 +124,9 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
 }
 
 int Run(const ParsedFlags& flags) {
-  // The second signal ends the process whatever hangs: the timer runs where nothing else does.
+  // The second signal ends the process whatever hangs.
   StopSignal stop([](int count) {
-    if (count != 2) return;
-    std::thread([] {
-      std::this_thread::sleep_for(kAtOnce);
-      _exit(kExitOk);
-    }).detach();
+    if (count == 2) EndWithin(kAtOnce, kExitOk);
   });
   auto config = ResolveConfig(flags);
   if (!config.ok()) return Fail("serve", config.status().message(), kExitUsage);

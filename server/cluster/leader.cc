@@ -238,6 +238,8 @@ class GroupExecutor : public Executor {
     group_->on_end = std::move(failed);
   }
 
+  bool replaceable() const override { return local_->replaceable(); }
+
   StepResult Wait() override {
     std::unique_lock lock(state_.mutex);
     state_.changed.wait(lock, [&] { return group_->ended || !group_->results.empty(); });

@@ -381,7 +381,7 @@ class Engine::Impl {
 
   // Makes the ranks again. False: down for good.
   bool Restart() {
-    if (options_.restart && !restarted_) {
+    if (options_.restart && !restarted_ && executor_->replaceable()) {
       log::Warn("the engine starts again");
       executor_.reset();  // first: there may be no room for two
       StatusOr<std::unique_ptr<Executor>> executor = options_.restart();

@@ -19,6 +19,8 @@ class Executor {
   // `failed` is called, from any thread, when the devices are lost while no step runs. Engine thread, before the first
   // Launch; for executors that can tell.
   virtual void OnFailure(std::function<void(Status)> /*failed*/) {}
+  // After a failure: whether this process could make another one in its place. Engine thread.
+  virtual bool replaceable() const { return true; }
 };
 
 }  // namespace altiplano

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/comm/nccl_api.h"
+#include "kernels/cpu/thread_team.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 
@@ -14,7 +15,10 @@ namespace altiplano {
 
 namespace {
 
+using SteadyTime = std::chrono::steady_clock::time_point;
+
 constexpr auto kJoinPatience = std::chrono::seconds(5);
+constexpr auto kLook = std::chrono::milliseconds(50);  // how often a waiting executor looks whether ranks get on
 
 int LocalStages(const LocalExecutorOptions& options) {
   return options.local_stages > 0 ? options.local_stages : options.stages;
@@ -238,8 +242,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   scheduler.token_budget = options.token_budget;
   scheduler.max_context = max_context;
   scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
-  return std::unique_ptr<LocalExecutor>(new LocalExecutor(
-      std::move(ranks), std::move(scheduler), options.first_stage * options.ranks, std::move(options.before_step)));
+  return std::unique_ptr<LocalExecutor>(new LocalExecutor(std::move(ranks), std::move(scheduler), options));
 }
 
 StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions& options) {
@@ -253,6 +256,10 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions
       ranks.push_back(std::make_shared<Rank>());
       ranks.back()->checked = communicator != nullptr && options.check_ranks;
       if (ranks.back()->checked) communicator = MakeChecked(std::move(communicator));
+      const int rank = options.first_stage * options.ranks + static_cast<int>(ranks.size()) - 1;
+      if (communicator != nullptr && options.wrap_communicator) {
+        communicator = options.wrap_communicator(rank, std::move(communicator));
+      }
       ranks.back()->communicator = std::move(communicator);
     }
   }
@@ -269,6 +276,11 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions
     }
     std::tie(ranks[i]->next, ranks[next]->previous) =
         MakeInProcessLink(StrCat("rank ", first_rank + i), StrCat("rank ", first_rank + next), options.patience);
+  }
+  for (size_t i = 0; options.wrap_link && i < ranks.size(); ++i) {
+    for (auto* link : {&ranks[i]->previous, &ranks[i]->next}) {
+      *link = options.wrap_link(static_cast<int>(first_rank + i), std::move(*link));
+    }
   }
   return ranks;
 }
@@ -311,14 +323,18 @@ Status LocalExecutor::CaptureGraphs(const Ranks& ranks, const LocalExecutorOptio
   return OkStatus();
 }
 
-LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, int first_rank,
-                             std::function<void(int, uint64_t)> before_step)
-    : scheduler_options_(std::move(scheduler_options)), ranks_(std::move(ranks)), shared_(std::make_shared<Shared>()) {
+LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options)
+    : device_(options.device),
+      first_rank_(options.first_stage * options.ranks),
+      patience_(options.patience),
+      scheduler_options_(std::move(scheduler_options)),
+      ranks_(std::move(ranks)),
+      shared_(std::make_shared<Shared>()) {
   shared_->plans.resize(ranks_.size());
   shared_->enqueued.resize(ranks_.size());
   shared_->running = this->ranks();
   for (int i = 0; i < this->ranks(); ++i) {
-    threads_.emplace_back(Loop, shared_, ranks_, i, first_rank, before_step);
+    threads_.emplace_back(Loop, shared_, ranks_, i, first_rank_, options.before_step);
   }
 }
 
@@ -330,11 +346,22 @@ LocalExecutor::~LocalExecutor() {
     shared_->changed.notify_all();
     for (const auto& rank : ranks_) rank->Abort("the executor ends");
     const auto all_ended = [&] { return shared_->running == 0; };
+    // Nobody can tell the only rank to leave its step: it is waited for as long as it gets on.
     const bool alone = ranks() == 1 && ranks_[0]->next == nullptr;
-    if (alone) shared_->changed.wait(lock, all_ended);  // a step, however long, ends
-    ended = shared_->changed.wait_for(lock, kJoinPatience, all_ended);
+    const auto patience = stalled_ ? 2 * kLook : std::max<std::chrono::milliseconds>(kJoinPatience, patience_);
+    uint64_t progress;
+    do {
+      progress = Progress();
+      ended = shared_->changed.wait_for(lock, alone ? patience : kJoinPatience, all_ended);
+    } while (!ended && alone && Progress() != progress);
   }
-  if (!ended) log::Error("a rank hangs: its thread and its memory are left behind");
+  if (!ended || !replaceable()) log::Error("a rank hangs: its thread and its memory are left behind");
+  if (!replaceable()) {  // to give memory of a GPU back is to wait for the GPU
+    static auto& left_behind = *new std::vector<Ranks>;
+    static std::mutex mutex;
+    std::lock_guard lock(mutex);
+    left_behind.push_back(ranks_);
+  }
   for (std::thread& thread : threads_) ended ? thread.join() : thread.detach();
 }
 
@@ -362,21 +389,73 @@ void LocalExecutor::Launch(std::shared_ptr<const StepPlan> plan) {
   {
     std::lock_guard lock(shared_->mutex);
     for (auto& plans : shared_->plans) plans.push_back(plan);
+    ++shared_->launched;
   }
   shared_->changed.notify_all();
 }
 
+uint64_t LocalExecutor::Progress() const {
+  uint64_t ops = 0;
+  for (const auto& rank : ranks_) {
+    if (device_ == Device::kCpu) ops += rank->worker->stream().team().runs();
+  }
+  return ops;
+}
+
+// Of all ranks in a step. A slow step is none, however slow; where ranks wait for one that hangs, they end the group
+// first and can say why.
+class LocalExecutor::Standstill {
+ public:
+  explicit Standstill(const LocalExecutor& executor)
+      : executor_(executor),
+        limit_(executor.patience_ +
+               std::max<std::chrono::milliseconds>(executor.patience_ / 4, std::chrono::seconds(1))) {
+    Reset();
+  }
+  void Reset() { since_ = std::chrono::steady_clock::now(); }
+  bool TooLong() {
+    const uint64_t progress = executor_.Progress();
+    if (progress != std::exchange(progress_, progress)) Reset();
+    return std::chrono::steady_clock::now() - since_ > limit_;
+  }
+  Status Of(std::string_view ranks) const {
+    return Status(Code::kUnavailable, StrCat(ranks, " hangs: it has done nothing for ", limit_.count(), " ms"));
+  }
+
+ private:
+  const LocalExecutor& executor_;
+  const std::chrono::milliseconds limit_;
+  SteadyTime since_;
+  uint64_t progress_ = 0;
+};
+
 StepResult LocalExecutor::Wait() {
   StepResult result;
+  Standstill standstill(*this);
   {
     std::unique_lock lock(shared_->mutex);
-    const auto all_enqueued = [&] {
-      return std::all_of(shared_->enqueued.begin(), shared_->enqueued.end(), [](int steps) { return steps > 0; });
+    const auto& enqueued = shared_->enqueued;
+    const auto over = [&] {
+      return !shared_->failure.ok() ||
+             std::all_of(enqueued.begin(), enqueued.end(), [](int steps) { return steps > 0; });
     };
-    shared_->changed.wait(lock, [&] { return all_enqueued() || !shared_->failure.ok(); });
+    while (!shared_->changed.wait_for(lock, kLook, over)) {
+      if (shared_->launched == 0) standstill.Reset();
+      if (!standstill.TooLong()) continue;
+      const auto late = std::find(enqueued.begin(), enqueued.end(), 0) - enqueued.begin();
+      lock.unlock();
+      stalled_ = true;
+      Fail(standstill.Of(StrCat("rank ", first_rank_ + late)));
+      lock.lock();
+    }
   }
-  for (const auto& rank : ranks_) {
-    while (failure().ok() && !rank->worker->Done()) std::this_thread::sleep_for(kPoll);
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    const auto& rank = ranks_[i];
+    for (standstill.Reset(); failure().ok() && !rank->worker->Done(); std::this_thread::sleep_for(kPoll)) {
+      if (!standstill.TooLong()) continue;
+      stalled_ = true;
+      Fail(standstill.Of(StrCat("the GPU of rank ", first_rank_ + static_cast<int>(i))));
+    }
     // A GPU may have found out in the middle of the step that another one does not come.
     const std::string error = rank->communicator == nullptr ? "" : rank->communicator->error();
     if (!error.empty()) Fail(Status(Code::kUnavailable, StrCat("the group of ranks ended: ", error)));
@@ -388,6 +467,7 @@ StepResult LocalExecutor::Wait() {
   }
   std::lock_guard lock(shared_->mutex);
   for (int& steps : shared_->enqueued) --steps;
+  --shared_->launched;
   shared_->changed.notify_all();
   result.status = shared_->failure;
   return result;

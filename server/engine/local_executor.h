@@ -3,7 +3,8 @@
 // waits behind another runs in the pipeline's first stages while that one is in the later ones.
 //
 // A rank that fails (an error, an exception, or silence where the others wait for it) aborts the group: the step ends
-// with the first error, and nothing can be launched any more.
+// with the first error, and nothing can be launched any more. So does a step in which no rank gets any further for a
+// little longer than `patience`, be the rank the only one or its GPU what hangs.
 #pragma once
 
 #include <chrono>
@@ -60,8 +61,10 @@ struct LocalExecutorOptions {
   std::function<bool()> cancelled;
   bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them
   std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
-  // For tests: rank's thread; may throw, or never return. Ranks are numbered through the stages.
+  // For tests. Ranks are numbered through the stages. before_step: rank's thread; may throw, or never return.
   std::function<void(int rank, uint64_t step)> before_step;
+  std::function<std::unique_ptr<Communicator>(int rank, std::unique_ptr<Communicator>)> wrap_communicator;
+  std::function<std::shared_ptr<Link>(int rank, std::shared_ptr<Link>)> wrap_link;
 };
 
 class LocalExecutor : public Executor {
@@ -79,6 +82,8 @@ class LocalExecutor : public Executor {
   // A process without the last stage gets results without tokens.
   void Launch(std::shared_ptr<const StepPlan> plan) override;
   StepResult Wait() override;
+  // A GPU that hangs gives nothing back before the process ends.
+  bool replaceable() const override { return !stalled_ || device_ == Device::kCpu; }
 
   // What the scheduler must be created with to fit this executor.
   SchedulerOptions scheduler_options() const { return scheduler_options_; }
@@ -96,6 +101,7 @@ class LocalExecutor : public Executor {
     std::vector<int> enqueued;                                       // [ranks]: steps not collected by Wait yet
     Status failure;                                                  // the first
     int running = 0;                                                 // threads
+    int launched = 0;                                                // steps that Wait has not returned
     bool stop = false;
   };
   struct Rank {
@@ -108,20 +114,26 @@ class LocalExecutor : public Executor {
   };
   using Ranks = std::vector<std::shared_ptr<Rank>>;  // [local stages * ranks], those of a stage together
 
-  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, int first_rank,
-                std::function<void(int, uint64_t)> before_step);
+  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options);
   static StatusOr<Ranks> Connect(const LocalExecutorOptions& options);  // without workers
   // The work of each rank, all at once: they meet in it. The first error ends the group.
   static Status OnAllRanks(const Ranks& ranks, const std::function<Status(size_t index, RankWorker& worker)>& work);
   static Status CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options);
   static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
                    std::function<void(int, uint64_t)> before_step);
+  class Standstill;
+  // Grows with each op of a rank on the CPU.
+  uint64_t Progress() const;
   Status failure() const;
   void Fail(const Status& status);
 
+  const Device device_;
+  const int first_rank_;  // through all stages, those of other processes too
+  const std::chrono::milliseconds patience_;
   const SchedulerOptions scheduler_options_;
   const Ranks ranks_;
   const std::shared_ptr<Shared> shared_;
+  bool stalled_ = false;  // of the thread that calls Wait
   std::vector<std::thread> threads_;
 };
 

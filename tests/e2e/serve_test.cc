@@ -300,10 +300,11 @@ TEST(Signals, TermAtRandomMomentsExitsZero) {
 
 class FaultDrill : public ::testing::Test {
  protected:
-  // Serves the tiny model on two ranks, the second of which fails as `fault` says, and asks for an endless answer.
-  Status AskUntilItFails(const char* fault, const char* on_failure, const std::vector<std::string>& more = {}) {
+  // Serves the tiny model, one of whose ranks fails as `fault` says, and asks for an endless answer.
+  Status AskUntilItFails(const char* fault, const char* on_failure, const std::vector<std::string>& more = {},
+                         const char* ranks = "2") {
     setenv("ALTIPLANO_FAULT", fault, 1);
-    std::vector<std::string> flags = {"--tp", "2", "--step-deadline", "3s", "--on-engine-failure", on_failure};
+    std::vector<std::string> flags = {"--tp", ranks, "--step-deadline", "3s", "--on-engine-failure", on_failure};
     flags.insert(flags.end(), more.begin(), more.end());
     server_ = std::make_unique<Server>(flags);
     unsetenv("ALTIPLANO_FAULT");
@@ -342,6 +343,13 @@ TEST_F(FaultDrill, ARankThatThrowsEndsTheProgramWithExit75AndLeavesItsRecord) {
 TEST_F(FaultDrill, ARankThatHangsEndsTheProgramWithExit75) {
   Status status = AskUntilItFails("1:40:hang", "exit");
   EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
+  EXPECT_EQ(server_->process().Wait(), 75) << server_->process().Errors();
+}
+
+TEST_F(FaultDrill, TheOnlyRankThatHangsEndsTheProgramWithExit75) {
+  Status status = AskUntilItFails("0:40:hang", "exit", {}, "1");
+  EXPECT_EQ(status.reason(), "ENGINE_DOWN") << status.ToString();
+  EXPECT_THAT(status.message(), HasSubstr("rank 0 hangs"));
   EXPECT_EQ(server_->process().Wait(), 75) << server_->process().Errors();
 }
 
