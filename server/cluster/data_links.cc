@@ -89,6 +89,23 @@ bool SendAll(int socket, std::string_view bytes) {
   return true;
 }
 
+// A connection to `to`; empty, with *why, when there is none after `end` or cancelled() says so.
+Socket ConnectTo(const Resolved& to, SteadyTime end, const std::function<bool()>& cancelled, std::string* why) {
+  Socket out(socket(to.address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  int error = out && connect(out.get(), reinterpret_cast<const sockaddr*>(&to.address), to.size) == 0 ? 0 : errno;
+  while (error == EINPROGRESS) {
+    // Packets to a node that is gone vanish without a word; the system alone would try for minutes.
+    if (std::chrono::steady_clock::now() > end || (cancelled && cancelled())) error = ETIMEDOUT;
+    pollfd ready{out.get(), POLLOUT, 0};
+    if (poll(&ready, 1, static_cast<int>(kPoll.count())) <= 0) continue;
+    socklen_t size = sizeof error;
+    getsockopt(out.get(), SOL_SOCKET, SO_ERROR, &error, &size);
+  }
+  if (error == 0) return out;
+  *why = std::strerror(error);
+  return Socket();
+}
+
 // The line that a connection begins with; "" when none comes in time or it is too long.
 std::string ReadGreeting(int socket) {
   const SteadyTime end = std::chrono::steady_clock::now() + kGreetingPatience;
@@ -143,16 +160,17 @@ StatusOr<DataLinks> ConnectDataLinks(const DataListener& listener, const DataPee
   DataLinks links;
   links.previous.resize(static_cast<size_t>(peers.ranks));
   ASSIGN_OR_RETURN(const Resolved to, Resolve(peers.next_address));
+  const SteadyTime end = std::chrono::steady_clock::now() + patience;
   for (int rank = 0; rank < peers.ranks; ++rank) {
-    Socket out(socket(to.address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (!out || connect(out.get(), reinterpret_cast<const sockaddr*>(&to.address), to.size) != 0 ||
-        !SendAll(out.get(), Greeting(peers.token, peers.node, rank))) {
+    std::string why = "it hung up";
+    Socket out = ConnectTo(to, end, cancelled, &why);
+    if (!out || !SendAll(out.get(), Greeting(peers.token, peers.node, rank))) {
+      if (cancelled && cancelled()) return Status(Code::kCancelled, "cancelled");
       return Status(Code::kUnavailable,
-                    StrCat("cannot connect to node ", after, " at ", peers.next_address, ": ", std::strerror(errno)));
+                    StrCat("cannot connect to node ", after, " at ", peers.next_address, ": ", why));
     }
     links.next.push_back(MakeSocketLink(out.release(), StrCat("node ", after), peers.link_patience));
   }
-  const SteadyTime end = std::chrono::steady_clock::now() + patience;
   for (int missing = peers.ranks; missing > 0;) {
     if (cancelled && cancelled()) return Status(Code::kCancelled, "cancelled");
     if (std::chrono::steady_clock::now() > end) {

@@ -25,13 +25,14 @@ SteadyTime Now() {
   return std::chrono::steady_clock::now();
 }
 
-// The call to the leader: one thread reads, one sends heartbeats, others send when they have something.
+// The call to the leader: one thread reads, one writes. What is sent waits in a queue, so that nobody but the writer
+// waits for a network that takes nothing more.
 class Call {
  public:
   Call(const GroupOptions& options, v1::LeaderService::Stub& stub)
       : options_(options), stream_(stub.Join(&context_)), last_heard_(Now()) {
     reader_ = std::thread([this] { Read(); });
-    heart_ = std::thread([this] { Beat(); });
+    writer_ = std::thread([this] { Write(); });
   }
   ~Call() {
     context_.TryCancel();
@@ -41,12 +42,16 @@ class Call {
     }
     changed_.notify_all();
     reader_.join();
-    heart_.join();
+    writer_.join();
   }
 
-  void Send(const v1::FollowerMessage& message) {
-    std::lock_guard lock(write_mutex_);
-    stream_->Write(message);  // when that fails, so does Next
+  // The first is the hello. Any thread.
+  void Send(v1::FollowerMessage message) {
+    {
+      std::lock_guard lock(mutex_);
+      outbox_.push_back(std::move(message));
+    }
+    changed_.notify_all();
   }
 
   // The last message was that the group has ended. The thread that calls Next.
@@ -94,42 +99,42 @@ class Call {
     changed_.notify_all();
   }
 
-  void Beat() {
-    v1::FollowerMessage message;
-    message.mutable_heartbeat();
+  // What is to be sent; heartbeats while there is nothing.
+  void Write() {
+    v1::FollowerMessage heartbeat;
+    heartbeat.mutable_heartbeat();
     const auto interval = HeartbeatInterval(options_.silence);
+    bool greeted = false;
     std::unique_lock lock(mutex_);
-    while (!changed_.wait_for(lock, interval, [&] { return closed_; })) {
-      if (!greeted_) continue;
+    for (;;) {
+      changed_.wait_for(lock, interval, [&] { return closed_ || !outbox_.empty(); });
+      if (closed_) return;
+      v1::FollowerMessage message = heartbeat;
+      if (!outbox_.empty()) {
+        message = std::move(outbox_.front());
+        outbox_.pop_front();
+        greeted = true;
+      }
+      if (!greeted) continue;
       lock.unlock();
-      Send(message);
+      stream_->Write(message);  // when that fails, so does Read
       lock.lock();
     }
   }
 
- public:
-  // The first message: no heartbeat goes before it.
-  void Greet(const v1::FollowerMessage& hello) {
-    Send(hello);
-    std::lock_guard lock(mutex_);
-    greeted_ = true;
-  }
-
- private:
   const GroupOptions& options_;
   grpc::ClientContext context_;
   const std::unique_ptr<grpc::ClientReaderWriter<v1::FollowerMessage, v1::LeaderMessage>> stream_;
-  std::mutex write_mutex_;
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
   std::deque<v1::LeaderMessage> inbox_;
+  std::deque<v1::FollowerMessage> outbox_;
   SteadyTime last_heard_;
-  bool greeted_ = false;
+  bool closed_ = false;
   // Of the thread that calls Next.
   bool over_ = false;
   Status end_;  // how the call ended
-  bool closed_ = false;
-  std::thread reader_, heart_;
+  std::thread reader_, writer_;
 };
 
 // Launches what the leader plans, and sends back what becomes of it.
@@ -233,7 +238,7 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
     const auto stub = v1::LeaderService::NewStub(
         grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));
     Call call(options, *stub);
-    call.Greet(hello);
+    call.Send(hello);
     const auto formed = call.Next();
     if (formed.ok() && formed->has_formed()) {
       log::Info("the group is complete: loading", {{"node", options.place.rank}});

@@ -7,11 +7,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <atomic>
-#include <thread>
+#include <memory>
 
 #include "server/base/strings.h"
 #include "server/cli/client.h"
+#include "tests/e2e/live_stream_testlib.h"
 #include "tests/e2e/process_testlib.h"
 
 namespace altiplano::e2e {
@@ -20,7 +20,6 @@ namespace {
 namespace v1 = inference::v1;
 using cli::Answer;
 using cli::Client;
-using std::chrono::milliseconds;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -36,27 +35,6 @@ std::string FreeAddress() {
   EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size), 0);
   close(fd);
   return StrCat("127.0.0.1:", ntohs(at.sin_port));
-}
-
-v1::GenerateRequest Endless(uint32_t tokens) {
-  v1::GenerateRequest request;
-  auto* message = request.mutable_chat()->add_messages();
-  message->set_role(v1::ROLE_USER);
-  message->set_content("Tell me a story.");
-  request.mutable_sampling()->set_temperature(0);
-  request.mutable_stopping()->set_max_new_tokens(tokens);
-  request.mutable_stopping()->set_ignore_eos(true);
-  return request;
-}
-
-template <typename Done>
-bool Eventually(Done done) {
-  auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(kPatience);
-  while (!done()) {
-    if (std::chrono::steady_clock::now() > limit) return false;
-    std::this_thread::sleep_for(milliseconds(5));
-  }
-  return true;
 }
 
 // A leader and one follower, two ranks each; the deadline is short.
@@ -80,30 +58,18 @@ class Nodes : public ::testing::Test {
     flags.insert(flags.end(), group_.begin(), group_.end());
     follower_ = std::make_unique<Process>(flags);
   }
-  // Generates until something happens to it.
   void StartStream(uint32_t tokens = 1'000'000) {
-    stream_ = std::thread([this, tokens] {
-      Answer answer;
-      status_ = client_->StreamGenerate(
-          Endless(tokens), [this](const v1::Delta&) { started_ = true; }, &answer);
-      tokens_ = answer.tokens;
-    });
-    ASSERT_TRUE(Eventually([&] { return started_.load(); }));
+    stream_ = std::make_unique<LiveStream>(client_.get(), tokens);
+    ASSERT_TRUE(stream_->WaitForFirstToken());
   }
-  Status EndOfStream() {
-    stream_.join();
-    return status_;
-  }
+  Status EndOfStream() { return stream_->End(); }
   std::string Health() { return client_->Health("", std::chrono::seconds(kPatience)).value(); }
 
   std::vector<std::string> group_;
   std::unique_ptr<Server> leader_;
   std::unique_ptr<Process> follower_;
   std::unique_ptr<Client> client_;
-  std::thread stream_;
-  std::atomic<bool> started_{false};
-  Status status_;
-  uint64_t tokens_ = 0;
+  std::unique_ptr<LiveStream> stream_;
 };
 
 TEST_F(Nodes, AnswersAreThoseOfOneProcess) {
@@ -117,7 +83,7 @@ TEST_F(Nodes, AnswersAreThoseOfOneProcess) {
     Answer answer;
     EXPECT_TRUE(clients[i]
                     ->StreamGenerate(
-                        Endless(200), [&](const v1::Delta& delta) { texts[i] += delta.text(); }, &answer)
+                        Story(200), [&](const v1::Delta& delta) { texts[i] += delta.text(); }, &answer)
                     .ok());
   }
   EXPECT_NE(texts[0], "");
@@ -130,8 +96,8 @@ TEST_F(Nodes, TermForAllDrainsThemAll) {
   StartStream(300);
   follower_->Signal(SIGTERM);
   leader_->process().Signal(SIGTERM);
-  EXPECT_TRUE(EndOfStream().ok()) << status_.ToString();
-  EXPECT_EQ(tokens_, 300u);
+  EXPECT_TRUE(EndOfStream().ok()) << EndOfStream().ToString();
+  EXPECT_EQ(stream_->tokens(), 300u);
   EXPECT_EQ(leader_->process().Wait(), 0) << leader_->process().Errors();
   EXPECT_EQ(follower_->Wait(), 0) << follower_->Errors();
 }
@@ -140,7 +106,7 @@ TEST_F(Nodes, AKilledFollowerEndsTheLeaderWithExit75) {
   Start();
   StartStream();
   follower_->Signal(SIGKILL);
-  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << status_.ToString();
+  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << EndOfStream().ToString();
   EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
 }
 
@@ -148,8 +114,8 @@ TEST_F(Nodes, APausedFollowerEndsTheLeaderWithExit75) {
   Start();
   StartStream();
   follower_->Signal(SIGSTOP);
-  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << status_.ToString();
-  EXPECT_THAT(status_.message(), HasSubstr("no word for 2000 ms from"));
+  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << EndOfStream().ToString();
+  EXPECT_THAT(EndOfStream().message(), HasSubstr("no word for 2000 ms from"));
   EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
   follower_->Signal(SIGCONT);
   EXPECT_EQ(follower_->Wait(), 75) << "when it goes on it finds the leader gone: " << follower_->Errors();
@@ -181,7 +147,7 @@ TEST_F(Nodes, WithRestartTheGroupIsFormedAgainWhenTheFollowerIs) {
   Start({"--on-engine-failure", "restart"});
   StartStream();
   follower_->Signal(SIGKILL);
-  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << status_.ToString();
+  EXPECT_EQ(EndOfStream().reason(), "ENGINE_DOWN") << EndOfStream().ToString();
   EXPECT_EQ(Health(), "NOT_SERVING");
   StartFollower();
   EXPECT_THAT(follower_->ReadLine(), StartsWith("READY node=1 of=2"));
@@ -189,7 +155,7 @@ TEST_F(Nodes, WithRestartTheGroupIsFormedAgainWhenTheFollowerIs) {
   Answer answer;
   EXPECT_TRUE(client_
                   ->StreamGenerate(
-                      Endless(20), [](const v1::Delta&) {}, &answer)
+                      Story(20), [](const v1::Delta&) {}, &answer)
                   .ok());
   leader_->process().Signal(SIGTERM);
   EXPECT_EQ(leader_->process().Wait(), 0) << leader_->process().Errors();

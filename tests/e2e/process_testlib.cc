@@ -2,7 +2,9 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -35,7 +37,7 @@ std::string ReadAll(const std::string& path) {
 
 }  // namespace
 
-Process::Process(std::vector<std::string> arguments) {
+Process::Process(std::vector<std::string> arguments, std::optional<int> network) {
   signal(SIGPIPE, SIG_IGN);
   char errors[] = "/tmp/altiplano-e2e-XXXXXX";
   int error_file = mkostemp(errors, O_CLOEXEC);
@@ -54,6 +56,8 @@ Process::Process(std::vector<std::string> arguments) {
     dup2(output[1], STDOUT_FILENO);
     dup2(error_file, STDERR_FILENO);
     signal(SIGPIPE, SIG_DFL);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (network && setns(*network, CLONE_NEWNET) != 0) _exit(126);
     execv(argv[0], argv.data());
     _exit(127);
   }

@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,8 +13,9 @@ inline constexpr int kPatience = 60;  // seconds until a test calls something hu
 
 class Process {
  public:
-  // arguments: of the program at ALTIPLANO_BINARY_DIR/altiplano. stderr goes to a file.
-  explicit Process(std::vector<std::string> arguments);
+  // arguments: of the program at ALTIPLANO_BINARY_DIR/altiplano. stderr goes to a file. network: of a namespace that it
+  // runs in (network_testlib.h). Killed when the thread that makes it ends, so that no test leaves it behind.
+  explicit Process(std::vector<std::string> arguments, std::optional<int> network = std::nullopt);
   Process(const Process&) = delete;
   ~Process();  // kills what still runs
 
