@@ -12,6 +12,7 @@
 #include "server/cli/terminal.h"
 #include "server/cli/units.h"
 #include "server/cli/version.h"
+#include "server/cluster/secret.h"
 #include "server/model/fingerprint.h"
 
 namespace altiplano::cli {
@@ -66,6 +67,9 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   options.join_patience = Milliseconds(config.nodes().join_timeout());
   options.silence = Milliseconds(config.scheduler().step_deadline());
   options.cancelled = std::move(cancelled);
+  if (const std::string& file = config.nodes().secret_file(); !file.empty()) {
+    ASSIGN_OR_RETURN(options.secret, cluster::ReadSecret(file));
+  }
   ASSIGN_OR_RETURN(options.terms["model"], Fingerprint(checkpoint));
   options.terms["version"] = StrCat(kVersion, " ", kCommit);
   options.terms["nodes"] = StrCat(config.nodes().count());

@@ -177,8 +177,8 @@ constexpr std::array kSettings = {
          .type = FlagType::kAddress,
          .default_value = "",
          .meaning =
-             "Where the leader listens for the other nodes, as they reach it. There is no authentication between "
-             "nodes: keep this address, and the ports that they open for each other, inside.",
+             "Where the leader listens for the other nodes, as they reach it. Nothing between nodes is encrypted: keep "
+             "this address, and the ports that they open for each other, inside.",
          .example = "10.0.0.1:50060",
          .field = "nodes.leader",
          .group = kGroupNodes},
@@ -190,6 +190,15 @@ constexpr std::array kSettings = {
          .example = "slurm",
          .field = "nodes.launcher",
          .choices = "none|lws|slurm|openmpi",
+         .group = kGroupNodes},
+    Flag{.name = "node-secret-file",
+         .type = FlagType::kPath,
+         .default_value = "",
+         .meaning = "A file with a secret of at least 16 bytes that all nodes have: leader and followers prove to each "
+                    "other that they know it before a node joins. It is not sent. Without it whoever reaches the "
+                    "leader may join.",
+         .example = "/run/secrets/altiplano-nodes",
+         .field = "nodes.secret_file",
          .group = kGroupNodes},
     Flag{.name = "join-timeout",
          .type = FlagType::kDuration,

@@ -8,12 +8,14 @@
 #include <utility>
 
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
+#include "server/base/hmac.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cluster/data_links.h"
 #include "server/cluster/group.h"
 #include "server/cluster/heartbeat.h"
 #include "server/cluster/plan_proto.h"
+#include "server/cluster/secret.h"
 
 namespace altiplano::cluster {
 
@@ -213,6 +215,31 @@ Status Serve(const GroupOptions& options, Call& call, const DataListener& listen
   }
 }
 
+// Says hello, and proves to the leader, and has it prove, that the secret is known. What the leader says then.
+StatusOr<v1::LeaderMessage> Introduce(const GroupOptions& options, Call& call, v1::FollowerMessage hello) {
+  if (options.secret.empty()) {
+    call.Send(hello);
+    return call.Next();
+  }
+  Exchange exchange{.follower_nonce = RandomToken(),
+                    .leader_nonce = "",
+                    .node = options.place.rank,
+                    .data_address = hello.hello().data_address()};
+  hello.mutable_hello()->set_nonce(exchange.follower_nonce);
+  call.Send(hello);
+  ASSIGN_OR_RETURN(const v1::LeaderMessage message, call.Next());
+  if (message.has_ended()) return message;
+  exchange.leader_nonce = message.challenge().nonce();
+  if (!EqualInConstantTime(message.challenge().proof(), LeaderProof(options.secret, exchange))) {
+    return Status(Code::kFailedPrecondition,
+                  StrCat("the leader at ", options.place.leader, " does not know the secret of --node-secret-file"));
+  }
+  v1::FollowerMessage answer;
+  answer.set_proof(FollowerProof(options.secret, exchange));
+  call.Send(answer);
+  return call.Next();
+}
+
 }  // namespace
 
 Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalExecutorOptions executor_options,
@@ -238,8 +265,7 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
     const auto stub = v1::LeaderService::NewStub(
         grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));
     Call call(options, *stub);
-    call.Send(hello);
-    const auto formed = call.Next();
+    const auto formed = Introduce(options, call, hello);
     if (formed.ok() && formed->has_formed()) {
       log::Info("the group is complete: loading", {{"node", options.place.rank}});
       Status status =

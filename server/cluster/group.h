@@ -21,6 +21,7 @@ namespace altiplano::cluster {
 struct GroupOptions {
   Place place;
   std::map<std::string, std::string> terms;  // must be equal on all nodes; by name, for messages
+  std::string secret;                        // of the group; empty: none, whoever comes may join
   std::chrono::milliseconds join_patience = std::chrono::minutes(10);  // until all have joined
   std::chrono::milliseconds silence = std::chrono::seconds(30);        // a node not heard of for this long is lost
   std::function<bool()> cancelled;                                     // polled; true: give up with CANCELLED

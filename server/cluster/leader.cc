@@ -4,18 +4,19 @@
 #include <deque>
 #include <list>
 #include <mutex>
-#include <random>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
+#include "server/base/hmac.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cluster/data_links.h"
 #include "server/cluster/group.h"
 #include "server/cluster/heartbeat.h"
 #include "server/cluster/plan_proto.h"
+#include "server/cluster/secret.h"
 
 namespace altiplano::cluster {
 
@@ -24,7 +25,8 @@ namespace {
 using SteadyTime = std::chrono::steady_clock::time_point;
 using Message = std::shared_ptr<const v1::LeaderMessage>;
 
-constexpr auto kFarewell = std::chrono::seconds(1);  // for a follower to hang up by itself
+constexpr auto kFarewell = std::chrono::seconds(1);       // for a follower to hang up by itself
+constexpr auto kIntroduction = std::chrono::seconds(10);  // from a caller's first byte until it has joined
 // A failure shows on other nodes as a link that closes, which may be heard of first: so long the cause is waited for.
 constexpr auto kCausePatience = std::chrono::milliseconds(500);
 
@@ -32,21 +34,14 @@ SteadyTime Now() {
   return std::chrono::steady_clock::now();
 }
 
-std::string RandomToken() {
-  std::random_device random;
-  std::string token;
-  for (int i = 0; i < 4; ++i) token += StrFormat("%08x", random());
-  return token;
-}
-
 class Group;
 
-// A follower, from its Hello until its call ends. Everything is guarded by the state's mutex.
+// A caller, a follower from its Hello on, until its call ends. Everything is guarded by the state's mutex.
 struct Member {
   int node = 0;
   std::string data_address;
   grpc::ServerContext* context = nullptr;  // null: the call has ended
-  std::shared_ptr<Group> group;
+  std::shared_ptr<Group> group;            // null: it has not joined
   std::deque<Message> outbox;
   bool heartbeat_queued = false;
   SteadyTime last_heard;
@@ -113,16 +108,25 @@ class Group {
 
 class Service final : public v1::LeaderService::Service {
  public:
+  using Stream = grpc::ServerReaderWriter<v1::LeaderMessage, v1::FollowerMessage>;
   Service(State* state, const GroupOptions* options) : state_(*state), options_(*options) {}
 
-  grpc::Status Join(grpc::ServerContext* context,
-                    grpc::ServerReaderWriter<v1::LeaderMessage, v1::FollowerMessage>* stream) override {
-    v1::FollowerMessage message;
-    if (!stream->Read(&message) || !message.has_hello()) {
-      return {grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"};
-    }
+  grpc::Status Join(grpc::ServerContext* context, Stream* stream) override {
     auto member = std::make_shared<Member>();
-    if (grpc::Status refused = Enter(message.hello(), context, member); !refused.ok()) return refused;
+    {
+      std::lock_guard lock(state_.mutex);
+      if (state_.stop) return {grpc::StatusCode::UNAVAILABLE, "the leader stops"};
+      member->context = context;
+      member->last_heard = Now();
+      member->hang_up_at = Now() + kIntroduction;
+      state_.callers.push_back(member);
+    }
+    const grpc::Status refused = Introduce(*stream, context, member);
+    if (!refused.ok()) {
+      Leave(*member);
+      return refused;
+    }
+    v1::FollowerMessage message;
     std::thread writer([&] { Write(*member, *stream); });
     while (stream->Read(&message)) Read(*member, message);
     Leave(*member);
@@ -131,6 +135,44 @@ class Service final : public v1::LeaderService::Service {
   }
 
  private:
+  grpc::Status Introduce(Stream& stream, grpc::ServerContext* context, const std::shared_ptr<Member>& member) {
+    v1::FollowerMessage message;
+    if (!stream.Read(&message) || !message.has_hello()) {
+      return {grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"};
+    }
+    const v1::Hello hello = message.hello();
+    if (grpc::Status refused = Authenticate(hello, stream); !refused.ok()) {
+      log::Warn("a node was refused", {{"why", refused.error_message()}, {"address", context->peer()}});
+      return refused;
+    }
+    return Enter(hello, context, member);
+  }
+
+  // Before anything is said of this node.
+  grpc::Status Authenticate(const v1::Hello& hello, Stream& stream) {
+    const bool wanted = !options_.secret.empty(), offered = !hello.nonce().empty();
+    if (wanted != offered) {
+      return {grpc::StatusCode::FAILED_PRECONDITION,
+              StrCat("node ", hello.node_rank(), " has ", offered ? "a" : "no", " --node-secret-file, the leader has ",
+                     wanted ? "one" : "none")};
+    }
+    if (!wanted) return grpc::Status::OK;
+    const Exchange exchange{.follower_nonce = hello.nonce(),
+                            .leader_nonce = RandomToken(),
+                            .node = static_cast<int>(hello.node_rank()),
+                            .data_address = hello.data_address()};
+    v1::LeaderMessage challenge;
+    challenge.mutable_challenge()->set_nonce(exchange.leader_nonce);
+    challenge.mutable_challenge()->set_proof(LeaderProof(options_.secret, exchange));
+    v1::FollowerMessage answer;
+    if (stream.Write(challenge) && stream.Read(&answer) &&
+        EqualInConstantTime(answer.proof(), FollowerProof(options_.secret, exchange))) {
+      return grpc::Status::OK;
+    }
+    return {grpc::StatusCode::FAILED_PRECONDITION,
+            StrCat("node ", hello.node_rank(), " does not know the secret of --node-secret-file")};
+  }
+
   grpc::Status Enter(const v1::Hello& hello, grpc::ServerContext* context, const std::shared_ptr<Member>& member) {
     const auto node = static_cast<int>(hello.node_rank());
     if (node < 1 || node >= options_.place.nodes) {
@@ -151,11 +193,10 @@ class Service final : public v1::LeaderService::Service {
     if (place != nullptr) return {grpc::StatusCode::ALREADY_EXISTS, StrCat("node ", node, " has joined already")};
     member->node = node;
     member->data_address = hello.data_address();
-    member->context = context;
     member->group = state_.forming;
     member->last_heard = Now();
+    member->hang_up_at = SteadyTime::max();
     place = member;
-    state_.callers.push_back(member);
     state_.changed.notify_all();
     log::Info("a node has joined", {{"node", node}, {"address", context->peer()}});
     return grpc::Status::OK;
@@ -177,7 +218,7 @@ class Service final : public v1::LeaderService::Service {
     if (!message.has_heartbeat()) state_.changed.notify_all();
   }
 
-  void Write(Member& member, grpc::ServerReaderWriter<v1::LeaderMessage, v1::FollowerMessage>& stream) {
+  void Write(Member& member, Stream& stream) {
     std::unique_lock lock(state_.mutex);
     for (;;) {
       state_.changed.wait(lock, [&] { return member.context == nullptr || !member.outbox.empty(); });
@@ -195,11 +236,10 @@ class Service final : public v1::LeaderService::Service {
   void Leave(Member& member) {
     std::lock_guard lock(state_.mutex);
     member.context = nullptr;
-    Group& group = *member.group;
-    if (group.formed) {
-      group.End(StrCat("the connection to node ", member.node, " was lost"));
-    } else {
-      group.members[static_cast<size_t>(member.node)].reset();
+    if (member.group != nullptr && member.group->formed) {
+      member.group->End(StrCat("the connection to node ", member.node, " was lost"));
+    } else if (member.group != nullptr) {
+      member.group->members[static_cast<size_t>(member.node)].reset();
     }
     state_.callers.remove_if([&](const auto& caller) { return caller.get() == &member; });
     state_.changed.notify_all();
@@ -283,9 +323,18 @@ class Leader::Impl {
       std::lock_guard lock(state_.mutex);
       state_.stop = true;
       state_.forming->End("");
+      for (const auto& caller : state_.callers) {
+        if (caller->group == nullptr) caller->hang_up_at = Now();
+      }
     }
     state_.changed.notify_all();
-    if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now() + 2 * kFarewell);
+    {
+      std::unique_lock lock(state_.mutex);
+      state_.changed.wait_for(lock, 2 * kFarewell, [this] { return state_.callers.empty(); });
+    }
+    // No longer than it takes to tell them how their calls ended: it would wait for connections whose other end is
+    // gone.
+    if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now() + kPollInterval);
     if (ticker_.joinable()) ticker_.join();
   }
 
@@ -404,19 +453,24 @@ class Leader::Impl {
     auto heartbeat = std::make_shared<v1::LeaderMessage>();
     heartbeat->mutable_heartbeat();
     const std::chrono::milliseconds interval = HeartbeatInterval(options_.silence);
+    SteadyTime next_heartbeat;
     std::unique_lock lock(state_.mutex);
     while (!state_.stop || !state_.callers.empty()) {
+      const bool beat = Now() >= next_heartbeat;
+      if (beat) next_heartbeat = Now() + interval;
       for (const auto& member : state_.callers) {
-        if (!std::exchange(member->heartbeat_queued, true)) member->outbox.push_back(heartbeat);
+        if (Now() >= member->hang_up_at) member->context->TryCancel();
+        if (member->group == nullptr) continue;
+        if (beat && !std::exchange(member->heartbeat_queued, true)) member->outbox.push_back(heartbeat);
         if (Now() - member->last_heard > options_.silence) {
           const std::string why = StrCat("no word for ", options_.silence.count(), " ms from node ", member->node);
           if (member->group->formed) member->group->End(why);
           member->hang_up_at = std::min(member->hang_up_at, Now());
         }
-        if (Now() >= member->hang_up_at) member->context->TryCancel();
       }
-      state_.changed.notify_all();
-      state_.changed.wait_for(lock, interval, [&] { return state_.stop && state_.callers.empty(); });
+      if (beat) state_.changed.notify_all();
+      state_.changed.wait_for(lock, std::min(interval, std::chrono::milliseconds(kPollInterval)),
+                              [&] { return state_.stop && state_.callers.empty(); });
     }
   }
 

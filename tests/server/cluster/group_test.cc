@@ -3,6 +3,7 @@
 
 #include <arpa/inet.h>
 #include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -10,10 +11,13 @@
 
 #include <atomic>
 #include <future>
+#include <set>
 #include <stdexcept>
 #include <thread>
 
+#include "altiplano/cluster/v1/cluster.grpc.pb.h"
 #include "server/base/strings.h"
+#include "server/cluster/secret.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/engine/parallel_testlib.h"
 
@@ -125,6 +129,63 @@ TEST_F(GroupTest, ANodeWithOtherTermsIsRefusedByNameAndTheRightOneMayCome) {
   ASSERT_NE(engine, nullptr);
   engine.reset();
   EXPECT_TRUE(follower.get().ok());
+}
+
+TEST_F(GroupTest, OnlyWhoKnowsTheSecretJoins) {
+  GroupOptions options = Options(0, 2);
+  options.secret = "the secret of this group";
+  auto leader = std::move(*Leader::Start(options));
+  GroupOptions stranger = Options(1, 2);
+  EXPECT_EQ(Follow(stranger, *checkpoint_, Stages(2, 1), [] {}).message(),
+            "node 1 has no --node-secret-file, the leader has one");
+  stranger.secret = "a guess at the secret";
+  const Status refused = Follow(stranger, *checkpoint_, Stages(2, 1), [] {});
+  EXPECT_EQ(refused.code(), Code::kFailedPrecondition);
+  EXPECT_THAT(refused.message(), HasSubstr("does not know the secret"));
+  options.place.rank = 1;
+  auto follower = StartFollower(options, Stages(2, 1));
+  auto engine = StartEngine(*leader, Stages(2, 1));
+  ASSERT_NE(engine, nullptr);
+  engine.reset();
+  EXPECT_TRUE(follower.get().ok());
+}
+
+// A leader cannot be had by whoever takes its address, nor does it believe one who has only listened.
+TEST_F(GroupTest, ALeaderProvesThatItKnowsTheSecretAndAnAnswerIsGoodForOneChallenge) {
+  auto without = std::move(*Leader::Start(Options(0, 2)));
+  GroupOptions follower = Options(1, 2);
+  follower.secret = "the secret of this group";
+  EXPECT_EQ(Follow(follower, *checkpoint_, Stages(2, 1), [] {}).message(),
+            "node 1 has a --node-secret-file, the leader has none");
+  without.reset();
+
+  GroupOptions options = Options(0, 2);
+  options.secret = follower.secret;
+  auto leader = std::move(*Leader::Start(options));
+  Exchange exchange{.follower_nonce = "overheard", .leader_nonce = "", .node = 1, .data_address = "127.0.0.1:1"};
+  std::set<std::string> nonces;
+  std::string old_proof;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    auto stub = v1::LeaderService::NewStub(grpc::CreateChannel(address_, grpc::InsecureChannelCredentials()));
+    grpc::ClientContext context;
+    auto stream = stub->Join(&context);
+    v1::FollowerMessage message;
+    message.mutable_hello()->set_node_rank(1);
+    message.mutable_hello()->set_nonce(exchange.follower_nonce);
+    message.mutable_hello()->set_data_address(exchange.data_address);
+    ASSERT_TRUE(stream->Write(message));
+    v1::LeaderMessage challenge;
+    ASSERT_TRUE(stream->Read(&challenge));
+    exchange.leader_nonce = challenge.challenge().nonce();
+    EXPECT_EQ(challenge.challenge().proof(), LeaderProof(options.secret, exchange));
+    nonces.insert(exchange.leader_nonce);
+    message.set_proof(attempt == 0 ? challenge.challenge().proof() : old_proof);  // its own back, or an old answer
+    old_proof = FollowerProof(options.secret, exchange);
+    ASSERT_TRUE(stream->Write(message));
+    EXPECT_FALSE(stream->Read(&challenge));
+    EXPECT_THAT(stream->Finish().error_message(), HasSubstr("node 1 does not know the secret"));
+  }
+  EXPECT_EQ(nonces.size(), 2u);
 }
 
 TEST_F(GroupTest, NodesThatDoNotComeAreNamed) {

@@ -1,0 +1,39 @@
+#include "server/base/hmac.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "server/base/strings.h"
+
+namespace altiplano {
+namespace {
+
+std::string Hex(const Sha256Digest& digest) {
+  std::string out;
+  for (uint8_t byte : digest) out += StrFormat("%02x", byte);
+  return out;
+}
+
+// Cases 1, 2, 3 and 6 of RFC 4231.
+TEST(Hmac, MatchesTheRfc) {
+  EXPECT_EQ(Hex(HmacSha256(std::string(20, 0x0b), "Hi There")),
+            "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7");
+  EXPECT_EQ(Hex(HmacSha256("Jefe", "what do ya want for nothing?")),
+            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+  EXPECT_EQ(Hex(HmacSha256(std::string(20, '\xaa'), std::string(50, '\xdd'))),
+            "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe");
+  EXPECT_EQ(Hex(HmacSha256(std::string(131, '\xaa'), "Test Using Larger Than Block-Size Key - Hash Key First")),
+            "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
+}
+
+TEST(Hmac, ConstantTimeComparisonComparesAllBytes) {
+  EXPECT_TRUE(EqualInConstantTime("", ""));
+  EXPECT_TRUE(EqualInConstantTime("abc", "abc"));
+  EXPECT_FALSE(EqualInConstantTime("abc", "abd"));
+  EXPECT_FALSE(EqualInConstantTime("xbc", "abc"));
+  EXPECT_FALSE(EqualInConstantTime("abc", "ab"));
+}
+
+}  // namespace
+}  // namespace altiplano
