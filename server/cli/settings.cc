@@ -33,7 +33,9 @@ constexpr std::array kSettings = {
          .default_value = "",
          .meaning = "A Hugging Face folder as downloaded (config.json, safetensors, tokenizer), a GGUF v3 file, or "
                     "random:8b for "
-                    "random weights in a published shape (1b, 3b, 8b, 70b, 405b; random:8b,layers=4,seed=7).",
+                    "random weights in a published shape (1b, 3b, 8b, 70b, 405b; random:8b,layers=4,seed=7; "
+                    "random:405b,rank-of=8 is what one "
+                    "tensor-parallel rank of 8 has).",
          .example = "models/Llama-3.2-1B-Instruct",
          .field = "model.path",
          .group = kGroupModel},

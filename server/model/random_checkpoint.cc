@@ -117,6 +117,18 @@ GenerationDefaults GenerationOf(int64_t vocab) {
   return defaults;
 }
 
+// The model that has as its own what one of `ranks` has of this one. False: it cannot be cut so.
+bool TakeOneRank(ModelConfig* config, uint64_t ranks) {
+  const auto n = static_cast<int64_t>(std::min<uint64_t>(ranks, INT32_MAX));
+  if (n == 0) return false;
+  for (int64_t* size : {&config->q_heads, &config->ffn, &config->vocab}) {
+    if (*size % n != 0) return false;
+    *size /= n;
+  }
+  config->kv_heads = std::max<int64_t>(1, config->kv_heads / n);
+  return CheckModelConfig(*config).ok();
+}
+
 }  // namespace
 
 StatusOr<RandomModel> ParseRandomModel(std::string_view name) {
@@ -137,10 +149,18 @@ StatusOr<RandomModel> ParseRandomModel(std::string_view name) {
     const size_t equals = std::min(word.find('='), word.size());
     const std::string_view key = word.substr(0, equals);
     const std::optional<uint64_t> value = Number(word.substr(std::min(equals + 1, word.size())));
-    if (key != "layers" && key != "seed") return Refuse(name, StrCat("\"", word, "\" is neither layers=N nor seed=N"));
+    if (key != "layers" && key != "seed" && key != "rank-of") {
+      return Refuse(name, StrCat("\"", word, "\" is none of layers=N, seed=N and rank-of=N"));
+    }
     if (!value) return Refuse(name, StrCat(key, " must be a whole number, not \"", word, "\""));
     if (key == "seed") {
       model.seed = *value;
+    } else if (key == "rank-of") {
+      if (!TakeOneRank(&model.config, *value)) {
+        return Refuse(name, StrCat("there is no model of one rank of ", *value,
+                                   ": it must divide query heads, ffn "
+                                   "and vocabulary"));
+      }
     } else if (*value >= 1 && *value <= static_cast<uint64_t>(model.config.layers)) {
       model.config.layers = static_cast<int64_t>(*value);
     } else {

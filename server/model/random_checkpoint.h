@@ -20,8 +20,9 @@ struct RandomModel {
   uint64_t seed = 1;
 };
 
-// "random:8b", "random:8b,layers=4,seed=7": a name of PublishedModelConfig and what differs. INVALID_ARGUMENT naming
-// what was found and what is allowed.
+// "random:8b", "random:8b,layers=4,seed=7": a name of PublishedModelConfig and what differs. "random:405b,rank-of=8": a
+// model with the heads, ffn rows and vocabulary that each of 8 tensor-parallel ranks has of it, for measuring a rank's
+// share where there is one GPU. INVALID_ARGUMENT naming what was found and what is allowed.
 StatusOr<RandomModel> ParseRandomModel(std::string_view name);
 
 // Weights are bf16 numbers that a seed and a place alone determine, computed when they are read. Matrices have mean 0

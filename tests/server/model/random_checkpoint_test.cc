@@ -6,10 +6,12 @@
 
 #include <cmath>
 #include <filesystem>
+#include <tuple>
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/model/file_reader.h"
+#include "server/model/weights.h"
 #include "server/model/write_folder.h"
 #include "server/text/tokenizer.h"
 #include "tests/server/model/checkpoint_testlib.h"
@@ -64,11 +66,24 @@ TEST(RandomCheckpoint, NamesSayShapeLayersAndSeed) {
         {"random:8b,layers=33", "layers is 33, must be from 1 to 32"},
         {"random:8b,layers=0", "layers is 0, must be from 1 to 32"},
         {"random:8b,layers=x", "layers must be a whole number"},
-        {"random:8b,ranks=2", "\"ranks=2\" is neither layers=N nor seed=N"}}) {
+        {"random:8b,rank-of=3", "there is no model of one rank of 3"},
+        {"random:8b,rank-of=0", "there is no model of one rank of 0"},
+        {"random:8b,ranks=2", "\"ranks=2\" is none of layers=N, seed=N and rank-of=N"}}) {
     auto refused = ParseRandomModel(name);
     EXPECT_EQ(refused.status().code(), Code::kInvalidArgument) << name;
     EXPECT_THAT(refused.status().message(), HasSubstr(message));
     EXPECT_THAT(Checkpoint::Open(name).status().message(), HasSubstr(message));
+  }
+}
+
+TEST(RandomCheckpoint, OneRankOfAModelHasWhatThatRankHas) {
+  for (const auto& [name, model, ranks] : {std::tuple{"random:70b,rank-of=4", "70b", 4},
+                                           {"random:405b,rank-of=8", "405b", 8},
+                                           {"random:8b,rank-of=16", "8b", 16}}) {  // each KV head is held twice
+    const ModelConfig rank = ParseRandomModel(name)->config, whole = PublishedModelConfig(model).value();
+    const Shard alone = Shard::Make(rank, 0, 1).value(), shard = Shard::Make(whole, 0, ranks).value();
+    EXPECT_EQ(RankWeightBytes(rank, alone, DType::kBF16), RankWeightBytes(whole, shard, DType::kBF16)) << name;
+    EXPECT_EQ(alone.kv_bytes_per_token(rank, DType::kBF16), shard.kv_bytes_per_token(whole, DType::kBF16)) << name;
   }
 }
 
