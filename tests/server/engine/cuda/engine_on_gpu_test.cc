@@ -24,6 +24,7 @@
 namespace altiplano {
 namespace {
 
+using ::testing::AnyOf;
 using ::testing::HasSubstr;
 
 constexpr int32_t kVocab = 97;  // odd: with two ranks the last shard of it is padded
@@ -218,7 +219,8 @@ TEST(EngineOnGpu, ARankThatDoesNotComeEndsEverything) {
   const Status end = call.sink->WaitForEnd().back().status;
   release = true;
   EXPECT_EQ(end.reason(), "ENGINE_DOWN");
-  EXPECT_THAT(end.message(), HasSubstr("no word for 3000 ms from rank 1"));
+  // The other rank's kernel says so, or the executor where the simulator takes long to come to that kernel.
+  EXPECT_THAT(end.message(), AnyOf(HasSubstr("no word for 3000 ms from rank 1"), HasSubstr("rank 1 hangs")));
 }
 
 TEST(EngineOnGpu, RefusesMoreRanksThanThereAreGpus) {
