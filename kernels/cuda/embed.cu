@@ -12,6 +12,7 @@ template <int kPack>
 __global__ void __launch_bounds__(kMostRowThreads)
     EmbedKernel(Elements out, Elements table, const int32_t* ids, const int32_t* sampled, int64_t vocab_begin,
                 int64_t vocab, int64_t packs) {
+  ptx::WaitForKernelsBefore();
   const int64_t token = blockIdx.x;
   const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (pack >= packs) return;
@@ -30,9 +31,9 @@ void Embed(Stream& stream, const EmbedArgs& args) {
   const bool packed = IsPacked(args.out, kRowPack) && IsPacked(args.table, kRowPack);
   const int64_t packs = packed ? hidden / kRowPack : hidden;
   if (packs == 0) return;
-  Launch(stream, "Embed", ElementwisePlan(args.ids.dim(0), packs), packed ? EmbedKernel<kRowPack> : EmbedKernel<1>,
-         Elements(args.out), Elements(args.table), args.ids.as<int32_t>(), args.sampled.as<int32_t>(), args.vocab_begin,
-         args.table.dim(0), packs);
+  LaunchOverlapping(stream, "Embed", ElementwisePlan(args.ids.dim(0), packs),
+                    packed ? EmbedKernel<kRowPack> : EmbedKernel<1>, Elements(args.out), Elements(args.table),
+                    args.ids.as<int32_t>(), args.sampled.as<int32_t>(), args.vocab_begin, args.table.dim(0), packs);
 }
 
 }  // namespace altiplano::cuda

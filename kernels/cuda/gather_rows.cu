@@ -13,6 +13,7 @@ template <typename Word>
 __global__ void __launch_bounds__(kMostRowThreads)
     GatherRowsKernel(void* out, int64_t out_stride, const void* x, int64_t x_stride, const int32_t* rows,
                      int64_t words) {
+  ptx::WaitForKernelsBefore();
   const int64_t row = blockIdx.x;
   const int64_t word = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (word >= words) return;
@@ -27,8 +28,9 @@ void Gather(Stream& stream, const GatherRowsArgs& args) {
   const auto word = static_cast<int64_t>(sizeof(Word));
   const int64_t words = args.x.dim(1) * size / word;
   if (words == 0) return;
-  Launch(stream, "GatherRows", ElementwisePlan(args.rows.dim(0), words), GatherRowsKernel<Word>, args.out.data,
-         args.out.stride0 * size / word, args.x.data, args.x.stride0 * size / word, args.rows.as<int32_t>(), words);
+  LaunchOverlapping(stream, "GatherRows", ElementwisePlan(args.rows.dim(0), words), GatherRowsKernel<Word>,
+                    args.out.data, args.out.stride0 * size / word, args.x.data, args.x.stride0 * size / word,
+                    args.rows.as<int32_t>(), words);
 }
 
 }  // namespace

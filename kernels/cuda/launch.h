@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/launch_shape.h"
+#include "kernels/cuda/overlap.h"
 #include "kernels/cuda/peers.h"
 #include "kernels/cuda/ptx.h"
 #include "kernels/device.h"
@@ -17,24 +18,61 @@
 
 namespace altiplano::cuda {
 
+#ifdef __CUDACC__
+// Also of the kernels that a capture makes nodes of.
+inline bool GpuOverlapsKernels() {
+  int ordinal = 0, major = 0;
+  return kernels_overlap && cudaGetDevice(&ordinal) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) == cudaSuccess && major >= 9;
+}
+#endif
+
 template <typename... Parameters, typename... Arguments>
-void Launch(Stream& stream, [[maybe_unused]] const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
-            const Arguments&... arguments) {
+void LaunchAs(bool overlapping, Stream& stream, [[maybe_unused]] const char* name, const LaunchShape& shape,
+              void (*kernel)(Parameters...), const Arguments&... arguments) {
   const dim3 grid(shape.grid_x, shape.grid_y, shape.grid_z);
 #ifdef __CUDACC__
   constexpr uint32_t kWithoutAsking = 48 * 1024;
   if (shape.shared_bytes > kWithoutAsking) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
   }
-  kernel<<<grid, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream.cuda_stream())>>>(
-      static_cast<Parameters>(arguments)...);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream.cuda_stream());
+  config.attrs = &overlap;
+  config.numAttrs = overlapping && GpuOverlapsKernels() ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #else
   sim::Launch(stream.cuda_stream(),
-              {.grid = {.kernel = name, .grid = grid, .block = dim3(shape.threads), .shared_bytes = shape.shared_bytes},
+              {.grid = {.kernel = name,
+                        .grid = grid,
+                        .block = dim3(shape.threads),
+                        .shared_bytes = shape.shared_bytes,
+                        .overlapping = overlapping},
                .body = [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
                  std::apply(kernel, values);
                }});
 #endif
+}
+
+template <typename... Parameters, typename... Arguments>
+void Launch(Stream& stream, const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  LaunchAs(false, stream, name, shape, kernel, arguments...);
+}
+
+// A kernel whose blocks may start while the kernel before it on the stream still runs. Each of its threads begins with
+// ptx::WaitForKernelsBefore: until then it may touch no global memory, neither read nor write, and none may end
+// without.
+template <typename... Parameters, typename... Arguments>
+void LaunchOverlapping(Stream& stream, const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
+                       const Arguments&... arguments) {
+  LaunchAs(true, stream, name, shape, kernel, arguments...);
 }
 
 // A kernel of one rank that waits for the same launch of the others; its first parameter is `peers`. All blocks of all

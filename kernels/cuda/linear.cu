@@ -16,6 +16,7 @@ namespace {
 
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOperands args) {
+  ptx::WaitForKernelsBefore();
   constexpr int kTokens = 8 * kTokenTiles;
   auto* sums = static_cast<float*>(ptx::DynamicShared());  // [parts, kTokens, kMmaLinearPadded]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -126,11 +127,11 @@ void LaunchMmaLinear(Stream& stream, const LinearOperands& args, bool out_packed
     return;
   }
   const int tiles = MmaLinearTokenTiles(args.tokens);
-  Launch(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts),
-         tiles == 1   ? MmaLinearKernel<1>
-         : tiles == 2 ? MmaLinearKernel<2>
-                      : MmaLinearKernel<8>,
-         args);
+  LaunchOverlapping(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts),
+                    tiles == 1   ? MmaLinearKernel<1>
+                    : tiles == 2 ? MmaLinearKernel<2>
+                                 : MmaLinearKernel<8>,
+                    args);
 }
 
 }  // namespace

@@ -152,6 +152,16 @@ PTX_FUNCTION void CpAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- kernels that overlap (LaunchOverlapping)
+// Until the kernels before this one have ended and what they stored is seen; then the next one may start. Not earlier:
+// its blocks would take room from kernels that still work. Nothing where the kernel was launched without overlap.
+PTX_FUNCTION void WaitForKernelsBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- matrices of a warp
 // Four 8x8 matrices of 16-bit elements; `row` is one of their 32 rows. A lane receives two neighbours of a row each.
 PTX_FUNCTION void LdMatrixX4(uint32_t (&r)[4], const void* row) {

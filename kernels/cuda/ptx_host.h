@@ -188,6 +188,10 @@ void CpAsyncWait() {
   sim::CpAsyncWait(kPending);
 }
 
+inline void WaitForKernelsBefore() {
+  sim::WaitForKernelsBefore();
+}
+
 inline void LdMatrixX4(uint32_t (&r)[4], const void* row, PTX_SITE) {
   sim::LdMatrix(r, 4, false, row, site);
 }

@@ -14,6 +14,7 @@ namespace {
 template <int kPack, bool kAdd>
 __global__ void __launch_bounds__(kMostNormThreads)
     RmsNormKernel(Elements out, Elements residual, Elements x, Elements weight, float eps, int width) {
+  ptx::WaitForKernelsBefore();
   auto* row = static_cast<Waiting<kPack>*>(ptx::DynamicShared());
   const int64_t token = blockIdx.x;
   const int packs = width / kPack;
@@ -42,9 +43,9 @@ void Norm(Stream& stream, const char* name, const TensorView& out, const TensorV
   if (width == 0) return;
   const bool packed = IsPacked(out, kRowPack) && IsPacked(x, kRowPack) && IsPacked(weight, kRowPack) &&
                       (!kAdd || IsPacked(residual, kRowPack));
-  Launch(stream, name, NormPlan(x.dim(0), width, packed ? kRowPack : 1),
-         packed ? RmsNormKernel<kRowPack, kAdd> : RmsNormKernel<1, kAdd>, Elements(out), Elements(residual),
-         Elements(x), Elements(weight), eps, static_cast<int>(width));
+  LaunchOverlapping(stream, name, NormPlan(x.dim(0), width, packed ? kRowPack : 1),
+                    packed ? RmsNormKernel<kRowPack, kAdd> : RmsNormKernel<1, kAdd>, Elements(out), Elements(residual),
+                    Elements(x), Elements(weight), eps, static_cast<int>(width));
 }
 
 }  // namespace

@@ -40,6 +40,7 @@ template <int kPack>
 __global__ void __launch_bounds__(kRopeThreads)
     RopeStoreKvKernel(Elements q, Elements k, Elements v, Elements k_pages, Elements v_pages, const int32_t* positions,
                       const int32_t* slots, const float* inv_freq, RopeHeads heads, int64_t page_size) {
+  ptx::WaitForKernelsBefore();
   auto* cos = static_cast<float*>(ptx::DynamicShared());
   float* sin = cos + heads.half;
   const int64_t token = blockIdx.x;
@@ -99,9 +100,10 @@ void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args) {
   const RopePlan plan = PlanRope(args.positions.dim(0), all_heads, half, packed ? kRowPack : 1);
   RopeHeads planned = heads;
   planned.per_block = plan.heads_per_block;
-  Launch(stream, "RopeStoreKv", plan.shape, packed ? RopeStoreKvKernel<kRowPack> : RopeStoreKvKernel<1>,
-         Elements(args.q), Elements(args.k), Elements(args.v), Elements(args.k_pages), Elements(args.v_pages),
-         args.positions.as<int32_t>(), args.slots.as<int32_t>(), args.inv_freq.as<float>(), planned, page_size);
+  LaunchOverlapping(stream, "RopeStoreKv", plan.shape, packed ? RopeStoreKvKernel<kRowPack> : RopeStoreKvKernel<1>,
+                    Elements(args.q), Elements(args.k), Elements(args.v), Elements(args.k_pages),
+                    Elements(args.v_pages), args.positions.as<int32_t>(), args.slots.as<int32_t>(),
+                    args.inv_freq.as<float>(), planned, page_size);
 }
 
 }  // namespace altiplano::cuda

@@ -12,6 +12,7 @@ namespace {
 template <int kPack>
 __global__ void __launch_bounds__(kMostRowThreads)
     SiluMulKernel(Elements out, Elements gate_up, int64_t ffn, int64_t packs) {
+  ptx::WaitForKernelsBefore();
   const int64_t token = blockIdx.x;
   const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (pack >= packs) return;
@@ -31,8 +32,9 @@ void SiluMul(Stream& stream, const SiluMulArgs& args) {
   const bool packed = IsPacked(args.out, kRowPack) && IsPacked(args.gate_up.columns(0, ffn), kRowPack);
   const int64_t packs = packed ? ffn / kRowPack : ffn;
   if (packs == 0) return;
-  Launch(stream, "SiluMul", ElementwisePlan(args.out.dim(0), packs),
-         packed ? SiluMulKernel<kRowPack> : SiluMulKernel<1>, Elements(args.out), Elements(args.gate_up), ffn, packs);
+  LaunchOverlapping(stream, "SiluMul", ElementwisePlan(args.out.dim(0), packs),
+                    packed ? SiluMulKernel<kRowPack> : SiluMulKernel<1>, Elements(args.out), Elements(args.gate_up),
+                    ffn, packs);
 }
 
 }  // namespace altiplano::cuda

@@ -8,6 +8,7 @@
 
 #include "kernels/comm/nccl_api.h"
 #include "kernels/cpu/thread_team.h"
+#include "kernels/cuda/overlap.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 
@@ -166,6 +167,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
                                                " stages were asked for, but there is no pipeline of GPUs yet"));
   }
 
+  cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
   ASSIGN_OR_RETURN(Ranks ranks, Connect(options));  // before weights are read for GPUs that are not there
   std::vector<LlamaWeights> weights;

@@ -57,6 +57,7 @@ struct LocalExecutorOptions {
   std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
   bool batch_invariant = false;                // see Llama::Limits
   bool cuda_graphs = true;                     // CUDA: see RankWorker::CaptureDecodeGraphs
+  bool overlap_kernels = true;                 // CUDA: see kernels/cuda/overlap.h
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
   bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them

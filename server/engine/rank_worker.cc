@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/trace.h"
 #include "server/base/check.h"
 #include "server/base/strings.h"
 
@@ -143,6 +144,10 @@ Status RankWorker::Enqueue(const StepPlan& plan) {
   if (!ReceiveSampled(plan)) return Aborted();
   const size_t shape = FindDecodeShape(graph_shapes_, plan);
   const bool replays = shape < graphs_.size();
+  const TraceRange range(replays                       ? "step from a graph"
+                         : plan.num_prefill_tokens > 0 ? "step with prompts"
+                                                       : "step",
+                         plan.step);
   const StepInputBuilder::Step step = BuildInputs(plan, replays ? &graph_shapes_[shape] : nullptr);
   const auto tokens = static_cast<int64_t>(plan.tokens.size());
   if (!ForwardStage(step.inputs, tokens, replays ? graphs_[shape].get() : nullptr)) return Aborted();

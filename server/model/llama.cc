@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attention_scratch.h"
 #include "kernels/ops.h"
+#include "kernels/trace.h"
 #include "server/base/check.h"
 
 namespace altiplano {
@@ -102,6 +103,7 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
   }
 
   for (int64_t i = 0; i < shard_.layers(config_); ++i) {
+    const TraceRange range("layer", static_cast<uint64_t>(i));
     const LayerWeights& layer = weights_.layers[static_cast<size_t>(i)];
     const TensorView k_pages = cache.k_pages(i), v_pages = cache.v_pages(i);
 

@@ -91,6 +91,10 @@ def parts_of(programs, out):
         # One call each: what a large batch cannot do costs the others nothing.
         *(engine(f"engine_decode_{n}", ["--streams", str(n), "--input-len", "512", "--output-len", "128"], 90)
           for n in STREAMS),
+        # The same without what hides the host's time for launches.
+        *(engine(f"engine_decode_{n}_{what}", ["--streams", str(n), "--input-len", "512", "--output-len", "128", *flag], 90)
+          for n in (1, 32) for what, flag in (("eager", ["--cuda-graphs", "off"]),
+                                              ("serial", ["--overlap-kernels=false"]))),
         *(engine(f"engine_prefill_{n}", ["--streams", "1", "--input-len", str(n), "--output-len", "2"], 90)
           for n in PROMPTS),
         *(shard(model, ranks) for model, ranks, *_ in SHARDS),

@@ -127,6 +127,7 @@ void CopyBox(void* to, const TensorMap& map, int column, int row, uint64_t* addr
   Runner& runner = CurrentRunner();
   const uint32_t at = SharedAddress(runner, to), bytes = map.box_rows * kRowBytes;
   if (at % 1024 != 0) runner.Fail("the destination of a swizzled box is not aligned to 1024 bytes", site);
+  CheckWaited(runner, site);
   CheckShared(runner, to, static_cast<int>(bytes), "the destination of a box", site);
   if (!IsDeviceMemory(map.data, (map.rows - 1) * map.stride_bytes + map.columns * 2)) {
     runner.Fail("the matrix of a tensor map is outside of device memory", site);

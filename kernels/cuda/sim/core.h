@@ -82,6 +82,7 @@ struct Thread : ThreadView {
   const Mbarrier* mbarrier = nullptr;  // that it waits for
   uint32_t parity = 0;
   uint32_t proxy_fences = 0;
+  bool waited = false;  // for the kernels before
   // Copies issued and not waited for.
   std::vector<CpAsyncCopy> copies;
   int copy_group = 0;
@@ -269,6 +270,8 @@ bool IsPinned(const void* data, size_t bytes);
 uint32_t SharedAddress(const Runner& runner, const void* data);
 void CheckShared(Runner& runner, const void* data, int bytes, const char* what, Site site);
 
+// Of an access of global memory: the kernels before must have ended.
+void CheckWaited(Runner& runner, Site site);
 void NoteGenericWrite(Runner& runner, const void* data, int bytes);
 
 // ---- async.cc

@@ -136,6 +136,16 @@ void CheckShared(Runner& runner, const void* data, int bytes, const char* what, 
   if (!inside) runner.Fail(std::string(what) + " is outside of the block's shared memory", site);
 }
 
+void WaitForKernelsBefore() {
+  CurrentRunner().current->waited = true;
+}
+
+void CheckWaited(Runner& runner, Site site) {
+  if (runner.grid.overlapping && !runner.current->waited) {
+    runner.Fail("global memory is touched before the wait for the kernels before, which may still run", site);
+  }
+}
+
 void Access(Memory memory, const void* data, int bytes, Site site) {
   Runner& runner = CurrentRunner();
   if (reinterpret_cast<uintptr_t>(data) % static_cast<unsigned>(bytes) != 0) {
@@ -143,7 +153,7 @@ void Access(Memory memory, const void* data, int bytes, Site site) {
   }
   if (memory == Memory::kSharedLoad || memory == Memory::kSharedStore) {
     CheckShared(runner, data, bytes, memory == Memory::kSharedLoad ? "a shared load" : "a shared store", site);
-  } else if (!IsDeviceMemory(data, static_cast<size_t>(bytes))) {
+  } else if (CheckWaited(runner, site); !IsDeviceMemory(data, static_cast<size_t>(bytes))) {
     runner.Fail(std::string(memory == Memory::kGlobalLoad ? "a global load" : "a global store") + " of " +
                     std::to_string(bytes) + " bytes is outside of device memory",
                 site);
@@ -172,6 +182,7 @@ void CpAsync(void* to, const void* from, int bytes, int from_bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(to) % size != 0 || reinterpret_cast<uintptr_t>(from) % size != 0) {
     runner.Fail("misaligned cp.async of " + std::to_string(bytes) + " bytes", site);
   }
+  CheckWaited(runner, site);
   CheckShared(runner, to, bytes, "the destination of cp.async", site);
   if (from_bytes > 0 && !IsDeviceMemory(from, static_cast<size_t>(from_bytes))) {
     runner.Fail("the source of cp.async is outside of device memory", site);

@@ -169,6 +169,8 @@ void Runner::ThreadMain(void* argument) {
       if (runner.cancelling) throw Cancel{};
       (*runner.body)();
       CpAsyncWait(0);
+      // Its end would tell the kernel after it that all before have ended.
+      if (runner.grid.overlapping && !self.waited) runner.Fail("it ends without a wait for the kernels before", Site());
     } catch (const Cancel&) {
       self.wait = Wait::kExited;
     }
@@ -237,6 +239,7 @@ void Runner::Prepare() {
     thread.copies.clear();
     thread.copy_group = 0;
     thread.proxy_fences = 0;
+    thread.waited = false;
     thread.polls = thread.polled = nullptr;
     Wake(thread);
   }

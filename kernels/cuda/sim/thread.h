@@ -53,6 +53,9 @@ void SyncWarp(uint32_t mask, Site site);
 enum class ShuffleKind : uint8_t { kXor, kIndex };
 uint64_t Shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int argument, Site site);
 
+// ---- kernels that overlap
+void WaitForKernelsBefore();
+
 // ---- matrices of a warp
 void LdMatrix(uint32_t* r, int matrices, bool transposed, const void* row, Site site);
 void Mma16816(float* d, const uint32_t* a, const uint32_t* b, Site site);

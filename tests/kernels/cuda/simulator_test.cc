@@ -67,6 +67,30 @@ TEST(Simulator, ErrorsStickUntilTheyAreTaken) {
   EXPECT_EQ(sim::TakeError(), "");
 }
 
+// A kernel that starts before its predecessors have ended.
+TEST(Simulator, FindsWhatDoesNotWaitForTheKernelsBefore) {
+  DeviceArray<int32_t> data(32, [](size_t) { return 1; });
+  const sim::Grid early = {.kernel = "Early", .grid = 1, .block = 32, .overlapping = true};
+  const auto add = [&] { ptx::StGlobal(data.data() + Thread(), ptx::LdGlobal(data.data() + Thread()) + 1); };
+  EXPECT_EQ(sim::RunGrid(early, [&] { ptx::WaitForKernelsBefore(), add(); }), "");
+  EXPECT_EQ(data[31], 2);
+  EXPECT_THAT(sim::RunGrid(early, add), HasSubstr("before the wait for the kernels before"));
+  const auto writes = [&] { ptx::StGlobal(data.data() + Thread(), 0), ptx::WaitForKernelsBefore(); };
+  EXPECT_THAT(sim::RunGrid(early, writes), HasSubstr("before the wait for the kernels before"));
+  const auto copies = [&] {
+    PTX_SHARED(int32_t, to, 32);
+    ptx::CpAsync16(to, data.data(), true);
+    ptx::WaitForKernelsBefore();
+  };
+  EXPECT_THAT(sim::RunGrid(early, copies), HasSubstr("before the wait for the kernels before"));
+  const auto some_wait = [&] {
+    if (Thread() != 7) ptx::WaitForKernelsBefore();
+  };
+  EXPECT_THAT(sim::RunGrid(early, some_wait),
+              AllOf(HasSubstr("thread 7"), HasSubstr("it ends without a wait for the kernels before")));
+  EXPECT_EQ(sim::RunGrid({"Late", 1, 32}, add), "");
+}
+
 // The order of blocks and of warps within a block is another one with another seed, and the same with the same.
 TEST(Simulator, OrderIsDrawnFromTheSeed) {
   auto order_with = [](uint64_t seed) {
