@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kMostNormThreads)
 
 // Rows of Words, from the mailbox of rank `from` (-1: of all, side by side) to `out`.
 template <typename Word>
-__global__ void __launch_bounds__(kMostPeerThreads)
+__global__ void __launch_bounds__(kMostPeerThreads, 1)
     GatherKernel(Peers peers, Word* out, int64_t out_stride, const Word* x, int64_t x_stride, uint32_t rows,
                  uint32_t words, int from) {
   const uint32_t call = CallOf(peers);

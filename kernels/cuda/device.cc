@@ -4,10 +4,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
-#include <sstream>
 #include <string>
 
 #include "kernels/cpu/thread_team.h"
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cublaslt.h"
 
@@ -56,16 +56,6 @@ Pointer OrNull(cudaError_t result, const Pointer& made) {
   return nullptr;
 }
 
-// Whether the program holds kernels for this GPU: ALTIPLANO_CUDA_ARCHITECTURES is "90a", or "80;89;90a".
-bool HasKernelsFor(const cudaDeviceProp& device) {
-  const std::string wanted = std::to_string(device.major * 10 + device.minor);
-  std::istringstream list(ALTIPLANO_CUDA_ARCHITECTURES);
-  for (std::string each; std::getline(list, each, ';');) {
-    if (each.substr(0, each.find_first_not_of("0123456789")) == wanted) return true;
-  }
-  return false;
-}
-
 }  // namespace
 
 std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
@@ -77,11 +67,9 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
   }
   cudaDeviceProp device;
   if (result == cudaSuccess) result = cudaGetDeviceProperties(&device, ordinal);
-  if (result == cudaSuccess && !HasKernelsFor(device)) {
-    *error = "GPU " + std::to_string(ordinal) + " is " + device.name + " of architecture sm_" +
-             std::to_string(device.major * 10 + device.minor) + "; this program was built for sm_" +
-             ALTIPLANO_CUDA_ARCHITECTURES;
-    return nullptr;
+  if (result == cudaSuccess) {
+    *error = cuda::WhyRefused(ordinal, device.name, device.major * 10 + device.minor, ALTIPLANO_CUDA_ARCHITECTURES);
+    if (!error->empty()) return nullptr;
   }
   cudaStream_t stream = nullptr;
   if (result == cudaSuccess) result = cudaSetDevice(ordinal);
@@ -117,6 +105,14 @@ std::string Error(void* stream) {
 
 void UseGpu(int ordinal) {
   cudaSetDevice(ordinal);  // it worked when the stream was opened
+}
+
+const Architecture& ArchitectureOf(const Stream& stream) {
+  int major = 0, minor = 0;  // known to the runtime since the stream was opened
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.ordinal());
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, stream.ordinal());
+  const Architecture* found = FindArchitecture(major * 10 + minor);
+  return found == nullptr ? kHopper : *found;  // others have no streams
 }
 
 std::string Describe(int ordinal) {

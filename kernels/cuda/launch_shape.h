@@ -13,7 +13,4 @@ struct LaunchShape {
   bool operator==(const LaunchShape&) const = default;
 };
 
-// Of shared memory that a block of sm_90 may ask for; sm_80 allows 163 KiB.
-inline constexpr uint32_t kSharedBytesPerBlock = 227 * 1024;
-
 }  // namespace altiplano::cuda

@@ -64,10 +64,11 @@ constexpr LaunchShape TiledLinearPlan(const LinearTile& tile, int64_t tokens, in
           .shared_bytes = static_cast<uint32_t>(kTileStages * (tile.rows() + tile.tokens()) * kTileDepth * 2)};
 }
 
-// The large tile reads each operand half as often; it needs enough of them for all multiprocessors.
-constexpr bool IsLargeTile(int64_t tokens, int64_t rows) {
+// The large tile reads each operand half as often; it needs enough of them for all multiprocessors, and more of a
+// block's shared memory than sm_89 has.
+constexpr bool IsLargeTile(int64_t tokens, int64_t rows, uint32_t shared_limit) {
   const LaunchShape large = TiledLinearPlan(kLargeTile, tokens, rows);
-  return int64_t{large.grid_x} * large.grid_y >= 132;
+  return int64_t{large.grid_x} * large.grid_y >= 132 && large.shared_bytes <= shared_limit;
 }
 
 // Up to 64 tokens one pass over the weights serves all, in narrow blocks where tiles would leave multiprocessors idle.

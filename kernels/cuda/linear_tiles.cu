@@ -5,6 +5,7 @@
 // chunks of one part and not what comes next in K; a part is summed through the whole of K before the next begins, and
 // parts are added in a second set of registers. And lanes load 16 bytes of a row, as there: their 8 neighbours of K
 // stand where the instruction wants pairs that lie apart.
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear.h"
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(Tile<kRowWarps, kTokenWarps>::kThreads)
 
 void LaunchTiledLinear(Stream& stream, const LinearOperands& args, bool out_packed) {
   const int64_t rows = args.gated ? 2 * args.n : args.n;
-  if (IsLargeTile(args.tokens, rows)) {
+  if (IsLargeTile(args.tokens, rows, ArchitectureOf(stream).shared_bytes)) {
     Launch(stream, "Linear", TiledLinearPlan(kLargeTile, args.tokens, rows),
            TiledLinearKernel<kLargeTile.row_warps, kLargeTile.token_warps>, args, out_packed);
   } else {

@@ -22,8 +22,9 @@ struct alignas(4 * kPack) Floats {
   float x[kPack];
 };
 
+// A 1 in launch bounds, here and elsewhere: ptxas then takes the registers that it needs, where it else might spill.
 template <int kPack>
-__global__ void __launch_bounds__(kAttentionThreads) PlainAttentionKernel(AttentionArgs args) {
+__global__ void __launch_bounds__(kAttentionThreads, 1) PlainAttentionKernel(AttentionArgs args) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int kv_head = static_cast<int>(blockIdx.y), dim = args.dim;
   const int width = (dim + 3) / 4 * 4;

@@ -145,7 +145,6 @@ PTX_FUNCTION void StoreState(const AttentionArgs& args, const RowPlace& place, i
 }
 
 // ---- paged_attention_mma.cu: bf16 keys and values, dim 64 or 128, rows of q aligned to 4 elements.
-uint32_t MmaAttentionSharedBytes(int64_t dim);
 void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args);
 
 // ---- paged_attention_hopper.cu: the sequences of at least kFewestPrefillRows rows. `pool_rows`: P * Hkv * S.

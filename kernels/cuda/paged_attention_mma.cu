@@ -16,6 +16,7 @@ constexpr int kRows = kAttentionRows;
 constexpr int kWarps = static_cast<int>(kAttentionThreads) / 32;
 constexpr int kKeys = 16;  // of a warp's step
 constexpr int kStages = 2;
+constexpr int kMergedColumns = 64;  // of the warps' sums, together in shared memory: all do not fit into sm_89's
 constexpr int kStepsPerSplit = static_cast<int>(kAttentionSplit) / (kKeys * kWarps);
 
 // Of each warp for a row: the largest score and the sum of weights.
@@ -28,7 +29,8 @@ struct alignas(8) Two {
 
 template <int kDim>
 struct Shared {
-  static constexpr int kPadded = kDim + 8;  // so that the eight rows that a warp writes at once differ in their banks
+  static constexpr int kPadded =
+      kMergedColumns + 8;  // so that the eight rows that a warp writes at once differ in banks
   uint4 q[kRows * kDim / 8];
   uint4 ring[kWarps][kStages][2][kKeys * kDim / 8];  // keys, values
   float sums[kWarps][kRows * kPadded];
@@ -126,8 +128,9 @@ PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionTile& ti
   }
 }
 
+// The state of the warp's rows, and kMergedColumns of their sums.
 template <int kDim>
-PTX_FUNCTION void StoreFragment(const Fragment<kDim>& own, float* sums, WarpState* rows) {
+PTX_FUNCTION void StoreFragment(const Fragment<kDim>& own, int first_column, float* sums, WarpState* rows) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   PTX_UNROLL
   for (int row = 0; row < 2; ++row) {
@@ -137,14 +140,15 @@ PTX_FUNCTION void StoreFragment(const Fragment<kDim>& own, float* sums, WarpStat
     total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
     if (lane % 4 == 0) ptx::StShared(&rows[r], WarpState{own.largest[row], total});
     PTX_UNROLL
-    for (int n = 0; n < kDim / 8; ++n) {
-      const Two pair = {{own.sums[n][2 * row], own.sums[n][2 * row + 1]}};
+    for (int n = 0; n < kMergedColumns / 8; ++n) {
+      const float* of_row = &own.sums[first_column / 8 + n][2 * row];
+      const Two pair = {{of_row[0], of_row[1]}};
       ptx::StShared(reinterpret_cast<Two*>(&sums[r * Shared<kDim>::kPadded + n * 8 + lane % 4 * 2]), pair);
     }
   }
 }
 
-// The split's state of a row, warp after warp, and of one column of it.
+// The split's state of a row, warp after warp, and of one of the columns that are together.
 template <int kDim>
 PTX_FUNCTION WarpState MergeWarps(const Shared<kDim>& shared, int r, int column, float* sum) {
   WarpState merged = {kNoScore, 0};
@@ -203,16 +207,19 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
       stage ^= 1;
       key = next;
     }
-    StoreFragment(own, shared.sums[warp], shared.warps[warp]);
-    __syncthreads();
-
-    for (int i = thread; i < kRows * kDim; i += static_cast<int>(kAttentionThreads)) {
-      const int r = i / kDim, column = i % kDim;
-      float sum;
-      const WarpState merged = MergeWarps(shared, r, column, &sum);
-      const float before = ptx::LdShared(&shared.rows[r]).largest, now = Larger(before, merged.largest);
-      const float state = ptx::LdShared(&shared.state[i]);
-      ptx::StShared(&shared.state[i], Fold(state, Weight(before, now), sum, Weight(merged.largest, now)));
+    PTX_UNROLL
+    for (int first_column = 0; first_column < kDim; first_column += kMergedColumns) {
+      if (first_column > 0) __syncthreads();  // before other columns take their place
+      StoreFragment(own, first_column, shared.sums[warp], shared.warps[warp]);
+      __syncthreads();
+      for (int i = thread; i < kRows * kMergedColumns; i += static_cast<int>(kAttentionThreads)) {
+        const int r = i / kMergedColumns, column = i % kMergedColumns;
+        float sum;
+        const WarpState merged = MergeWarps(shared, r, column, &sum);
+        const float before = ptx::LdShared(&shared.rows[r]).largest, now = Larger(before, merged.largest);
+        float* state = &shared.state[r * kDim + first_column + column];
+        ptx::StShared(state, Fold(ptx::LdShared(state), Weight(before, now), sum, Weight(merged.largest, now)));
+      }
     }
     WarpState folded = {};
     if (thread < kRows) {
@@ -237,11 +244,9 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
 
 }  // namespace
 
-uint32_t MmaAttentionSharedBytes(int64_t dim) {
-  return dim == 64 ? sizeof(Shared<64>) : sizeof(Shared<128>);
-}
-
 void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args) {
+  static_assert(sizeof(Shared<64>) == MmaAttentionSharedBytes(64) &&
+                sizeof(Shared<128>) == MmaAttentionSharedBytes(128));
   Launch(stream, "PagedAttention", shape, args.dim == 64 ? MmaAttentionKernel<64> : MmaAttentionKernel<128>, args);
 }
 

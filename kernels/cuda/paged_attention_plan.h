@@ -48,6 +48,12 @@ struct AttentionPlan {
   LaunchShape combine;
 };
 
+// Of the kernel on tensor cores: q, the state, each warp's ring, and the sums and states that the warps merge.
+constexpr uint32_t MmaAttentionSharedBytes(int64_t dim) {
+  const int64_t ring = 2 * 2 * 16 * dim * 2, merged = kAttentionRows * (64 + 8) * 4 + kAttentionRows * 8;
+  return static_cast<uint32_t>(kAttentionRows * (dim * 2 + dim * 4 + 8) + kAttentionThreads / 32 * (ring + merged));
+}
+
 // Of the kernel that works without matrix instructions: q, the scores of a split, the state.
 constexpr uint32_t PlainAttentionSharedBytes(int64_t dim) {
   return static_cast<uint32_t>(4 * (2 * kAttentionRows * ((dim + 3) / 4 * 4) + kAttentionRows * kAttentionSplit));

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/ptx_host.h"
+#include "kernels/cuda/sim/sim.h"
 #include "kernels/cuda/sim/tensor_map.h"
 #include "kernels/cuda/sim/thread.h"
 
@@ -21,7 +23,7 @@ inline TensorMap MakeTensorMap(const BF16* data, int64_t rows, int64_t columns, 
 }
 
 inline bool IsHopper() {
-  return true;
+  return &sim::CurrentArchitecture() == &cuda::kHopper;
 }
 
 inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals, PTX_SITE) {

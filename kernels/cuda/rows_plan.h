@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/launch_shape.h"
 
 namespace altiplano::cuda {
@@ -31,7 +32,7 @@ constexpr LaunchShape ElementwisePlan(int64_t rows, int64_t packs) {
 // One block for each row, so that a row's sum does not depend on the other rows. The row waits in shared memory as f32
 // between the sum and the scaling.
 inline constexpr uint32_t kMostNormThreads = 512;
-inline constexpr int64_t kWidestNorm = kSharedBytesPerBlock / 4 - 256;  // the rest is for the warps' sums
+inline constexpr int64_t kWidestNorm = kLeastSharedBytes / 4 - 256;  // the rest is for the warps' sums
 constexpr LaunchShape NormPlan(int64_t rows, int64_t width, int64_t pack) {
   return {.grid_x = static_cast<uint32_t>(rows),
           .threads = ThreadsForPacks(width / pack, kMostNormThreads),

@@ -24,7 +24,6 @@ inline constexpr int kMostWarps = kMostThreads / kWarpSize;
 // The .shared window of a block: the system's part, dynamic shared memory, then one variable after the other, each with
 // a guard behind it.
 inline constexpr uint32_t kSharedBase = 1024;
-inline constexpr uint32_t kSharedLimit = 227 * 1024;  // that a block may ask for on sm_90
 inline constexpr uint32_t kSharedWindow = 512 * 1024;
 inline constexpr uint32_t kGuard = 256;
 inline constexpr size_t kMostMbarriers = 64;  // of a block

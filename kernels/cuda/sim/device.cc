@@ -18,10 +18,19 @@ namespace {
 constexpr size_t kTotalBytes = size_t{1} << 30;
 char the_event;  // what is issued runs at once, so that events have no state
 std::atomic<int> gpus{1};
+std::atomic<const cuda::Architecture*> architecture{&cuda::kHopper};
 }  // namespace
 
 void sim::SetGpus(int n) {
   gpus = n;
+}
+
+void sim::SetArchitecture(const cuda::Architecture& simulated) {
+  architecture = &simulated;
+}
+
+const cuda::Architecture& sim::CurrentArchitecture() {
+  return *architecture;
 }
 
 std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
@@ -47,6 +56,10 @@ std::string Synchronize(void*) {
 std::string Error(void*) {
   if (sim::ForbiddenInCapture("a look at the stream")) return "a look at a stream that is captured";
   return sim::StuckError();
+}
+
+const Architecture& ArchitectureOf(const Stream&) {
+  return sim::CurrentArchitecture();
 }
 
 std::string Describe(int) {

@@ -322,9 +322,9 @@ std::string RefusalOf(const Grid& launch) {
   const std::string kernel = "kernel " + std::string(launch.kernel);
   if (size == 0 || size > kMostThreads) return kernel + ": " + std::to_string(size) + " threads per block, 1 to 1024";
   if (size % kWarpSize != 0) return kernel + ": " + std::to_string(size) + " threads per block, no multiple of 32";
-  if (launch.shared_bytes > kSharedLimit) {
+  if (const uint32_t limit = CurrentArchitecture().shared_bytes; launch.shared_bytes > limit) {
     return kernel + ": " + std::to_string(launch.shared_bytes) + " bytes of shared memory, at most " +
-           std::to_string(kSharedLimit);
+           std::to_string(limit);
   }
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   if (blocks == 0 || launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 0x7FFFFFFF) {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/sim/cuda_language.h"
 
 namespace altiplano::sim {
@@ -73,6 +74,9 @@ std::string TrafficByLine();
 
 // How many GPUs there are, 1 at first.
 void SetGpus(int gpus);
+// What they are, kHopper at first: a block's shared memory, and whether wgmma and TMA are there.
+void SetArchitecture(const cuda::Architecture& architecture);
+const cuda::Architecture& CurrentArchitecture();
 
 // ---- device memory: what kernels may reach with global accesses. Starts as NaN.
 void* AllocateDevice(size_t bytes);

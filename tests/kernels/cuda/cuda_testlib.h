@@ -12,6 +12,7 @@
 #include "kernels/ops.h"
 #include "tests/kernels/kernels_testlib.h"
 #ifndef ALTIPLANO_ON_GPU
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/sim/sim.h"
 #endif
 
@@ -52,6 +53,16 @@ class CudaTest : public testing::Test {
  private:
   std::unique_ptr<Stream> stream_;
 };
+
+#ifndef ALTIPLANO_ON_GPU
+// What the simulated GPU is, for as long as this lives.
+class SimulatedArchitecture {
+ public:
+  explicit SimulatedArchitecture(int capability) { sim::SetArchitecture(*cuda::FindArchitecture(capability)); }
+  ~SimulatedArchitecture() { sim::SetArchitecture(cuda::kHopper); }
+  SimulatedArchitecture(const SimulatedArchitecture&) = delete;
+};
+#endif
 
 // A copy of a matrix on the device, of exactly its size, so that an access beyond it is found.
 class OnDevice {

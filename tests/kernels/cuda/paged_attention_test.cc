@@ -193,6 +193,19 @@ TEST_F(CudaPagedAttentionTest, PrefillChunksDecodeAndSplitsGiveTheSameBits) {
   }
 }
 
+#ifndef ALTIPLANO_ON_GPU
+// Without wgmma a long part of a prompt goes through the kernel of short ones, which fits into less shared memory.
+TEST_F(CudaPagedAttentionTest, OtherGpusHaveTheBitsOfShortParts) {
+  const Shape s = {.group = 4, .dim = 128, .act = DType::kBF16, .q = DType::kBF16};
+  const Sequences sequences = MakeSequences(s, {70});
+  const auto invariant = Attend(s, sequences, {{0, 0, 70}}, {.page_size = 64, .batch_invariant = true});
+  for (int capability : {80, 89}) {
+    const SimulatedArchitecture other(capability);
+    ExpectSameBits(s, sequences, {{0, 0, 70}}, {.page_size = 64}, *invariant);
+  }
+}
+#endif
+
 TEST_F(CudaPagedAttentionTest, TheRestOfTheBatchDoesNotShow) {
   for (const Shape& s : WithDTypes({.kv_heads = 2, .group = 4, .dim = 64})) {
     const Sequences sequences = MakeSequences(s, {600, 1, 70, 64, 130});
@@ -432,7 +445,6 @@ TEST(CudaPagedAttentionPlan, PrefillsWhereASequenceMayFillATile) {
   EXPECT_EQ(plan.prefill_attend,
             (cuda::LaunchShape{
                 .grid_x = 8, .grid_y = 31 + 3, .threads = 384, .shared_bytes = cuda::PrefillSharedBytes(128)}));
-  EXPECT_LE(plan.prefill_attend.shared_bytes, cuda::kSharedBytesPerBlock);
   EXPECT_EQ(plan.attend.grid_x, 3u * 127 / 16 + 3);
 
   sizes.may_prefill = false;

@@ -15,17 +15,17 @@ SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def kernels(folder):
-    """Yields file, mangled name, (stack, spill stores, spill loads), registers, static shared bytes."""
+    """Yields file, mangled name, target, (stack, spill stores, spill loads), registers, static shared bytes."""
     for path in sorted(pathlib.Path(folder).rglob("*.ptxas")):
-        name = stack = None
+        name = target = stack = None
         for line in path.read_text().splitlines():
             if match := ENTRY.search(line):
-                name = match.group(1)
+                name, target = match.groups()
             elif match := STACK.search(line):
                 stack = tuple(int(n) for n in match.groups())
             elif (match := USED.search(line)) and name:
                 shared = SHARED.search(line)
-                yield (path.name.removesuffix(".o.ptxas"), name, stack, int(match.group(1)),
+                yield (path.name.removesuffix(".o.ptxas"), name, target, stack, int(match.group(1)),
                        int(shared.group(1)) if shared else 0)
                 name = stack = None
 
@@ -42,15 +42,15 @@ def short(name):
 def main():
     found = list(kernels(sys.argv[1]))
     if "--table" in sys.argv:
-        for file, name, stack, registers, shared in found:
-            print(f"| {file} | `{short(name)}` | {registers} | {shared} |")
-    problems = [f"{file}: {name}: stack {stack[0]}, spill stores {stack[1]}, spill loads {stack[2]} bytes"
-                for file, name, stack, _, _ in found if stack is None or any(stack)]
+        for file, name, target, _, registers, shared in found:
+            print(f"| {file} | `{short(name)}` | {target} | {registers} | {shared} |")
+    problems = [f"{file}: {name}: {target}: stack {stack[0]}, spill stores {stack[1]}, spill loads {stack[2]} bytes"
+                for file, name, target, stack, _, _ in found if stack is None or any(stack)]
     problems += [f"{path.name.removesuffix('.o.ptxas')}: {line}" for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.ptxas"))
                  for line in path.read_text().splitlines() if "are serialized" in line]
     if not found:
         problems = [f"no kernel in any *.ptxas below {sys.argv[1]}: were the kernels built?"]
-    print("\n".join(problems) or f"{len(found)} kernels, no spills, nothing on a stack, no wgmma serialized")
+    print("\n".join(problems) or f"{len(found)} kernels of {', '.join(sorted({kernel[2] for kernel in found}))}, no spills, nothing on a stack, no wgmma serialized")
     return 1 if problems else 0
 
 

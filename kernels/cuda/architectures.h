@@ -1,0 +1,53 @@
+// The GPUs that the kernels are for. Pure, but for ArchitectureOf.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "kernels/device.h"
+
+namespace altiplano::cuda {
+
+struct Architecture {
+  int capability;           // major * 10 + minor
+  std::string_view target;  // of nvcc: 90a is 9.0 with what only it has
+  uint32_t shared_bytes;    // of shared memory that a block may ask for
+};
+inline constexpr Architecture kArchitectures[] = {
+    {80, "80", 163 * 1024},
+    {89, "89", 99 * 1024},
+    {90, "90a", 227 * 1024},
+};
+inline constexpr const Architecture& kHopper = kArchitectures[2];
+
+// What every one of them has.
+inline constexpr uint32_t kLeastSharedBytes = 99 * 1024;
+
+constexpr const Architecture* FindArchitecture(int capability) {
+  for (const Architecture& each : kArchitectures) {
+    if (each.capability == capability) return &each;
+  }
+  return nullptr;
+}
+
+// Empty, or why a GPU of this compute capability cannot be used. `built`: the targets that this program has kernels
+// for, such as "80-real 90a-real".
+inline std::string WhyRefused(int ordinal, std::string_view name, int capability, std::string_view built) {
+  std::string targets;
+  while (!built.empty()) {
+    std::string_view target = built.substr(0, built.find(' '));
+    built.remove_prefix(target.size() < built.size() ? target.size() + 1 : target.size());
+    target = target.substr(0, target.find('-'));
+    const Architecture* found = FindArchitecture(capability);
+    if (found != nullptr && found->target == target) return "";
+    targets += (targets.empty() ? "sm_" : built.empty() ? " and sm_" : ", sm_") + std::string(target);
+  }
+  return "GPU " + std::to_string(ordinal) + ", " + std::string(name) + ", is of sm_" + std::to_string(capability) +
+         "; this program has kernels for " + targets + " alone";
+}
+
+// Of the stream's GPU.
+const Architecture& ArchitectureOf(const Stream& stream);
+
+}  // namespace altiplano::cuda
