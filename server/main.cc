@@ -2,10 +2,12 @@
 #include <string_view>
 #include <vector>
 
+#include "server/base/crash.h"
 #include "server/cli/command.h"
 
 int main(int argc, char** argv) {
   using namespace altiplano::cli;
+  const altiplano::crash::SignalStack signal_stack;
   std::vector<std::string_view> arguments(argv + (argc > 0 ? 1 : 0), argv + argc);
   try {
     return Main(arguments);

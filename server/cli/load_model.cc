@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <ctime>
 
 #include "kernels/cpu/cpu_features.h"
@@ -81,15 +83,20 @@ StatusOr<Ranks> MakeRanks(const Checkpoint& checkpoint, cluster::Leader* leader,
   return ranks;
 }
 
-// In a file of its own, named by time, process and replica; the log says which.
-void KeepFlightRecord(const std::string& folder, int replica, const std::string& record) {
-  if (record.empty()) return;
+// A file of its own, named by time, process and replica.
+std::string FlightRecordPath(const std::string& folder, int replica, std::string_view suffix) {
   const std::time_t now = std::time(nullptr);
   std::tm utc{};
   gmtime_r(&now, &utc);
   char time[32];
   std::strftime(time, sizeof time, "%Y%m%dT%H%M%SZ", &utc);
-  const std::string path = StrCat(folder, "/altiplano-", time, "-", getpid(), "-", replica, ".flight");
+  return StrCat(folder, "/altiplano-", time, "-", getpid(), "-", replica, suffix);
+}
+
+// The log says where.
+void KeepFlightRecord(const std::string& folder, int replica, const std::string& record) {
+  if (record.empty()) return;
+  const std::string path = FlightRecordPath(folder, replica, ".flight");
   if (Status status = WriteFile(path, record); !status.ok()) {
     log::Error("cannot write the flight record", {{"error", status.message()}});
     return;
@@ -240,7 +247,12 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       };
     }
     if (const std::string& folder = config.log().flight_record_dir(); !folder.empty()) {
+      if (replica == 0 && access(folder.c_str(), W_OK | X_OK) != 0) {
+        log::Warn("flight records cannot be kept: no files can be made in --flight-record-dir",
+                  {{"folder", folder}, {"error", std::strerror(errno)}});
+      }
       options.on_failure = [=](const std::string& record) { KeepFlightRecord(folder, replica, record); };
+      options.crash_record_path = FlightRecordPath(folder, replica, "-crash.flight");
     }
     model.device = ranks.device;
     model.weight_bytes = ranks.weight_bytes;  // the replicas share them

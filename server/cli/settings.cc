@@ -400,8 +400,9 @@ constexpr std::array kSettings = {
          .group = kGroupLogs},
     Flag{.name = "flight-record-dir",
          .type = FlagType::kPath,
-         .default_value = "",
-         .meaning = "Folder for that record when a device or a rank fails. Without it: none is written then.",
+         .default_value = "/tmp",
+         .meaning = "Folder for that record when a device or a rank fails, and when the process dies of a bug. "
+                    "\"\": none is written then.",
          .example = "/var/lib/altiplano",
          .field = "log.flight_record_dir",
          .group = kGroupLogs},

@@ -17,7 +17,9 @@ Status WriteFile(const std::string& path, std::string_view contents) {
   std::error_code ignored;
   const bool special = std::filesystem::exists(path, ignored) && !std::filesystem::is_regular_file(path, ignored);
   const std::string partial = special ? path : path + ".part";
-  std::FILE* file = std::fopen(partial.c_str(), "wb");
+  // A file of ours alone: in a folder for all, like /tmp, a link of somebody else's may wait under that name.
+  if (!special) std::remove(partial.c_str());
+  std::FILE* file = std::fopen(partial.c_str(), special ? "wb" : "wbx");
   if (file == nullptr) return failed(errno);
   const bool written = std::fwrite(contents.data(), 1, contents.size(), file) == contents.size();
   const int error = errno;

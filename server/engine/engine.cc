@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "server/base/check.h"
+#include "server/base/crash.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/scheduler/flight_recorder.h"
@@ -219,6 +220,7 @@ class Engine::Impl {
   // --------------------------------------------------------------------------------------------------
 
   void Loop() {
+    const crash::SignalStack signal_stack;
     // The oldest step launched and not yet waited for; while it runs, the one after it is planned and launched behind
     // it.
     std::shared_ptr<const StepPlan> running;
@@ -489,6 +491,7 @@ StatusOr<std::unique_ptr<Engine>> Engine::Start(EngineOptions options, std::uniq
   std::unique_ptr<FlightRecorder> recorder;
   if (options.flight_record_bytes > 0) {
     recorder = std::make_unique<FlightRecorder>(options.scheduler, options.flight_record_bytes);
+    if (!options.crash_record_path.empty()) recorder->WriteAtCrash(options.crash_record_path);
     options.scheduler.recorder = recorder.get();
   }
   ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Scheduler::Create(options.scheduler));

@@ -28,6 +28,7 @@ struct EngineOptions {
   int64_t max_queued_tokens = 4 << 20;                // prompt tokens waiting
   Duration step_deadline = std::chrono::seconds(30);  // a step that takes longer: the engine is unhealthy
   size_t flight_record_bytes = 0;                     // of the scheduler's last steps, kept for people; 0: none
+  std::string crash_record_path;                      // the new file they go to if the process dies; empty: none
   // A step failed: with the flight record, "" when none is kept. Engine thread, before live requests end.
   std::function<void(const std::string& flight_record)> on_failure;
   // failed_for_good() has become true. Engine thread.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "server/base/crash.h"
+
 namespace altiplano {
 
 WorkPool::WorkPool(int threads, int32_t max_jobs, int64_t max_bytes) : max_jobs_(max_jobs), max_bytes_(max_bytes) {
@@ -36,6 +38,7 @@ int64_t WorkPool::jobs() const {
 }
 
 void WorkPool::Loop() {
+  const crash::SignalStack signal_stack;
   std::unique_lock lock(mutex_);
   for (;;) {
     changed_.wait(lock, [&] { return stop_ || !queue_.empty(); });

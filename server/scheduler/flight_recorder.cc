@@ -1,11 +1,15 @@
 #include "server/scheduler/flight_recorder.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cstring>
+#include <ctime>
 
 #include "server/base/check.h"
-#include "server/base/sha256.h"
 #include "server/scheduler/flight_options.h"
 
 namespace altiplano {
@@ -101,24 +105,31 @@ FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes)
   preempted_.reserve(most);
 }
 
-void FlightRecorder::Put(std::span<const uint8_t> bytes) {
-  const size_t at = (begin_ + used_) % ring_.size();
-  const size_t first = std::min(bytes.size(), ring_.size() - at);
-  std::memcpy(ring_.data() + at, bytes.data(), first);
+void FlightRecorder::WriteAtCrash(std::string path) {
+  CHECK(!crash_);
+  crash_path_ = std::move(path);
+  Sha256().Finish();  // looks once at what the CPU has, behind a lock
+  LastAct* const self = this;
+  crash_.emplace(self);
+}
+
+void FlightRecorder::Put(std::span<const uint8_t> bytes, uint64_t at) {
+  const size_t from = at % ring_.size();
+  const size_t first = std::min(bytes.size(), ring_.size() - from);
+  std::memcpy(ring_.data() + from, bytes.data(), first);
   if (first < bytes.size()) std::memcpy(ring_.data(), bytes.data() + first, bytes.size() - first);
-  used_ += bytes.size();
 }
 
 void FlightRecorder::DropOldest() {
-  size_t at = begin_, length = 0, length_bytes = 0;
-  for (uint8_t byte = 0x80; (byte & 0x80) != 0; at = (at + 1) % ring_.size()) {
-    byte = ring_[at];
+  uint64_t at = begin_;
+  size_t length = 0, length_bytes = 0;
+  for (uint8_t byte = 0x80; (byte & 0x80) != 0; ++at) {
+    byte = ring_[at % ring_.size()];
     length |= static_cast<size_t>(byte & 0x7f) << (7 * length_bytes++);
   }
-  dropped_steps_ += ring_[at] == static_cast<uint8_t>(FlightKind::kResult);
+  if (ring_[at % ring_.size()] == static_cast<uint8_t>(FlightKind::kResult)) ++dropped_steps_;
   ++dropped_frames_;
-  begin_ = (begin_ + length_bytes + length) % ring_.size();
-  used_ -= length_bytes + length;
+  begin_ = at + length;
 }
 
 void FlightRecorder::Keep(Frame* frame) {
@@ -127,33 +138,87 @@ void FlightRecorder::Keep(Frame* frame) {
   const size_t size = length_bytes + frame->bytes().size();
 
   std::lock_guard lock(mutex_);
-  while (used_ > 0 && ring_.size() - used_ < size) DropOldest();
-  if (size <= ring_.size()) {
-    Put({length, length_bytes});
-    Put(frame->bytes());
-  } else {
-    ++dropped_frames_;
+  keeping_ = true;
+  if (!crashed_) {
+    const uint64_t end = end_;
+    while (end > begin_ && ring_.size() - (end - begin_) < size) DropOldest();
+    if (size <= ring_.size()) {
+      Put({length, length_bytes}, end);
+      Put(frame->bytes(), end + length_bytes);
+      end_ = end + size;
+    } else {
+      ++dropped_frames_;
+    }
   }
+  keeping_ = false;
   frame->Clear();
 }
 
-std::string FlightRecorder::Write(TimePoint now, int64_t unix_ns) const {
-  std::string out = header_;
-  AppendSigned(unix_ns, &out);
-  AppendSigned(now.time_since_epoch().count(), &out);
-  {
-    std::lock_guard lock(mutex_);
-    AppendNumber(dropped_frames_, &out);
-    AppendNumber(dropped_steps_, &out);
-    const size_t first = std::min(used_, ring_.size() - begin_);
-    out.append(reinterpret_cast<const char*>(ring_.data()) + begin_, first);
-    out.append(reinterpret_cast<const char*>(ring_.data()), used_ - first);
-  }
+template <typename Sink>
+void FlightRecorder::Emit(TimePoint now, int64_t unix_ns, const Sink& sink) const {
   Sha256 sha;
-  sha.Update(out.data(), out.size());
+  auto emit = [&](const void* data, size_t size) {
+    sha.Update(data, size);
+    sink(data, size);
+  };
+  emit(header_.data(), header_.size());
+  uint8_t numbers[4 * kMostNumberBytes];
+  uint8_t* at = PutNumber(ZigZag(unix_ns), numbers);
+  at = PutNumber(ZigZag(now.time_since_epoch().count()), at);
+  at = PutNumber(dropped_frames_, at);
+  at = PutNumber(dropped_steps_, at);
+  emit(numbers, static_cast<size_t>(at - numbers));
+  const uint64_t begin = begin_, used = end_ - begin;
+  const size_t from = begin % ring_.size();
+  const size_t first = std::min<uint64_t>(used, ring_.size() - from);
+  emit(ring_.data() + from, first);
+  emit(ring_.data(), used - first);
   const Sha256Digest digest = sha.Finish();
-  out.append(reinterpret_cast<const char*>(digest.data()), digest.size());
+  sink(digest.data(), digest.size());
+}
+
+std::string FlightRecorder::Write(TimePoint now, int64_t unix_ns) const {
+  std::string out;
+  std::lock_guard lock(mutex_);
+  Emit(now, unix_ns, [&out](const void* data, size_t size) { out.append(static_cast<const char*>(data), size); });
   return out;
+}
+
+void FlightRecorder::OnCrash(int signal) noexcept {
+  // The scheduler's thread still runs, unless it is this one. What it is about to keep, it finishes or gives up; if it
+  // cannot, the frames before are whole all the same.
+  crashed_ = true;
+  const timespec pause{.tv_sec = 0, .tv_nsec = 1'000'000};
+  for (int ms = 0; ms < 100 && keeping_; ++ms) nanosleep(&pause, nullptr);
+
+  int error = 0;
+  const int fd = open(crash_path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+  if (fd < 0) error = errno;
+  if (error == 0) {
+    timespec unix_time{};
+    clock_gettime(CLOCK_REALTIME, &unix_time);
+    Emit(std::chrono::steady_clock::now(), unix_time.tv_sec * int64_t{1'000'000'000} + unix_time.tv_nsec,
+         [&](const void* data, size_t size) {
+           for (auto* at = static_cast<const char*>(data); size > 0 && error == 0;) {
+             const ssize_t written = write(fd, at, size);
+             if (written < 0 && errno == EINTR) continue;
+             if (written <= 0) {
+               error = written < 0 ? errno : EIO;
+               break;
+             }
+             at += written;
+             size -= static_cast<size_t>(written);
+           }
+         });
+    if (close(fd) != 0 && error == 0) error = errno;
+  }
+  if (error == 0) {
+    crash::Say({"altiplano: ", crash::SignalName(signal), ": the scheduler's last steps are in ", crash_path_,
+                ", for altiplano replay"});
+  } else {
+    crash::Say({"altiplano: ", crash::SignalName(signal), ": the scheduler's last steps cannot be written to ",
+                crash_path_, ": error ", crash::Digits(static_cast<unsigned>(error)).text(), " of the system"});
+  }
 }
 
 // --- What happens ----------------------------------------------------------------------------------------------------

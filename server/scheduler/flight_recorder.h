@@ -2,13 +2,17 @@
 // a step and no allocation once its scratch has grown to the largest step. docs/flight_records.md.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "server/base/clock.h"
+#include "server/base/crash.h"
+#include "server/base/sha256.h"
 #include "server/scheduler/flight_record.h"
 #include "server/scheduler/prefix_cache.h"
 #include "server/scheduler/request.h"
@@ -17,10 +21,14 @@
 
 namespace altiplano {
 
-class FlightRecorder {
+class FlightRecorder : private crash::LastAct {
  public:
   // Of one scheduler, made with these options; `bytes` of frames are kept.
   FlightRecorder(const SchedulerOptions& options, size_t bytes);
+
+  // When the process dies of a bug, the file is written to `path`, where nothing may be by then, and a line on stderr
+  // says so. Once, before anything is recorded.
+  void WriteAtCrash(std::string path);
 
   // The scheduler's thread.
   void OnArrival(RequestKey key, const Request& request);
@@ -65,7 +73,11 @@ class FlightRecorder {
   void FlushNames();
   void AddEnds(std::span<const Event> events);
   void DropOldest();
-  void Put(std::span<const uint8_t> bytes);
+  void Put(std::span<const uint8_t> bytes, uint64_t at);
+  // The file into sink(data, size), piece by piece; async-signal-safe if that is. Nothing is recorded meanwhile.
+  template <typename Sink>
+  void Emit(TimePoint now, int64_t unix_ns, const Sink& sink) const;
+  void OnCrash(int signal) noexcept override;
 
   const std::string header_;  // the options
 
@@ -78,10 +90,16 @@ class FlightRecorder {
   std::vector<FlightPreempted> preempted_;  // since the last plan
 
   mutable std::mutex mutex_;
-  // Guarded by mutex_. Frames one after the other, each behind its length and kind.
+  // Written with mutex_ held. Frames one after the other, each behind its length and kind; where they begin and end
+  // counts all bytes that ever were in the ring. A crash takes no lock: at every moment whole frames lie between the
+  // two.
   std::vector<uint8_t> ring_;
-  size_t begin_ = 0, used_ = 0;
-  uint64_t dropped_frames_ = 0, dropped_steps_ = 0;
+  std::atomic<uint64_t> begin_{0}, end_{0}, dropped_frames_{0}, dropped_steps_{0};
+
+  std::string crash_path_;
+  std::atomic<bool> keeping_{false};          // a frame is being moved into the ring
+  std::atomic<bool> crashed_{false};          // the ring stays as it is
+  std::optional<crash::Registration> crash_;  // last: nothing is gone before it
 };
 
 }  // namespace altiplano

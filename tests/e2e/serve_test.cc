@@ -374,6 +374,41 @@ TEST_F(FaultDrill, StayAnswersNotServingUntilStopped) {
 }
 
 // Two replicas of one rank each; the second one's rank fails once.
+// What every fault that ends a process looks like from outside.
+TEST(Crash, LeavesARecordThatReplays) {
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "crash_records";
+  std::filesystem::remove_all(folder);
+  std::filesystem::create_directory(folder);
+  Server server({"--flight-record-dir", folder.string()});
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  std::string text;
+  ASSERT_TRUE(Ask(*client, Endless(20), &text).ok());
+  std::thread stream([&] {
+    std::string more;
+    (void)Ask(*client, Endless(60000), &more);
+  });
+  std::this_thread::sleep_for(milliseconds(100));  // so that it is under way, as a rule
+  server.process().Signal(SIGSEGV);
+  stream.join();
+  const int code = server.process().Wait();
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  EXPECT_NE(code, 0);  // the sanitizer's handler comes after ours
+#else
+  EXPECT_EQ(code, 128 + SIGSEGV);
+#endif
+  std::smatch said;
+  const std::string errors = server.process().Errors();
+  ASSERT_TRUE(
+      std::regex_search(errors, said, std::regex("altiplano: SIGSEGV: the scheduler's last steps are in (\\S+),")))
+      << errors;
+  EXPECT_EQ(std::filesystem::path(said[1].str()).parent_path(), folder);
+  const Finished replay = RunToEnd({"replay", said[1].str()});
+  EXPECT_EQ(replay.code, 0) << replay.err;
+  EXPECT_THAT(replay.out, HasSubstr("every decision is as recorded"));
+  std::filesystem::remove_all(folder);
+}
+
 TEST(Replicas, OneIsLostTheOtherServesAndTheProgramDrains) {
   setenv("ALTIPLANO_FAULT", "1:40:throw", 1);
   Server server({"--replicas", "2"});

@@ -1,7 +1,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "server/base/sha256.h"
@@ -234,6 +240,80 @@ TEST(FlightFile, DamageIsNamed) {
   EXPECT_THAT(error(Seal(body + "\x01\x2a")), HasSubstr("there is no kind 42"));
   EXPECT_THAT(error(Seal(body + std::string("\x02\x04\x00", 3))), HasSubstr("1 bytes are left over"));
   EXPECT_THAT(error(Seal(body + "\x03\x02\x01\x7f")), HasSubstr("the code is 127, at most 16 is possible"));
+}
+
+// --- When the process dies -------------------------------------------------------------------------------------------
+
+std::string NewPath(const char* name) {
+  const std::string path = testing::TempDir() + name;
+  std::filesystem::remove(path);
+  return path;
+}
+
+FlightRecord ReadFile(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  auto record = ParseFlightRecord(std::string(std::istreambuf_iterator<char>(in), {}));
+  EXPECT_TRUE(record.ok()) << path << " " << record.status().ToString();
+  return record.ok() ? *record : FlightRecord();
+}
+
+TEST(FlightRecordDeathTest, IsWrittenWhenTheProcessDies) {
+  const std::string path = NewPath("dies.flight");
+  EXPECT_DEATH(
+      {
+        Recorded recorded;
+        recorded.recorder.WriteAtCrash(path);
+        recorded.driver->Add(1, MakeRequest(8, 5));
+        recorded.driver.Step();
+        recorded.driver->Add(2, MakeRequest(8, 5));
+        raise(SIGSEGV);
+      },
+      "altiplano: SIGSEGV: the scheduler's last steps are in .*dies.flight, for altiplano replay");
+  const FlightRecord record = ReadFile(path);
+  EXPECT_EQ(All<FlightArrival>(record).size(), 2u);
+  EXPECT_EQ(std::filesystem::status(path).permissions(),
+            std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
+  auto replay = ReplayFlightRecord(record);
+  ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+  EXPECT_EQ(replay->difference, "");
+}
+
+// Another thread fails while this one fills the ring over and over.
+TEST(FlightRecordDeathTest, IsWholeWhileTheRingIsBeingWritten) {
+  const std::string path = NewPath("busy.flight");
+  EXPECT_DEATH(
+      {
+        FlightRecorder recorder(SmallOptions(), 5000);
+        recorder.WriteAtCrash(path);
+        std::atomic<RequestKey> kept{0};
+        std::thread scheduler([&] {
+          for (RequestKey key = 1;; ++key) {
+            recorder.OnArrival(key, *MakeRequest(8, 5));
+            kept = key;
+          }
+        });
+        while (kept < 1000) std::this_thread::yield();
+        raise(SIGSEGV);
+      },
+      "busy.flight");
+  const auto arrivals = All<FlightArrival>(ReadFile(path));
+  ASSERT_GT(arrivals.size(), 50u);
+  EXPECT_GE(arrivals.back().key, 1000u);
+  for (size_t i = 1; i < arrivals.size(); ++i) EXPECT_EQ(arrivals[i].key, arrivals[i - 1].key + 1);
+}
+
+TEST(FlightRecordDeathTest, NeverReplacesAFileAndSaysWhenItCannotBeWritten) {
+  const std::string path = NewPath("there.flight");
+  std::ofstream(path) << "somebody's";
+  EXPECT_DEATH(
+      {
+        Recorded recorded;
+        recorded.recorder.WriteAtCrash(path);
+        raise(SIGBUS);
+      },
+      "altiplano: SIGBUS: the scheduler's last steps cannot be written to .*there.flight: error 17 of the system");
+  std::ifstream in(path);
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(in), {}), "somebody's");
 }
 
 }  // namespace
