@@ -30,6 +30,7 @@ struct LoadRequest {
   Duration arrival{};  // since the first request of the dataset; zero when it has no times
   // What the server is asked for; no dataset has it.
   Duration ttft_target{};
+  Duration deadline{};  // of the whole answer; zero: none. Only simulations have it.
   int32_t priority = 0;
   std::string tenant;
 };

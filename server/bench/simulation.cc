@@ -4,6 +4,8 @@
 #include <memory>
 
 #include "server/base/check.h"
+#include "server/base/strings.h"
+#include "server/scheduler/queue_bounds.h"
 
 namespace altiplano::bench {
 
@@ -17,7 +19,15 @@ class Simulation {
  public:
   Simulation(const Dataset& dataset, const std::vector<Duration>& arrivals, const SimulationOptions& options,
              std::unique_ptr<Scheduler> scheduler, BenchReport* report)
-      : dataset_(dataset), arrivals_(arrivals), options_(options), scheduler_(std::move(scheduler)), report_(*report) {
+      : dataset_(dataset),
+        arrivals_(arrivals),
+        options_(options),
+        scheduler_(std::move(scheduler)),
+        queue_({.max_requests = options.max_queued_requests,
+                .max_tokens = options.max_queued_tokens,
+                .tenants = options.scheduler.tenants}),
+        report_(*report) {
+    queued_.resize(dataset.requests.size());
     report_.requests.assign(dataset.requests.size(), {});
     last_token_.resize(dataset.requests.size());
   }
@@ -71,11 +81,9 @@ class Simulation {
       record.input_tokens = static_cast<uint64_t>(load.input_tokens);
       record.start = sent - kBegin;
       record.held = sent - due;
-      const SchedulerLoad queue = scheduler_->load();
-      if (queue.waiting_requests > 0 && (queue.waiting_requests >= options_.max_queued_requests ||
-                                         queue.waiting_tokens + load.input_tokens > options_.max_queued_tokens)) {
-        record.error_code = "RESOURCE_EXHAUSTED QUEUE_FULL";
-        record.error = "the queue is full";
+      const size_t tenant = TenantOf(options_.scheduler.tenants, load.tenant);
+      if (Status room = queue_.Enter(tenant, load.input_tokens, sent); !room.ok()) {
+        Fail(room, &record);
         last_end_ = std::max(last_end_, sent);
         continue;
       }
@@ -85,11 +93,24 @@ class Simulation {
       request->stop.ignore_eos = true;
       request->arrival = sent;
       request->ttft_target = load.ttft_target;
+      if (load.deadline > Duration(0)) request->deadline = sent + load.deadline;
       request->priority = load.priority;
       request->tenant = load.tenant;
       ++running_;
+      queued_[next_to_send_] = true;
       scheduler_->Add(next_to_send_, std::move(request));
     }
+  }
+
+  static void Fail(const Status& status, RequestRecord* record) {
+    record->error_code = StrCat(CodeName(status.code()), status.reason().empty() ? "" : " ", status.reason());
+    record->error = status.ToString();
+  }
+  void LeaveQueue(RequestKey key, bool admitted) {
+    if (!queued_[key]) return;
+    queued_[key] = false;
+    const LoadRequest& load = dataset_.requests[key];
+    queue_.Leave(TenantOf(options_.scheduler.tenants, load.tenant), load.input_tokens, admitted, now_);
   }
 
   Duration Launch(const StepPlan& plan) {
@@ -123,6 +144,7 @@ class Simulation {
       switch (event.kind) {
         case Event::Kind::kAdmitted:
           record.cached_tokens = event.cached_tokens;
+          LeaveQueue(event.request, /*admitted=*/true);
           break;
         case Event::Kind::kToken:
           if (record.output_tokens++ == 0) {
@@ -134,6 +156,8 @@ class Simulation {
           break;
         case Event::Kind::kEnded:
           record.ok = event.status.ok();
+          if (!record.ok) Fail(event.status, &record);
+          LeaveQueue(event.request, /*admitted=*/false);
           record.queued = event.timing.queued;
           record.preemptions = event.timing.preemptions;
           record.latency = now_ - sent;
@@ -151,6 +175,8 @@ class Simulation {
   const std::vector<Duration>& arrivals_;
   const SimulationOptions& options_;
   const std::unique_ptr<Scheduler> scheduler_;
+  QueueBounds queue_;
+  std::vector<char> queued_;  // by request: it was never admitted so far
   BenchReport& report_;
 
   SimulationTotals totals_;
@@ -168,10 +194,13 @@ class Simulation {
 StatusOr<SimulationTotals> Simulate(const Dataset& dataset, const std::vector<Duration>& arrivals,
                                     const SimulationOptions& options, BenchReport* report) {
   CHECK(arrivals.size() == dataset.requests.size());
-  ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Scheduler::Create(options.scheduler));
+  SimulationOptions complete = options;
+  ASSIGN_OR_RETURN(complete.scheduler.tenants,
+                   CompleteTenants(options.scheduler.tenants, options.scheduler.max_running));
+  ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Scheduler::Create(complete.scheduler));
   const int32_t most = scheduler->max_servable_tokens();
   for (const LoadRequest& request : dataset.requests) CHECK(request.input_tokens + request.output_tokens <= most);
-  return Simulation(dataset, arrivals, options, std::move(scheduler), report).Run();
+  return Simulation(dataset, arrivals, complete, std::move(scheduler), report).Run();
 }
 
 }  // namespace altiplano::bench

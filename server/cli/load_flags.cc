@@ -189,11 +189,7 @@ std::vector<std::string> SplitAtCommas(std::string_view text) {
 }
 
 Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
-  for (const std::string& text : SplitAtCommas(flags.text("ttft-target"))) {
-    auto target = ParseDuration(text);
-    if (!target.ok()) return Usage(StrCat("--ttft-target: \"", text, "\" ", target.status().message()));
-    plan->ttft_targets.push_back(*target);
-  }
+  ASSIGN_OR_RETURN(plan->ttft_targets, DurationsOf(flags, "ttft-target"));
   for (const std::string& text : SplitAtCommas(flags.text("priorities"))) {
     int32_t priority = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), priority);
@@ -207,6 +203,16 @@ Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
 }
 
 }  // namespace
+
+StatusOr<std::vector<Duration>> DurationsOf(const ParsedFlags& flags, std::string_view name) {
+  std::vector<Duration> durations;
+  for (const std::string& text : SplitAtCommas(flags.text(name))) {
+    auto duration = ParseDuration(text);
+    if (!duration.ok()) return Usage(StrCat("--", name, ": \"", text, "\" ", duration.status().message()));
+    durations.push_back(*duration);
+  }
+  return durations;
+}
 
 StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags) {
   LoadPlan plan;

@@ -26,6 +26,9 @@ struct LoadPlan {
 // INVALID_ARGUMENT, one line, for what is wrong with the command line.
 StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags);
 
+// A flag of durations separated by commas.
+StatusOr<std::vector<Duration>> DurationsOf(const ParsedFlags& flags, std::string_view name);
+
 struct Load {
   bench::Dataset dataset;
   std::vector<Duration> arrivals;

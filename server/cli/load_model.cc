@@ -131,24 +131,6 @@ EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const Load
   return options;
 }
 
-// Before anything is loaded: a list that cannot be meant so.
-StatusOr<std::vector<TenantOptions>> TenantsOf(const config::v1::Scheduler& config) {
-  auto tenants = ParseTenants(config.tenants());
-  if (tenants.ok()) tenants = CompleteTenants(std::move(*tenants), static_cast<int32_t>(config.max_num_seqs()));
-  if (!tenants.ok()) return Status(tenants.status().code(), StrCat("--tenants: ", tenants.status().message()));
-  for (const TenantOptions& tenant : *tenants) {
-    if (tenant.max_queued_requests <= static_cast<int64_t>(config.max_queued_requests()) &&
-        tenant.max_queued_tokens <= static_cast<int64_t>(config.max_queued_tokens())) {
-      continue;
-    }
-    return Status(Code::kInvalidArgument,
-                  StrCat("--tenants: tenant ", tenant.name,
-                         " may have more waiting than all together; lower its "
-                         "max-queued or max-queued-tokens, or raise --max-queued-requests or --max-queued-tokens"));
-  }
-  return tenants;
-}
-
 // What the executor says of itself.
 void SetSize(const SchedulerOptions& executor, SchedulerOptions* scheduler) {
   scheduler->num_blocks = executor.num_blocks;
@@ -160,6 +142,21 @@ void SetSize(const SchedulerOptions& executor, SchedulerOptions* scheduler) {
 }
 
 }  // namespace
+
+StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64_t max_num_seqs,
+                                                    int64_t max_queued_requests, int64_t max_queued_tokens) {
+  auto tenants = ParseTenants(text);
+  if (tenants.ok()) tenants = CompleteTenants(std::move(*tenants), static_cast<int32_t>(max_num_seqs));
+  if (!tenants.ok()) return Status(tenants.status().code(), StrCat("--tenants: ", tenants.status().message()));
+  for (const TenantOptions& tenant : *tenants) {
+    if (tenant.max_queued_requests <= max_queued_requests && tenant.max_queued_tokens <= max_queued_tokens) continue;
+    return Status(Code::kInvalidArgument,
+                  StrCat("--tenants: tenant ", tenant.name,
+                         " may have more waiting than all together; lower its "
+                         "max-queued or max-queued-tokens, or raise --max-queued-requests or --max-queued-tokens"));
+  }
+  return tenants;
+}
 
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
   TextModel text;
@@ -212,7 +209,9 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   if (!config.scheduler().step_cost().empty()) {
     ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
   }
-  ASSIGN_OR_RETURN(std::vector<TenantOptions> tenants, TenantsOf(config.scheduler()));
+  ASSIGN_OR_RETURN(std::vector<TenantOptions> tenants,
+                   CheckedTenants(config.scheduler().tenants(), config.scheduler().max_num_seqs(),
+                                  config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));
   LoadedModel model;
   ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
   ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "altiplano/config/v1/server_config.pb.h"
 #include "kernels/tensor.h"
@@ -15,6 +16,7 @@
 #include "server/engine/replica_set.h"
 #include "server/model/checkpoint.h"
 #include "server/model/weights.h"
+#include "server/scheduler/tenants.h"
 #include "server/text/chat_format.h"
 #include "server/text/tokenizer.h"
 
@@ -36,6 +38,11 @@ constexpr int64_t BlockSize(int64_t given, Device device) {
   if (given > 0) return given;
   return device == Device::kCuda ? 64 : 16;
 }
+
+// --tenants, complete. INVALID_ARGUMENT, with the flag's name, for a list that cannot be meant so beside the other
+// flags.
+StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64_t max_num_seqs,
+                                                    int64_t max_queued_requests, int64_t max_queued_tokens);
 
 struct LoadHooks {
   std::function<void(const LoadProgress&)> progress;  // calling thread

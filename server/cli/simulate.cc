@@ -19,9 +19,17 @@ namespace {
 
 constexpr size_t kRecordBytes = 256 << 20;
 
-constexpr std::string_view kSchedulerFlags[] = {
-    "block-size",          "enable-prefix-caching", "max-num-seqs", "max-num-batched-tokens",
-    "max-queued-requests", "max-queued-tokens",     "max-itl"};
+constexpr std::string_view kSchedulerFlags[] = {"block-size",
+                                                "enable-prefix-caching",
+                                                "max-num-seqs",
+                                                "max-num-batched-tokens",
+                                                "max-queued-requests",
+                                                "max-queued-tokens",
+                                                "max-itl",
+                                                "default-ttft-target",
+                                                "priority-ageing",
+                                                "tenants",
+                                                "learn-step-cost"};
 
 StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const bench::Machine& machine) {
   bench::SimulationOptions options;
@@ -38,6 +46,11 @@ StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const ben
   options.max_queued_tokens = flags.count("max-queued-tokens");
   scheduler.max_itl = flags.duration("max-itl");
   scheduler.step_cost = machine.cost;
+  scheduler.learn_step_cost = flags.boolean("learn-step-cost");
+  scheduler.default_ttft_target = flags.duration("default-ttft-target");
+  scheduler.priority_ageing = flags.duration("priority-ageing");
+  ASSIGN_OR_RETURN(scheduler.tenants, CheckedTenants(flags.text("tenants"), scheduler.max_running,
+                                                     options.max_queued_requests, options.max_queued_tokens));
   RETURN_IF_ERROR(Scheduler::Create(scheduler).status());
   return options;
 }
@@ -51,9 +64,15 @@ int Run(const ParsedFlags& flags) {
   auto options = OptionsOf(flags, *machine);
   if (!options.ok()) return Fail(kName, options.status().message(), kExitUsage);
   const SchedulerOptions& scheduler = options->scheduler;
+  auto deadlines = DurationsOf(flags, "deadlines");
+  if (!deadlines.ok()) return Fail(kName, deadlines.status().message(), kExitUsage);
   auto load = ReadLoad(&*plan, std::min(scheduler.max_context, scheduler.num_blocks * scheduler.block_size), INT32_MAX,
                        nullptr);
   if (!load.ok()) return Fail(kName, load.status().message(), kExitData);
+
+  for (size_t i = 0; i < load->dataset.requests.size() && !deadlines->empty(); ++i) {
+    load->dataset.requests[i].deadline = (*deadlines)[i % deadlines->size()];
+  }
 
   bench::BenchReport& report = plan->report;
   report.title = "Simulated Benchmark Result";
@@ -85,6 +104,16 @@ int Run(const ParsedFlags& flags) {
                        {{"Tokens later than max-itl:", static_cast<double>(totals->load.late_tokens)},
                         {"Latest by (ms):", Seconds(totals->load.late_most) * 1e3}});
   }
+  if (!plan->ttft_targets.empty()) {
+    report.rows.insert(report.rows.end(), {{"TTFT targets met:", static_cast<double>(totals->load.targets_met)},
+                                           {"TTFT targets missed:", static_cast<double>(totals->load.targets_missed)}});
+  }
+  OrderedJson served = OrderedJson::object();  // tokens, by tenant
+  for (size_t i = 0; i < scheduler.tenants.size(); ++i) {
+    const TenantLoad& tenant = totals->load.tenants[i];
+    served[scheduler.tenants[i].name] = {{"prompt_tokens", tenant.prompt_tokens},
+                                         {"generated_tokens", tenant.generated_tokens}};
+  }
   report.notes.push_back(StrCat("simulated with step cost ", machine->name, " (", machine->description,
                                 "); no network, no text, no gRPC"));
   return PrintReport(kName, flags, report,
@@ -100,6 +129,10 @@ int Run(const ParsedFlags& flags) {
                       {"late_tokens", totals->load.late_tokens},
                       {"late_total_ms", Seconds(totals->load.late_total) * 1e3},
                       {"late_most_ms", Seconds(totals->load.late_most) * 1e3},
+                      {"targets_met", totals->load.targets_met},
+                      {"targets_missed", totals->load.targets_missed},
+                      {"hopeless", totals->load.hopeless},
+                      {"tenants", std::move(served)},
                       {"peak_kv_percent", 100.0 * totals->peak_blocks / scheduler.num_blocks}});
 }
 
@@ -138,6 +171,11 @@ Subcommand SimulateCommand() {
                       .min = 2,
                       .max = 1 << 24,
                       .group = "Machine"},
+                     {.name = "deadlines",
+                      .type = FlagType::kText,
+                      .meaning = "Deadlines of the requests in turn, from their sending, separated by commas. 0: none.",
+                      .example = "2s,0",
+                      .group = "Requests"},
                      {.name = "flight-record",
                       .type = FlagType::kPath,
                       .meaning = "Write the last 256 MiB of what the scheduler decided to this file, for altiplano "
@@ -152,7 +190,8 @@ Subcommand SimulateCommand() {
       continue;
     }
     Flag& flag = flags.emplace_back(setting);
-    flag.field = {};  // there is no config file here
+    flag.field = {};                                                   // there is no config file here
+    if (flag.name == "learn-step-cost") flag.default_value = "false";  // the formula is the truth here
     flag.group = kGroupScheduling;
   }
   return subcommand;

@@ -100,6 +100,9 @@ TEST(Commands, WrongUsageIsOneLineAnd64) {
       {{"make-random", "--like", "1b", "--layers", "17", "x"}, "layers is 17, must be from 1 to 16"},
       {{"simulate", "--step-cost", "9b"}, "--step-cost: there is no file 9b, and no preset but 8b-h100"},
       {{"simulate", "--block-size", "12"}, "block_size is 12"},
+      {{"simulate", "--tenants", "a:weight=0"}, "--tenants: tenant a: weight is \"0\""},
+      {{"simulate", "--tenants", "a:max-queued=100000"}, "or raise --max-queued-requests"},
+      {{"simulate", "--deadlines", "soon"}, "--deadlines: \"soon\""},
       {{"serve", "--model", "x", "--config", "/nowhere/x.textproto"}, "/nowhere/x.textproto"},
   };
   for (const auto& c : cases) {
@@ -131,6 +134,46 @@ TEST(Commands, SimulateRunsTheSchedulerOnAFormula) {
   output = Invoke(arguments);
   EXPECT_EQ(output.code, 65);
   EXPECT_THAT(output.err, HasSubstr("longer than 512 tokens"));
+}
+
+TEST(Commands, SimulateHasThePoliciesOfServe) {
+  Output output = Invoke({"simulate",
+                          "--num-prompts",
+                          "200",
+                          "--request-rate",
+                          "1000",
+                          "--max-num-seqs",
+                          "4",
+                          "--tenants",
+                          "gold:weight=3;free:weight=1,max-queued=20",
+                          "--request-tenants",
+                          "gold,free",
+                          "--priorities",
+                          "0,0,1,1",
+                          "--priority-ageing",
+                          "1s",
+                          "--ttft-target",
+                          "100ms,5s",
+                          "--default-ttft-target",
+                          "2s",
+                          "--deadlines",
+                          "0,0,1ms,0",
+                          "--json"});
+  EXPECT_EQ(output.code, 1) << "some are refused";
+  auto json = ParseJson(output.out);
+  ASSERT_TRUE(json.ok()) << output.out << output.err;
+  const int full = (*json)["errors"]["RESOURCE_EXHAUSTED TENANT_QUEUE_FULL"]["count"];
+  const int hopeless = (*json)["errors"]["DEADLINE_EXCEEDED HOPELESS"]["count"];
+  EXPECT_GT(full, 0);
+  const int late = (*json)["errors"]["DEADLINE_EXCEEDED DEADLINE"]["count"];
+  EXPECT_GT(hopeless, 0);
+  EXPECT_EQ(hopeless + late, 50) << "each of gold's second requests";
+  EXPECT_EQ((*json)["hopeless"], hopeless);
+  EXPECT_EQ((*json)["completed"], 150 - full);
+  EXPECT_EQ((*json)["tenants"]["gold"]["generated_tokens"], 50 * 64);
+  EXPECT_EQ((*json)["tenants"]["free"]["generated_tokens"], (100 - full) * 64);
+  EXPECT_GT((*json)["targets_met"], 0);
+  EXPECT_GT((*json)["targets_missed"], 0);
 }
 
 TEST(Commands, ReplayShowsAndFitsWhatSimulateRecorded) {
