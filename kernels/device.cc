@@ -209,6 +209,10 @@ void StepGraph::Launch(Stream& stream) const {
   cuda::LaunchGraph(cuda_, stream.cuda_stream());
 }
 
+void StreamEvent::Precede(Stream& stream) const {
+  if (cuda_ != nullptr) cuda::StreamWaitsFor(stream.cuda_stream(), cuda_);
+}
+
 Buffer Buffer::Allocate(Device device, size_t bytes, int ordinal) {
   Buffer buffer;
   buffer.data_ = device == Device::kCuda ? cuda::Allocate(ordinal, bytes) : MapHost(bytes);
@@ -264,6 +268,10 @@ void Zero(Stream& stream, void* data, size_t bytes) {
 
 MemoryInfo QueryMemory(Device device, int ordinal) {
   return device == Device::kCuda ? cuda::QueryMemory(ordinal) : QueryHostMemory();
+}
+
+int CountGpus() {
+  return cuda::CountGpus();
 }
 
 std::string Describe(const Stream& stream) {

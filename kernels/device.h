@@ -60,6 +60,8 @@ class StreamEvent {
   void Record(Stream& stream);
   bool Passed() const;       // also after an error
   std::string Wait() const;  // empty, or the device's (sticky) error
+  // What is issued on `stream`, of whichever GPU, from now on waits there for the point; the caller does not.
+  void Precede(Stream& stream) const;
 
  private:
   explicit StreamEvent(void* cuda) : cuda_(cuda) {}
@@ -137,6 +139,9 @@ struct MemoryInfo {
   size_t total_bytes = 0;
 };
 MemoryInfo QueryMemory(Device device, int ordinal = 0);
+
+// That the driver shows; 0 without one, and without CUDA.
+int CountGpus();
 
 // One line for logs: "AMD EPYC 9B14, 2 threads, avx512_bf16" or "NVIDIA H200, sm_90, 141 GB".
 std::string Describe(const Stream& stream);

@@ -6,13 +6,12 @@
 #include <cstdlib>
 #include <mutex>
 #include <set>
-#include <thread>
 #include <utility>
 
 #include "kernels/comm/all_reduce_plan.h"
 #include "kernels/comm/communicator.h"
 #include "kernels/comm/message_parts.h"
-#include "kernels/comm/nccl_api.h"
+#include "kernels/comm/nccl_rank.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/peers.h"
 #include "kernels/cuda/rows_plan.h"
@@ -33,68 +32,6 @@ using cuda::PeerVerdicts;
 size_t BytesOf(const TensorView& x) {
   return static_cast<size_t>(x.elements()) * SizeOf(x.dtype);
 }
-
-// One rank's NCCL communicator. It does not block: a call may be under way, and the group may be aborted meanwhile.
-class NcclRank {
- public:
-  explicit NcclRank(const NcclApi& api) : api_(api) {}
-  ~NcclRank() { Abort(); }
-
-  NcclComm** comm() { return &comm_; }
-
-  // Empty, or why it failed.
-  std::string AllReduce(Stream& stream, const TensorView& x, std::chrono::milliseconds patience) {
-    {
-      std::lock_guard lock(mutex_);
-      if (comm_ == nullptr) return "aborted";
-      const NcclResult result =
-          api_.all_reduce(x.data, x.data, static_cast<size_t>(x.elements()),
-                          x.dtype == DType::kF32 ? kNcclFloat32 : kNcclBFloat16, kNcclSum, comm_, stream.cuda_stream());
-      if (result != kNcclSuccess && result != kNcclInProgress) return Sentence(result);
-    }
-    return Settle(patience);
-  }
-
-  // Until no call is under way.
-  std::string Settle(std::chrono::milliseconds patience) {
-    const auto until = std::chrono::steady_clock::now() + patience;
-    for (;;) {
-      bool under_way = false;
-      std::string error = Error(&under_way);
-      if (!error.empty() || !under_way) return error;
-      if (std::chrono::steady_clock::now() > until) {
-        return "NCCL: no end to a call for " + std::to_string(patience.count()) + " ms";
-      }
-      std::this_thread::yield();
-    }
-  }
-
-  // Empty, or what went wrong on the device or with another rank since.
-  std::string Error(bool* under_way) {
-    std::lock_guard lock(mutex_);
-    if (comm_ == nullptr) return "aborted";
-    NcclResult result = kNcclSuccess;
-    const NcclResult asked = api_.get_async_error(comm_, &result);
-    if (asked != kNcclSuccess) result = asked;
-    *under_way = result == kNcclInProgress;
-    return result == kNcclSuccess || result == kNcclInProgress ? "" : Sentence(result);
-  }
-
-  // Kernels that wait for other ranks end.
-  void Abort() {
-    std::lock_guard lock(mutex_);
-    if (comm_ != nullptr) api_.abort(std::exchange(comm_, nullptr));
-  }
-
- private:
-  std::string Sentence(NcclResult result) const {
-    return std::string("NCCL: ") + api_.error_string(result) + ": " + api_.last_error(comm_);
-  }
-
-  const NcclApi& api_;
-  std::mutex mutex_;
-  NcclComm* comm_ = nullptr;
-};
 
 // What the ranks share.
 class Group {
@@ -186,22 +123,11 @@ class Group {
     if (const NcclResult result = api.get_unique_id(&id); result != kNcclSuccess) {
       return std::string("NCCL: ") + api.error_string(result);
     }
-    NcclResult result = api.group_start();
-    for (size_t rank = 0; result == kNcclSuccess && rank < options_.ordinals.size(); ++rank) {
-      nccl_.push_back(std::make_unique<NcclRank>(api));
-      cuda::UseGpu(options_.ordinals[rank]);
-      NcclConfig config;
-      config.blocking = 0;
-      result = api.init_rank(nccl_.back()->comm(), size(), id, static_cast<int>(rank), &config);
-      if (result == kNcclInProgress) result = kNcclSuccess;
+    std::vector<NcclRank::Place> places;
+    for (const int gpu : options_.ordinals) {
+      places.push_back({.gpu = gpu, .id = id, .rank = static_cast<int>(places.size()), .ranks = size()});
     }
-    const NcclResult ended = api.group_end();
-    if (result == kNcclSuccess && ended != kNcclInProgress) result = ended;
-    if (result != kNcclSuccess) return std::string("NCCL: ") + api.error_string(result);
-    for (const auto& rank : nccl_) {
-      if (std::string error = rank->Settle(options_.patience); !error.empty()) return error;
-    }
-    return "";
+    return NcclRank::Form(api, places, options_.patience, &nccl_);
   }
 
   const CudaGroupOptions options_;

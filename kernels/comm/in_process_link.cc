@@ -110,8 +110,8 @@ class InProcessLink : public Link {
 
 }  // namespace
 
-size_t Link::BytesOfDense(const TensorView& x) {
-  if (x.device != Device::kCpu || !x.contiguous()) Die("Link: wants a dense tensor on the CPU");
+size_t Link::BytesOfDense(const TensorView& x, Device device) {
+  if (x.device != device || !x.contiguous()) Die("Link: wants a dense tensor on its own device");
   return static_cast<size_t>(x.elements()) * SizeOf(x.dtype);
 }
 

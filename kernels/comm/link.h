@@ -35,13 +35,29 @@ class Link {
   virtual std::string error() const = 0;
 
  protected:
-  // Of a tensor that links with CPU memory can carry. Dies when it is another one: a bug of the caller's.
-  static size_t BytesOfDense(const TensorView& x);
+  // Of a tensor on `device`. Dies when it is on another one or not dense: a bug of the caller's.
+  static size_t BytesOfDense(const TensorView& x, Device device = Device::kCpu);
 };
 
 // Between two ranks of this process, with CPU memory. The names are for errors: what the other end is called.
 std::pair<std::unique_ptr<Link>, std::unique_ptr<Link>> MakeInProcessLink(
     std::string first, std::string second, std::chrono::milliseconds patience = std::chrono::seconds(30));
+
+// Of the largest tensor, that a link between GPUs keeps: as many as there are steps on their way.
+inline constexpr size_t kCudaLinkSlots = 2;
+
+struct CudaLinkOptions {
+  int from = 0, to = 0;          // ordinals of the GPUs; may be the same
+  size_t most_bytes = 0;         // of a tensor
+  std::string sender, receiver;  // for errors: what the ends are called
+  std::chrono::milliseconds patience = std::chrono::seconds(30);
+};
+// Between two ranks of this process with a GPU each: the first end sends, the second one receives. Tensors are on the
+// GPUs and stay there. Calls return when they are issued, at the latest when the other end has issued its own; true
+// then means that nothing was wrong yet: ask error(), while the stream is on its way to the call and when it has come.
+// Null with *error: no such GPU, no memory.
+std::pair<std::unique_ptr<Link>, std::unique_ptr<Link>> MakeCudaLink(const CudaLinkOptions& options,
+                                                                     std::string* error);
 
 // Over a connected stream socket, which it takes, with CPU memory: between machines that have no better way. patience
 // counts from the last byte. Both ends must be little-endian, and are trusted.

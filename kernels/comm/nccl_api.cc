@@ -30,11 +30,15 @@ const NcclApi* Load(std::string* error) {
       !Find(library, "ncclGroupStart", &api.group_start, error) ||
       !Find(library, "ncclGroupEnd", &api.group_end, error) ||
       !Find(library, "ncclCommGetAsyncError", &api.get_async_error, error) ||
-      !Find(library, "ncclAllReduce", &api.all_reduce, error) || !Find(library, "ncclCommAbort", &api.abort, error) ||
+      !Find(library, "ncclAllReduce", &api.all_reduce, error) || !Find(library, "ncclSend", &api.send, error) ||
+      !Find(library, "ncclRecv", &api.receive, error) || !Find(library, "ncclCommAbort", &api.abort, error) ||
       !Find(library, "ncclGetErrorString", &api.error_string, error) ||
       !Find(library, "ncclGetLastError", &api.last_error, error)) {
     return nullptr;
   }
+  std::string none;
+  Find(library, "ncclCommRegister", &api.comm_register, &none);
+  Find(library, "ncclCommDeregister", &api.comm_deregister, &none);
   int version = 0;
   if (api.get_version(&version) != kNcclSuccess || version < kOldest) {
     *error = "libnccl.so.2 is of version " + std::to_string(version) + ", at least " + std::to_string(kOldest) +

@@ -40,9 +40,14 @@ struct NcclApi {
   NcclResult (*get_async_error)(NcclComm* comm, NcclResult* result);
   NcclResult (*all_reduce)(const void* from, void* to, size_t count, NcclType type, NcclOp op, NcclComm* comm,
                            void* stream);
+  NcclResult (*send)(const void* from, size_t count, NcclType type, int peer, NcclComm* comm, void* stream);
+  NcclResult (*receive)(void* to, size_t count, NcclType type, int peer, NcclComm* comm, void* stream);
   NcclResult (*abort)(NcclComm* comm);
   const char* (*error_string)(NcclResult result);
   const char* (*last_error)(NcclComm* comm);
+  // As of NCCL 2.19; null before.
+  NcclResult (*comm_register)(NcclComm* comm, void* memory, size_t bytes, void** handle) = nullptr;
+  NcclResult (*comm_deregister)(NcclComm* comm, void* handle) = nullptr;
 };
 
 // That of libnccl.so.2; null with *error where there is none, or one that is too old.

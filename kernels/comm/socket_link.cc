@@ -59,12 +59,18 @@ class SocketLink : public Link {
   }
 
   void Abort(std::string_view reason) override { Fail(std::string(reason)); }
+  // Also that the other end has gone, before a call finds out.
   std::string error() const override {
-    std::lock_guard lock(mutex_);
-    return error_;
+    if (std::string why = ended(); !why.empty()) return why;
+    pollfd gone{socket_, POLLRDHUP, 0};
+    return poll(&gone, 1, 0) > 0 ? peer_ + " has left" : "";
   }
 
  private:
+  std::string ended() const {
+    std::lock_guard lock(mutex_);
+    return error_;
+  }
   bool Fail(const std::string& reason) {
     std::lock_guard lock(mutex_);
     if (error_.empty()) error_ = reason;
@@ -74,7 +80,7 @@ class SocketLink : public Link {
 
   // Until the socket is ready, at most patience.
   bool WaitFor(short events) {
-    if (!error().empty()) return false;
+    if (!ended().empty()) return false;
     pollfd ready{socket_, events, 0};
     const int found = poll(&ready, 1, static_cast<int>(std::min<int64_t>(patience_.count(), INT32_MAX)));
     if (found > 0 || (found < 0 && errno == EINTR)) return true;
@@ -98,7 +104,7 @@ class SocketLink : public Link {
     while (bytes > 0) {
       if (!Advance(send(socket_, at, bytes, MSG_NOSIGNAL), POLLOUT, &at, &bytes)) return false;
     }
-    return error().empty();
+    return ended().empty();
   }
 
   bool Read(void* data, uint64_t bytes) {
@@ -106,7 +112,7 @@ class SocketLink : public Link {
     while (bytes > 0) {
       if (!Advance(recv(socket_, at, bytes, 0), POLLIN, &at, &bytes)) return false;
     }
-    return error().empty();
+    return ended().empty();
   }
 
   const int socket_;

@@ -16,6 +16,7 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error);
 
 namespace cuda {
 
+int CountGpus();
 void DestroyStream(void* stream);
 void UseGpu(int ordinal);          // from this thread
 void SynchronizeGpu(int ordinal);  // waits for all that runs there
@@ -30,6 +31,7 @@ void DestroyEvent(void* event);
 void RecordEvent(void* event, void* stream);
 bool EventPassed(void* event);
 std::string WaitForEvent(void* event);
+void StreamWaitsFor(void* stream, void* event);
 
 // From then on the stream records what this thread issues. Empty, or why it cannot.
 std::string BeginCapture(void* stream);

@@ -85,6 +85,13 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
 
 namespace cuda {
 
+int CountGpus() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
 void DestroyStream(void* stream) {
   ForgetCublasLt(stream);
   cudaStreamDestroy(StreamOf(stream));
@@ -175,6 +182,10 @@ void LaunchGraph(void* graph, void* stream) {
 
 void DestroyGraph(void* graph) {
   cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+}
+
+void StreamWaitsFor(void* stream, void* event) {
+  cudaStreamWaitEvent(StreamOf(stream), EventOf(event), 0);  // Error tells of its error
 }
 
 void* Allocate(int ordinal, size_t bytes) {

@@ -100,7 +100,8 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
       return plan;
     }
     const uint64_t weights = RankWeightBytes(c, *shard, DType::kBF16);
-    const uint64_t workspace = Llama::WorkspaceBytes(c, *shard, step, DType::kBF16);
+    const uint64_t link = limits.stages > 1 ? Llama::LinkBytes(c, step) : 0;
+    const uint64_t workspace = Llama::WorkspaceBytes(c, *shard, step, DType::kBF16) + link;
     const uint64_t block = shard->kv_bytes_per_token(c, DType::kBF16) * static_cast<uint64_t>(limits.block_size);
     plan.weight_bytes = std::max(plan.weight_bytes, weights);
     plan.workspace_bytes = std::max(plan.workspace_bytes, workspace);

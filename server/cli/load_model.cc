@@ -12,6 +12,7 @@
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
+#include "server/cli/gpus.h"
 #include "server/cli/nodes.h"
 #include "server/cli/units.h"
 #include "server/cli/write_file.h"
@@ -55,10 +56,11 @@ Status ChooseIsa(const std::string& name) {
   return Status(Code::kUnavailable, StrCat("--isa ", name, ": this machine has ", Name(DetectedIsa())));
 }
 
-StatusOr<Device> ChooseDevice(const config::v1::Model& config) {
+// gpu: one that is to be used.
+StatusOr<Device> ChooseDevice(const config::v1::Model& config, int gpu) {
   std::string error;
   if (config.device() != "cpu") {
-    if (Stream::Cuda(0, &error) != nullptr) return Device::kCuda;
+    if (Stream::Cuda(gpu, &error) != nullptr) return Device::kCuda;
     if (config.device() == "cuda") {
       return Status(Code::kUnavailable, StrCat("--device cuda: ", error, "; use --device cpu"));
     }
@@ -66,6 +68,13 @@ StatusOr<Device> ChooseDevice(const config::v1::Model& config) {
   }
   RETURN_IF_ERROR(ChooseIsa(config.isa()));
   return Device::kCpu;
+}
+
+// Of each replica's ranks on this node.
+StatusOr<std::vector<std::vector<int>>> GpusOf(const config::v1::ServerConfig& config) {
+  const uint32_t ranks = config.model().tensor_parallel() * PipelineStages(config) / config.nodes().count();
+  return AssignGpus(config.model().devices(), static_cast<int>(config.model().replicas()), static_cast<int>(ranks),
+                    CountGpus());
 }
 
 // The ranks of one engine, on this machine alone or on all nodes.
@@ -131,6 +140,14 @@ EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const Load
   return options;
 }
 
+// How many replicas from this one on use GPUs that this one does.
+int ReplicasToCome(const std::vector<std::vector<int>>& gpus, int replica) {
+  const auto first = gpus.begin() + replica;
+  return static_cast<int>(std::count_if(first, gpus.end(), [&](const std::vector<int>& other) {
+    return std::find_first_of(other.begin(), other.end(), first->begin(), first->end()) != other.end();
+  }));
+}
+
 // What the executor says of itself.
 void SetSize(const SchedulerOptions& executor, SchedulerOptions* scheduler) {
   scheduler->num_blocks = executor.num_blocks;
@@ -171,8 +188,12 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
 }
 
 StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
-  ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.model()));
   LocalExecutorOptions options;
+  if (config.model().device() != "cpu" && CountGpus() > 0) {
+    ASSIGN_OR_RETURN(const auto gpus, GpusOf(config));
+    options.gpus = gpus.front();
+  }
+  ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.model(), options.gpus.empty() ? 0 : options.gpus.front()));
   options.device = device;
   options.dtype = config.model().dtype() == "f32" ? DType::kF32 : DType::kBF16;
   options.ranks = static_cast<int>(config.model().tensor_parallel());
@@ -201,10 +222,6 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
 
 StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
   ASSIGN_OR_RETURN(LocalExecutorOptions executor_options, ExecutorOptionsOf(config, hooks));
-  if (executor_options.device == Device::kCuda && config.model().replicas() > 1) {
-    return Status(Code::kUnimplemented, StrCat("--replicas ", config.model().replicas(),
-                                               ": with --device cuda there is one, on the first GPUs"));
-  }
   bench::Machine machine;
   if (!config.scheduler().step_cost().empty()) {
     ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
@@ -224,9 +241,14 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   }
   const auto drill = executor_options.before_step;
   const int replicas = executor_options.executors;
-  if (replicas > 1) {
+  const bool on_gpus = executor_options.device == Device::kCuda;
+  std::vector<std::vector<int>> gpus;
+  if (on_gpus) {
+    ASSIGN_OR_RETURN(gpus, GpusOf(config));
+  } else if (replicas > 1) {
     ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
   }
+  const uint64_t kv_bytes = executor_options.kv_bytes;
   EngineOptions options = EngineOptionsOf(config, hooks, machine.cost);
   options.scheduler.tenants = std::move(tenants);
   std::vector<std::unique_ptr<Engine>> engines;
@@ -235,10 +257,16 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       executor_options.before_step = [=, first = replica * executor_options.ranks * executor_options.stages](
                                          int rank, uint64_t step) { drill(first + rank, step); };
     }
+    if (on_gpus) {
+      // Each has weights of its own, and the pool that its GPUs have room for.
+      executor_options.gpus = gpus[static_cast<size_t>(replica)];
+      executor_options.kv_bytes = kv_bytes;
+      executor_options.executors = ReplicasToCome(gpus, replica);
+    }
     ASSIGN_OR_RETURN(Ranks ranks, MakeRanks(*model.checkpoint, model.leader.get(), executor_options));
     SetSize(ranks.scheduler, &options.scheduler);
-    executor_options.kv_bytes = ranks.kv_bytes;  // of the next replica, and of one made again
-    executor_options.progress = {};
+    executor_options.kv_bytes = ranks.kv_bytes;  // of the next replica on the CPU, and of one made again
+    if (!on_gpus) executor_options.progress = {};
     if (config.scheduler().on_engine_failure() == "restart") {
       options.restart = [checkpoint = model.checkpoint.get(), leader = model.leader.get(), executor_options,
                          num_blocks = options.scheduler.num_blocks]() {
@@ -254,7 +282,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       options.crash_record_path = FlightRecordPath(folder, replica, "-crash.flight");
     }
     model.device = ranks.device;
-    model.weight_bytes = ranks.weight_bytes;  // the replicas share them
+    model.weight_bytes = ranks.weight_bytes + (on_gpus ? model.weight_bytes : 0);  // on the CPU replicas share them
     model.kv_bytes += ranks.kv_bytes;
     model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;
     ASSIGN_OR_RETURN(auto engine, Engine::Start(options, std::move(ranks.executor), hooks.on_step));

@@ -62,7 +62,7 @@ struct LoadedModel {
   int32_t max_context = 0;
   int64_t kv_tokens = 0;  // that the pools of all replicas hold
   uint64_t kv_bytes = 0;
-  uint64_t weight_bytes = 0;
+  uint64_t weight_bytes = 0;                // of all replicas
   std::unique_ptr<cluster::Leader> leader;  // null for one node; outlives the engine
   std::unique_ptr<ReplicaSet> engine;
 };

@@ -74,6 +74,7 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   options.terms["version"] = StrCat(kVersion, " ", kCommit);
   options.terms["nodes"] = StrCat(config.nodes().count());
   options.terms["dtype"] = config.model().dtype();
+  options.terms["device"] = config.model().device();
   options.terms["tensor-parallel"] = StrCat(config.model().tensor_parallel());
   options.terms["pipeline-parallel"] = StrCat(PipelineStages(config));
   options.terms["max-model-len"] = StrCat(config.model().max_context());

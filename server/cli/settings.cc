@@ -77,13 +77,23 @@ constexpr std::array kSettings = {
          .type = FlagType::kChoice,
          .default_value = "cpu",
          .meaning =
-             "What computes. cuda is a GPU for each rank, from 0 on of those that CUDA_VISIBLE_DEVICES leaves; without "
+             "What computes. cuda is a GPU for each rank of each replica, as --devices says; without "
              "such that this program has kernels for it ends with exit code 69. auto is cuda where that works, else "
              "cpu. No kernel of this "
              "project has run on a GPU yet.",
          .example = "cuda",
          .field = "model.device",
          .choices = "auto|cpu|cuda",
+         .group = kGroupModel},
+    Flag{.name = "devices",
+         .type = FlagType::kText,
+         .default_value = "",
+         .meaning = "With --device cuda, the GPU of each rank: --tensor-parallel for the first stage of the first "
+                    "replica, for its other stages on this node, then for the other replicas. Numbers count those that "
+                    "CUDA_VISIBLE_DEVICES leaves; one that is named several times is shared, which is of no use but "
+                    "to tests. Empty: from 0 on.",
+         .example = "4,5,6,7",
+         .field = "model.devices",
          .group = kGroupModel},
     Flag{.name = "isa",
          .type = FlagType::kChoice,
@@ -155,7 +165,8 @@ constexpr std::array kSettings = {
          .meaning =
              "Engines of the same model behind one front end. Each has its own ranks, KV cache, queue and limits; "
              "a request goes to the one that has its beginning cached or the least to do. On the CPU they share "
-             "the weights, --threads and --kv-memory. One that fails is left out while another serves.",
+             "the weights and --threads, with --device cuda each has its own GPUs. One that fails is left out while "
+             "another serves.",
          .example = "2",
          .field = "model.replicas",
          .min = 1,

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <tuple>
 #include <utility>
 
-#include "kernels/comm/nccl_api.h"
+#include "kernels/comm/nccl_link.h"
 #include "kernels/cpu/thread_team.h"
 #include "kernels/cuda/overlap.h"
 #include "server/base/log.h"
@@ -42,72 +43,78 @@ constexpr auto kPoll = std::chrono::microseconds(20);  // for a GPU, or for a ra
 // Of a GPU's memory, left free for what its driver may still take: 1.2 GiB of 80.
 constexpr uint64_t kReservedPart = 64;
 
-// What the KV caches of all ranks may take together, and words for it.
+int GpuOf(const LocalExecutorOptions& options, size_t rank) {
+  return options.gpus.empty() ? static_cast<int>(rank) : options.gpus.at(rank);
+}
+
+// How many pages there may be, of each rank's KV cache, and words for what decides it.
 struct Room {
   uint64_t most = 0;      // that may be asked for
-  uint64_t default_ = 0;  // that is taken unless something is asked for
+  uint64_t default_ = 0;  // that are taken unless something is asked for
   std::string words;
 };
 
-int GpuOf(const LocalExecutorOptions& options, int rank) {
-  return options.share_gpu ? options.gpu : options.gpu + rank;
-}
-
-Room FindRoom(const LocalExecutorOptions& options) {
+// shapes: of each rank's cache.
+Room FindRoom(const LocalExecutorOptions& options, const std::vector<KvCache::Shape>& shapes) {
+  std::map<int, uint64_t> page_bytes;  // of the ranks on a GPU; on the CPU all are "GPU 0"'s
+  for (size_t rank = 0; rank < shapes.size(); ++rank) {
+    page_bytes[options.device == Device::kCpu ? 0 : GpuOf(options, rank)] += shapes[rank].page_bytes();
+  }
   if (options.device == Device::kCpu) {
     const uint64_t free_bytes = QueryMemory(Device::kCpu).free_bytes;
-    return {free_bytes, free_bytes / 2, StrCat(HumanBytes(free_bytes), " of memory are free")};
+    return {free_bytes / page_bytes[0], free_bytes / 2 / page_bytes[0],
+            StrCat(HumanBytes(free_bytes), " of memory are free")};
   }
   Room room;
   room.most = UINT64_MAX;
-  for (int rank = 0; rank < options.ranks; ++rank) {  // the fullest GPU decides
-    const int gpu = GpuOf(options, rank);
+  for (const auto& [gpu, bytes] : page_bytes) {  // the GPU with the least room for its ranks decides
     const MemoryInfo memory = QueryMemory(Device::kCuda, gpu);
     const uint64_t reserve = memory.total_bytes / kReservedPart;
-    const uint64_t most = memory.free_bytes - std::min<uint64_t>(memory.free_bytes, reserve);
+    const uint64_t most = (memory.free_bytes - std::min<uint64_t>(memory.free_bytes, reserve)) / bytes;
     if (most >= room.most) continue;
     room.most = most;
     room.words = StrCat(HumanBytes(memory.free_bytes), " of the ", HumanBytes(memory.total_bytes), " of GPU ", gpu,
                         " are free beside the model, and ", HumanBytes(reserve), " of them stay free");
   }
-  if (!options.share_gpu) room.most *= static_cast<uint64_t>(options.ranks);
   room.default_ = room.most;
   return room;
 }
 
 // Pages for the KV cache of each rank: as asked, or as many as could be used within the room that there is.
-StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const KvCache::Shape& shape, int32_t max_context) {
-  const uint64_t page_bytes = shape.page_bytes() * static_cast<uint64_t>(options.ranks);
+StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const std::vector<KvCache::Shape>& shapes,
+                              int32_t max_context) {
+  uint64_t page_bytes = 0;  // of all ranks
+  for (const KvCache::Shape& shape : shapes) page_bytes += shape.page_bytes();
   const int64_t pages_for_one = (max_context + options.page_size - 1) / options.page_size;
-  const Room room = FindRoom(options);
-  uint64_t bytes = options.kv_bytes;
-  if (bytes == 0) {
-    uint64_t useful = page_bytes * static_cast<uint64_t>(pages_for_one) * static_cast<uint64_t>(options.max_running);
-    bytes = std::min(room.default_ / static_cast<uint64_t>(options.executors), useful);
-  } else if (bytes > room.most) {
+  const Room room = FindRoom(options, shapes);
+  uint64_t pages = options.kv_bytes / page_bytes;
+  if (options.kv_bytes == 0) {
+    const uint64_t useful = static_cast<uint64_t>(pages_for_one) * static_cast<uint64_t>(options.max_running);
+    pages = std::min(room.default_ / static_cast<uint64_t>(options.executors), useful);
+  } else if (pages > room.most) {
     return Status(Code::kResourceExhausted,
-                  StrCat("the KV cache was given ", HumanBytes(bytes), ", but only ", room.words));
+                  StrCat("the KV cache was given ", HumanBytes(options.kv_bytes), ", but only ", room.words));
   }
-  uint64_t pages = std::min<uint64_t>(bytes / page_bytes, INT32_MAX / static_cast<uint64_t>(options.page_size));
   if (pages < 2) {
     return Status(Code::kResourceExhausted,
-                  StrCat("the KV cache of ", HumanBytes(bytes), " holds ", pages, " blocks of ", options.page_size,
-                         " tokens (", HumanBytes(page_bytes), " each); at least 2 are needed, and ", room.words));
+                  StrCat("the KV cache of ", HumanBytes(options.kv_bytes > 0 ? options.kv_bytes : pages * page_bytes),
+                         " holds ", pages, " blocks of ", options.page_size, " tokens (", HumanBytes(page_bytes),
+                         " each); at least 2 are needed, and ", room.words));
   }
-  return static_cast<int32_t>(pages);
+  return static_cast<int32_t>(std::min<uint64_t>(pages, INT32_MAX / static_cast<uint64_t>(options.page_size)));
 }
 
 StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
   LoadOptions load;
   load.dtype = options.dtype;
   load.device = options.device;
-  load.gpu = options.gpu;
-  load.share_gpu = options.share_gpu;
   load.readers = options.readers;
   load.progress = options.progress;
   load.cancelled = options.cancelled;
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(checkpoint.config(), options));
-  return LoadAllRanks(checkpoint, load, shards);
+  std::vector<int> gpus;
+  for (size_t rank = 0; rank < shards.size(); ++rank) gpus.push_back(GpuOf(options, rank));
+  return LoadAllRanks(checkpoint, load, shards, gpus);
 }
 
 // Of what decides which tokens are computed and where they go.
@@ -126,11 +133,13 @@ uint64_t HashOf(const StepPlan& plan) {
   return hash;
 }
 
-// Of one stage's ranks.
-StatusOr<std::vector<std::unique_ptr<Communicator>>> MakeGroup(const LocalExecutorOptions& options) {
+// Of the ranks of one stage, the stage-th of this process.
+StatusOr<std::vector<std::unique_ptr<Communicator>>> MakeGroup(const LocalExecutorOptions& options, int stage) {
   if (options.device == Device::kCpu) return MakeInProcessGroup(options.ranks, options.patience);
   CudaGroupOptions group;
-  for (int rank = 0; rank < options.ranks; ++rank) group.ordinals.push_back(GpuOf(options, rank));
+  for (int rank = 0; rank < options.ranks; ++rank) {
+    group.ordinals.push_back(GpuOf(options, static_cast<size_t>(stage * options.ranks + rank)));
+  }
   group.patience = options.patience;
   std::string error;
   group.nccl = LoadNccl(&error);
@@ -140,6 +149,63 @@ StatusOr<std::vector<std::unique_ptr<Communicator>>> MakeGroup(const LocalExecut
     return Status(Code::kUnavailable, StrCat("device cuda with ", options.ranks, " ranks: ", error));
   }
   return members;
+}
+
+// The largest tensor that a stage sends: the residual stream, or from the last stage the ids that it sampled.
+size_t MostLinkBytes(const ModelConfig& config, const LocalExecutorOptions& options, bool from_last) {
+  if (!from_last) return static_cast<size_t>(options.token_budget) * static_cast<size_t>(config.hidden) * sizeof(float);
+  return static_cast<size_t>(std::min(options.max_running, options.token_budget)) * sizeof(int32_t);
+}
+
+using LinkEnds = std::pair<std::unique_ptr<Link>, std::unique_ptr<Link>>;
+
+// From rank `from` of this process to rank `to` of the stage after it; names count from first_rank.
+StatusOr<LinkEnds> MakeLink(const ModelConfig& config, const LocalExecutorOptions& options, size_t first_rank,
+                            size_t from, size_t to) {
+  CudaLinkOptions link;
+  link.sender = StrCat("rank ", first_rank + from);
+  link.receiver = StrCat("rank ", first_rank + to);
+  link.patience = options.patience;
+  if (options.device == Device::kCpu) return MakeInProcessLink(link.sender, link.receiver, link.patience);
+  link.from = GpuOf(options, from);
+  link.to = GpuOf(options, to);
+  link.most_bytes = MostLinkBytes(config, options, to < from);
+  std::string error;
+  LinkEnds ends = MakeCudaLink(link, &error);
+  if (ends.first == nullptr) return Status(Code::kUnavailable, StrCat("device cuda with several stages: ", error));
+  return ends;
+}
+
+struct OuterLinks {
+  std::vector<std::shared_ptr<Link>> previous, next;  // [ranks]
+};
+
+// Between the GPUs of this node and those of the nodes around it, which the given links introduce.
+StatusOr<OuterLinks> LinkNodes(const ModelConfig& config, const LocalExecutorOptions& options) {
+  std::string error;
+  const NcclApi* nccl = LoadNccl(&error);
+  if (nccl == nullptr) return Status(Code::kUnavailable, StrCat("device cuda on several nodes needs NCCL: ", error));
+  const int nodes = options.stages / options.local_stages, node = options.first_stage / options.local_stages;
+  const auto ranks = static_cast<size_t>(options.ranks);
+  std::vector<NcclLinkEnd> ends;
+  for (size_t rank = 0; rank < ranks; ++rank) {
+    ends.push_back({.wire = options.outer_previous[rank],
+                    .sends = false,
+                    .gpu = GpuOf(options, rank),
+                    .most_bytes = 0,
+                    .peer = StrCat("node ", (node + nodes - 1) % nodes)});
+  }
+  for (size_t rank = 0; rank < ranks; ++rank) {
+    ends.push_back({.wire = options.outer_next[rank],
+                    .sends = true,
+                    .gpu = GpuOf(options, static_cast<size_t>(options.local_stages - 1) * ranks + rank),
+                    .most_bytes = MostLinkBytes(config, options, node == nodes - 1),
+                    .peer = StrCat("node ", (node + 1) % nodes)});
+  }
+  const auto links = MakeNcclLinks(*nccl, ends, options.patience, &error);
+  if (links.empty()) return Status(Code::kUnavailable, StrCat("device cuda on several nodes: ", error));
+  const auto half = links.begin() + options.ranks;
+  return OuterLinks{{links.begin(), half}, {half, links.end()}};
 }
 
 }  // namespace
@@ -162,14 +228,9 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   }
   if (options.max_context > 0) max_context = options.max_context;
 
-  if (options.device == Device::kCuda && options.stages > 1) {
-    return Status(Code::kUnimplemented, StrCat("device cuda: ", options.stages,
-                                               " stages were asked for, but there is no pipeline of GPUs yet"));
-  }
-
   cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
-  ASSIGN_OR_RETURN(Ranks ranks, Connect(options));  // before weights are read for GPUs that are not there
+  ASSIGN_OR_RETURN(Ranks ranks, Connect(config, options));  // before weights are read for GPUs that are not there
   std::vector<LlamaWeights> weights;
   if (options.weights != nullptr) {
     for (const auto& rank : *options.weights) weights.push_back(Share(rank));
@@ -188,20 +249,19 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   worker_limits.max_context = max_context;
   worker_limits.page_size = options.page_size;
   KvCache::Shape shape;
-  for (const Shard& shard : shards) shape.layers += shard.rank == 0 ? shard.layers(config) : 0;  // of all stages here
   shape.kv_heads = shards.front().kv_heads(config);
   shape.page_size = options.page_size;
   shape.head_dim = config.head_dim;
   shape.dtype = options.dtype;
   std::vector<KvCache::Shape> shapes(shards.size(), shape);
+  for (size_t i = 0; i < shards.size(); ++i) shapes[i].layers = shards[i].layers(config);
 
   const int threads = options.threads > 0 ? options.threads : UsableCores();
   for (size_t i = 0; i < ranks.size(); ++i) {
     Rank& rank = *ranks[i];
-    shapes[i].layers = shards[i].layers(config);
     std::string error;
-    auto stream = Stream::Open(options.device, GpuOf(options, static_cast<int>(i)),
-                               std::max(1, threads / static_cast<int>(ranks.size())), &error);
+    auto stream =
+        Stream::Open(options.device, GpuOf(options, i), std::max(1, threads / static_cast<int>(ranks.size())), &error);
     if (stream == nullptr) return Status(Code::kUnavailable, error);
     auto model = Llama::Create(*stream, config, shards[i], std::move(weights[i]), limits, rank.communicator.get());
     if (model == nullptr) {
@@ -224,14 +284,14 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
   const int64_t largest = std::min<int64_t>(options.token_budget, int64_t{max_context} * options.max_running);
   if (options.device == Device::kCuda) RETURN_IF_ERROR(warm_up(static_cast<int32_t>(largest)));
-  ASSIGN_OR_RETURN(int32_t pages, ChoosePages(options, shape, max_context));
+  ASSIGN_OR_RETURN(int32_t pages, ChoosePages(options, shapes, max_context));
   for (size_t i = 0; i < ranks.size(); ++i) {
     shapes[i].pages = pages;
     std::optional<KvCache> cache = KvCache::Create(shapes[i], ranks[i]->worker->stream());
     if (!cache) {
-      return Status(Code::kResourceExhausted, StrCat("no memory for the KV cache: ",
-                                                     HumanBytes(shape.page_bytes() * static_cast<uint64_t>(pages) *
-                                                                static_cast<uint64_t>(options.ranks))));
+      return Status(Code::kResourceExhausted,
+                    StrCat("no memory for the KV cache of rank ", i, ": ",
+                           HumanBytes(shapes[i].page_bytes() * static_cast<uint64_t>(pages))));
     }
     ranks[i]->worker->SetCache(std::move(*cache));
   }
@@ -247,12 +307,12 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   return std::unique_ptr<LocalExecutor>(new LocalExecutor(std::move(ranks), std::move(scheduler), options));
 }
 
-StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions& options) {
+StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const ModelConfig& config, const LocalExecutorOptions& options) {
   Ranks ranks;
   for (int stage = 0; stage < LocalStages(options); ++stage) {
     std::vector<std::unique_ptr<Communicator>> group(static_cast<size_t>(options.ranks));
     if (options.ranks > 1) {
-      ASSIGN_OR_RETURN(group, MakeGroup(options));
+      ASSIGN_OR_RETURN(group, MakeGroup(options, stage));
     }
     for (auto& communicator : group) {
       ranks.push_back(std::make_shared<Rank>());
@@ -268,16 +328,20 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const LocalExecutorOptions
   if (options.stages == 1) return ranks;
   const auto stage_size = static_cast<size_t>(options.ranks);
   const bool all_here = LocalStages(options) == options.stages;
+  OuterLinks outer{options.outer_previous, options.outer_next};
+  if (options.device == Device::kCuda && !all_here) {
+    ASSIGN_OR_RETURN(outer, LinkNodes(config, options));
+  }
   const size_t first_rank = static_cast<size_t>(options.first_stage) * stage_size;
   for (size_t i = 0; i < ranks.size(); ++i) {
     const size_t next = (i + stage_size) % ranks.size();
     if (!all_here && next < stage_size) {
-      ranks[i]->next = options.outer_next[next];
-      ranks[next]->previous = options.outer_previous[next];
+      ranks[i]->next = outer.next[next];
+      ranks[next]->previous = outer.previous[next];
       continue;
     }
-    std::tie(ranks[i]->next, ranks[next]->previous) =
-        MakeInProcessLink(StrCat("rank ", first_rank + i), StrCat("rank ", first_rank + next), options.patience);
+    ASSIGN_OR_RETURN(auto ends, MakeLink(config, options, first_rank, i, next));
+    std::tie(ranks[i]->next, ranks[next]->previous) = std::move(ends);
   }
   for (size_t i = 0; options.wrap_link && i < ranks.size(); ++i) {
     for (auto* link : {&ranks[i]->previous, &ranks[i]->next}) {
@@ -291,6 +355,14 @@ void LocalExecutor::Rank::Abort(std::string_view reason) const {
   if (communicator != nullptr) communicator->Abort(reason);
   if (previous != nullptr) previous->Abort(reason);
   if (next != nullptr) next->Abort(reason);
+}
+
+std::string LocalExecutor::Rank::Error() const {
+  std::string error = communicator == nullptr ? "" : communicator->error();
+  if (worker->stream().device() == Device::kCpu) return error;
+  if (error.empty() && previous != nullptr) error = previous->error();
+  if (error.empty() && next != nullptr) error = next->error();
+  return error;
 }
 
 Status LocalExecutor::OnAllRanks(const Ranks& ranks, const std::function<Status(size_t, RankWorker&)>& work) {
@@ -314,9 +386,9 @@ Status LocalExecutor::OnAllRanks(const Ranks& ranks, const std::function<Status(
 
 Status LocalExecutor::CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options) {
   const auto begin = std::chrono::steady_clock::now();
-  const uint64_t free_before = QueryMemory(options.device, options.gpu).free_bytes;
+  const uint64_t free_before = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;
   RETURN_IF_ERROR(OnAllRanks(ranks, [](size_t, RankWorker& worker) { return worker.CaptureDecodeGraphs(); }));
-  const uint64_t free_after = QueryMemory(options.device, options.gpu).free_bytes;
+  const uint64_t free_after = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   log::Info("captured the graphs of decode steps",
             {{"graphs", ranks[0]->worker->decode_graphs()},
@@ -453,14 +525,18 @@ StepResult LocalExecutor::Wait() {
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
     const auto& rank = ranks_[i];
+    // A GPU may find out in the middle of the step that another one does not come.
+    const auto look = [&] {
+      const std::string error = rank->Error();
+      if (!error.empty()) Fail(Status(Code::kUnavailable, StrCat("the group of ranks ended: ", error)));
+    };
     for (standstill.Reset(); failure().ok() && !rank->worker->Done(); std::this_thread::sleep_for(kPoll)) {
+      look();
       if (!standstill.TooLong()) continue;
       stalled_ = true;
       Fail(standstill.Of(StrCat("the GPU of rank ", first_rank_ + static_cast<int>(i))));
     }
-    // A GPU may have found out in the middle of the step that another one does not come.
-    const std::string error = rank->communicator == nullptr ? "" : rank->communicator->error();
-    if (!error.empty()) Fail(Status(Code::kUnavailable, StrCat("the group of ranks ended: ", error)));
+    look();
     // A rank may have ended the step before another one failed in it: the next one cannot run then.
     if (result.status = failure(); !result.status.ok()) return result;
     StepResult of_rank = rank->worker->Collect();

@@ -33,13 +33,14 @@ using RankWeights = std::vector<std::shared_ptr<const LlamaWeights>>;  // [stage
 
 struct LocalExecutorOptions {
   Device device = Device::kCpu;
-  int gpu = 0;                 // CUDA: of rank 0; rank r's is gpu + r
-  bool share_gpu = false;      // CUDA, for tests: all ranks are on that one
+  std::vector<int> gpus;       // CUDA: of each rank of this process, those of a stage together; empty: from 0 on.
+                               // Ranks that share one: right, and of no use but to tests
   DType dtype = DType::kBF16;  // of weights, activations and KV cache
   int ranks = 1;               // of each tensor-parallel group
   int stages = 1;              // of the pipeline; each is such a group
   // Of the stages, those of this process; 0: all. Then outer_previous and outer_next lead to the processes that have
-  // the stages before and after, around the ring: [ranks] each.
+  // the stages before and after, around the ring: [ranks] each, of CPU memory. CUDA: they introduce ranks to each other
+  // that then talk by NCCL.
   int first_stage = 0;
   int local_stages = 0;
   std::vector<std::shared_ptr<Link>> outer_previous, outer_next;
@@ -50,7 +51,7 @@ struct LocalExecutorOptions {
   int32_t max_running = 256;
   int32_t token_budget = 2048;
   int32_t max_context = 0;  // 0: the model's own
-  int executors = 1;        // that will share this machine's memory
+  int executors = 1;        // that will share what memory is left, this one included: the host's, or these GPUs'
   uint64_t kv_bytes = 0;    // memory for the KV cache of all ranks; 0: what max_running full contexts could use, but
                             // at most what is free after a step (half of the host's memory, nearly all of a GPU's),
                             // shared out among the executors
@@ -112,11 +113,13 @@ class LocalExecutor : public Executor {
     std::unique_ptr<RankWorker> worker;          // Enqueue is the thread's, Collect the engine's
 
     void Abort(std::string_view reason) const;  // any thread
+    // Why it can go on no more, as far as its calls do not tell; empty while it can. On the CPU a link's do.
+    std::string Error() const;
   };
   using Ranks = std::vector<std::shared_ptr<Rank>>;  // [local stages * ranks], those of a stage together
 
   LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options);
-  static StatusOr<Ranks> Connect(const LocalExecutorOptions& options);  // without workers
+  static StatusOr<Ranks> Connect(const ModelConfig& config, const LocalExecutorOptions& options);  // without workers
   // The work of each rank, all at once: they meet in it. The first error ends the group.
   static Status OnAllRanks(const Ranks& ranks, const std::function<Status(size_t index, RankWorker& worker)>& work);
   static Status CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options);

@@ -1,6 +1,7 @@
 #include "server/engine/replica_set.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <mutex>
 #include <utility>
 
@@ -13,11 +14,20 @@ namespace altiplano {
 // The router, which any thread that submits and every engine's thread talk to.
 class ReplicaSet::Routing {
  public:
-  Routing(int replicas, const EngineLoad& one, bool prefix_cache)
-      : router(replicas, one.block_size, prefix_cache ? one.scheduler.blocks_total : 0) {}
+  // By the smallest pool, where they differ: a router that forgets early costs less than one that remembers too long.
+  Routing(const std::vector<std::unique_ptr<Engine>>& replicas, bool prefix_cache)
+      : router(static_cast<int>(replicas.size()), replicas.front()->load().block_size,
+               prefix_cache ? FewestBlocks(replicas) : 0) {}
 
   std::mutex mutex;
   ReplicaRouter router;  // guarded by mutex
+
+ private:
+  static int32_t FewestBlocks(const std::vector<std::unique_ptr<Engine>>& replicas) {
+    int32_t fewest = INT32_MAX;
+    for (const auto& replica : replicas) fewest = std::min(fewest, replica->load().scheduler.blocks_total);
+    return fewest;
+  }
 };
 
 // Tells the router how far a request is, before its owner learns of it.
@@ -46,9 +56,7 @@ class ReplicaSet::TrackingSink : public RequestSink {
 };
 
 ReplicaSet::ReplicaSet(std::vector<std::unique_ptr<Engine>> replicas, bool prefix_cache)
-    : routing_(replicas.size() > 1 ? std::make_shared<Routing>(static_cast<int>(replicas.size()),
-                                                               replicas.front()->load(), prefix_cache)
-                                   : nullptr),
+    : routing_(replicas.size() > 1 ? std::make_shared<Routing>(replicas, prefix_cache) : nullptr),
       replicas_(std::move(replicas)) {
   CHECK(!replicas_.empty());
 }
@@ -115,7 +123,9 @@ StatusOr<std::string> ReplicaSet::FlightRecord(int replica) const {
 }
 
 int32_t ReplicaSet::max_servable_tokens() const {
-  return replicas_.front()->max_servable_tokens();
+  int32_t tokens = INT32_MAX;
+  for (const auto& replica : replicas_) tokens = std::min(tokens, replica->max_servable_tokens());
+  return tokens;
 }
 
 }  // namespace altiplano

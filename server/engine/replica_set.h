@@ -13,7 +13,7 @@ namespace altiplano {
 
 class ReplicaSet final : public InferenceEngine {
  public:
-  // At least one, with equal KV pools. prefix_cache: whether they keep blocks of finished requests.
+  // At least one. prefix_cache: whether they keep blocks of finished requests.
   ReplicaSet(std::vector<std::unique_ptr<Engine>> replicas, bool prefix_cache);
   // Stops at once: live requests end with UNAVAILABLE.
   ~ReplicaSet() override;
@@ -24,7 +24,7 @@ class ReplicaSet final : public InferenceEngine {
   std::vector<EngineLoad> loads() const override;
   int32_t ResetPrefixCache() override;
   StatusOr<std::string> FlightRecord(int replica) const override;
-  int32_t max_servable_tokens() const override;
+  int32_t max_servable_tokens() const override;  // by each of them
 
   bool failed_for_good() const;  // all have
   int size() const { return static_cast<int>(replicas_.size()); }

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels/comm/link.h"
 #include "kernels/cuda/attention_scratch.h"
 #include "kernels/ops.h"
 #include "kernels/trace.h"
@@ -51,6 +52,10 @@ std::unique_ptr<Llama> Llama::Create(const Stream& stream, const ModelConfig& co
   std::unique_ptr<Llama> llama(new Llama(config, shard, std::move(weights), limits, communicator));
   if (!llama->AllocateWorkspace(stream)) return nullptr;
   return llama;
+}
+
+uint64_t Llama::LinkBytes(const ModelConfig& config, const Limits& limits) {
+  return kCudaLinkSlots * static_cast<uint64_t>(limits.max_tokens * config.hidden) * SizeOf(DType::kF32);
 }
 
 uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act) {

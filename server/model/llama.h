@@ -52,6 +52,8 @@ class Llama {
 
   // Of the workspace that Create allocates on the shard's rank.
   static uint64_t WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act);
+  // What a link between stages keeps on one of its GPUs: residual streams on their way.
+  static uint64_t LinkBytes(const ModelConfig& config, const Limits& limits);
 
   // Computes the stage's layers for the step's tokens and stores their K and V. Before, on all stages but the first,
   // residual() must hold what it held on the stage before, afterwards. False: the group was aborted.

@@ -356,12 +356,12 @@ StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptio
 }
 
 StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options,
-                                                 const std::vector<Shard>& shards) {
+                                                 const std::vector<Shard>& shards, const std::vector<int>& gpus) {
   std::vector<StatusOr<LlamaWeights>> loaded;
   std::vector<LoadOptions> each(shards.size(), options);
   for (size_t rank = 0; rank < each.size(); ++rank) {
     each[rank].shard = shards[rank];
-    if (!options.share_gpu) each[rank].gpu = options.gpu + static_cast<int>(rank);
+    if (options.device == Device::kCuda) each[rank].gpu = gpus.at(rank);
     each[rank].readers = std::max(1, options.readers / static_cast<int>(shards.size()));
     loaded.emplace_back(Status(Code::kInternal, "not loaded"));
   }

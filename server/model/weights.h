@@ -88,8 +88,7 @@ struct LoadOptions {
   Shard shard;
   DType dtype = DType::kBF16;
   Device device = Device::kCpu;
-  int gpu = 0;             // CUDA: the rank's; for LoadAllRanks the first one's, and the i-th's is gpu + i
-  bool share_gpu = false;  // LoadAllRanks: the i-th's is gpu too
+  int gpu = 0;      // CUDA
   int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place, or into pinned memory
                     // from where it is copied to the GPU
   std::function<void(const LoadProgress&)> progress;  // calling thread, about ten times a second and once at the end
@@ -101,8 +100,8 @@ struct LoadOptions {
 StatusOr<LlamaWeights> LoadWeights(const Checkpoint& checkpoint, const LoadOptions& options);
 
 // Of several ranks at once, in the order of `shards`: the readers are shared out, progress is that of all together.
-// options.shard is not looked at.
+// options.shard and options.gpu are not looked at. gpus: CUDA, of each.
 StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, const LoadOptions& options,
-                                                 const std::vector<Shard>& shards);
+                                                 const std::vector<Shard>& shards, const std::vector<int>& gpus = {});
 
 }  // namespace altiplano

@@ -42,6 +42,7 @@ TEST(NcclApi, IsFoundOrTheReasonIsSaid) {
   int version = 0;
   EXPECT_EQ(api->get_version(&version), kNcclSuccess);
   EXPECT_GE(version, 21800);
+  EXPECT_EQ(api->comm_register != nullptr, version >= 21900);
   EXPECT_NE(std::string(api->error_string(kNcclInProgress)), "");
 }
 

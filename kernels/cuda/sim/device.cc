@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <utility>
 
 #include "kernels/cpu/thread_team.h"
@@ -16,13 +18,40 @@ namespace altiplano {
 
 namespace {
 constexpr size_t kTotalBytes = size_t{1} << 30;
-char the_event;  // what is issued runs at once, so that events have no state
+constexpr int kMostGpus = 8;
 std::atomic<int> gpus{1};
 std::atomic<const cuda::Architecture*> architecture{&cuda::kHopper};
+
+// Also the GPU's events: what is issued runs at once, so that they have no state but whose they are.
+struct Gpu {
+  std::string lost;  // guarded by mutex: the error that it was lost with
+} all_gpus[kMostGpus];
+std::mutex mutex;
+struct Allocation {
+  int gpu;
+  size_t bytes;
+};
+// Guarded by mutex. Alive for the whole process: buffers and streams may be released late.
+std::map<const void*, Allocation>& allocations = *new std::map<const void*, Allocation>();
+std::map<const void*, const Gpu*>& gpu_of_stream = *new std::map<const void*, const Gpu*>();
+
+// Under the mutex.
+std::string ErrorOf(const Gpu& gpu) {
+  return gpu.lost.empty() ? sim::StuckError() : gpu.lost;
+}
+std::string ErrorOfStream(const void* stream) {
+  std::lock_guard lock(mutex);
+  return ErrorOf(*gpu_of_stream.at(stream));
+}
 }  // namespace
 
 void sim::SetGpus(int n) {
-  gpus = n;
+  gpus = std::min(n, kMostGpus);
+}
+
+void sim::LoseGpu(int ordinal, const std::string& error) {
+  std::lock_guard lock(mutex);
+  all_gpus[ordinal].lost = error;
 }
 
 void sim::SetArchitecture(const cuda::Architecture& simulated) {
@@ -39,23 +68,34 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     if (gpus > 1) *error += " to " + std::to_string(gpus - 1);
     return nullptr;
   }
-  return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, sim::CreateStream()));
+  void* stream = sim::CreateStream();
+  std::lock_guard lock(mutex);
+  gpu_of_stream[stream] = &all_gpus[ordinal];
+  return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, stream));
 }
 
 namespace cuda {
 
+int CountGpus() {
+  return gpus;
+}
+
 void DestroyStream(void* stream) {
+  {
+    std::lock_guard lock(mutex);
+    gpu_of_stream.erase(stream);
+  }
   sim::DestroyStream(stream);
 }
 
-std::string Synchronize(void*) {
+std::string Synchronize(void* stream) {
   if (sim::ForbiddenInCapture("a wait for the stream")) return "a wait for a stream that is captured";
-  return sim::StuckError();
+  return ErrorOfStream(stream);
 }
 
-std::string Error(void*) {
+std::string Error(void* stream) {
   if (sim::ForbiddenInCapture("a look at the stream")) return "a look at a stream that is captured";
-  return sim::StuckError();
+  return ErrorOfStream(stream);
 }
 
 const Architecture& ArchitectureOf(const Stream&) {
@@ -68,8 +108,8 @@ std::string Describe(int) {
 
 void UseGpu(int) {}
 
-void* CreateEvent(int) {
-  return &the_event;
+void* CreateEvent(int ordinal) {
+  return &all_gpus[ordinal];
 }
 
 void DestroyEvent(void*) {}
@@ -83,9 +123,14 @@ bool EventPassed(void*) {
   return true;
 }
 
-std::string WaitForEvent(void*) {
+std::string WaitForEvent(void* event) {
   sim::ForbiddenInCapture("a wait for an event");
-  return sim::StuckError();
+  std::lock_guard lock(mutex);
+  return ErrorOf(*static_cast<const Gpu*>(event));
+}
+
+void StreamWaitsFor(void*, void*) {
+  sim::ForbiddenInCapture("an event of another stream");
 }
 
 std::string BeginCapture(void* stream) {
@@ -104,13 +149,20 @@ void DestroyGraph(void* graph) {
   sim::DestroyGraph(graph);
 }
 
-void* Allocate(int, size_t bytes) {
-  if (sim::ForbiddenInCapture("an allocation")) return nullptr;
-  return bytes > QueryMemory(0).free_bytes ? nullptr : sim::AllocateDevice(bytes);
+void* Allocate(int ordinal, size_t bytes) {
+  if (sim::ForbiddenInCapture("an allocation") || bytes > QueryMemory(ordinal).free_bytes) return nullptr;
+  void* data = sim::AllocateDevice(bytes);
+  std::lock_guard lock(mutex);
+  if (data != nullptr) allocations[data] = {ordinal, bytes};
+  return data;
 }
 
 void Free(void* data) {
   sim::ForbiddenInCapture("a release of memory");
+  {
+    std::lock_guard lock(mutex);
+    allocations.erase(data);
+  }
   sim::FreeDevice(data);
 }
 
@@ -175,8 +227,13 @@ void Zero(void* stream, void* data, size_t bytes) {
   });
 }
 
-MemoryInfo QueryMemory(int) {
-  return {.free_bytes = kTotalBytes - std::min(kTotalBytes, sim::LiveDeviceBytes()), .total_bytes = kTotalBytes};
+MemoryInfo QueryMemory(int ordinal) {
+  size_t used = 0;
+  std::lock_guard lock(mutex);
+  for (const auto& [data, allocation] : allocations) {
+    if (allocation.gpu == ordinal) used += allocation.bytes;
+  }
+  return {.free_bytes = kTotalBytes - std::min(kTotalBytes, used), .total_bytes = kTotalBytes};
 }
 
 }  // namespace cuda

@@ -72,11 +72,13 @@ void CountTraffic(bool on);  // also forgets what was counted
 Traffic TrafficOf(const std::string& kernel);
 std::string TrafficByLine();
 
-// How many GPUs there are, 1 at first.
+// How many GPUs there are, 1 at first and at most 8. Each has a memory of its own, of 1 GiB; kernels reach all.
 void SetGpus(int gpus);
 // What they are, kHopper at first: a block's shared memory, and whether wgmma and TMA are there.
 void SetArchitecture(const cuda::Architecture& architecture);
 const cuda::Architecture& CurrentArchitecture();
+// From now on whoever asks a stream or an event of that GPU hears `error`. Empty: it is found again.
+void LoseGpu(int ordinal, const std::string& error);
 
 // ---- device memory: what kernels may reach with global accesses. Starts as NaN.
 void* AllocateDevice(size_t bytes);

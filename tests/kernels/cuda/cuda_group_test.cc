@@ -266,6 +266,8 @@ const NcclApi kStandIn = {
           nccl.changed.wait(lock, [&] { return nccl.meetings != meeting; });
           return kNcclSuccess;
         },
+    .send = nullptr,
+    .receive = nullptr,
     .abort =
         [](NcclComm* comm) {
           delete comm;

@@ -1,13 +1,9 @@
 // Groups of nodes, as threads of this process over real connections.
 #include "server/cluster/group.h"
 
-#include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <future>
@@ -18,6 +14,7 @@
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
 #include "server/base/strings.h"
 #include "server/cluster/secret.h"
+#include "tests/server/cluster/free_address.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/engine/parallel_testlib.h"
 
@@ -26,19 +23,6 @@ namespace {
 
 using std::chrono::milliseconds;
 using ::testing::HasSubstr;
-
-// A port that was free a moment ago.
-std::string FreeAddress() {
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in at{};
-  at.sin_family = AF_INET;
-  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof at;
-  EXPECT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at), 0);
-  EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size), 0);
-  close(fd);
-  return StrCat("127.0.0.1:", ntohs(at.sin_port));
-}
 
 std::unique_ptr<Checkpoint> OpenTiny() {
   return std::move(*Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny")));

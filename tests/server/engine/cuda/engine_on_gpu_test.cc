@@ -17,6 +17,7 @@
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
+#include "server/engine/replica_set.h"
 #include "server/model/checkpoint_tensors.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/model/checkpoint_testlib.h"
@@ -192,7 +193,7 @@ TEST(EngineOnGpu, TwoRanksAnswerAsTwoOnTheCpu) {
   const auto on_cpu = RunAll(*Start(options), AllKinds());
   options.device = Device::kCuda;
   options.patience = std::chrono::minutes(10);
-  options.share_gpu = true;
+  options.gpus = {0, 0};
   options.check_ranks = true;
   const auto on_gpu = RunAll(*Start(options), AllKinds());
   for (size_t i = 0; i < on_gpu.size(); ++i) {
@@ -204,10 +205,59 @@ TEST(EngineOnGpu, TwoRanksAnswerAsTwoOnTheCpu) {
   }
 }
 
+// Stages split no sum: to the bit as without them. Each stage has a GPU of its own; its ranks share it, which keeps a
+// real NCCL out.
+TEST(EngineOnGpu, StagesChangeNoBitOfAnAnswer) {
+  sim::SetGpus(2);
+  for (int ranks : {1, 2}) {
+    SCOPED_TRACE(StrCat("2 stages of ", ranks));
+    LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+    options.ranks = ranks;
+    options.patience = std::chrono::minutes(10);
+    options.gpus.assign(static_cast<size_t>(ranks), 0);
+    const auto whole = RunAll(*Start(options), AllKinds());
+    options.stages = 2;
+    options.gpus.insert(options.gpus.end(), static_cast<size_t>(ranks), 1);
+    const auto staged = RunAll(*Start(options), AllKinds());
+    for (size_t i = 0; i < whole.size(); ++i) {
+      SCOPED_TRACE(StrCat("request ", i));
+      for (uint32_t sequence : {0, 1}) EXPECT_EQ(TokensOf(staged[i], sequence), TokensOf(whole[i], sequence));
+      const std::vector<TokenScore> a = ScoresOf(staged[i]), b = ScoresOf(whole[i]);
+      ASSERT_EQ(a.size(), b.size());
+      for (size_t t = 0; i != 3 && t < a.size(); ++t) EXPECT_EQ(a[t].logprob, b[t].logprob) << t;
+    }
+  }
+  sim::SetGpus(1);
+}
+
+TEST(EngineOnGpu, AStageThatIsLostOrDoesNotComeEndsEverything) {
+  sim::SetGpus(2);
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.stages = 2;
+  options.patience = std::chrono::seconds(3);
+  std::atomic<bool> release = false;
+  for (bool hangs : {true, false}) {
+    options.before_step = [&](int rank, uint64_t step) {
+      if (rank != 0 || step != 3) return;
+      if (!hangs) sim::LoseGpu(0, "the GPU has fallen off the bus");
+      while (hangs && !release) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    };
+    const auto engine = Start(options);
+    ASSERT_NE(engine, nullptr);
+    const Call call = Submit(*engine, MakeRequest(0, 5, 50));
+    const Status end = call.sink->WaitForEnd().back().status;
+    release = true;
+    EXPECT_EQ(end.reason(), "ENGINE_DOWN");
+    EXPECT_THAT(end.message(), HasSubstr(hangs ? "no word for 3000 ms from rank 0" : "fallen off the bus"));
+  }
+  sim::LoseGpu(0, "");
+  sim::SetGpus(1);
+}
+
 TEST(EngineOnGpu, ARankThatDoesNotComeEndsEverything) {
   LocalExecutorOptions options = Options(Device::kCuda, DType::kF32);
   options.ranks = 2;
-  options.share_gpu = true;
+  options.gpus = {0, 0};
   options.patience = std::chrono::seconds(3);
   std::atomic<bool> release = false;
   options.before_step = [&](int rank, uint64_t step) {
@@ -229,6 +279,46 @@ TEST(EngineOnGpu, RefusesMoreRanksThanThereAreGpus) {
   const auto executor = LocalExecutor::Create(Model(), options);
   EXPECT_EQ(executor.status().code(), Code::kUnavailable);
   EXPECT_EQ(executor.status().message(), "device cuda with 2 ranks: no simulated GPU 1, only 0");
+}
+
+// A GPU that is lost takes the replica along that it belongs to, and no other.
+TEST(EngineOnGpu, ReplicasHaveGpusOfTheirOwn) {
+  sim::SetGpus(2);
+  const size_t all = QueryMemory(Device::kCuda, 0).free_bytes;
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  const auto expected = TokensOf(RunAll(*Start(options), {MakeRequest(0, 9, 5)})[0]);
+  {
+    std::vector<std::unique_ptr<Engine>> engines;
+    options.gpus = {0};
+    engines.push_back(Start(options));
+    EXPECT_LT(QueryMemory(Device::kCuda, 0).free_bytes, all);
+    EXPECT_EQ(QueryMemory(Device::kCuda, 1).free_bytes, all);
+    options.gpus = {1};
+    options.kv_bytes = 40 * 2 * 2 * 4 * 64 * sizeof(BF16);  // 40 blocks
+    engines.push_back(Start(options));
+    EXPECT_LT(QueryMemory(Device::kCuda, 1).free_bytes, all);
+    ReplicaSet replicas(std::move(engines), true);
+    EXPECT_GT(replicas.loads()[0].scheduler.blocks_total, 40);
+    EXPECT_EQ(replicas.loads()[1].scheduler.blocks_total, 40);
+
+    const auto submit = [&](int index) {
+      auto sink = std::make_shared<CollectingSink>();
+      auto handle = replicas.Submit(MakeRequest(index, 9, index == 0 ? 5 : 50), sink);
+      EXPECT_TRUE(handle.ok()) << handle.status().ToString();
+      return std::pair(std::move(*handle), sink);
+    };
+    auto first = submit(0), second = submit(1);
+    second.second->WaitFor(Event::Kind::kToken, 1);
+    sim::LoseGpu(1, "the GPU has fallen off the bus");
+    EXPECT_EQ(second.second->WaitForEnd().back().status.reason(), "ENGINE_DOWN");
+    EXPECT_EQ(TokensOf(first.second->WaitForEnd()), expected);
+    EXPECT_TRUE(replicas.loads()[0].healthy);
+    EXPECT_FALSE(replicas.loads()[1].healthy);
+    EXPECT_TRUE(replicas.healthy());
+    EXPECT_EQ(TokensOf(submit(0).second->WaitForEnd()), expected);
+  }
+  sim::LoseGpu(1, "");
+  sim::SetGpus(1);
 }
 
 // Alone and undisturbed, then all at once in a pool for half of them.
@@ -305,7 +395,7 @@ TEST(EngineOnGpu, GraphsChangeNoBit) {
 TEST(EngineOnGpu, GraphsOfTwoRanksChangeNoBit) {
   LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
   options.ranks = 2;
-  options.share_gpu = true;
+  options.gpus = {0, 0};
   options.patience = std::chrono::minutes(10);
   std::vector<std::vector<Event>> answers[2];
   for (const bool graphs : {false, true}) {
@@ -378,7 +468,7 @@ TEST(EngineOnGpu, RefusesACacheThatDoesNotFitWithNumbers) {
   EXPECT_THAT(executor.status().message(), HasSubstr("the KV cache was given 1.00 GiB, but only "));
   EXPECT_THAT(executor.status().message(), HasSubstr(" of the 1.00 GiB of GPU 0 are free beside the model"));
   options.kv_bytes = 0;
-  options.gpu = 1;
+  options.gpus = {1};
   EXPECT_EQ(LocalExecutor::Create(Model(), options).status().code(), Code::kUnavailable);
 }
 

@@ -1,0 +1,34 @@
+#include "server/cli/gpus.h"
+
+#include <gtest/gtest.h>
+
+namespace altiplano::cli {
+namespace {
+
+using Assigned = std::vector<std::vector<int>>;
+
+TEST(AssignGpus, EachReplicaHasItsOwn) {
+  EXPECT_EQ(AssignGpus("", 1, 1, 1).value(), (Assigned{{0}}));
+  EXPECT_EQ(AssignGpus("", 2, 4, 8).value(), (Assigned{{0, 1, 2, 3}, {4, 5, 6, 7}}));
+  EXPECT_EQ(AssignGpus("6,4,1,0", 2, 2, 8).value(), (Assigned{{6, 4}, {1, 0}}));
+  EXPECT_EQ(AssignGpus("0,0", 2, 1, 1).value(), (Assigned{{0}, {0}}));  // shared, since it is said twice
+}
+
+TEST(AssignGpus, RefusesTooFewWithTheNumbers) {
+  auto few = AssignGpus("", 3, 2, 4);
+  EXPECT_EQ(few.status().code(), Code::kUnavailable);
+  EXPECT_EQ(few.status().message(), "--device cuda: 6 GPUs are wanted here, 2 for each of 3 replicas, and there are 4");
+  EXPECT_EQ(AssignGpus("0,1,2,4", 2, 2, 4).status().message(), "--devices: no GPU 4, there are 4");
+  auto list = AssignGpus("0,1,2", 1, 4, 8);
+  EXPECT_EQ(list.status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(list.status().message(), "--devices names 3: 4 GPUs are wanted here, 4 for each of 1 replica");
+}
+
+TEST(AssignGpus, RefusesWhatIsNoList) {
+  for (const char* list : {",", "0,", "0,,1", "a", "0;1", "-1", "0, 1", "99999999999"}) {
+    EXPECT_EQ(AssignGpus(list, 1, 2, 8).status().code(), Code::kInvalidArgument) << list;
+  }
+}
+
+}  // namespace
+}  // namespace altiplano::cli
