@@ -217,6 +217,7 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   DOOR_CHECK(args.context_lengths.dtype == DType::kI32);
   DOOR_CHECK(args.block_tables.dtype == DType::kI32);
   if (tokens == 0 || sequences == 0) return;
+  if (OnCuda(stream)) CheckViews(op, stream.device(), {{"work.list", args.work.list, {-1}}});
   OnCuda(stream) ? cuda::PagedAttention(stream, args) : cpu::PagedAttention(stream.team(), args);
 }
 

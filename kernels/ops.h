@@ -90,6 +90,15 @@ struct RopeStoreKvArgs {
 };
 void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args);
 
+// Which blocks of a GPU do what for a step's attention: cuda::PlanAttention makes it on the host, from the step's
+// lengths (kernels/cuda/paged_attention_plan.h). The numbers may be larger than the list's own: blocks then return.
+struct AttentionWork {
+  TensorView list;            // [n] i32
+  int32_t prefill_items = 0;  // blocks of the prefill kernel, for each KV head
+  int32_t workers = 0;        // blocks that attend to all else, for each KV head
+  int32_t cuts = 0;           // blocks that fold the states of tiles that were cut, for each KV head
+};
+
 // Causal attention of each sequence's new tokens over its whole context in the pages; prefill, chunk and decode alike.
 // Sequence b has queries [q_begin[b], q_begin[b+1]) and context_lengths[b] tokens in the cache, the new ones included;
 // its i-th query of n sees the first context_lengths[b] - n + i + 1 of them.
@@ -102,13 +111,10 @@ struct PagedAttentionArgs {
   TensorView context_lengths;  // [B] i32
   TensorView block_tables;     // [B, max_pages] i32: page ids in order
   float scale = 0;             // 1 / sqrt(D)
-  // CUDA only: lets the contexts of few queries be split over many blocks, to the same bits as without it. See
-  // kernels/cuda/paged_attention_plan.h for how much that needs; less is as good as none.
+  // CUDA only. Scratch is as large as `work` was told; without any no tile is cut, to the same bits.
+  AttentionWork work = {};
   void* scratch = nullptr;
   size_t scratch_bytes = 0;
-  // CUDA only: a token's bits must not depend on how its prompt was cut into steps. Without it long parts of a prompt
-  // go through a faster kernel that sums in another order.
-  bool batch_invariant = false;
 };
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args);
 

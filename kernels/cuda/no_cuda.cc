@@ -150,6 +150,9 @@ void RopeStoreKv(Stream&, const RopeStoreKvArgs&) {
 void PagedAttention(Stream&, const PagedAttentionArgs&) {
   Die();
 }
+bool TakesPrefill(DType, int64_t, int64_t) {
+  return false;
+}
 void GatherRows(Stream&, const GatherRowsArgs&) {
   Die();
 }

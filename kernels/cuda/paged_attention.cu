@@ -1,8 +1,11 @@
 // Paged attention without matrix instructions, for f32 and for every head size; and the combination of splits.
 //
-// A block takes one tile of rows and the KV head that they share, so that keys and values are read once for the whole
+// A worker takes tiles of rows and the KV head that they share, so that keys and values are read once for the whole
 // group. It goes through the context split by split: each thread scores whole keys against all rows, the warps turn
 // each row's scores into weights, each thread sums columns of values, and the split is folded into the rows' state.
+#include <cstdio>
+#include <cstdlib>
+
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/paged_attention.h"
@@ -22,11 +25,9 @@ struct alignas(4 * kPack) Floats {
   float x[kPack];
 };
 
-// A 1 in launch bounds, here and elsewhere: ptxas then takes the registers that it needs, where it else might spill.
 template <int kPack>
-__global__ void __launch_bounds__(kAttentionThreads, 1) PlainAttentionKernel(AttentionArgs args) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int kv_head = static_cast<int>(blockIdx.y), dim = args.dim;
+PTX_FUNCTION void AttendPlainly(const AttentionArgs& args, const AttentionItem& tile, int kv_head) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, dim = args.dim;
   const int width = (dim + 3) / 4 * 4;
   auto* q = static_cast<float*>(ptx::DynamicShared());  // [kRows, width]
   float* state = q + kRows * width;                     // [kRows, width]
@@ -35,13 +36,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) PlainAttentionKernel(Att
   PTX_SHARED(float, total, kRows);
   PTX_SHARED(float, old_weight, kRows);
   PTX_SHARED(float, new_weight, kRows);
-
-  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x), kRows, 1, args.most_rows);
-  if (tile.sequence < 0) return;
   const int end = KeysSeen(args, tile, tile.rows - 1);
-  const int first_split = args.scratch != nullptr ? static_cast<int>(blockIdx.z) : 0;
-  if (first_split * kSplit >= end) return;
-  const int last_split = args.scratch != nullptr ? first_split : (end - 1) / kSplit;
 
   for (int i = thread; i < kRows * width; i += kThreads) {
     const int r = i / width, column = i % width;
@@ -59,9 +54,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) PlainAttentionKernel(Att
   }
   __syncthreads();
 
-  for (int split = first_split; split <= last_split; ++split) {
-    const int begin = split * kSplit;
-    const int keys = end - begin < kSplit ? end - begin : kSplit;
+  for (int split = tile.first_split; split < tile.end_split; ++split) {
+    const int begin = split * kSplit, keys = SmallerOf(end - begin, kSplit);
     for (int key = thread; key < keys; key += kThreads) {
       const int64_t at = PoolRow(args, tile, kv_head, begin + key) * dim;
       float sums[kRows] = {};
@@ -81,7 +75,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) PlainAttentionKernel(Att
     __syncthreads();
 
     for (int r = warp; r < tile.rows; r += kThreads / 32) {
-      const int seen = KeysSeen(args, tile, r) - begin < keys ? KeysSeen(args, tile, r) - begin : keys;
+      const int seen = SmallerOf(KeysSeen(args, tile, r) - begin, keys);
       float most = kNoScore;
       for (int key = lane; key < seen; key += 32) most = Larger(most, ptx::LdShared(scores + r * kSplit + key));
       for (int lanes = 16; lanes > 0; lanes /= 2) most = Larger(most, __shfl_xor_sync(0xFFFFFFFF, most, lanes));
@@ -126,45 +120,75 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) PlainAttentionKernel(Att
       }
     }
     __syncthreads();
+    if (tile.first_state < 0 || (tile.first_split == 0 && split + 1 < tile.end_split)) continue;
+    // The state of the first piece, or of one split, after which the next begins with none.
+    for (int i = thread; i < tile.rows * dim; i += kThreads) {
+      const int r = i / dim, column = i % dim;
+      float* own = state + r * width + column;
+      StoreState(args, tile, kv_head, tile.first_split == 0 ? 0 : split - tile.first_split, r, column,
+                 ptx::LdShared(own), ptx::LdShared(largest + r), ptx::LdShared(total + r));
+      ptx::StShared(own, 0.0f);
+    }
+    __syncthreads();
+    if (thread < kRows) {
+      ptx::StShared(largest + thread, kNoScore);
+      ptx::StShared(total + thread, 0.0f);
+    }
+    __syncthreads();
   }
 
-  for (int i = thread; i < tile.rows * dim; i += kThreads) {
-    const int r = i / dim, column = i % dim;
-    const RowPlace place = PlaceOf(args, tile, kv_head, r);
-    const float sum = ptx::LdShared(state + r * width + column);
-    StoreState(args, place, static_cast<int>(blockIdx.z), column, sum, ptx::LdShared(largest + r),
-               ptx::LdShared(total + r));
+  if (tile.first_state < 0) {
+    for (int i = thread; i < tile.rows * dim; i += kThreads) {
+      const int r = i / dim, column = i % dim;
+      StoreResult(args, tile, kv_head, r, column, ptx::LdShared(state + r * width + column), ptx::LdShared(total + r));
+    }
   }
 }
 
-// One block for one row: folds its splits in order, each thread some columns.
-__global__ void __launch_bounds__(kAttentionThreads) CombineSplitsKernel(AttentionArgs args) {
-  const int64_t token = blockIdx.x;
-  const int head = static_cast<int>(blockIdx.y);
-  // The last sequence that begins at or before the token; those without queries begin where the next one does.
-  int sequence = 0, beyond = args.sequences;
-  while (beyond - sequence > 1) {
-    const int middle = (sequence + beyond) / 2;
-    (ptx::LdGlobal(args.q_begin + middle) <= token ? sequence : beyond) = middle;
+// Three blocks of a multiprocessor: without a number ptxas takes 56 registers and spills.
+template <int kPack>
+__global__ void __launch_bounds__(kAttentionThreads, 3) PlainAttentionKernel(AttentionArgs args) {
+  const ItemRange items = ItemsOfWorker(args);
+  for (int i = items.begin; i < items.end; ++i) {
+    if (i > items.begin) __syncthreads();  // before shared memory is used again
+    AttendPlainly<kPack>(args, LoadRecord<AttentionItem>(args, i), static_cast<int>(blockIdx.y));
   }
-  const int64_t end = ptx::LdGlobal(args.q_begin + sequence + 1);
-  if (token >= end || (end - ptx::LdGlobal(args.q_begin + sequence)) * args.group > args.most_rows) return;
-  const int64_t seen = ptx::LdGlobal(args.context_lengths + sequence) - (end - token) + 1;
-  const int64_t first_part = (token * args.q_heads + head) * args.splits;
-  for (int column = static_cast<int>(threadIdx.x); column < args.dim; column += kThreads) {
+}
+
+// One block for some rows of a tile that was cut: folds their states in order, each thread some columns.
+__global__ void __launch_bounds__(kCombineThreads) CombineSplitsKernel(AttentionArgs args) {
+  constexpr int kAtOnce = 8;  // under way: folding waits for what is read
+  const auto header = LoadRecord<AttentionHeader>(args, 0);
+  if (static_cast<int>(blockIdx.x) >= header.cuts) return;
+  const auto cut = LoadRecord<AttentionCut>(args, header.first_cut + static_cast<int>(blockIdx.x));
+  const int kv_head = static_cast<int>(blockIdx.y);
+  for (int i = static_cast<int>(threadIdx.x); i < cut.rows * args.dim; i += static_cast<int>(kCombineThreads)) {
+    const int r = i / args.dim, column = i % args.dim;
     float state = 0, largest = kNoScore, total = 0;
-    for (int64_t split = 0; split * kSplit < seen; ++split) {
-      const int64_t part = first_part + split;
-      const float most = ptx::LdGlobal(args.scratch + args.parts * args.dim + part);
-      const float sum = ptx::LdGlobal(args.scratch + args.parts * (args.dim + 1) + part);
-      const float now = Larger(largest, most);
-      const float old_weight = Weight(largest, now), new_weight = Weight(most, now);
-      state = Fold(state, old_weight, ptx::LdGlobal(args.scratch + part * args.dim + column), new_weight);
-      total = Fold(total, old_weight, sum, new_weight);
-      largest = now;
+    for (int first = 0; first < cut.states; first += kAtOnce) {
+      float sums[kAtOnce];
+      ScaleOfState scales[kAtOnce];
+      PTX_UNROLL
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (first + n >= cut.states) break;
+        const int64_t at = StateAt(args, kv_head, cut.first_state + (first + n) * cut.stride + r);
+        sums[n] = ptx::LdGlobal(args.scratch + at * args.dim + column);
+        scales[n] = ptx::LdGlobal(ScaleAt(args, at));
+      }
+      PTX_UNROLL
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (first + n >= cut.states) break;
+        const float now = Larger(largest, scales[n].largest);
+        const float old_weight = Weight(largest, now), new_weight = Weight(scales[n].largest, now);
+        state = Fold(state, old_weight, sums[n], new_weight);
+        total = Fold(total, old_weight, scales[n].total, new_weight);
+        largest = now;
+      }
     }
+    const int row = cut.first_row + r;
+    const int64_t token = int64_t{cut.first_token} + row / args.group;
     const float x[1] = {ptx::Divide(state, total)};
-    Store(args.out, token * args.out.stride + int64_t{head} * args.dim + column, x);
+    Store(args.out, token * args.out.stride + int64_t{kv_head * args.group + row % args.group} * args.dim + column, x);
   }
 }
 
@@ -172,50 +196,47 @@ __global__ void __launch_bounds__(kAttentionThreads) CombineSplitsKernel(Attenti
 
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   const int64_t dim = args.k_pages.dim(3), kv_heads = args.k_pages.dim(1), page_size = args.k_pages.dim(2);
-  const int64_t pool_rows = args.k_pages.dim(0) * kv_heads * page_size;
+  const int64_t q_heads = args.q.dim(1) / dim;
+  if (q_heads == 0) return;
   const bool packed = IsPacked(args.k_pages, kRowPack) && IsPacked(args.v_pages, kRowPack);
   const bool mma = args.k_pages.dtype == DType::kBF16 && (dim == 64 || dim == 128) && IsPacked(args.k_pages, 8) &&
                    IsPacked(args.v_pages, 8) && IsPacked(args.q, kRowPack);
-  const AttentionSizes sizes = {.tokens = args.q.dim(0),
-                                .sequences = args.context_lengths.dim(0),
-                                .q_heads = args.q.dim(1) / dim,
-                                .kv_heads = kv_heads,
-                                .dim = dim,
-                                .most_context = args.block_tables.dim(1) * page_size,
-                                .may_prefill = mma && !args.batch_invariant && page_size % kPrefillKeys == 0 &&
-                                               IsPacked(args.out, 8) && pool_rows <= kMostPoolRows && MayPrefill()};
-  if (sizes.q_heads == 0) return;
-  const AttentionPlan plan = PlanPagedAttention(
-      sizes, mma ? MmaAttentionSharedBytes(dim) : PlainAttentionSharedBytes(dim), args.scratch_bytes);
   AttentionArgs a;
   a.out = Elements(args.out);
   a.q = Elements(args.q);
   a.k_pages = Elements(args.k_pages);
   a.v_pages = Elements(args.v_pages);
-  a.q_begin = args.q_begin.as<int32_t>();
-  a.context_lengths = args.context_lengths.as<int32_t>();
   a.block_tables = args.block_tables.as<int32_t>();
   a.table_stride = args.block_tables.stride0;
-  a.sequences = static_cast<int>(sizes.sequences);
-  a.q_heads = static_cast<int>(sizes.q_heads);
+  a.q_heads = static_cast<int>(q_heads);
   a.kv_heads = static_cast<int>(kv_heads);
-  a.group = static_cast<int>(sizes.q_heads / kv_heads);
+  a.group = static_cast<int>(q_heads / kv_heads);
   a.dim = static_cast<int>(dim);
   a.page_size = static_cast<int>(page_size);
   a.scale = args.scale * kLog2E;
-  a.splits = plan.splits;
-  a.parts = sizes.tokens * sizes.q_heads * plan.splits;
-  a.scratch = plan.split ? static_cast<float*>(args.scratch) : nullptr;
-  if (plan.prefill) {
-    LaunchPrefillAttention(stream, plan.prefill_attend, a, pool_rows);
-    a.most_rows = kFewestPrefillRows - 1;
+  a.list = args.work.list.as<int32_t>();
+  a.scratch = static_cast<float*>(args.scratch);
+  a.states = AttentionStates(dim, args.scratch_bytes);
+  if (args.work.prefill_items > 0) {
+    const int64_t pool_rows = args.k_pages.dim(0) * kv_heads * page_size;
+    if (!mma || !IsPacked(args.out, 8) || page_size % kPrefillKeys != 0 || pool_rows > kMostPoolRows) {
+      std::fputs("PagedAttention: the work list has tiles for a kernel that does not take these operands\n", stderr);
+      std::abort();
+    }
+    LaunchPrefillAttention(stream, PrefillAttentionShape(kv_heads, dim, args.work.prefill_items), a, pool_rows);
   }
-  if (mma) {
-    LaunchMmaAttention(stream, plan.attend, a);
-  } else {
-    Launch(stream, "PagedAttention", plan.attend, packed ? PlainAttentionKernel<kRowPack> : PlainAttentionKernel<1>, a);
+  if (args.work.workers > 0) {
+    const LaunchShape shape = AttentionShape(kv_heads, args.work.workers,
+                                             mma ? MmaAttentionSharedBytes(dim) : PlainAttentionSharedBytes(dim));
+    if (mma) {
+      LaunchMmaAttention(stream, shape, a);
+    } else {
+      Launch(stream, "PagedAttention", shape, packed ? PlainAttentionKernel<kRowPack> : PlainAttentionKernel<1>, a);
+    }
   }
-  if (plan.split) Launch(stream, "CombineSplits", plan.combine, CombineSplitsKernel, a);
+  if (args.work.cuts > 0) {
+    Launch(stream, "CombineSplits", CombineSplitsShape(kv_heads, args.work.cuts), CombineSplitsKernel, a);
+  }
 }
 
 }  // namespace altiplano::cuda

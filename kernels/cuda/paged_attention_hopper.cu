@@ -6,8 +6,11 @@
 // values alone. While the tensor cores add the values of one run of 64 keys, the scores of the next are already on
 // their way and turn into weights.
 //
-// Each row goes through the keys from the first in runs of 64, by operations that no other row changes: its bits are
-// the same in a whole prefill, in a chunk and in any batch, as long as its sequence is this kernel's.
+// Each row goes through the keys from the first in runs of 64, and begins anew every 2048, folding what it has into its
+// state: so that a long context can be cut there and shared by blocks. No other row changes these operations: a row's
+// bits are the same in a whole prefill, in a chunk, in any batch and on any number of blocks, as long as its sequence
+// is this kernel's.
+#include "kernels/cuda/backend.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/paged_attention.h"
 #include "kernels/cuda/ptx_hopper.h"
@@ -18,6 +21,7 @@ namespace {
 
 constexpr int kKeys = kPrefillKeys;
 constexpr int kSlots = kPrefillSlots;
+constexpr int kSplit = static_cast<int>(kPrefillSplit);
 constexpr int kWarpRows = 16;
 constexpr int kGroupRows = 64;               // of a warpgroup
 constexpr uint32_t kBoxBytes = kKeys * 128;  // 64 columns of the keys or values of a run
@@ -28,13 +32,14 @@ template <int kDim>
 struct Shared {
   static constexpr int kBoxes = kDim / 64;
   unsigned char ring[kSlots][kBoxes][kBoxBytes];
-  uint4 rows[kPrefillConsumers][kWarpRows * kDim / 8];  // each warp's queries, and in the end its results
+  // Each warp's queries in bf16, then the state of its rows in f32, in the end its results in bf16.
+  uint4 rows[kPrefillConsumers][kWarpRows * kDim / 4];
   uint64_t full[kSlots], empty[kSlots];
   uint64_t tail;  // of the last values, before the producer has worked on them
 };
 
-// The ring's turns: the keys of run 0, then those of run j and the values of run j - 1 for each j, then the last
-// values. So they are consumed.
+// The ring's turns, for each split: the keys of run 0, then those of run j and the values of run j - 1 for each j, then
+// the last values. So they are consumed.
 PTX_FUNCTION int SlotOf(int turn) {
   return turn % kSlots;
 }
@@ -68,30 +73,44 @@ PTX_FUNCTION void ClearFrom(Shared<kDim>& shared, int slot, int keys) {
   }
 }
 
+// The runs of a split: of the tile's, or of the warpgroup's rows that see keys up to `end`.
+PTX_FUNCTION int RunsOf(int split, int end) {
+  const int keys = SmallerOf(end - split * kSplit, kSplit);
+  return keys > 0 ? (keys + kKeys - 1) / kKeys : 0;
+}
+
 template <int kDim>
-PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int end,
+PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
                           Shared<kDim>& shared, const ptx::TensorMap& keys, const ptx::TensorMap& values) {
-  const int lane = static_cast<int>(threadIdx.x % 32), runs = (end + kKeys - 1) / kKeys;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   int turn = 0, row = 0, row_of_lane = 0;
-  for (int run = 0; run < runs; ++run) {
-    if (run % 32 == 0 && run + lane < runs) {
-      row_of_lane = static_cast<int>(PoolRow(args, tile, kv_head, (run + lane) * kKeys));
+  for (int split = tile.first_split; split < tile.end_split; ++split) {
+    const int runs = RunsOf(split, end);
+    for (int run = 0; run < runs; ++run) {
+      if (run % 32 == 0 && run + lane < runs) {
+        row_of_lane = static_cast<int>(PoolRow(args, tile, kv_head, split * kSplit + (run + lane) * kKeys));
+      }
+      const int before = row;
+      row = __shfl_sync(0xFFFFFFFF, row_of_lane, run % 32);
+      Fill(shared, turn, keys, row, &shared.full[SlotOf(turn)]);
+      ++turn;
+      if (run == 0) continue;
+      Fill(shared, turn, values, before, &shared.full[SlotOf(turn)]);
+      ++turn;
     }
-    const int before = row;
-    row = __shfl_sync(0xFFFFFFFF, row_of_lane, run % 32);
-    Fill(shared, turn, keys, row, &shared.full[SlotOf(turn)]);
-    ++turn;
-    if (run == 0) continue;
-    Fill(shared, turn, values, before, &shared.full[SlotOf(turn)]);
+    const int last = end - split * kSplit - (runs - 1) * kKeys;  // of its keys are in the context
+    if (last >= kKeys) {
+      Fill(shared, turn, values, row, &shared.full[SlotOf(turn)]);
+    } else {
+      Fill(shared, turn, values, row, &shared.tail);
+      ptx::MbarrierWait(&shared.tail, 0);
+      ClearFrom(shared, SlotOf(turn), last);
+      ptx::FenceProxyAsync();
+      __syncwarp();
+      if (lane == 0) ptx::MbarrierArrive(&shared.full[SlotOf(turn)]);
+    }
     ++turn;
   }
-  if (end % kKeys == 0) return Fill(shared, turn, values, row, &shared.full[SlotOf(turn)]);
-  Fill(shared, turn, values, row, &shared.tail);
-  ptx::MbarrierWait(&shared.tail, 0);
-  ClearFrom(shared, SlotOf(turn), end % kKeys);
-  ptx::FenceProxyAsync();
-  __syncwarp();
-  if (lane == 0) ptx::MbarrierArrive(&shared.full[SlotOf(turn)]);
 }
 
 // ---- the consumers
@@ -108,7 +127,7 @@ PTX_FUNCTION void Release(Shared<kDim>& shared, int turn) {
 
 // The warp's 16 queries as the operand a, 16 elements of the head at a time.
 template <int kDim>
-PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int warp, uint4* rows,
+PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warp, uint4* rows,
                               uint32_t (&q)[kDim / 16][4]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int i = lane; i < kWarpRows * kDim / 4; i += 32) {
@@ -153,8 +172,7 @@ struct Rows {
   int seen[2];
 };
 
-// Scores become weights 2^(score - largest). kept: what the weights of earlier runs are now to be multiplied with. A
-// run holds at least one key that each row sees, or follows one that does.
+// Scores become weights 2^(score - largest). kept: what the weights of earlier runs are now to be multiplied with.
 PTX_FUNCTION void Weigh(float (&scores)[kKeys / 2], Rows& rows, float (&kept)[2], int first_key, bool masked,
                         float scale) {
   if (masked) {
@@ -172,12 +190,13 @@ PTX_FUNCTION void Weigh(float (&scores)[kKeys / 2], Rows& rows, float (&kept)[2]
     most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFF, most, 1));
     most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFF, most, 2));
     const float largest = fmaxf(rows.largest[row], most * scale);
-    kept[row] = ptx::Exp2(rows.largest[row] - largest);
+    const float base = largest == kNoScore ? 0.0f : largest;  // a row that sees none of the split's keys yet
+    kept[row] = ptx::Exp2(rows.largest[row] - base);
     rows.largest[row] = largest;
     PTX_UNROLL
     for (int i = 0; i < kKeys / 4; ++i) {
       float& score = scores[i / 2 * 4 + 2 * row + i % 2];
-      score = ptx::Exp2(fmaf(score, scale, -largest));
+      score = ptx::Exp2(fmaf(score, scale, -base));
     }
   }
 }
@@ -197,17 +216,82 @@ PTX_FUNCTION void PackWeights(const float (&scores)[kKeys / 2], Rows& rows, cons
   for (int row = 0; row < 2; ++row) rows.total[row] = fmaf(rows.total[row], kept[row], total[row]);
 }
 
-// Through shared memory, so that rows leave in whole sectors.
+// ---- the end of a split
+
+// What the lanes of a quad have summed of their keys.
+PTX_FUNCTION void SumTotals(Rows& rows) {
+  PTX_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    rows.total[row] += __shfl_xor_sync(0xFFFFFFFF, rows.total[row], 1);
+    rows.total[row] += __shfl_xor_sync(0xFFFFFFFF, rows.total[row], 2);
+  }
+}
+
+// The state of the rows after earlier splits and this one, as CombineSplits computes it. Each thread keeps its sums in
+// shared memory for itself.
 template <int kDim>
-PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int warp,
-                               uint4* staged, const float (&sums)[kDim / 2], const Rows& rows) {
+PTX_FUNCTION void FoldSplit(const uint4* kept_sums, float (&sums)[kDim / 2], Rows& rows, const Rows& before) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float old_weight[2], new_weight[2];
+  PTX_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const float now = Larger(before.largest[row], rows.largest[row]);
+    old_weight[row] = Weight(before.largest[row], now);
+    new_weight[row] = Weight(rows.largest[row], now);
+    rows.total[row] = Fold(before.total[row], old_weight[row], rows.total[row], new_weight[row]);
+    rows.largest[row] = now;
+  }
+  PTX_UNROLL
+  for (int i = 0; i < kDim / 8; ++i) {
+    const uint4 old = ptx::LdShared(&kept_sums[i * 32 + lane]);
+    const uint32_t parts[4] = {old.x, old.y, old.z, old.w};
+    PTX_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      float& sum = sums[4 * i + j];
+      sum = Fold(ptx::FloatOfBits(parts[j]), old_weight[j / 2], sum, new_weight[j / 2]);
+    }
+  }
+}
+template <int kDim>
+PTX_FUNCTION void KeepSums(uint4* kept_sums, const float (&sums)[kDim / 2]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  PTX_UNROLL
+  for (int i = 0; i < kDim / 8; ++i) {
+    ptx::StShared(&kept_sums[i * 32 + lane],
+                  uint4{ptx::BitsOfFloat(sums[4 * i]), ptx::BitsOfFloat(sums[4 * i + 1]),
+                        ptx::BitsOfFloat(sums[4 * i + 2]), ptx::BitsOfFloat(sums[4 * i + 3])});
+  }
+}
+
+// The nth state of an item of a tile that was cut. A quad's stores fill a sector.
+template <int kDim>
+PTX_FUNCTION void StoreStates(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warp, int n,
+                              const float (&sums)[kDim / 2], const Rows& rows) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   PTX_UNROLL
   for (int row = 0; row < 2; ++row) {
-    float total = rows.total[row];
-    total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
-    total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
-    const float share = ptx::Divide(1.0f, total);
+    const int r = warp * kWarpRows + lane / 4 + 8 * row;
+    if (r >= tile.rows) continue;
+    const int64_t at = StateAt(args, kv_head, tile.first_state + n * tile.rows + r);
+    float* to = args.scratch + at * kDim + lane % 4 * 2;
+    PTX_UNROLL
+    for (int i = 0; i < kDim / 8; ++i) {
+      ptx::StGlobal(reinterpret_cast<uint2*>(to + 8 * i),
+                    uint2{ptx::BitsOfFloat(sums[4 * i + 2 * row]), ptx::BitsOfFloat(sums[4 * i + 2 * row + 1])});
+    }
+    if (lane % 4 == 0) ptx::StGlobal(ScaleAt(args, at), ScaleOfState{rows.largest[row], rows.total[row]});
+  }
+}
+
+// Through shared memory, so that rows leave in whole sectors.
+template <int kDim>
+PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warp,
+                               uint4* staged, const float (&sums)[kDim / 2], const Rows& rows) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  __syncwarp();  // all lanes have read their sums
+  PTX_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const float share = ptx::Divide(1.0f, rows.total[row]);
     PTX_UNROLL
     for (int n = 0; n < kDim / 8; ++n) {
       auto* chunk = reinterpret_cast<uint32_t*>(&staged[ChunkAt<kDim>(lane / 4 + 8 * row, n)]);
@@ -225,35 +309,28 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionTile& t
   }
 }
 
+// One split of `all_runs` runs, of which the warpgroup's rows see `runs`: sums and rows of it alone.
 template <int kDim>
-PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int end,
-                          Shared<kDim>& shared, int warp) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int all_runs = (end + kKeys - 1) / kKeys;
-  // The warpgroup's rows, of which the first sees least. They do without the last runs where they do not see them, but
-  // the slots must be released.
-  const int first_row = warp / 4 * kGroupRows;
-  const int last_row = (first_row + kGroupRows < tile.rows ? first_row + kGroupRows : tile.rows) - 1;
-  const int runs = first_row < tile.rows ? (KeysSeen(args, tile, last_row) + kKeys - 1) / kKeys : 0;
-  int turn = 0;
+PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, uint32_t (&q)[kDim / 16][4],
+                               float (&sums)[kDim / 2], Rows& rows, int first_key, int seen_by_all, int runs,
+                               int all_runs, int& turn) {
+  const int end_turn = turn + 2 * all_runs;
+  PTX_UNROLL
+  for (int i = 0; i < kDim / 2; ++i) sums[i] = 0;
+  PTX_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    rows.largest[row] = kNoScore;
+    rows.total[row] = 0;
+  }
   if (runs > 0) {
-    uint32_t q[kDim / 16][4], weights[kKeys / 16][4];
-    float scores[kKeys / 2] = {}, sums[kDim / 2] = {}, kept[2];
-    Rows rows;
-    // Rows that the tile does not have, behind its last one, are worked on too, and nobody reads them.
-    PTX_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      rows.seen[i] = tile.before + (tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) / args.group + 1;
-    }
-    const int seen_by_all = KeysSeen(args, tile, first_row);
-    LoadQueries<kDim>(args, tile, kv_head, warp, shared.rows[warp], q);
-
+    uint32_t weights[kKeys / 16][4];
+    float scores[kKeys / 2] = {}, kept[2];
     Await(shared, turn);
     ptx::WgmmaFence(scores, q);
     IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
     ptx::WgmmaWait<0>(scores);
     Release(shared, turn++);
-    Weigh(scores, rows, kept, 0, kKeys > seen_by_all, args.scale);
+    Weigh(scores, rows, kept, first_key, first_key + kKeys > seen_by_all, args.scale);
     PackWeights(scores, rows, kept, weights);
     Await(shared, turn);
     for (int run = 1; run < runs; ++run) {
@@ -264,7 +341,8 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionTile& tile, 
       IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn + 1)]);
       ptx::WgmmaWait<1>(scores);
       Release(shared, turn);
-      Weigh(scores, rows, kept, run * kKeys, (run + 1) * kKeys > seen_by_all, args.scale);
+      const int key = first_key + run * kKeys;
+      Weigh(scores, rows, kept, key, key + kKeys > seen_by_all, args.scale);
       // Here, since ptxas moves the wait for wgmma up over arithmetic, but not over a loop; the weights would then be
       // computed when the sums are done, and not beside them.
       Await(shared, turn + 2);
@@ -285,11 +363,52 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionTile& tile, 
     IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn)]);
     ptx::WgmmaWait<0>(sums, weights);
     Release(shared, turn++);
-    StoreResults<kDim>(args, tile, kv_head, warp, shared.rows[warp], sums, rows);
+    SumTotals(rows);
   }
-  for (; turn < 2 * all_runs; ++turn) {
+  for (; turn < end_turn; ++turn) {
     Await(shared, turn);
     Release(shared, turn);
+  }
+}
+
+template <int kDim>
+PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
+                          Shared<kDim>& shared, int warp) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  // The warpgroup's rows, of which the first sees least. They do without the last runs where they do not see them, but
+  // the slots must be released.
+  const int first_row = warp / 4 * kGroupRows;
+  const int last_row = SmallerOf(first_row + kGroupRows, tile.rows) - 1;
+  const int group_end = first_row < tile.rows ? SmallerOf(KeysSeen(args, tile, last_row), end) : 0;
+  const int seen_by_all = KeysSeen(args, tile, first_row);
+  uint32_t q[kDim / 16][4];
+  float sums[kDim / 2];
+  Rows rows, before;
+  // Rows that the tile does not have, behind its last one, are worked on too, and nobody reads them.
+  PTX_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    rows.seen[i] = tile.before + (tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) / args.group + 1;
+  }
+  uint4* const own = shared.rows[warp];
+  LoadQueries<kDim>(args, tile, kv_head, warp, own, q);
+  int turn = 0;
+  for (int split = tile.first_split; split < tile.end_split; ++split) {
+    ConsumeSplit<kDim>(args, shared, q, sums, rows, split * kSplit, seen_by_all, RunsOf(split, group_end),
+                       RunsOf(split, end), turn);
+    if (tile.first_split > 0) {
+      StoreStates<kDim>(args, tile, kv_head, warp, split - tile.first_split, sums, rows);
+      continue;
+    }
+    if (split > 0) FoldSplit<kDim>(own, sums, rows, before);
+    if (split + 1 == tile.end_split) break;
+    __syncwarp();  // all lanes have their queries
+    KeepSums<kDim>(own, sums);
+    before = rows;
+  }
+  if (tile.first_state < 0) {
+    StoreResults<kDim>(args, tile, kv_head, warp, own, sums, rows);
+  } else if (tile.first_split == 0) {
+    StoreStates<kDim>(args, tile, kv_head, warp, 0, sums, rows);
   }
 }
 
@@ -299,8 +418,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
                            const PTX_GRID_CONSTANT ptx::TensorMap values) {
   auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
   const int kv_head = static_cast<int>(blockIdx.x);
-  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.y), kPrefillRows, kFewestPrefillRows, kAnyRows);
-  if (tile.sequence < 0) return;
+  const auto tile = LoadRecord<AttentionItem>(args, static_cast<int>(kFirstItem + blockIdx.y));
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::MbarrierInit(&shared.full[slot], 1);
@@ -310,13 +428,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     ptx::FenceProxyAsync();
   }
   __syncthreads();
-  const int end = KeysSeen(args, tile, tile.rows - 1);
+  const int end = SmallerOf(KeysSeen(args, tile, tile.rows - 1), tile.end_split * kSplit);
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (warp >= kPrefillConsumers) {
-    ptx::GiveRegistersBack<24>();
+    ptx::GiveRegistersBack<40>();
     if (warp == kPrefillConsumers) Produce(args, tile, kv_head, end, shared, keys, values);
   } else {
-    ptx::TakeRegisters<240>();
+    ptx::TakeRegisters<232>();
     Consume(args, tile, kv_head, end, shared, warp);
   }
 }
@@ -332,8 +450,8 @@ void LaunchFor(Stream& stream, const LaunchShape& shape, const AttentionArgs& ar
 
 }  // namespace
 
-bool MayPrefill() {
-  return ptx::IsHopper();
+bool TakesPrefill(DType act, int64_t dim, int64_t page_size) {
+  return act == DType::kBF16 && (dim == 64 || dim == 128) && page_size % kPrefillKeys == 0 && ptx::IsHopper();
 }
 
 void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows) {

@@ -1,6 +1,6 @@
 // Paged attention on tensor cores (mma.sync, sm_80 and later): bf16 keys and values, heads of 64 or 128.
 //
-// A block takes one tile of 16 rows, which are the M of the products, and the KV head that they share. Each of its four
+// A worker takes tiles of 16 rows, which are the M of the products, and the KV head that they share. Each of its four
 // warps works through every fourth run of 16 keys with a cp.async ring of its own, so that the loop needs no barrier of
 // the block: scores by one product, weights in registers, where they already lie as the next product's operand, values
 // by a second product. At the end of a split the warps' states are merged in order and folded into the rows' state.
@@ -41,7 +41,7 @@ struct Shared {
 
 // Keys first_key + 0..15 and their values, zeros from `end` on.
 template <int kDim>
-PTX_FUNCTION void CopyKeys(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int first_key, int end,
+PTX_FUNCTION void CopyKeys(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int first_key, int end,
                            uint4 (*stage)[kKeys * kDim / 8]) {
   constexpr int kChunks = kDim / 8;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -121,7 +121,7 @@ PTX_FUNCTION void AddKeys(Fragment<kDim>& own, const uint4* q, const uint4 (*sta
 }
 
 template <int kDim>
-PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionTile& tile, int kv_head, uint4* q) {
+PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, uint4* q) {
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim / 4; i += static_cast<int>(kAttentionThreads)) {
     const int r = i / (kDim / 4), pack = i % (kDim / 4);
     StoreQuery<kDim>(args, tile, kv_head, r, pack, &q[ChunkAt<kDim>(r, pack / 2)]);
@@ -168,18 +168,11 @@ PTX_FUNCTION WarpState MergeWarps(const Shared<kDim>& shared, int r, int column,
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(AttentionArgs args) {
-  auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
+PTX_FUNCTION void Attend(const AttentionArgs& args, const AttentionItem& tile, int kv_head, Shared<kDim>& shared) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const AttentionTile tile = FindTile(args, static_cast<int>(blockIdx.x), kRows, 1, args.most_rows);
-  if (tile.sequence < 0) return;
-  const int seen = KeysSeen(args, tile, tile.rows - 1);
   constexpr int kSplit = static_cast<int>(kAttentionSplit);
-  const int first_split = args.scratch != nullptr ? static_cast<int>(blockIdx.z) : 0;
-  if (first_split * kSplit >= seen) return;
-  const int last_split = args.scratch != nullptr ? first_split : (seen - 1) / kSplit;
-  const int end = seen < (last_split + 1) * kSplit ? seen : (last_split + 1) * kSplit;
+  const int end = SmallerOf(KeysSeen(args, tile, tile.rows - 1), tile.end_split * kSplit);
+  const bool apart = tile.first_split > 0;  // each split leaves its own state
 
   LoadQueries<kDim>(args, tile, kv_head, shared.q);
   for (int i = thread; i < kRows * kDim; i += static_cast<int>(kAttentionThreads)) {
@@ -188,13 +181,13 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
   if (thread < kRows) ptx::StShared(&shared.rows[thread], WarpState{kNoScore, 0});
 
   // The warp's keys: 16 from `key`, then 64 further on, through all splits.
-  int key = first_split * kSplit + warp * kKeys, stage = 0;
+  int key = tile.first_split * kSplit + warp * kKeys, stage = 0;
   if (key < end) CopyKeys<kDim>(args, tile, kv_head, key, end, shared.ring[warp][0]);
   ptx::CpAsyncCommit();
   __syncthreads();
 
   const int rows_seen[2] = {KeysSeen(args, tile, lane / 4), KeysSeen(args, tile, lane / 4 + 8)};
-  for (int split = first_split; split <= last_split; ++split) {
+  for (int split = tile.first_split; split < tile.end_split; ++split) {
     Fragment<kDim> own;
     for (int step = 0; step < kStepsPerSplit && key < end; ++step) {
       const int next = key + kKeys * kWarps;
@@ -216,13 +209,19 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
         const int r = i / kMergedColumns, column = i % kMergedColumns;
         float sum;
         const WarpState merged = MergeWarps(shared, r, column, &sum);
+        if (apart) {
+          if (r >= tile.rows) break;
+          StoreState(args, tile, kv_head, split - tile.first_split, r, first_column + column, sum, merged.largest,
+                     merged.total);
+          continue;
+        }
         const float before = ptx::LdShared(&shared.rows[r]).largest, now = Larger(before, merged.largest);
         float* state = &shared.state[r * kDim + first_column + column];
         ptx::StShared(state, Fold(ptx::LdShared(state), Weight(before, now), sum, Weight(merged.largest, now)));
       }
     }
     WarpState folded = {};
-    if (thread < kRows) {
+    if (thread < kRows && !apart) {
       float sum;
       const WarpState merged = MergeWarps(shared, thread, 0, &sum), before = ptx::LdShared(&shared.rows[thread]);
       folded.largest = Larger(before.largest, merged.largest);
@@ -230,15 +229,30 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
                           Weight(merged.largest, folded.largest));
     }
     __syncthreads();
-    if (thread < kRows) ptx::StShared(&shared.rows[thread], folded);
+    if (thread < kRows && !apart) ptx::StShared(&shared.rows[thread], folded);
   }
   __syncthreads();
 
+  if (apart) return;
   for (int i = thread; i < tile.rows * kDim; i += static_cast<int>(kAttentionThreads)) {
     const int r = i / kDim, column = i % kDim;
     const WarpState row = ptx::LdShared(&shared.rows[r]);
-    StoreState(args, PlaceOf(args, tile, kv_head, r), static_cast<int>(blockIdx.z), column,
-               ptx::LdShared(&shared.state[i]), row.largest, row.total);
+    const float sum = ptx::LdShared(&shared.state[i]);
+    if (tile.first_state < 0) {
+      StoreResult(args, tile, kv_head, r, column, sum, row.total);
+    } else {
+      StoreState(args, tile, kv_head, 0, r, column, sum, row.largest, row.total);
+    }
+  }
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(AttentionArgs args) {
+  auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
+  const ItemRange items = ItemsOfWorker(args);
+  for (int i = items.begin; i < items.end; ++i) {
+    if (i > items.begin) __syncthreads();  // before shared memory is used again
+    Attend(args, LoadRecord<AttentionItem>(args, i), static_cast<int>(blockIdx.y), shared);
   }
 }
 

@@ -301,6 +301,7 @@ __global__ void __launch_bounds__(32) BiasKernel(float* x, int vocab, BiasBatch 
   }
 }
 
+// A 1 in launch bounds, here and elsewhere: ptxas then takes the registers that it needs, where it else might spill.
 __global__ void __launch_bounds__(kSampleThreads, 1) SampleKernel(SampleMemory memory, RowBatch batch, int first_row) {
   const RowParams& params = batch.rows[blockIdx.x];
   const int64_t r = first_row + static_cast<int>(blockIdx.x);

@@ -20,8 +20,8 @@ struct DecodeShape {
 // A padded row costs next to nothing while a step is bound by reading the weights; still at most every second row is
 // one, and from 32 on every third.
 inline constexpr int32_t kGraphSequences[] = {1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256};
-// Tokens of the longest context. Attention's grid has a block for each 512 that there is room for, and what the host
-// sends are whole block tables: one room for all would cost short contexts much more than it needs.
+// Tokens of the longest context. What the host sends are whole block tables: one room for all would cost short contexts
+// much more than it needs.
 inline constexpr int32_t kGraphContexts[] = {2048, 8192, 32768, 131072};
 
 struct DecodeGraphLimits {

@@ -28,6 +28,11 @@ class Packer {
     used_ += Aligned(view->elements());
     return data;
   }
+  // Of an array's room only its first elements are in use, and nothing comes behind it.
+  void Shorten(TensorView* last, int64_t elements) {
+    used_ -= Aligned(last->elements()) - Aligned(elements);
+    *last = last->first(elements);
+  }
   size_t bytes() const { return static_cast<size_t>(used_) * sizeof(int32_t); }
 
  private:
@@ -44,11 +49,17 @@ StepInputBuilder::StepInputBuilder(const Limits& limits)
       tables_(std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(limits.slots) *
                                                         static_cast<size_t>(limits.max_blocks()))) {}
 
+int64_t StepInputBuilder::MaxListWords() const {
+  if (limits_.attention.kv_heads == 0) return 0;
+  return cuda::AttentionListWords(limits_.attention, limits_.max_tokens, limits_.max_sequences());
+}
+
 size_t StepInputBuilder::MaxBytes() const {
   const int64_t tokens = limits_.max_tokens, sequences = limits_.max_sequences();
   const int64_t pages = limits_.max_blocks();
-  const int64_t elements = 4 * Aligned(tokens)  // ids, positions, slots, score rows
-                           + 3 * Aligned(sequences + 1) + Aligned(sequences * pages);  // q_begin, lengths, sample rows
+  const int64_t elements = 4 * Aligned(tokens)           // ids, positions, slots, score rows
+                           + 3 * Aligned(sequences + 1)  // q_begin, lengths, sample rows
+                           + Aligned(sequences * pages) + Aligned(MaxListWords());
   return static_cast<size_t>(elements) * sizeof(int32_t);
 }
 
@@ -92,6 +103,8 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
   int32_t* sample_row = packer.Add({rows}, &step.padded_sample_rows);
   int32_t* score_row = packer.Add({scores}, &step.score_rows);
   int32_t* table = packer.Add({sequences, pages}, &step.inputs.block_tables);
+  const int32_t *const q_begins = q_begin, *const lengths = context_length;
+  const int64_t all_sequences = sequences;
 
   step.sample_rows = step.padded_sample_rows.first(sampling);
 
@@ -127,6 +140,18 @@ StepInputBuilder::Step StepInputBuilder::Build(Stream& stream, const StepPlan& p
     table = std::fill_n(table, pages, 0);
   }
   std::fill_n(sample_row, rows - sampling, 0);
+  if (limits_.attention.kv_heads > 0) {
+    TensorView list;
+    int32_t* words = packer.Add({cuda::AttentionListWords(limits_.attention, tokens, all_sequences)}, &list);
+    step.inputs.attention_work =
+        cuda::PlanAttention(limits_.attention, q_begins, lengths, all_sequences, tokens, words);
+    packer.Shorten(&list, step.inputs.attention_work.list.elements());
+    step.inputs.attention_work.list = list;
+    if (padded != nullptr) {
+      step.inputs.attention_work =
+          cuda::MostDecodeWork(limits_.attention, all_sequences, int64_t{padded->pages} * limits_.page_size, list);
+    }
+  }
   if (device_) Copy(stream, device_.data(), stream.device(), host.data(), Device::kCpu, packer.bytes());
   return step;
 }

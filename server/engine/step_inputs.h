@@ -25,6 +25,7 @@ class StepInputBuilder {
     int32_t max_tokens = 0;   // of a step
     int32_t max_context = 0;  // tokens of a sequence
     int32_t page_size = 0;
+    cuda::AttentionSizes attention = {};  // CUDA: the model's
     // Of a step: each has a slot and a token.
     int32_t max_sequences() const { return std::min(slots, max_tokens); }
     int32_t max_blocks() const { return max_context / page_size + 1; }  // of a sequence
@@ -60,6 +61,7 @@ class StepInputBuilder {
   explicit StepInputBuilder(const Limits& limits);
   size_t MaxBytes() const;
   const int32_t* BlocksOf(const StepPlan& plan, const PlannedSequence& sequence);
+  int64_t MaxListWords() const;
 
   Limits limits_;
   std::array<Buffer, 2> host_;         // take turns

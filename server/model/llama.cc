@@ -5,6 +5,7 @@
 
 #include "kernels/comm/link.h"
 #include "kernels/cuda/attention_scratch.h"
+#include "kernels/cuda/backend.h"
 #include "kernels/ops.h"
 #include "kernels/trace.h"
 #include "server/base/check.h"
@@ -24,12 +25,8 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
   const int64_t hidden = config.hidden, dim = config.head_dim, ffn = shard.ffn(config);
   const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
   const int64_t tokens = limits.max_tokens, rows = shard.last_stage() ? limits.max_logit_rows : 0;
-  const size_t scratch_bytes = cuda::AttentionScratchBytes({.tokens = tokens,
-                                                            .sequences = tokens,
-                                                            .q_heads = shard.q_heads(config),
-                                                            .kv_heads = shard.kv_heads(config),
-                                                            .dim = dim,
-                                                            .most_context = limits.max_context});
+  const size_t scratch_bytes = cuda::AttentionScratchBytes(
+      {.q_heads = shard.q_heads(config), .kv_heads = shard.kv_heads(config), .dim = dim}, tokens, limits.max_context);
   return {
       {&Llama::residual_, tokens, hidden, DType::kF32},
       {&Llama::delta_, tokens, hidden, DType::kF32},
@@ -74,6 +71,15 @@ bool Llama::AllocateWorkspace(const Stream& stream) {
     next += part.bytes();
   }
   return true;
+}
+
+cuda::AttentionSizes Llama::attention_sizes(int64_t page_size) const {
+  const DType act = weights_.layers.front().qkv.dtype;
+  return {.q_heads = shard_.q_heads(config_),
+          .kv_heads = shard_.kv_heads(config_),
+          .dim = config_.head_dim,
+          .may_prefill = !limits_.batch_invariant && cuda::TakesPrefill(act, config_.head_dim, page_size),
+          .scratch_bytes = scratch_bytes()};
 }
 
 bool Llama::AllReduce(Stream& stream, const TensorView& x) {
@@ -138,9 +144,9 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                             .context_lengths = inputs.context_lengths,
                             .block_tables = inputs.block_tables,
                             .scale = scale,
+                            .work = inputs.attention_work,
                             .scratch = scratch_.data,
-                            .scratch_bytes = static_cast<size_t>(scratch_.elements()) * sizeof(float),
-                            .batch_invariant = limits_.batch_invariant});
+                            .scratch_bytes = scratch_bytes()});
     Linear(stream, {.out = delta, .x = attention, .weight = layer.o, .batch_invariant = limits_.batch_invariant});
     if (!AllReduceAddRmsNorm(
             stream,

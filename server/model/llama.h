@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels/comm/communicator.h"
+#include "kernels/cuda/paged_attention_plan.h"
 #include "kernels/device.h"
 #include "kernels/ops.h"
 #include "kernels/tensor.h"
@@ -27,13 +28,14 @@ namespace altiplano {
 
 // One step's index data, on the stream's device. Shapes as in kernels/ops.h.
 struct StepInputs {
-  TensorView ids;              // [T] i32, those below 0 being places in `sampled`
-  TensorView sampled = {};     // [B] i32: what the step before sampled; may be empty
-  TensorView positions;        // [T] i32
-  TensorView slots;            // [T] i32: where each token's K and V go
-  TensorView q_begin;          // [B+1] i32
-  TensorView context_lengths;  // [B] i32
-  TensorView block_tables;     // [B, max_pages] i32
+  TensorView ids;                     // [T] i32, those below 0 being places in `sampled`
+  TensorView sampled = {};            // [B] i32: what the step before sampled; may be empty
+  TensorView positions;               // [T] i32
+  TensorView slots;                   // [T] i32: where each token's K and V go
+  TensorView q_begin;                 // [B+1] i32
+  TensorView context_lengths;         // [B] i32
+  TensorView block_tables;            // [B, max_pages] i32
+  AttentionWork attention_work = {};  // CUDA: of these lengths and Llama::attention_sizes
 };
 
 class Llama {
@@ -41,7 +43,7 @@ class Llama {
   struct Limits {
     int64_t max_tokens = 2048;     // T of one step
     int64_t max_logit_rows = 256;  // R of one Logits call
-    bool batch_invariant = false;  // as in kernels/ops.h
+    bool batch_invariant = false;  // as in kernels/ops.h; attention then leaves its prefill kernel alone
     int64_t max_context = 0;       // for attention's scratch, which only CUDA has a use for; 0: none
   };
 
@@ -69,6 +71,8 @@ class Llama {
   const ModelConfig& config() const { return config_; }
   const Shard& shard() const { return shard_; }
   const Limits& limits() const { return limits_; }
+  // What StepInputs::attention_work must be made for, with pages of this size.
+  cuda::AttentionSizes attention_sizes(int64_t page_size) const;
   int64_t shard_vocab() const { return shard_.vocab(config_); }  // V'
   uint64_t weight_bytes() const { return weights_.bytes; }
   uint64_t workspace_bytes() const { return workspace_.bytes(); }
@@ -82,6 +86,7 @@ class Llama {
   bool AllocateWorkspace(const Stream& stream);
   bool AllReduce(Stream& stream, const TensorView& x);
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
+  size_t scratch_bytes() const { return static_cast<size_t>(scratch_.elements()) * sizeof(float); }
 
   const ModelConfig config_;
   const Shard shard_;

@@ -7,6 +7,8 @@
 #include <random>
 #include <utility>
 
+#include "kernels/cuda/attention_scratch.h"
+#include "kernels/cuda/backend.h"
 #include "kernels/ops.h"
 #include "server/base/check.h"
 #include "server/base/strings.h"
@@ -126,9 +128,17 @@ Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t co
       std::shuffle(pages.begin(), pages.end(), random);
       tables.push_back(arena.Keep({pages.begin(), pages.begin() + sequences * pages_each}, {sequences, pages_each}));
     }
-    constexpr size_t kScratchBytes = size_t{256} << 20;
-    auto scratch = std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, kScratchBytes));
+    auto scratch = std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, cuda::kMostAttentionScratch));
     CHECK(static_cast<bool>(*scratch));
+    const cuda::AttentionSizes sizes = {.q_heads = r.q_heads,
+                                        .kv_heads = r.kv_heads,
+                                        .dim = r.dim,
+                                        .may_prefill = cuda::TakesPrefill(DType::kBF16, r.dim, kPageSize),
+                                        .scratch_bytes = scratch->bytes()};
+    std::vector<int32_t> list(static_cast<size_t>(cuda::AttentionListWords(sizes, tokens, sequences)));
+    AttentionWork work = cuda::PlanAttention(sizes, q_begin.data(), lengths.data(), sequences, tokens, list.data());
+    list.resize(static_cast<size_t>(work.list.elements()));
+    work.list = arena.Keep(list, {work.list.elements()});
     return [=, &arena](Stream& stream, int turn) {
       const int64_t width = r.q_heads * r.dim;
       PagedAttention(stream, {.out = arena.Output(turn, tokens, width, DType::kBF16),
@@ -139,6 +149,7 @@ Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t co
                               .context_lengths = contexts,
                               .block_tables = tables[static_cast<size_t>(turn) % tables.size()],
                               .scale = 1 / std::sqrt(static_cast<float>(r.dim)),
+                              .work = work,
                               .scratch = scratch->data(),
                               .scratch_bytes = scratch->bytes()});
     };
@@ -287,11 +298,13 @@ std::vector<Case> AllCases() {
       if (sequences * context <= 128 * 4096) cases.push_back(AttentionCase(whole, sequences, 1, context));
     }
   }
+  cases.push_back(AttentionCase(whole, 1, 1, 131072));
   for (const Rank& rank : eighths) {
     for (int64_t sequences : {1, 32}) cases.push_back(AttentionCase(rank, sequences, 1, 8192));
   }
   for (int64_t queries : {512, 2048, 8192}) cases.push_back(AttentionCase(whole, 1, queries, queries));
   cases.push_back(AttentionCase(whole, 1, 2048, 32768));
+  for (const Rank& rank : eighths) cases.push_back(AttentionCase(rank, 1, 512, 32768));
   for (int64_t tokens : {1, 16, 256, 2048, 8192}) AddRowOps(whole, tokens, &cases);
   for (bool greedy : {true, false}) {
     for (int64_t rows : {1, 32, 256}) cases.push_back(SampleCase(rows, greedy));

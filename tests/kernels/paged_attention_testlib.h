@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/paged_attention_plan.h"
 #include "tests/kernels/kernels_testlib.h"
 
 namespace altiplano {
@@ -134,6 +135,23 @@ class AttentionStep {
   Matrix k_pages, v_pages, tables, q;
   std::unique_ptr<Matrix> out;
   std::vector<int32_t> q_begin = {0}, lengths;
+};
+
+// The work list of a step on a GPU, and the view of it on the host. It must keep to the room that it is given.
+struct AttentionList {
+  AttentionList(const cuda::AttentionSizes& sizes, const std::vector<int32_t>& q_begin,
+                const std::vector<int32_t>& lengths) {
+    const auto sequences = static_cast<int64_t>(lengths.size());
+    const auto words = static_cast<size_t>(cuda::AttentionListWords(sizes, q_begin.back(), sequences));
+    std::vector<int32_t> room(words + 64, kUnwritten);
+    work = cuda::PlanAttention(sizes, q_begin.data(), lengths.data(), sequences, q_begin.back(), room.data());
+    EXPECT_EQ(room[words], kUnwritten);
+    list.assign(room.begin(), room.begin() + work.list.elements());
+    work.list.data = list.data();
+  }
+  static constexpr int32_t kUnwritten = 0x5A5A5A5A;
+  std::vector<int32_t> list;
+  AttentionWork work;
 };
 
 }  // namespace altiplano

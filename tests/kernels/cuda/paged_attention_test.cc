@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/paged_attention_plan.h"
+#include "kernels/cuda/backend.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 #include "tests/kernels/paged_attention_testlib.h"
 
@@ -26,6 +26,7 @@ struct Layout {
   bool split = false;
   int64_t gap = 0;
   bool batch_invariant = false;
+  int64_t multiprocessors = cuda::kMultiprocessors;  // that the work is shared by
 };
 
 class CudaPagedAttentionTest : public CudaTest {
@@ -36,14 +37,18 @@ class CudaPagedAttentionTest : public CudaTest {
     const OnDevice d_out(stream(), *step.out), d_q(stream(), step.q), d_k(stream(), step.k_pages);
     const OnDevice d_v(stream(), step.v_pages), d_begin(stream(), step.q_begin), d_lengths(stream(), step.lengths);
     const OnDevice d_tables(stream(), step.tables);
-    const cuda::AttentionSizes sizes = {.tokens = step.tokens(),
-                                        .sequences = step.tables.rows(),
-                                        .q_heads = s.kv_heads * s.group,
-                                        .kv_heads = s.kv_heads,
-                                        .dim = s.dim,
-                                        .most_context = step.most_pages() * layout.page_size};
-    const size_t scratch_bytes = layout.split ? cuda::PlanPagedAttention(sizes, 0, 0).scratch_bytes : 0;
-    const Buffer scratch = Buffer::Allocate(Device::kCuda, scratch_bytes);
+    const cuda::AttentionSizes sizes = {
+        .q_heads = s.kv_heads * s.group,
+        .kv_heads = s.kv_heads,
+        .dim = s.dim,
+        .may_prefill = cuda::TakesPrefill(s.act, s.dim, layout.page_size) && !layout.batch_invariant,
+        .scratch_bytes = layout.split ? size_t{4} << 20 : 0,
+        .multiprocessors = layout.multiprocessors};
+    const AttentionList work(sizes, step.q_begin, step.lengths);
+    const OnDevice d_list(stream(), work.list);
+    AttentionWork attention_work = work.work;
+    attention_work.list = d_list.view();
+    const Buffer scratch = Buffer::Allocate(Device::kCuda, sizes.scratch_bytes);
     PagedAttention(stream(), {.out = d_out.view(),
                               .q = d_q.view(),
                               .k_pages = d_k.pool(step.pages(), s.kv_heads, layout.page_size),
@@ -52,9 +57,9 @@ class CudaPagedAttentionTest : public CudaTest {
                               .context_lengths = d_lengths.view(),
                               .block_tables = d_tables.view(),
                               .scale = s.scale(),
+                              .work = attention_work,
                               .scratch = scratch.data(),
-                              .scratch_bytes = scratch_bytes,
-                              .batch_invariant = layout.batch_invariant});
+                              .scratch_bytes = sizes.scratch_bytes});
     d_out.Fetch(*step.out);
     EXPECT_TRUE(step.out->GapsUntouched());
     return std::move(step.out);
@@ -232,6 +237,22 @@ TEST_F(CudaPagedAttentionTest, TheRestOfTheBatchDoesNotShow) {
   }
 }
 
+// Workers that take several tiles one after the other, and pieces of several splits: the first of a tile folds them,
+// the others leave each.
+TEST_F(CudaPagedAttentionTest, PiecesOfAnyLengthGiveTheSameBits) {
+  for (const Shape& s : WithDTypes({.group = 4, .dim = 64})) {
+    if (kUnderTsan && s.q != s.act) continue;
+    const Sequences sequences = MakeSequences(s, {2700, 30});
+    const std::vector<Part> parts = {{1, 29, 30}, {0, 2697, 2700}, {1, 0, 3}, {1, 3, 7}, {1, 11, 12}};
+    const auto whole = Attend(s, sequences, parts, {});
+    ExpectNearOracle(s, *sequences[0], *whole, 3, 2699);
+    for (int64_t multiprocessors : {1, 2}) {
+      const auto cut = Attend(s, sequences, parts, {.split = true, .multiprocessors = multiprocessors});
+      for (int64_t i = 0; i < 12; ++i) ASSERT_EQ(cut->RowBytes(i), whole->RowBytes(i)) << i;
+    }
+  }
+}
+
 TEST_F(CudaPagedAttentionTest, StandsScoresOfAnySize) {
   constexpr int64_t kLength = 560;
   for (const Shape& s : WithDTypes({.group = 2, .dim = 64})) {
@@ -319,6 +340,22 @@ TEST_F(CudaPagedAttentionTest, LongPartsGiveTheSameBitsInChunksAndInBatches) {
   EXPECT_TRUE(std::isnan(together->at(0, 3)));
 }
 
+// Rows of which the first see nothing of the second split, on one block and on one for each split.
+TEST_F(CudaPagedAttentionTest, LongPartsFoldTheSplitsOfLongContexts) {
+  for (int64_t dim : {64, 128}) {
+    if (kUnderTsan && dim == 128) continue;
+    const Shape s = {.group = 16, .dim = dim, .act = DType::kBF16, .q = DType::kBF16};
+    const Sequences sequences = MakeSequences(s, {2053});
+    const std::vector<Part> parts = {{0, 2044, 2053}};
+    const auto whole = Attend(s, sequences, parts, {.page_size = 64});
+    const auto cut = Attend(s, sequences, parts, {.page_size = 64, .split = true});
+    for (int64_t i = 0; i < 9; ++i) {
+      ASSERT_EQ(cut->RowBytes(i), whole->RowBytes(i)) << i;
+      if (i % 4 == 0) ExpectNearOracle(s, *sequences[0], *whole, i, 2044 + i);
+    }
+  }
+}
+
 TEST_F(CudaPagedAttentionTest, ABatchInvariantPromptHasTheBitsOfItsDecodes) {
   const Shape s = {.group = 4, .dim = 64, .act = DType::kBF16, .q = DType::kBF16};
   const Sequences sequences = MakeSequences(s, {100});
@@ -402,65 +439,6 @@ TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
   }
 }
 #endif
-
-TEST(CudaPagedAttentionPlan, SplitsOnlyWhereBlocksAreFew) {
-  // Llama 3.1 8B, one sequence of up to 8192 tokens.
-  const cuda::AttentionSizes one = {
-      .tokens = 1, .sequences = 1, .q_heads = 32, .kv_heads = 8, .dim = 128, .most_context = 8192};
-  const size_t enough = size_t{32} * 16 * 130 * 4;
-  const cuda::AttentionPlan plan = cuda::PlanPagedAttention(one, 1000, enough);
-  EXPECT_TRUE(plan.split);
-  EXPECT_EQ(plan.scratch_bytes, enough);
-  EXPECT_EQ(plan.attend,
-            (cuda::LaunchShape{.grid_x = 1, .grid_y = 8, .grid_z = 16, .threads = 128, .shared_bytes = 1000}));
-  EXPECT_EQ(plan.combine, (cuda::LaunchShape{.grid_x = 1, .grid_y = 32, .threads = 128}));
-  EXPECT_FALSE(cuda::PlanPagedAttention(one, 0, enough - 1).split);
-  EXPECT_EQ(cuda::PlanPagedAttention(one, 0, 0).attend.grid_z, 1u);
-
-  cuda::AttentionSizes many = one;
-  many.tokens = many.sequences = 66;
-  EXPECT_FALSE(cuda::PlanPagedAttention(many, 0, size_t{1} << 40).split);
-  cuda::AttentionSizes brief = one;
-  brief.most_context = 512;
-  EXPECT_FALSE(cuda::PlanPagedAttention(brief, 0, size_t{1} << 40).split);
-  // A prompt of 1000 tokens and two decodes: 4 rows each.
-  cuda::AttentionSizes mixed = one;
-  mixed.tokens = 1002;
-  mixed.sequences = 3;
-  EXPECT_EQ(cuda::PlanPagedAttention(mixed, 0, 0).attend.grid_x, 1002u / 4 + 3);
-}
-
-TEST(CudaPagedAttentionPlan, PrefillsWhereASequenceMayFillATile) {
-  cuda::AttentionSizes sizes = {.tokens = 1002,
-                                .sequences = 3,
-                                .q_heads = 32,
-                                .kv_heads = 8,
-                                .dim = 128,
-                                .most_context = 8192,
-                                .may_prefill = true};
-  const cuda::AttentionPlan plan = cuda::PlanPagedAttention(sizes, 0, 0);
-  EXPECT_TRUE(plan.prefill);
-  // 4008 rows: 31 full tiles, and one more for each sequence; what is left to the other kernel is less than a tile
-  // each.
-  EXPECT_EQ(plan.prefill_attend,
-            (cuda::LaunchShape{
-                .grid_x = 8, .grid_y = 31 + 3, .threads = 384, .shared_bytes = cuda::PrefillSharedBytes(128)}));
-  EXPECT_EQ(plan.attend.grid_x, 3u * 127 / 16 + 3);
-
-  sizes.may_prefill = false;
-  EXPECT_FALSE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
-  sizes.may_prefill = true;
-  // 31 tokens of one sequence are 124 rows; a decode of each of 500 sequences has 4.
-  sizes.tokens = 31;
-  sizes.sequences = 1;
-  EXPECT_FALSE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
-  sizes.tokens = 32;
-  EXPECT_TRUE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
-  sizes.tokens = sizes.sequences = 500;
-  EXPECT_FALSE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
-  sizes.tokens = 531;
-  EXPECT_TRUE(cuda::PlanPagedAttention(sizes, 0, 0).prefill);
-}
 
 }  // namespace
 }  // namespace altiplano

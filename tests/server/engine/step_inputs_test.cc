@@ -190,6 +190,28 @@ TEST(StepInputs, PaddedRowsAreOfNoSequence) {
   EXPECT_THAT(Values(again.inputs.q_begin), ElementsAre(0, 0, 0, 0, 0));
 }
 
+// What attention on a GPU shall do, made of the step's lengths and sent behind all else.
+TEST(StepInputs, CarryTheWorkOfAttention) {
+  const auto stream = Stream::Cpu(1);
+  const cuda::AttentionSizes attention = {.q_heads = 8, .kv_heads = 2, .dim = 64};
+  StepInputBuilder builder =
+      StepInputBuilder::Create(
+          *stream, {.slots = 4, .max_tokens = 16, .max_context = 28, .page_size = 4, .attention = attention})
+          .value();
+  builder.Build(*stream, TheStepBefore());
+  const StepInputBuilder::Step step = builder.Build(*stream, TwoSequences());
+  const std::vector<int32_t> q_begin = {0, 3, 4}, lengths = {6, 9};
+  std::vector<int32_t> list(static_cast<size_t>(cuda::AttentionListWords(attention, 4, 2)));
+  const AttentionWork work = cuda::PlanAttention(attention, q_begin.data(), lengths.data(), 2, 4, list.data());
+  EXPECT_EQ(Values(step.inputs.attention_work.list), Values(work.list));
+  EXPECT_EQ(step.inputs.attention_work.workers, 2);
+  // A graph's launches are as large as any step of its shape needs.
+  const DecodeShape shape = {.sequences = 4, .pages = 7};
+  const StepInputBuilder::Step padded = builder.Build(*stream, StepPlan(), &shape);
+  EXPECT_EQ(padded.inputs.attention_work.workers, 4);
+  EXPECT_EQ(padded.inputs.attention_work.cuts, 0);
+}
+
 std::shared_ptr<Request> Penalised() {
   auto request = std::make_shared<Request>();
   request->prompt = {1, 2, 2};

@@ -92,13 +92,20 @@ class Side {
       for (size_t i = 0; i < kMostPages; ++i) tables.push_back(i < chunk.pages.size() ? chunk.pages[i] : -1);
     }
     const auto sequences = static_cast<int64_t>(chunks.size());
-    const StepInputs inputs = {
-        .ids = Place(VectorOf(ids)),
-        .positions = Place(VectorOf(positions)),
-        .slots = Place(VectorOf(slots)),
-        .q_begin = Place(VectorOf(q_begin)),
-        .context_lengths = Place(VectorOf(lengths)),
-        .block_tables = Place(TensorView::Make(tables.data(), DType::kI32, {sequences, kMostPages}))};
+    StepInputs inputs = {.ids = Place(VectorOf(ids)),
+                         .positions = Place(VectorOf(positions)),
+                         .slots = Place(VectorOf(slots)),
+                         .q_begin = Place(VectorOf(q_begin)),
+                         .context_lengths = Place(VectorOf(lengths)),
+                         .block_tables = Place(TensorView::Make(tables.data(), DType::kI32, {sequences, kMostPages}))};
+    if (stream_->device() == Device::kCuda) {
+      const cuda::AttentionSizes sizes = llama_->attention_sizes(page_size_);
+      std::vector<int32_t> room(
+          static_cast<size_t>(cuda::AttentionListWords(sizes, static_cast<int64_t>(ids.size()), sequences)));
+      inputs.attention_work = cuda::PlanAttention(sizes, q_begin.data(), lengths.data(), sequences,
+                                                  static_cast<int64_t>(ids.size()), room.data());
+      inputs.attention_work.list = Place(inputs.attention_work.list);
+    }
     EXPECT_TRUE(llama_->Forward(*stream_, inputs, *cache_));
     const TensorView logits = llama_->Logits(*stream_, Place(VectorOf(rows)));
     auto fetched = std::make_unique<Matrix>(logits.dim(0), logits.dim(1), DType::kF32);
