@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -78,23 +79,25 @@ struct Choice {
   cublasLtMatrixLayoutOpaque_t weight, x, out;
 };
 
-// What belongs to a stream; used by the thread that issues its ops.
+// What belongs to a stream from its first product on; used by the thread that issues its ops.
 class LtStream {
  public:
+  explicit LtStream(int ordinal) {
+    if (!Lt().error.empty()) return;
+    if (Lt().create(&handle_) != CUBLAS_STATUS_SUCCESS) {
+      handle_ = nullptr;
+      return;
+    }
+    workspace_ = Buffer::Allocate(Device::kCuda, kWorkspaceBytes, ordinal);
+  }
   ~LtStream() {
     if (handle_ != nullptr) Lt().destroy(handle_);
   }
-  std::string Open(int ordinal) {
-    if (!Lt().error.empty()) return Lt().error;
-    if (Lt().create(&handle_) != CUBLAS_STATUS_SUCCESS) {
-      handle_ = nullptr;
-      return "cuBLASLt does not start on this GPU";
-    }
-    workspace_ = Buffer::Allocate(Device::kCuda, kWorkspaceBytes, ordinal);
-    return workspace_ ? "" : "no memory for cuBLASLt to work in";
-  }
+  LtStream(const LtStream&) = delete;
+  LtStream& operator=(const LtStream&) = delete;
 
   bool Multiply(cudaStream_t stream, const LinearArgs& args) {
+    if (!workspace_) return false;
     const Shape shape = {args.x.dim(0),
                          args.weight.dim(0),
                          args.x.dim(1),
@@ -166,25 +169,34 @@ class LtStream {
 };
 
 struct Streams {
-  std::mutex mutex;  // guards what follows
+  std::mutex mutex;  // guards `of`
   std::map<void*, std::unique_ptr<LtStream>> of;
-  std::string error = "no stream yet";
+  std::atomic<uint64_t> forgotten{0};  // how many, ever
 };
 Streams& AllStreams() {
   static auto* streams = new Streams();
   return *streams;
 }
 
-}  // namespace
-
-void PrepareCublasLt(void* stream, int ordinal) {
-  auto lt = std::make_unique<LtStream>();
-  std::string error = lt->Open(ordinal);
+// Threads mostly issue ops on one stream, which is found again without the lock until any stream is forgotten.
+LtStream& Find(const Stream& stream) {
+  thread_local struct {
+    void* stream = nullptr;
+    uint64_t forgotten = 0;
+    LtStream* found = nullptr;
+  } last;
   Streams& streams = AllStreams();
-  std::lock_guard lock(streams.mutex);
-  if (error.empty()) streams.of[stream] = std::move(lt);
-  streams.error = std::move(error);
+  void* const wanted = stream.cuda_stream();
+  if (last.found == nullptr || last.stream != wanted || last.forgotten != streams.forgotten) {
+    std::lock_guard lock(streams.mutex);
+    std::unique_ptr<LtStream>& found = streams.of[wanted];
+    if (found == nullptr) found = std::make_unique<LtStream>(stream.ordinal());
+    last = {wanted, streams.forgotten, found.get()};
+  }
+  return *last.found;
 }
+
+}  // namespace
 
 void ForgetCublasLt(void* stream) {
   Streams& streams = AllStreams();
@@ -193,25 +205,16 @@ void ForgetCublasLt(void* stream) {
   if (auto found = streams.of.find(stream); found != streams.of.end()) {
     forgotten = std::move(found->second);
     streams.of.erase(found);
+    ++streams.forgotten;
   }
 }
 
 bool CublasLtLinear(Stream& stream, const LinearArgs& args) {
-  LtStream* lt = nullptr;
-  {
-    Streams& streams = AllStreams();
-    std::lock_guard lock(streams.mutex);
-    const auto found = streams.of.find(stream.cuda_stream());
-    if (found == streams.of.end()) return false;
-    lt = found->second.get();
-  }
-  return lt->Multiply(static_cast<cudaStream_t>(stream.cuda_stream()), args);
+  return Find(stream).Multiply(static_cast<cudaStream_t>(stream.cuda_stream()), args);
 }
 
 std::string DescribeCublasLt() {
-  Streams& streams = AllStreams();
-  std::lock_guard lock(streams.mutex);
-  if (!streams.error.empty()) return streams.error;
+  if (!Lt().error.empty()) return Lt().error;
   const size_t version = Lt().version();
   return "cuBLASLt " + std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
          std::to_string(version % 100);

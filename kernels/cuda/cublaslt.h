@@ -7,15 +7,15 @@
 
 namespace altiplano::cuda {
 
-// With each stream come a handle, memory for cuBLASLt to work in and the choices that it has made; nothing is allocated
-// later. Without the library or the memory all products are our own kernels'.
-void PrepareCublasLt(void* stream, int ordinal);
-void ForgetCublasLt(void* stream);
-
 // Of bf16, with all rows aligned to 16 bytes. False: cuBLASLt cannot be used for this, and nothing was launched.
+// A stream's first product takes a handle and memory for cuBLASLt to work in, and is not for a stream that captures;
+// without the library or the memory all products are our own kernels'.
 bool CublasLtLinear(Stream& stream, const LinearArgs& args);
 
-// "cuBLASLt 13.0.2", or why there is none. Of the last stream prepared.
+// Of a stream that ends.
+void ForgetCublasLt(void* stream);
+
+// "cuBLASLt 13.0.2", or why there is none.
 std::string DescribeCublasLt();
 
 }  // namespace altiplano::cuda

@@ -79,7 +79,6 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     *error = "GPU " + std::to_string(ordinal) + ": " + Sentence(result);
     return nullptr;
   }
-  cuda::PrepareCublasLt(stream, ordinal);
   return std::unique_ptr<Stream>(new Stream(Device::kCuda, ordinal, nullptr, stream));
 }
 

@@ -25,18 +25,19 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
   const int64_t hidden = config.hidden, dim = config.head_dim, ffn = shard.ffn(config);
   const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
   const int64_t tokens = limits.max_tokens, rows = shard.last_stage() ? limits.max_logit_rows : 0;
+  const bool sums = shard.size > 1;
   const size_t scratch_bytes = cuda::AttentionScratchBytes(
       {.q_heads = shard.q_heads(config), .kv_heads = shard.kv_heads(config), .dim = dim}, tokens, limits.max_context);
   return {
       {&Llama::residual_, tokens, hidden, DType::kF32},
-      {&Llama::delta_, tokens, hidden, DType::kF32},
+      {&Llama::delta_, sums ? tokens : 0, hidden, DType::kF32},
       {&Llama::normed_, tokens, hidden, act},
       {&Llama::qkv_, tokens, q_size + 2 * kv_size, act},
       {&Llama::attention_, tokens, q_size, act},
       {&Llama::gate_up_, tokens, 2 * ffn, act},
       {&Llama::ffn_, tokens, ffn, act},
       {&Llama::rows_residual_, rows, hidden, DType::kF32},
-      {&Llama::rows_delta_, rows, hidden, DType::kF32},
+      {&Llama::rows_delta_, sums ? rows : 0, hidden, DType::kF32},
       {&Llama::rows_normed_, rows, hidden, act},
       {&Llama::logits_, rows, shard.vocab(config), DType::kF32},
       {&Llama::scratch_, 1, static_cast<int64_t>(scratch_bytes / sizeof(float)), DType::kF32},
@@ -83,13 +84,26 @@ cuda::AttentionSizes Llama::attention_sizes(int64_t page_size) const {
 }
 
 bool Llama::AllReduce(Stream& stream, const TensorView& x) {
-  return communicator_ == nullptr || communicator_->AllReduceSum(stream, x);
+  return alone() || communicator_->AllReduceSum(stream, x);
 }
 
-bool Llama::AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) {
-  if (communicator_ != nullptr) return communicator_->AllReduceAddRmsNorm(stream, args);
-  AddRmsNorm(stream, args);
-  return true;
+void Llama::AddLinear(Stream& stream, const TensorView& x, const TensorView& weight) {
+  Linear(stream, {.out = (alone() ? residual_ : delta_).first(tokens_),
+                  .x = x,
+                  .weight = weight,
+                  .accumulate = alone(),
+                  .batch_invariant = limits_.batch_invariant});
+}
+
+bool Llama::NormAfterAdd(Stream& stream, const TensorView& weight) {
+  const TensorView normed = normed_.first(tokens_), residual = residual_.first(tokens_);
+  if (alone()) {
+    RmsNorm(stream, {.out = normed, .x = residual, .weight = weight, .eps = config_.rms_eps});
+    return true;
+  }
+  return communicator_->AllReduceAddRmsNorm(
+      stream,
+      {.out = normed, .residual = residual, .x = delta_.first(tokens_), .weight = weight, .eps = config_.rms_eps});
 }
 
 bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
@@ -97,7 +111,7 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
   const int64_t q_size = shard_.q_heads(config_) * dim, kv_size = shard_.kv_heads(config_) * dim;
   CHECK(tokens > 0 && tokens <= limits_.max_tokens);
   tokens_ = tokens;
-  const TensorView residual = residual_.first(tokens), delta = delta_.first(tokens), normed = normed_.first(tokens);
+  const TensorView residual = residual_.first(tokens), normed = normed_.first(tokens);
   const TensorView qkv = qkv_.first(tokens), attention = attention_.first(tokens);
   const TensorView gate_up = gate_up_.first(tokens), ffn = ffn_.first(tokens);
   const TensorView q = qkv.columns(0, q_size);
@@ -120,11 +134,7 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
 
     if (i == 0) {
       RmsNorm(stream, {.out = normed, .x = residual, .weight = layer.attention_norm, .eps = config_.rms_eps});
-    } else if (!AllReduceAddRmsNorm(stream, {.out = normed,
-                                             .residual = residual,
-                                             .x = delta,
-                                             .weight = layer.attention_norm,
-                                             .eps = config_.rms_eps})) {
+    } else if (!NormAfterAdd(stream, layer.attention_norm)) {
       return false;
     }
     Linear(stream, {.out = qkv, .x = normed, .weight = layer.qkv, .batch_invariant = limits_.batch_invariant});
@@ -147,38 +157,35 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                             .work = inputs.attention_work,
                             .scratch = scratch_.data,
                             .scratch_bytes = scratch_bytes()});
-    Linear(stream, {.out = delta, .x = attention, .weight = layer.o, .batch_invariant = limits_.batch_invariant});
-    if (!AllReduceAddRmsNorm(
-            stream,
-            {.out = normed, .residual = residual, .x = delta, .weight = layer.ffn_norm, .eps = config_.rms_eps})) {
-      return false;
-    }
+    AddLinear(stream, attention, layer.o);
+    if (!NormAfterAdd(stream, layer.ffn_norm)) return false;
     LinearSiluMul(stream, {.out = ffn,
                            .x = normed,
                            .weight = layer.gate_up,
                            .gate_up = gate_up,
                            .batch_invariant = limits_.batch_invariant});
-    Linear(stream, {.out = delta, .x = ffn, .weight = layer.down, .batch_invariant = limits_.batch_invariant});
+    AddLinear(stream, ffn, layer.down);
   }
-  if (shard_.last_stage()) return AllReduce(stream, delta);
+  if (alone()) return true;
+  if (shard_.last_stage()) return AllReduce(stream, delta_.first(tokens));
   // For its addition: the norm of the next layer is computed where that layer's weights are.
-  return AllReduceAddRmsNorm(stream, {.out = normed,
-                                      .residual = residual,
-                                      .x = delta,
-                                      .weight = weights_.layers.back().ffn_norm,
-                                      .eps = config_.rms_eps});
+  return NormAfterAdd(stream, weights_.layers.back().ffn_norm);
 }
 
 TensorView Llama::Logits(Stream& stream, const TensorView& rows) {
   const int64_t n = rows.dim(0);
   CHECK(n > 0 && n <= limits_.max_logit_rows);
-  const TensorView residual = rows_residual_.first(n), delta = rows_delta_.first(n), normed = rows_normed_.first(n);
-  const TensorView logits = logits_.first(n);
-  // The last block's output is added here, for the wanted rows alone.
+  const TensorView residual = rows_residual_.first(n), normed = rows_normed_.first(n), logits = logits_.first(n);
   GatherRows(stream, {.out = residual, .x = residual_.first(tokens_), .rows = rows});
-  GatherRows(stream, {.out = delta, .x = delta_.first(tokens_), .rows = rows});
-  AddRmsNorm(stream,
-             {.out = normed, .residual = residual, .x = delta, .weight = weights_.final_norm, .eps = config_.rms_eps});
+  if (alone()) {
+    RmsNorm(stream, {.out = normed, .x = residual, .weight = weights_.final_norm, .eps = config_.rms_eps});
+  } else {  // the last block's sum is added here, for the wanted rows alone
+    const TensorView delta = rows_delta_.first(n);
+    GatherRows(stream, {.out = delta, .x = delta_.first(tokens_), .rows = rows});
+    AddRmsNorm(
+        stream,
+        {.out = normed, .residual = residual, .x = delta, .weight = weights_.final_norm, .eps = config_.rms_eps});
+  }
   Linear(stream, {.out = logits, .x = normed, .weight = weights_.lm_head, .batch_invariant = limits_.batch_invariant});
   return logits;
 }

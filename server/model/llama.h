@@ -8,7 +8,8 @@
 // (the last stage)
 //   rows whose logits are wanted: RmsNorm -> lm_head -> logits [R, V'] f32
 //
-// The residual stream is f32 whatever the activation dtype; each addition is fused with the norm that follows it.
+// The residual stream is f32 whatever the activation dtype. One rank adds to it where the products end; several add
+// their sum in one pass with the norm that follows. The bits are the same.
 #pragma once
 
 #include <cstdint>
@@ -84,9 +85,13 @@ class Llama {
   static std::vector<WorkspacePart> WorkspaceParts(const ModelConfig& config, const Shard& shard, const Limits& limits,
                                                    DType act);
   bool AllocateWorkspace(const Stream& stream);
+  bool alone() const { return shard_.size == 1; }  // no other rank has a part of these layers
   bool AllReduce(Stream& stream, const TensorView& x);
-  bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
   size_t scratch_bytes() const { return static_cast<size_t>(scratch_.elements()) * sizeof(float); }
+  // residual += x weight^T: when alone at once, otherwise this rank's part is left in delta for NormAfterAdd.
+  void AddLinear(Stream& stream, const TensorView& x, const TensorView& weight);
+  // Ends what AddLinear began, then normed = RmsNorm(residual).
+  bool NormAfterAdd(Stream& stream, const TensorView& weight);
 
   const ModelConfig config_;
   const Shard shard_;
@@ -96,14 +101,14 @@ class Llama {
 
   Buffer workspace_;          // all of the following; rows for the largest step
   TensorView residual_;       // [T, H] f32
-  TensorView delta_;          // [T, H] f32: what the last block adds to the residual
+  TensorView delta_;          // [T, H] f32: this rank's part of what is added to the residual; empty when alone
   TensorView normed_;         // [T, H] act
   TensorView qkv_;            // [T, (Hq' + 2 Hkv') * D] act
   TensorView attention_;      // [T, Hq' * D] act
   TensorView gate_up_;        // [T, 2 F'] act
   TensorView ffn_;            // [T, F'] act
   TensorView rows_residual_;  // [R, H] f32
-  TensorView rows_delta_;     // [R, H] f32
+  TensorView rows_delta_;     // [R, H] f32; empty when alone
   TensorView rows_normed_;    // [R, H] act
   TensorView logits_;         // [R, V'] f32
   TensorView scratch_;        // [1, n] f32: attention's

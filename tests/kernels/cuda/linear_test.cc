@@ -173,6 +173,35 @@ TEST_F(CudaLinearTest, SmallerSharedMemoryHasItsTilesAndTheSameBits) {
 }
 #endif
 
+// The residual, in f32.
+TEST_F(CudaLinearTest, AddingWhereTheProductEndsHasTheBitsOfAddingLater) {
+  constexpr int64_t kN = 72, kK = 264;
+  for (DType act : {DType::kBF16, DType::kF32}) {
+    for (int64_t tokens : {1, 16, 70}) {
+      if (kUnderTsan && tokens > 1) continue;
+      Matrix x(tokens, kK, act), weight(kN, kK, act), before(tokens, kN, DType::kF32), out(tokens, kN, DType::kF32);
+      Matrix added(tokens, kN, DType::kF32);
+      x.FillNormal(1);
+      weight.FillNormal(2);
+      before.FillNormal(3);
+      const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out), d_added(stream(), before);
+      LinearArgs args = {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true};
+      Linear(stream(), args);
+      args.out = d_added.view();
+      args.accumulate = true;
+      Linear(stream(), args);
+      d_out.Fetch(out);
+      d_added.Fetch(added);
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t j = 0; j < kN; ++j) {
+          const float later = static_cast<float>(before.at(t, j)) + static_cast<float>(out.at(t, j));
+          ASSERT_EQ(static_cast<float>(added.at(t, j)), later) << t << " of " << tokens << ", column " << j;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
   for (DType act : {DType::kBF16, DType::kF32}) {
     for (int64_t tokens : {1, 9, 40, 70}) {

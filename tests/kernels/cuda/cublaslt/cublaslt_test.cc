@@ -16,15 +16,15 @@ class CublasLtTest : public CudaTest {
  protected:
   void SetUp() override {
     CudaTest::SetUp();
-    cuda::PrepareCublasLt(stream().cuda_stream(), stream().ordinal());
     ASSERT_EQ(cuda::DescribeCublasLt(), "cuBLASLt 13.1.0");
     void* library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_NOLOAD);
     ASSERT_NE(library, nullptr);
+    handles_ = static_cast<int*>(dlsym(library, "fake_handles"));
     choices_ = static_cast<int*>(dlsym(library, "fake_choices"));
     products_ = static_cast<int*>(dlsym(library, "fake_products"));
     refuses_choices_ = static_cast<bool*>(dlsym(library, "fake_refuses_choices"));
     refuses_products_ = static_cast<bool*>(dlsym(library, "fake_refuses_products"));
-    *choices_ = *products_ = 0;
+    *handles_ = *choices_ = *products_ = 0;
     *refuses_choices_ = *refuses_products_ = false;
   }
   void TearDown() override {
@@ -75,7 +75,7 @@ class CublasLtTest : public CudaTest {
     EXPECT_TRUE(out.GapsUntouched());
   }
 
-  int *choices_ = nullptr, *products_ = nullptr;
+  int *handles_ = nullptr, *choices_ = nullptr, *products_ = nullptr;
   bool *refuses_choices_ = nullptr, *refuses_products_ = nullptr;
 };
 
@@ -135,9 +135,17 @@ TEST_F(CublasLtTest, GateAndUpAreAProductAndSiluMul) {
   for (int64_t t = 0; t < kTokens; ++t) EXPECT_EQ(one.RowBytes(t), two.RowBytes(t)) << t;
 }
 
-TEST_F(CublasLtTest, StreamsThatAreNotPreparedDoWithout) {
+TEST_F(CublasLtTest, AStreamTakesWhatItNeedsWithItsFirstProduct) {
+  ExpectSame({.tokens = 64, .n = 16, .k = 8}, 0);
+  EXPECT_EQ(*handles_, 0);
+  for (int i = 0; i < 2; ++i) ExpectSame({.tokens = 70, .n = 16, .k = 8}, 1);
+  EXPECT_EQ(*handles_, 1);
+  // Another stream may come to lie where one was.
   cuda::ForgetCublasLt(stream().cuda_stream());
-  ExpectSame({.tokens = 70, .n = 16, .k = 8}, 0);
+  EXPECT_EQ(*handles_, 0);
+  ExpectSame({.tokens = 70, .n = 16, .k = 8}, 1);
+  EXPECT_EQ(*handles_, 1);
+  EXPECT_EQ(*choices_, 2);
 }
 
 }  // namespace

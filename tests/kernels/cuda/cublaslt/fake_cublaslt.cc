@@ -48,14 +48,16 @@ bool Fit(const Product& product, const Layout& a, const Layout& b, const Layout&
 extern "C" {
 
 // For the test.
-int fake_choices = 0, fake_products = 0;
+int fake_handles = 0, fake_choices = 0, fake_products = 0;
 bool fake_refuses_choices = false, fake_refuses_products = false;
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+  ++fake_handles;
   *handle = reinterpret_cast<cublasLtHandle_t>(&fake_products);
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t) {
+  --fake_handles;
   return CUBLAS_STATUS_SUCCESS;
 }
 size_t cublasLtGetVersion() {
