@@ -345,13 +345,14 @@ TEST_F(CudaPagedAttentionTest, LongPartsFoldTheSplitsOfLongContexts) {
   for (int64_t dim : {64, 128}) {
     if (kUnderTsan && dim == 128) continue;
     const Shape s = {.group = 16, .dim = dim, .act = DType::kBF16, .q = DType::kBF16};
-    const Sequences sequences = MakeSequences(s, {2053});
-    const std::vector<Part> parts = {{0, 2044, 2053}};
+    const Sequences sequences = MakeSequences(s, {2051});
+    // The second warpgroup has rows that see nothing of the second split beside rows that do.
+    const std::vector<Part> parts = {{0, 2042, 2051}};
     const auto whole = Attend(s, sequences, parts, {.page_size = 64});
     const auto cut = Attend(s, sequences, parts, {.page_size = 64, .split = true});
     for (int64_t i = 0; i < 9; ++i) {
       ASSERT_EQ(cut->RowBytes(i), whole->RowBytes(i)) << i;
-      if (i % 4 == 0) ExpectNearOracle(s, *sequences[0], *whole, i, 2044 + i);
+      if (i % 4 == 0) ExpectNearOracle(s, *sequences[0], *whole, i, 2042 + i);
     }
   }
 }
