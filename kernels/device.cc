@@ -189,6 +189,10 @@ std::string StreamEvent::Wait() const {
   return cuda_ == nullptr ? std::string() : cuda::WaitForEvent(cuda_);
 }
 
+void StreamEvent::Precede(Stream& stream) const {
+  if (cuda_ != nullptr) cuda::StreamWaitsFor(stream.cuda_stream(), cuda_);
+}
+
 std::unique_ptr<StepGraph> StepGraph::Capture(Stream& stream, const std::function<bool()>& issue, std::string* error) {
   if (stream.device() != Device::kCuda) Die("StepGraph: the stream is not a GPU's");
   if (*error = cuda::BeginCapture(stream.cuda_stream()); !error->empty()) return nullptr;
@@ -207,10 +211,6 @@ StepGraph::~StepGraph() {
 
 void StepGraph::Launch(Stream& stream) const {
   cuda::LaunchGraph(cuda_, stream.cuda_stream());
-}
-
-void StreamEvent::Precede(Stream& stream) const {
-  if (cuda_ != nullptr) cuda::StreamWaitsFor(stream.cuda_stream(), cuda_);
 }
 
 Buffer Buffer::Allocate(Device device, size_t bytes, int ordinal) {

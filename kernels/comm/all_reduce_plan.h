@@ -34,21 +34,26 @@ inline constexpr AllReduceRow kAllReduceTable[] = {
     {kMostPeers, size_t{256} << 10, kPeerMessageBytes},
 };
 
-constexpr AllReduceWay ChooseAllReduce(int ranks, size_t bytes, bool have_nccl) {
+// Null: more ranks than peers.
+constexpr const AllReduceRow* FindAllReduceRow(int ranks) {
   for (const AllReduceRow& row : kAllReduceTable) {
-    if (ranks > row.most_ranks) continue;
-    if (bytes <= row.one_shot_bytes) return AllReduceWay::kOneShot;
-    return bytes <= row.two_shots_bytes || !have_nccl ? AllReduceWay::kTwoShots : AllReduceWay::kNccl;
+    if (ranks <= row.most_ranks) return &row;
   }
-  return AllReduceWay::kNccl;  // more ranks than peers
+  return nullptr;
+}
+
+constexpr AllReduceWay ChooseAllReduce(int ranks, size_t bytes, bool have_nccl) {
+  const AllReduceRow* row = FindAllReduceRow(ranks);
+  if (row == nullptr) return AllReduceWay::kNccl;
+  if (bytes <= row->one_shot_bytes) return AllReduceWay::kOneShot;
+  return bytes <= row->two_shots_bytes || !have_nccl ? AllReduceWay::kTwoShots : AllReduceWay::kNccl;
 }
 
 // Up to which no message goes to NCCL.
 constexpr size_t MostBytesWithoutNccl(int ranks, bool have_nccl) {
-  for (const AllReduceRow& row : kAllReduceTable) {
-    if (ranks <= row.most_ranks) return have_nccl ? row.two_shots_bytes : SIZE_MAX;
-  }
-  return 0;
+  const AllReduceRow* row = FindAllReduceRow(ranks);
+  if (row == nullptr) return 0;
+  return have_nccl ? row->two_shots_bytes : SIZE_MAX;
 }
 
 // ---- the memory that a rank lends its peers: two halves, each the message and the sums of the rank's share

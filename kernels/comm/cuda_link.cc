@@ -14,14 +14,13 @@
 #include <string>
 #include <utility>
 
+#include "kernels/comm/arrivals.h"
 #include "kernels/comm/link.h"
 #include "kernels/cuda/backend.h"
 
 namespace altiplano {
 
 namespace {
-
-using SteadyTime = std::chrono::steady_clock::time_point;
 
 [[noreturn]] void Die(const char* sentence) {
   std::fprintf(stderr, "%s\n", sentence);
@@ -83,8 +82,8 @@ class Channel {
     Copy(stream, x.data, Device::kCuda, slot.memory.data(), Device::kCuda, bytes);
     slot.emptied->Record(stream);
     lock.lock();
-    if (come_ == received_) since_ = std::chrono::steady_clock::now();
     ++received_;
+    arrivals_.Expect();
     changed_.notify_all();
     return error_.empty();
   }
@@ -123,9 +122,8 @@ class Channel {
   }
   // Whether the tensor that the receiver's stream waits for has come, or should have.
   void Watch() {
-    const SteadyTime now = std::chrono::steady_clock::now();
-    for (; come_ < received_ && slots_[come_ % kCudaLinkSlots].filled->Passed(); ++come_) since_ = now;
-    if (come_ < received_ && now - since_ > options_.patience) EndForSilence(options_.sender);
+    arrivals_.Look([&](uint64_t n) { return slots_[n % kCudaLinkSlots].filled->Passed(); });
+    if (arrivals_.Late(options_.patience)) EndForSilence(options_.sender);
   }
 
   const CudaLinkOptions options_;
@@ -133,8 +131,7 @@ class Channel {
   std::mutex mutex_;                        // guards what follows
   std::condition_variable changed_;
   uint64_t sent_ = 0, received_ = 0;  // that were issued
-  uint64_t come_ = 0;                 // of those received, that are known to have come
-  SteadyTime since_;                  // since when the next one has been waited for
+  Arrivals arrivals_;                 // of those received
   std::string error_;                 // not empty: ended
 };
 

@@ -10,13 +10,12 @@
 #include <mutex>
 #include <utility>
 
+#include "kernels/comm/arrivals.h"
 #include "kernels/comm/nccl_rank.h"
 
 namespace altiplano {
 
 namespace {
-
-using SteadyTime = std::chrono::steady_clock::time_point;
 
 constexpr int kSender = 0, kReceiver = 1;  // ranks
 
@@ -66,12 +65,11 @@ class NcclLink : public Link {
     const size_t bytes = BytesOfDense(x, Device::kCuda);
     if (end_.sends) Die("Link: this end sends");
     const std::string failed = rank_->Receive(stream, x.data, bytes, kSender, patience_);
-    slots_[issued_ % kCudaLinkSlots].filled->Record(stream);
+    slots_[issued_++ % kCudaLinkSlots].filled->Record(stream);
     {
       std::lock_guard lock(mutex_);
       Watch();
-      if (come_ == issued_) since_ = std::chrono::steady_clock::now();
-      ++issued_;
+      arrivals_.Expect();
     }
     return Ended(failed);
   }
@@ -84,7 +82,7 @@ class NcclLink : public Link {
       std::lock_guard lock(mutex_);
       if (!error_.empty()) return error_;
       Watch();
-      if (come_ < issued_ && !end_.sends && std::chrono::steady_clock::now() - since_ > patience_) {
+      if (arrivals_.Late(patience_)) {
         found = "no word for " + std::to_string(patience_.count()) + " ms from " + end_.peer;
       }
     }
@@ -121,8 +119,7 @@ class NcclLink : public Link {
   }
   // Under the mutex: which of the tensors received have come.
   void Watch() const {
-    const SteadyTime now = std::chrono::steady_clock::now();
-    for (; !end_.sends && come_ < issued_ && slots_[come_ % kCudaLinkSlots].filled->Passed(); ++come_) since_ = now;
+    arrivals_.Look([&](uint64_t n) { return slots_[n % kCudaLinkSlots].filled->Passed(); });
   }
 
   const NcclLinkEnd end_;
@@ -130,11 +127,10 @@ class NcclLink : public Link {
   const std::unique_ptr<NcclRank> rank_;
   std::unique_ptr<Stream> stream_;  // on which an end that sends does so
   std::array<Slot, kCudaLinkSlots> slots_;
+  uint64_t issued_ = 0;        // calls, of the one thread that makes them
   mutable std::mutex mutex_;   // guards what follows
   mutable std::string error_;  // not empty: ended
-  uint64_t issued_ = 0;        // calls; of an end that sends its thread's alone
-  mutable uint64_t come_ = 0;  // of those received
-  mutable SteadyTime since_;   // since when the next one has been waited for
+  mutable Arrivals arrivals_;  // of what is received
 };
 
 // Each communicator's id, made by the end that sends.

@@ -20,6 +20,12 @@ std::string StrFormat(const char* format, ...) {
   return out;
 }
 
+std::string Hex(std::span<const uint8_t> bytes) {
+  std::string text;
+  for (const uint8_t byte : bytes) text += StrFormat("%02x", byte);
+  return text;
+}
+
 std::string HumanBytes(uint64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
   double value = static_cast<double>(bytes);

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <concepts>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -51,6 +52,9 @@ std::string StrCat(const Args&... args) {
 
 // 1536 -> "1.50 KiB", 16060522496 -> "14.96 GiB".
 std::string HumanBytes(uint64_t bytes);
+
+// Two lower-case digits for each byte.
+std::string Hex(std::span<const uint8_t> bytes);
 
 // True when every byte sequence of `text` is well-formed UTF-8 (no surrogates, no overlong forms).
 bool IsValidUtf8(std::string_view text);

@@ -251,6 +251,11 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   const uint64_t kv_bytes = executor_options.kv_bytes;
   EngineOptions options = EngineOptionsOf(config, hooks, machine.cost);
   options.scheduler.tenants = std::move(tenants);
+  if (const std::string& folder = config.log().flight_record_dir();
+      !folder.empty() && access(folder.c_str(), W_OK | X_OK) != 0) {
+    log::Warn("flight records cannot be kept: no files can be made in --flight-record-dir",
+              {{"folder", folder}, {"error", std::strerror(errno)}});
+  }
   std::vector<std::unique_ptr<Engine>> engines;
   for (int replica = 0; replica < replicas; ++replica) {
     if (drill) {
@@ -274,10 +279,6 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       };
     }
     if (const std::string& folder = config.log().flight_record_dir(); !folder.empty()) {
-      if (replica == 0 && access(folder.c_str(), W_OK | X_OK) != 0) {
-        log::Warn("flight records cannot be kept: no files can be made in --flight-record-dir",
-                  {{"folder", folder}, {"error", std::strerror(errno)}});
-      }
       options.on_failure = [=](const std::string& record) { KeepFlightRecord(folder, replica, record); };
       options.crash_record_path = FlightRecordPath(folder, replica, "-crash.flight");
     }

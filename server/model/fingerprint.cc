@@ -26,9 +26,7 @@ StatusOr<std::string> Fingerprint(const Checkpoint& checkpoint) {
     sha.Update(row.data(), row.size() * sizeof(float));
   }
   const Sha256Digest digest = sha.Finish();
-  std::string text;
-  for (size_t i = 0; i < 8; ++i) text += StrFormat("%02x", digest[i]);
-  return text;
+  return Hex({digest.data(), 8});
 }
 
 }  // namespace altiplano

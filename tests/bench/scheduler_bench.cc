@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <random>
 #include <span>
 #include <string>
@@ -17,23 +16,7 @@
 #include "server/scheduler/prefix_cache.h"
 #include "server/scheduler/scheduler.h"
 #include "tests/bench/bench.h"
-
-namespace {
-int64_t allocations = 0;  // one thread
-}
-
-[[gnu::noinline]] void* operator new(size_t bytes) {
-  ++allocations;
-  if (void* p = std::malloc(bytes)) return p;
-  std::abort();
-}
-// Not inlined: else the compiler sees free() meet a pointer of new and warns.
-[[gnu::noinline]] void operator delete(void* p) noexcept {
-  std::free(p);
-}
-[[gnu::noinline]] void operator delete(void* p, size_t) noexcept {
-  std::free(p);
-}
+#include "tests/server/scheduler/count_allocations.h"
 
 namespace altiplano::bench {
 namespace {

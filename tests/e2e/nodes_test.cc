@@ -1,10 +1,7 @@
 // Several nodes as processes of this machine: killed, paused, stopped, started again.
-#include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <netinet/in.h>
 #include <signal.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include <memory>
@@ -13,6 +10,7 @@
 #include "server/cli/client.h"
 #include "tests/e2e/live_stream_testlib.h"
 #include "tests/e2e/process_testlib.h"
+#include "tests/server/cluster/free_address.h"
 
 namespace altiplano::e2e {
 namespace {
@@ -20,22 +18,11 @@ namespace {
 namespace v1 = inference::v1;
 using cli::Answer;
 using cli::Client;
+using cluster::FreeAddress;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
 const std::string kTiny = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
-
-std::string FreeAddress() {
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in at{};
-  at.sin_family = AF_INET;
-  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof at;
-  EXPECT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at), 0);
-  EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size), 0);
-  close(fd);
-  return StrCat("127.0.0.1:", ntohs(at.sin_port));
-}
 
 // A leader and one follower, two ranks each; the deadline is short.
 class Nodes : public ::testing::Test {

@@ -9,12 +9,6 @@
 namespace altiplano {
 namespace {
 
-std::string Hex(const Sha256Digest& digest) {
-  std::string out;
-  for (uint8_t byte : digest) out += StrFormat("%02x", byte);
-  return out;
-}
-
 // Cases 1, 2, 3 and 6 of RFC 4231.
 TEST(Hmac, MatchesTheRfc) {
   EXPECT_EQ(Hex(HmacSha256(std::string(20, 0x0b), "Hi There")),

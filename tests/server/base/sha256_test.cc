@@ -12,12 +12,6 @@
 namespace altiplano {
 namespace {
 
-std::string Hex(const Sha256Digest& digest) {
-  std::string out;
-  for (uint8_t byte : digest) out += StrFormat("%02x", byte);
-  return out;
-}
-
 std::string HashOf(std::string_view text) {
   Sha256 sha;
   sha.Update(text.data(), text.size());

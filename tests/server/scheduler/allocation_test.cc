@@ -1,29 +1,11 @@
-// Steps that are like those before them ask for no memory. Counts what this thread asks operator new for.
+// Steps that are like those before them ask for no memory.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/scheduler.h"
-
-namespace {
-thread_local int64_t allocations = 0;
-}
-
-// Not inlined: else the compiler sees free() meet a pointer of new and warns.
-[[gnu::noinline]] void* operator new(size_t bytes) {
-  ++allocations;
-  if (void* p = std::malloc(bytes)) return p;
-  std::abort();
-}
-[[gnu::noinline]] void operator delete(void* p) noexcept {
-  std::free(p);
-}
-[[gnu::noinline]] void operator delete(void* p, size_t) noexcept {
-  std::free(p);
-}
+#include "tests/server/scheduler/count_allocations.h"
 
 namespace altiplano {
 namespace {
