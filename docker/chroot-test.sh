@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 project=$PWD
+COMMIT=$(git rev-parse --short=12 HEAD)
 
 root=${1:-}
 [ $# -gt 0 ] && shift
@@ -57,7 +58,7 @@ for name in "${steps[@]}"; do
     image)
       step "cpu.Dockerfile, stage build"
       inside "$root/build" "cd /src && docker/install-deps.sh build"
-      inside "$root/build" "cd /src && cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=OFF && ninja -C build/release altiplano && strip build/release/altiplano" >/dev/null
+      inside "$root/build" "cd /src && cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=OFF -DALTIPLANO_COMMIT=$COMMIT && ninja -C build/release altiplano && strip build/release/altiplano" >/dev/null
       step "cpu.Dockerfile, stage runtime"
       bootstrap "$root/runtime"
       enter "$root/runtime"

@@ -1,5 +1,5 @@
 # Altiplano on CPUs. From the project's root:
-#   docker build -f docker/cpu.Dockerfile -t altiplano:cpu .
+#   docker build -f docker/cpu.Dockerfile --build-arg COMMIT=$(git rev-parse --short=12 HEAD) -t altiplano:cpu .
 #   docker run --rm -p 127.0.0.1:50051:50051 -v /path/to/model:/model:ro altiplano:cpu
 # docker/check-dockerfiles.sh keeps these lines and docker/chroot-test.sh in step.
 
@@ -8,7 +8,8 @@ WORKDIR /src
 COPY docker/install-deps.sh docker/install-deps.sh
 RUN docker/install-deps.sh build
 COPY . .
-RUN cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=OFF && ninja -C build/release altiplano && strip build/release/altiplano
+ARG COMMIT=unknown
+RUN cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=OFF -DALTIPLANO_COMMIT=$COMMIT && ninja -C build/release altiplano && strip build/release/altiplano
 
 FROM debian:12-slim AS runtime
 COPY docker/install-deps.sh /tmp/install-deps.sh

@@ -1,5 +1,5 @@
 # Altiplano with the CUDA side, on NVIDIA's CUDA 13 base (driver 580 or newer). From the project's root:
-#   docker build -f docker/cuda.Dockerfile -t altiplano:cuda .
+#   docker build -f docker/cuda.Dockerfile --build-arg COMMIT=$(git rev-parse --short=12 HEAD) -t altiplano:cuda .
 # --device cuda has run in a simulator only (docs/kernels.md); without it the CPU computes.
 # docker/check-dockerfiles.sh keeps these lines and docker/chroot-test.sh in step.
 
@@ -8,7 +8,8 @@ WORKDIR /src
 COPY docker/install-deps.sh docker/install-deps.sh
 RUN docker/install-deps.sh build
 COPY . .
-RUN cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=ON && ninja -C build/release altiplano && strip build/release/altiplano
+ARG COMMIT=unknown
+RUN cmake --preset release -DALTIPLANO_TESTS=OFF -DALTIPLANO_CUDA=ON -DALTIPLANO_COMMIT=$COMMIT && ninja -C build/release altiplano && strip build/release/altiplano
 
 # The variant with libraries: cuBLASLt is loaded when the program runs (docs/adr/0006-cublaslt-by-dlopen.md).
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS runtime

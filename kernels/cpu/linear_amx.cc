@@ -102,6 +102,6 @@ struct AmxTiles {
 
 }  // namespace
 
-const LinearKernel kLinearBf16Amx = LinearAmx<AmxTiles>::Kernel("amx_bf16");
+constinit const LinearKernel kLinearBf16Amx = LinearAmx<AmxTiles>::Kernel("amx_bf16");
 
 }  // namespace altiplano::cpu

@@ -68,6 +68,6 @@ struct HostTiles {
 
 }  // namespace
 
-const LinearKernel kLinearBf16AmxHost = LinearAmx<HostTiles>::Kernel("amx_host");
+constinit const LinearKernel kLinearBf16AmxHost = LinearAmx<HostTiles>::Kernel("amx_host");
 
 }  // namespace altiplano::cpu

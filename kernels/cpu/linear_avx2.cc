@@ -122,7 +122,7 @@ struct WidenedBf16 : Vectors256 {
 
 }  // namespace
 
-const LinearKernel kLinearF32Avx2 = LinearTile<F32>::Kernel("avx2");
-const LinearKernel kLinearBf16Avx2 = LinearTile<WidenedBf16>::Kernel("avx2");
+constinit const LinearKernel kLinearF32Avx2 = LinearTile<F32>::Kernel("avx2");
+constinit const LinearKernel kLinearBf16Avx2 = LinearTile<WidenedBf16>::Kernel("avx2");
 
 }  // namespace altiplano::cpu

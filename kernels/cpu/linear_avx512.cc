@@ -55,7 +55,7 @@ struct WidenedBf16 : Vectors512 {
 
 }  // namespace
 
-const LinearKernel kLinearF32Avx512 = LinearTile<F32>::Kernel("avx512");
-const LinearKernel kLinearBf16Avx512 = LinearTile<WidenedBf16>::Kernel("avx512");
+constinit const LinearKernel kLinearF32Avx512 = LinearTile<F32>::Kernel("avx512");
+constinit const LinearKernel kLinearBf16Avx512 = LinearTile<WidenedBf16>::Kernel("avx512");
 
 }  // namespace altiplano::cpu

@@ -30,6 +30,6 @@ struct DotBf16 : Vectors512 {
 
 }  // namespace
 
-const LinearKernel kLinearBf16Avx512Bf16 = LinearTile<DotBf16>::Kernel("avx512_bf16");
+constinit const LinearKernel kLinearBf16Avx512Bf16 = LinearTile<DotBf16>::Kernel("avx512_bf16");
 
 }  // namespace altiplano::cpu

@@ -32,7 +32,7 @@ inline void TransposeSquare(__m256 (&x)[8]) {
 
 namespace altiplano::cpu {
 
-const AttentionKernel kAttentionF32Avx2 = KernelF32<float>("f32 in avx2");
-const AttentionKernel kAttentionBf16Avx2 = KernelF32<uint16_t>("bf16 in avx2");
+constinit const AttentionKernel kAttentionF32Avx2 = KernelF32<float>("f32 in avx2");
+constinit const AttentionKernel kAttentionBf16Avx2 = KernelF32<uint16_t>("bf16 in avx2");
 
 }  // namespace altiplano::cpu

@@ -5,7 +5,7 @@
 
 namespace altiplano::cpu {
 
-const AttentionKernel kAttentionF32Avx512 = KernelF32<float>("f32 in avx512");
-const AttentionKernel kAttentionBf16Avx512 = KernelF32<uint16_t>("bf16 in avx512");
+constinit const AttentionKernel kAttentionF32Avx512 = KernelF32<float>("f32 in avx512");
+constinit const AttentionKernel kAttentionBf16Avx512 = KernelF32<uint16_t>("bf16 in avx512");
 
 }  // namespace altiplano::cpu

@@ -241,7 +241,7 @@ void AttendUnpacked(const AttentionPanel& panel) {
 
 }  // namespace
 
-const AttentionKernel kAttentionBf16Avx512Bf16 = {
+constinit const AttentionKernel kAttentionBf16Avx512Bf16 = {
     "bf16 in avx512_bf16", 32, sizeof(uint16_t), PackQ, PackKv, Attend<TileBf16>, AttendUnpacked, Fold, Finish};
 
 }  // namespace altiplano::cpu

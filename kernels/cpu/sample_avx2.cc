@@ -5,6 +5,6 @@
 
 namespace altiplano::cpu {
 
-const SampleKernels kSampleAvx2 = kSample;
+constinit const SampleKernels kSampleAvx2 = kSample;
 
 }  // namespace altiplano::cpu

@@ -5,6 +5,6 @@
 
 namespace altiplano::cpu {
 
-const SampleKernels kSampleAvx512 = kSample;
+constinit const SampleKernels kSampleAvx512 = kSample;
 
 }  // namespace altiplano::cpu

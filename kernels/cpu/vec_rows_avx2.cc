@@ -3,6 +3,6 @@
 
 namespace altiplano::cpu {
 
-const RowKernels kRowsAvx2 = kRows;
+constinit const RowKernels kRowsAvx2 = kRows;
 
 }  // namespace altiplano::cpu

@@ -3,6 +3,6 @@
 
 namespace altiplano::cpu {
 
-const RowKernels kRowsAvx512 = kRows;
+constinit const RowKernels kRowsAvx512 = kRows;
 
 }  // namespace altiplano::cpu

@@ -4,10 +4,6 @@
 namespace altiplano::cli {
 
 inline constexpr const char* kVersion = "0.1.0";
-#ifdef ALTIPLANO_COMMIT
-inline constexpr const char* kCommit = ALTIPLANO_COMMIT;
-#else
-inline constexpr const char* kCommit = "unknown";
-#endif
+extern const char* const kCommit;  // "-dirty" behind it when there were changes; cmake/commit.cmake
 
 }  // namespace altiplano::cli

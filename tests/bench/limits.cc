@@ -43,9 +43,9 @@ Limits::Limits(Stream& stream) : stream_(stream), memory_(Buffer::Allocate(Devic
               memory_.bytes());  // small bf16 and f32 numbers; pages of its own, not the zero page
 
   const Isa isa = CurrentIsa();
-  std::vector<ReadKernel> reads = kReadAvx2;
-  std::vector<CopyKernel> copies = kCopyAvx2;
-  std::vector<MultiplyKernel> multiplies = kMultiplyAvx2;
+  std::vector<ReadKernel> reads(kReadAvx2.begin(), kReadAvx2.end());
+  std::vector<CopyKernel> copies(kCopyAvx2.begin(), kCopyAvx2.end());
+  std::vector<MultiplyKernel> multiplies(kMultiplyAvx2.begin(), kMultiplyAvx2.end());
   auto append = [](auto* to, const auto& from) { to->insert(to->end(), from.begin(), from.end()); };
   if (isa >= Isa::kAvx512) {
     append(&reads, kReadAvx512);

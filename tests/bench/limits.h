@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
-#include <vector>
 
 #include "kernels/device.h"
 #include "tests/bench/bench.h"
@@ -28,9 +28,10 @@ struct MultiplyKernel {
   double flops_per_turn;
   float (*run)(int64_t turns);
 };
-extern const std::vector<ReadKernel> kReadAvx2, kReadAvx512;
-extern const std::vector<CopyKernel> kCopyAvx2, kCopyAvx512;
-extern const std::vector<MultiplyKernel> kMultiplyAvx2, kMultiplyAvx512, kMultiplyAvx512Bf16;
+// Constants, not built at start-up: that would run with the instruction set of their file.
+extern const std::span<const ReadKernel> kReadAvx2, kReadAvx512;
+extern const std::span<const CopyKernel> kCopyAvx2, kCopyAvx512;
+extern const std::span<const MultiplyKernel> kMultiplyAvx2, kMultiplyAvx512, kMultiplyAvx512Bf16;
 
 // The fastest kernel of each kind, chosen at construction; its subjects go into Interleave beside what is held against
 // them. Uses the stream's team, so limit and subject have the same threads.

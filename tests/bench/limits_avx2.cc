@@ -26,13 +26,17 @@ struct MultiplyF32 {
   static float First(__m256 v) { return _mm256_cvtss_f32(v); }
 };
 
+constexpr ReadKernel kReadAvx2List[] = {{"avx2", ReadLoop<Bits256, 1, 0>},
+                                        {"avx2, 4 runs", ReadLoop<Bits256, 4, 0>},
+                                        {"avx2, prefetching", ReadLoop<Bits256, 1, 2048>}};
+constexpr CopyKernel kCopyAvx2List[] = {{"avx2", CopyLoop<Bits256, false>},
+                                        {"avx2, streaming stores", CopyLoop<Bits256, true>}};
+constexpr MultiplyKernel kMultiplyAvx2List[] = {{"avx2 fma", false, 12 * 8 * 2.0, MultiplyLoop<MultiplyF32>}};
+
 }  // namespace
 
-const std::vector<ReadKernel> kReadAvx2 = {{"avx2", ReadLoop<Bits256, 1, 0>},
-                                           {"avx2, 4 runs", ReadLoop<Bits256, 4, 0>},
-                                           {"avx2, prefetching", ReadLoop<Bits256, 1, 2048>}};
-const std::vector<CopyKernel> kCopyAvx2 = {{"avx2", CopyLoop<Bits256, false>},
-                                           {"avx2, streaming stores", CopyLoop<Bits256, true>}};
-const std::vector<MultiplyKernel> kMultiplyAvx2 = {{"avx2 fma", false, 12 * 8 * 2.0, MultiplyLoop<MultiplyF32>}};
+constinit const std::span<const ReadKernel> kReadAvx2 = kReadAvx2List;
+constinit const std::span<const CopyKernel> kCopyAvx2 = kCopyAvx2List;
+constinit const std::span<const MultiplyKernel> kMultiplyAvx2 = kMultiplyAvx2List;
 
 }  // namespace altiplano::bench

@@ -28,14 +28,18 @@ struct MultiplyF32 {
   static float First(__m512 v) { return _mm512_cvtss_f32(v); }
 };
 
+constexpr ReadKernel kReadAvx512List[] = {{"avx512", ReadLoop<Bits512, 1, 0>},
+                                          {"avx512, 4 runs", ReadLoop<Bits512, 4, 0>},
+                                          {"avx512, prefetching", ReadLoop<Bits512, 1, 2048>},
+                                          {"avx512, 4 runs, prefetching", ReadLoop<Bits512, 4, 1024>}};
+constexpr CopyKernel kCopyAvx512List[] = {{"avx512", CopyLoop<Bits512, false>},
+                                          {"avx512, streaming stores", CopyLoop<Bits512, true>}};
+constexpr MultiplyKernel kMultiplyAvx512List[] = {{"avx512 fma", false, 24 * 16 * 2.0, MultiplyLoop<MultiplyF32>}};
+
 }  // namespace
 
-const std::vector<ReadKernel> kReadAvx512 = {{"avx512", ReadLoop<Bits512, 1, 0>},
-                                             {"avx512, 4 runs", ReadLoop<Bits512, 4, 0>},
-                                             {"avx512, prefetching", ReadLoop<Bits512, 1, 2048>},
-                                             {"avx512, 4 runs, prefetching", ReadLoop<Bits512, 4, 1024>}};
-const std::vector<CopyKernel> kCopyAvx512 = {{"avx512", CopyLoop<Bits512, false>},
-                                             {"avx512, streaming stores", CopyLoop<Bits512, true>}};
-const std::vector<MultiplyKernel> kMultiplyAvx512 = {{"avx512 fma", false, 24 * 16 * 2.0, MultiplyLoop<MultiplyF32>}};
+constinit const std::span<const ReadKernel> kReadAvx512 = kReadAvx512List;
+constinit const std::span<const CopyKernel> kCopyAvx512 = kCopyAvx512List;
+constinit const std::span<const MultiplyKernel> kMultiplyAvx512 = kMultiplyAvx512List;
 
 }  // namespace altiplano::bench

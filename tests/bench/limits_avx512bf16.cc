@@ -20,9 +20,10 @@ struct MultiplyBf16 {
   static float First(__m512 v) { return _mm512_cvtss_f32(v); }
 };
 
+constexpr MultiplyKernel kMultiplyAvx512Bf16List[] = {{"vdpbf16ps", true, 24 * 32 * 2.0, MultiplyLoop<MultiplyBf16>}};
+
 }  // namespace
 
-const std::vector<MultiplyKernel> kMultiplyAvx512Bf16 = {
-    {"vdpbf16ps", true, 24 * 32 * 2.0, MultiplyLoop<MultiplyBf16>}};
+constinit const std::span<const MultiplyKernel> kMultiplyAvx512Bf16 = kMultiplyAvx512Bf16List;
 
 }  // namespace altiplano::bench

@@ -16,6 +16,7 @@ namespace altiplano::cli {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
 
 struct Output {
   int code;
@@ -255,6 +256,14 @@ TEST(Commands, VersionIsTheProjects) {
   auto json = ParseJson(Invoke({"version", "--json"}).out);
   ASSERT_TRUE(json.ok());
   EXPECT_EQ((*json)["version"], kVersion);
+  EXPECT_EQ((*json)["commit"], kCommit);
+}
+
+TEST(Commands, VersionNamesTheCommit) {
+  if (std::system("git -C " ALTIPLANO_SOURCE_DIR " rev-parse HEAD >/dev/null 2>&1") != 0) {
+    GTEST_SKIP() << "no git, or not a clone of it";
+  }
+  EXPECT_THAT(kCommit, MatchesRegex("[0-9a-f]{12,}(-dirty)?"));
 }
 
 }  // namespace
