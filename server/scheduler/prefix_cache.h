@@ -70,6 +70,7 @@ class PrefixCache {
   std::vector<Entry> entries_;   // by block
   std::vector<TokenId> tokens_;  // by block, block_size each: a hit is compared, not believed
   size_t num_published_ = 0;
+  mutable BlockId checked_ = 0;  // whose name CheckInvariants looked at last
 };
 
 }  // namespace altiplano

@@ -150,12 +150,17 @@ int32_t Scheduler::Impl::PrefillRoom(int32_t first_position) const {
 }
 
 int32_t Scheduler::Impl::RoomUnderCeiling(const StepWork& beside, int32_t first_position, int32_t most) const {
-  int32_t room = 0;
+  auto fits = [&](int32_t tokens) {
+    StepWork work = beside;
+    work.Add(first_position, tokens);
+    return StepTime(learner_.cost(), work) <= options_.max_itl;
+  };
+  // A single token attends as a decode does, which may take longer than two of a prompt.
+  if (most < 2 || !fits(2)) return most > 0 && fits(1) ? 1 : 0;
+  int32_t room = 2;
   while (room < most) {
     const int32_t middle = room + (most - room + 1) / 2;
-    StepWork work = beside;
-    work.Add(first_position, middle);
-    if (StepTime(learner_.cost(), work) <= options_.max_itl) {
+    if (fits(middle)) {
       room = middle;
     } else {
       most = middle - 1;
@@ -185,7 +190,9 @@ Duration Scheduler::Impl::PrefillTime(int32_t first, int32_t count, const StepWo
   };
   StepWork prompt;
   prompt.Add(first, count);
-  const double attention_us = learner_.cost().attention_us * static_cast<double>(prompt.prefill_context);
+  // A single token, with all before it cached, attends as a decode does.
+  const double attention_us = learner_.cost().attention_us * static_cast<double>(prompt.prefill_context) +
+                              learner_.cost().kv_token_us * static_cast<double>(prompt.decode_context);
   const int32_t before_last = (count - 1) / chunk;
   return DurationOf(before_last * step(chunk) + step(count - before_last * chunk) + attention_us);
 }

@@ -2,8 +2,8 @@
 //
 //   ALTIPLANO_SIM_SEED=N   runs that seed alone       ALTIPLANO_SIM_TRACE=1  prints what happens
 //   ALTIPLANO_SIM_SEEDS=N  runs N seeds instead of the default number, ALTIPLANO_SIM_FIRST=M from M on
-//   ALTIPLANO_SIM_SHRINK=1 with a seed that fails: leaves out requests as long as it still does, and says how to replay
-//                          what is left (ALTIPLANO_SIM_OMIT=1,2,5 leaves those out)
+//   ALTIPLANO_SIM_SHRINK=1 with a seed that fails: leaves out parts of its world (kParts) and requests as long as it
+//                          still does, and says how to replay what is left (ALTIPLANO_SIM_OMIT=tenants,1,2,5)
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -11,7 +11,10 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "server/base/strings.h"
 #include "tests/sim/simulator_testlib.h"
@@ -30,19 +33,45 @@ constexpr uint64_t kSeeds = 1000;
 constexpr uint64_t kSeeds = 25000;
 #endif
 
-constexpr RequestKey kMostRequests = 40;  // of a world
-
-std::set<RequestKey> OmittedByEnvironment() {
-  std::set<RequestKey> omitted;
+Omitted OmittedByEnvironment() {
+  Omitted omitted;
   const char* text = std::getenv("ALTIPLANO_SIM_OMIT");
-  for (char* end = nullptr; text != nullptr && *text != '\0'; text = *end == ',' ? end + 1 : "") {
-    omitted.insert(std::strtoull(text, &end, 10));
-  }
+  std::istringstream parts(text != nullptr ? text : "");
+  for (std::string part; std::getline(parts, part, ',');) omitted.insert(part);
   return omitted;
 }
 
+std::vector<std::string> AllParts() {
+  std::vector<std::string> all = kParts;
+  for (int32_t key = 1; key <= kMostRequests; ++key) all.push_back(StrCat(key));
+  return all;
+}
+
+std::vector<std::pair<const char*, uint64_t>> HowOften(const Coverage& coverage) {
+  std::vector<std::pair<const char*, uint64_t>> all = coverage.policies.All();
+  all.insert(all.end(), {{"preemptions", coverage.preemptions},
+                         {"cached tokens", coverage.cached_tokens},
+                         {"sibling rows", coverage.siblings},
+                         {"prompt scores", coverage.prompt_scores},
+                         {"inputs from slot", coverage.from_slot},
+                         {"chunks", coverage.chunked},
+                         {"cancelled", coverage.cancelled},
+                         {"stopped", coverage.stopped},
+                         {"time limits", coverage.time_limits},
+                         {"deadlines", coverage.deadlines},
+                         {"queue timeouts", coverage.queue_timeouts},
+                         {"non-finite", coverage.non_finite},
+                         {"dropped results", coverage.dropped_results},
+                         {"replayed steps", coverage.replayed},
+                         {"targets met", coverage.targets_met},
+                         {"targets missed", coverage.targets_missed},
+                         {"late tokens", coverage.late_tokens},
+                         {"overtaken", coverage.overtaken}});
+  return all;
+}
+
 // In a process of its own: it may die on a CHECK.
-bool Fails(uint64_t seed, const std::set<RequestKey>& omitted) {
+bool Fails(uint64_t seed, const Omitted& omitted) {
   const pid_t child = fork();
   if (child == 0) {
     if (std::freopen("/dev/null", "w", stderr) == nullptr) _exit(2);
@@ -55,25 +84,28 @@ bool Fails(uint64_t seed, const std::set<RequestKey>& omitted) {
 }
 
 TEST(Shrink, LeavesWhatTheFailureNeeds) {
-  const std::set<RequestKey> needed = {3, 7, 8};
+  const Omitted needed = {"3", "ageing"};
   int runs = 0;
-  const std::set<RequestKey> omitted = Shrink(10, [&](const std::set<RequestKey>& without) {
+  const Omitted omitted = Shrink({"ageing", "tenants", "1", "2", "3", "4"}, [&](const Omitted& without) {
     ++runs;
-    return std::ranges::none_of(needed, [&](RequestKey key) { return without.contains(key); });
+    return std::ranges::none_of(needed, [&](const std::string& part) { return without.contains(part); });
   });
-  EXPECT_EQ(omitted, (std::set<RequestKey>{1, 2, 4, 5, 6, 9, 10}));
-  EXPECT_LE(runs, 20);
-  EXPECT_THAT(ReplayCommand(5, omitted), testing::HasSubstr("SEED=5 ALTIPLANO_SIM_OMIT=1,2,4,5,6,9,10 "));
+  EXPECT_EQ(omitted, (Omitted{"1", "2", "4", "tenants"}));
+  EXPECT_LE(runs, 12);
+  EXPECT_THAT(ReplayCommand(5, omitted), testing::HasSubstr("SEED=5 ALTIPLANO_SIM_OMIT=1,2,4,tenants "));
 }
 
-TEST(Shrink, AWorldGoesOnWithoutSomeOfItsRequests) {
+TEST(Shrink, AWorldGoesOnWithoutAnyPartAndWithoutMostRequests) {
+  const std::vector<std::string> all = AllParts();
   for (uint64_t seed = 1; seed <= 100; ++seed) {
-    Coverage all, few;
-    EXPECT_EQ(Simulator(seed, &all).Run(), "");
-    std::set<RequestKey> omitted;
-    for (RequestKey key = 2; key <= kMostRequests; ++key) omitted.insert(key);
-    EXPECT_EQ(Simulator(seed, &few, omitted).Run(), "");
+    Coverage coverage, few;
+    const Omitted one = {kParts[seed % kParts.size()]};
+    EXPECT_EQ(Simulator(seed, &coverage, one).Run(), "") << ReplayCommand(seed, one);
+    Omitted nearly_all(all.begin(), all.end());
+    nearly_all.erase("1");
+    EXPECT_EQ(Simulator(seed, &few, nearly_all).Run(), "") << ReplayCommand(seed, nearly_all);
     EXPECT_EQ(few.requests, 1u);
+    EXPECT_EQ(few.cancelled + few.stopped + few.deadlines + few.policies.hopeless + few.siblings, 0u);
   }
 }
 
@@ -83,8 +115,8 @@ TEST(Simulator, Seeds) {
     const uint64_t seed = FromEnvironment("ALTIPLANO_SIM_SEED", 0);
     if (std::getenv("ALTIPLANO_SIM_SHRINK") != nullptr) {
       ASSERT_TRUE(Fails(seed, {})) << "seed " << seed << " does not fail";
-      const auto still_fails = [&](const std::set<RequestKey>& omitted) { return Fails(seed, omitted); };
-      std::printf("%s\n", ReplayCommand(seed, Shrink(kMostRequests, still_fails)).c_str());
+      const auto still_fails = [&](const Omitted& omitted) { return Fails(seed, omitted); };
+      std::printf("%s\n", ReplayCommand(seed, Shrink(AllParts(), still_fails)).c_str());
       return;
     }
     EXPECT_EQ(Simulator(seed, &coverage, OmittedByEnvironment()).Run(), "");
@@ -96,26 +128,14 @@ TEST(Simulator, Seeds) {
     const std::string wrong = Simulator(seed, &coverage).Run();
     ASSERT_EQ(wrong, "") << ReplayCommand(seed);
   }
-  std::printf(
-      "%s\n",
-      StrCat("steps ", coverage.steps, ", requests ", coverage.requests, ", tokens ", coverage.tokens, ", preemptions ",
-             coverage.preemptions, ", cached tokens ", coverage.cached_tokens, ", sibling rows ", coverage.siblings,
-             ", prompt scores ", coverage.prompt_scores, ", inputs from slot ", coverage.from_slot, ", chunks ",
-             coverage.chunked, ", cancelled ", coverage.cancelled, ", stopped ", coverage.stopped, ", time limits ",
-             coverage.time_limits, ", deadlines ", coverage.deadlines, ", queue timeouts ", coverage.queue_timeouts,
-             ", non-finite ", coverage.non_finite, ", aborts ", coverage.aborts, ", dropped results ",
-             coverage.dropped_results, ", replayed steps ", coverage.replayed, ", targets met ", coverage.targets_met,
-             ", missed ", coverage.targets_missed, ", hopeless ", coverage.hopeless, ", overtaken ", coverage.overtaken,
-             ", choices between tenants ", coverage.share_choices)
-          .c_str());
+  std::string said = StrCat("steps ", coverage.steps, ", requests ", coverage.requests, ", tokens ", coverage.tokens,
+                            ", aborts ", coverage.aborts);
   // Each of the things that the simulation is for did happen, about as often as with the seeds it was written with.
-  for (uint64_t count :
-       {coverage.preemptions, coverage.cached_tokens, coverage.siblings, coverage.prompt_scores, coverage.from_slot,
-        coverage.chunked, coverage.cancelled, coverage.stopped, coverage.time_limits, coverage.deadlines,
-        coverage.queue_timeouts, coverage.non_finite, coverage.dropped_results, coverage.replayed, coverage.targets_met,
-        coverage.targets_missed, coverage.hopeless, coverage.overtaken, coverage.share_choices}) {
-    EXPECT_GT(count, seeds / 50);
+  for (const auto& [what, count] : HowOften(coverage)) {
+    said += StrCat(", ", what, " ", count);
+    EXPECT_GT(count, seeds / 50) << what;
   }
+  std::printf("%s\n", said.c_str());
 }
 
 }  // namespace

@@ -34,21 +34,26 @@ std::vector<TokenId> RandomTokens(Random random, int32_t count, int32_t vocab) {
 
 }  // namespace
 
-std::string ReplayCommand(uint64_t seed, const std::set<RequestKey>& omitted) {
-  std::string keys;
-  for (RequestKey key : omitted) keys += StrCat(keys.empty() ? " ALTIPLANO_SIM_OMIT=" : ",", key);
-  return StrCat("replay: ALTIPLANO_SIM_SEED=", seed, keys,
+const std::vector<std::string> kParts = {
+    "tenants",   "tenant-limits", "flood",  "priorities", "ageing", "targets",  "deadlines",   "ceiling",
+    "step-cost", "learning",      "pauses", "siblings",   "salts",  "scores",   "penalties",   "stop-ids",
+    "cancels",   "stops",         "nan",    "aborts",     "resets", "lockstep", "prefix-cache"};
+
+std::string ReplayCommand(uint64_t seed, const Omitted& omitted) {
+  std::string parts;
+  for (const std::string& part : omitted) parts += StrCat(parts.empty() ? " ALTIPLANO_SIM_OMIT=" : ",", part);
+  return StrCat("replay: ALTIPLANO_SIM_SEED=", seed, parts,
                 " ALTIPLANO_SIM_TRACE=1 tests/sim_test --gtest_filter=Simulator.Seeds");
 }
 
-std::set<RequestKey> Shrink(RequestKey most, const std::function<bool(const std::set<RequestKey>&)>& fails) {
-  std::set<RequestKey> omitted;
+Omitted Shrink(const std::vector<std::string>& all, const std::function<bool(const Omitted&)>& fails) {
+  Omitted omitted;
   for (bool changed = true; changed;) {
     changed = false;
-    for (RequestKey key = 1; key <= most; ++key) {
-      if (!omitted.insert(key).second) continue;
+    for (const std::string& part : all) {
+      if (!omitted.insert(part).second) continue;
       const bool still = fails(omitted);
-      if (!still) omitted.erase(key);
+      if (!still) omitted.erase(part);
       changed |= still;
     }
   }
@@ -60,7 +65,7 @@ void AnnounceSeedOnAbort(uint64_t seed) {
   std::signal(SIGABRT, PrintReplay);
 }
 
-Simulator::Simulator(uint64_t seed, Coverage* coverage, std::set<RequestKey> omitted)
+Simulator::Simulator(uint64_t seed, Coverage* coverage, Omitted omitted)
     : seed_(seed),
       trace_(std::getenv("ALTIPLANO_SIM_TRACE") != nullptr),
       omitted_(std::move(omitted)),
@@ -73,7 +78,7 @@ void Simulator::Trace(const Parts&... parts) {
 }
 
 void Simulator::Fail(std::string what) {
-  if (!error_.empty()) return;
+  if (!error_.empty() || what.empty()) return;
   error_ = StrCat("tick ", ticks_, ": ", what);
   Trace("FAIL ", what);
 }
@@ -100,35 +105,77 @@ void Simulator::MakeOptions() {
   reset_rate_ = sometimes(0.1, 0.05);
   lockstep_rate_ = sometimes(0.5, 0.3);
   deadline_rate_ = sometimes(0.3, 0.4);
+  pause_rate_ = sometimes(0.2, 0.05);
   step_milliseconds_ = random_.Between(1, 10);
-  if (random_.Chance(0.3)) {  // the sums need not be true: a ceiling must never keep anybody from progress
-    options_.step_cost = {.step_us = 500, .token_us = 100.0 * random_.Below(20), .kv_token_us = 10, .attention_us = 5};
-    options_.max_itl = milliseconds(random_.Between(3, 20));
-  } else if (random_.Chance(0.3)) {
-    options_.step_cost = {.step_us = 1000.0 * random_.Below(10), .token_us = 1000.0 * random_.Below(4)};
-  }
+  MakeCosts();
   options_.default_ttft_target = milliseconds(random_.Below(200));
   if (random_.Chance(0.3)) options_.priority_ageing = milliseconds(random_.Between(1, 100));
   target_rate_ = sometimes(0.4, 0.5);
-  if (random_.Chance(0.4)) {
-    for (const char* name : {"a", "b", "*"}) {
-      TenantOptions& tenant = options_.tenants.emplace_back();
-      tenant.name = name;
-      tenant.weight = random_.Between(1, 5);
-      if (random_.Chance(0.2)) tenant.max_running = random_.Between(1, options_.max_running);
-    }
-  } else {
-    options_.tenants = {{.name = "*"}};
-  }
-  accounts_.resize(options_.tenants.size());
-  options_.learn_step_cost = random_.Chance(0.5);
+  salt_rate_ = random_.Chance(0.3) ? 0.6 : 0.1;
+  MakeTenants();
+  Simplify();
 }
 
-std::shared_ptr<Request> Simulator::MakeRequest(RequestKey key) {
+// In half of the worlds the sums are true, at least where nobody knows them in advance. They need not be: neither a
+// ceiling nor what is learned may ever keep anybody from progress.
+void Simulator::MakeCosts() {
+  if (random_.Chance(0.3)) {
+    options_.step_cost = {.step_us = 500, .token_us = 100.0 * random_.Below(20), .kv_token_us = 10, .attention_us = 5};
+    if (random_.Chance(0.3)) options_.step_cost.kv_token_us = 300;
+    options_.max_itl = milliseconds(random_.Between(3, 20));
+  } else if (random_.Chance(0.4)) {
+    options_.step_cost = {.step_us = 1000.0 * random_.Below(10), .token_us = 1000.0 * random_.Below(4)};
+  }
+  options_.learn_step_cost = random_.Chance(0.5);
+  if (!random_.Chance(0.5)) return;
+  true_cost_ = options_.step_cost;
+  for (double* us : {&true_cost_->step_us, &true_cost_->token_us}) *us = *us * random_.Between(80, 120) / 100 + 50;
+}
+
+void Simulator::MakeTenants() {
+  options_.tenants = {{.name = "*"}};
+  if (!random_.Chance(0.5)) return;
+  options_.tenants.clear();
+  tenant_rate_ = 0.8;
+  const int32_t most = random_.Chance(0.2) ? 50 : 5;
+  const double limited = random_.Chance(0.4) ? 0.5 : 0;
+  for (const char* name : {"a", "b", "*"}) {
+    TenantOptions& tenant = options_.tenants.emplace_back();
+    tenant.name = name;
+    tenant.weight = random_.Between(1, most);
+    if (random_.Chance(limited)) tenant.max_running = random_.Between(1, std::min(3, options_.max_running));
+  }
+  if (random_.Chance(0.25)) flood_ = random_.Between(4, 16);
+}
+
+// Takes out what is omitted, after all has been drawn: the rest of the world stays as it is.
+void Simulator::Simplify() {
+  if (Without("tenants")) options_.tenants = {{.name = "*"}};
+  if (Without("tenant-limits")) {
+    for (TenantOptions& tenant : options_.tenants) tenant.max_running = 0;
+  }
+  if (Without("flood")) flood_ = 0;
+  if (Without("ageing")) options_.priority_ageing = {};
+  if (Without("ceiling") || Without("step-cost")) options_.max_itl = {};
+  if (Without("step-cost")) options_.step_cost = {};
+  if (Without("learning")) options_.learn_step_cost = false;
+  if (Without("prefix-cache")) options_.prefix_cache = false;
+  for (const auto& [part, rate] : {std::pair("pauses", &pause_rate_),
+                                   {"cancels", &cancel_rate_},
+                                   {"stops", &stop_rate_},
+                                   {"nan", &nan_rate_},
+                                   {"aborts", &abort_rate_},
+                                   {"resets", &reset_rate_},
+                                   {"lockstep", &lockstep_rate_}}) {
+    if (Without(part)) *rate = 0;
+  }
+}
+
+std::shared_ptr<Request> Simulator::MakeRequest(RequestKey key, bool in_flood) {
   const int32_t most = scheduler_->max_servable_tokens() - 1;
   auto request = std::make_shared<Request>();
   request->id = StrCat(key);
-  const int32_t length = random_.Between(1, random_.Chance(0.5) ? most : std::min(most, 20));
+  const int32_t length = random_.Between(1, !in_flood && random_.Chance(0.5) ? most : std::min(most, 20));
   // A few families of prefixes, so that requests share some of their blocks.
   request->prompt = RandomTokens({Mix(seed_, static_cast<uint64_t>(random_.Below(3)))}, length, model_.vocab);
   if (random_.Chance(0.7)) {
@@ -144,41 +191,67 @@ std::shared_ptr<Request> Simulator::MakeRequest(RequestKey key) {
   request->stop.ignore_eos = random_.Chance(0.4);
   if (random_.Chance(0.2)) request->stop.token_ids = {random_.Below(model_.vocab), random_.Below(3)};
   if (random_.Chance(0.3)) request->priority = random_.Between(-1, 2);
-  if (random_.Chance(0.3)) request->tenant = random_.Chance(0.5) ? "a" : "b";
-  if (random_.Chance(0.1)) request->cache_salt = "salt";
+  // Two that have accounts of their own where there are any, and two that have not.
+  if (random_.Chance(tenant_rate_)) request->tenant = std::string(1, "aabbcd"[random_.Below(6)]);
+  if (in_flood) request->tenant = "a";
+  if (random_.Chance(salt_rate_)) request->cache_salt = random_.Chance(0.5) ? "salt" : "pepper";
   request->bypass_prefix_cache = random_.Chance(0.1);
+  if (Without("siblings")) request->num_sequences = 1;
+  if (Without("penalties")) request->sampling.presence_penalty = 0;
+  if (Without("scores")) request->sampling.prompt_top_logprobs = -1;
+  if (Without("stop-ids")) request->stop.token_ids.clear();
+  if (Without("priorities")) request->priority = 0;
+  if (Without("salts")) request->cache_salt.clear();
   return request;
+}
+
+// Deadlines are any, or about what the prompt takes on an idle machine: some tight, some hopeless.
+void Simulator::SetTimes(Request* request) {
+  StepWork prompt;
+  prompt.Add(0, static_cast<int64_t>(request->prompt.size()));
+  const Duration alone = StepTime(options_.step_cost, prompt);
+  auto soon = [&] { return request->arrival + milliseconds(step_milliseconds_ * random_.Below(80)); };
+  if (random_.Chance(deadline_rate_)) request->queue_deadline = soon();
+  if (random_.Chance(deadline_rate_)) {
+    request->deadline = random_.Chance(0.5) ? soon() : request->arrival + alone * random_.Between(5, 40) / 10;
+  }
+  if (random_.Chance(deadline_rate_)) request->time_limit = soon();
+  if (random_.Chance(target_rate_)) request->ttft_target = milliseconds(step_milliseconds_ * random_.Between(1, 60));
+  if (Without("deadlines")) request->queue_deadline = request->deadline = request->time_limit = kNever;
+  if (Without("targets")) request->ttft_target = {};
 }
 
 void Simulator::MakeWorkload() {
   const int32_t count = random_.Chance(0.1) ? random_.Between(20, 40) : random_.Between(1, 16);
   const int32_t spread = random_.Chance(0.4) ? 1 : random_.Between(1, 120);
   for (int32_t i = 0; i < count; ++i) {
-    const auto key = static_cast<RequestKey>(i + 1);
-    std::shared_ptr<Request> request = MakeRequest(key);
-    SimRequest sim;
-    sim.arrival_step = random_.Below(spread);
-    request->arrival = now_ + milliseconds(step_milliseconds_ * sim.arrival_step);
-    auto soon = [&] { return request->arrival + milliseconds(step_milliseconds_ * random_.Below(80)); };
-    if (random_.Chance(deadline_rate_)) request->queue_deadline = soon();
-    if (random_.Chance(deadline_rate_)) request->deadline = soon();
-    if (random_.Chance(deadline_rate_)) request->time_limit = soon();
-    if (random_.Chance(target_rate_)) request->ttft_target = milliseconds(step_milliseconds_ * random_.Between(1, 60));
-    sim.request = request;
-    sim.account = TenantOf(options_.tenants, request->tenant);
-    const int32_t limit = std::min(static_cast<int32_t>(request->prompt.size()) + request->stop.max_new_tokens,
-                                   scheduler_->max_servable_tokens());
-    for (int32_t s = 0; s < request->num_sequences; ++s) {
-      sim.sequences.push_back({SequenceOracle(model_, *request, static_cast<uint32_t>(s), limit)});
-    }
-    const uint64_t root = FakeModel::Root(*request);
-    sim.score_attention = FakeModel::Attend(root, FakeModel::Value(request->prompt[0], 0, root));
-    requests_.emplace(key, std::move(sim));
+    AddToWorkload(static_cast<RequestKey>(i + 1), random_.Below(spread), /*in_flood=*/false);
   }
-  for (RequestKey key : omitted_) {
-    if (requests_.size() > 1) requests_.erase(key);
+  // All at once, and of one tenant.
+  const int32_t begin = random_.Below(spread);
+  for (int32_t i = count; i < std::min(count + flood_, kMostRequests); ++i) {
+    AddToWorkload(static_cast<RequestKey>(i + 1), begin, /*in_flood=*/true);
   }
+  std::erase_if(requests_, [&](const auto& each) { return requests_.size() > 1 && Without(StrCat(each.first)); });
   coverage_.requests += requests_.size();
+}
+
+void Simulator::AddToWorkload(RequestKey key, int32_t arrival_step, bool in_flood) {
+  std::shared_ptr<Request> request = MakeRequest(key, in_flood);
+  SimRequest sim;
+  sim.arrival_step = arrival_step;
+  request->arrival = now_ + milliseconds(step_milliseconds_ * arrival_step);
+  SetTimes(request.get());
+  sim.request = request;
+  sim.account = TenantOf(options_.tenants, request->tenant);
+  const int32_t limit = std::min(static_cast<int32_t>(request->prompt.size()) + request->stop.max_new_tokens,
+                                 scheduler_->max_servable_tokens());
+  for (int32_t s = 0; s < request->num_sequences; ++s) {
+    sim.sequences.push_back({SequenceOracle(model_, *request, static_cast<uint32_t>(s), limit)});
+  }
+  const uint64_t root = FakeModel::Root(*request);
+  sim.score_attention = FakeModel::Attend(root, FakeModel::Value(request->prompt[0], 0, root));
+  requests_.emplace(key, std::move(sim));
 }
 
 // --- The engine's loop -----------------------------------------------------------------------------------------------
@@ -194,10 +267,13 @@ std::string Simulator::Run() {
   if (!scheduler.ok()) return scheduler.status().ToString();
   scheduler_ = std::move(*scheduler);
   executor_ = std::make_unique<FakeExecutor>(model_, options_, scheduler_->max_servable_tokens());
+  policies_ = std::make_unique<PolicyOracle>(options_, scheduler_->max_servable_tokens(), &coverage_.policies);
   MakeWorkload();
   Trace(requests_.size(), " requests, ", options_.num_blocks, " blocks of ", options_.block_size, ", ",
         options_.max_running, " slots, budget ", options_.token_budget, ", context ", scheduler_->max_servable_tokens(),
-        ", prefix cache ", options_.prefix_cache);
+        ", prefix cache ", options_.prefix_cache, ", tenants ", options_.tenants.size(), ", ageing ",
+        options_.priority_ageing.count(), " ns, ceiling ", options_.max_itl.count(), " ns, default target ",
+        options_.default_ttft_target.count(), " ns, learning ", options_.learn_step_cost);
   Loop();
   if (error_.empty() && recorder_ != nullptr) JudgeRecord();
   if (error_.empty()) JudgeRest();
@@ -209,16 +285,13 @@ void Simulator::Loop() {
   std::optional<Running> running;
   while (error_.empty()) {
     ++ticks_;
-    now_ += milliseconds(step_milliseconds_);
+    now_ += milliseconds(step_milliseconds_) * (random_.Chance(pause_rate_) ? 10 : 1);
     Inject();
     std::shared_ptr<const StepPlan> next;
     const bool lockstep = running && random_.Chance(lockstep_rate_);
     if (!lockstep) {
-      next = Plan();
-      if (next && error_.empty()) {
-        std::string wrong = executor_->Judge(*next, running ? running->plan.get() : nullptr);
-        if (!wrong.empty()) Fail(wrong);
-      }
+      next = Plan(running ? running->plan.get() : nullptr);
+      if (!error_.empty()) return;
     }
     if (!running) {
       if (next) {
@@ -248,10 +321,11 @@ void Simulator::Inject() {
   for (auto& [key, request] : requests_) {
     if (request.added || request.arrival_step > ticks_) continue;
     request.added = true;
-    Join(request);
     scheduler_->Add(key, request.request);
+    policies_->Add(key, *request.request);
     Trace("add ", key, ": prompt ", request.request->prompt.size(), ", new ", request.request->stop.max_new_tokens,
-          ", n ", request.request->num_sequences, ", priority ", request.request->priority);
+          ", n ", request.request->num_sequences, ", priority ", request.request->priority, ", tenant ",
+          request.account);
   }
   if (random_.Chance(cancel_rate_)) CancelOne();
   if (random_.Chance(stop_rate_)) {
@@ -263,7 +337,10 @@ void Simulator::Inject() {
     SimRequest& request = it->second;
     if (request.added && index < request.sequences.size()) request.sequences[index].stop_requested = true;
   }
-  if (random_.Chance(reset_rate_)) scheduler_->ResetPrefixCache();
+  if (random_.Chance(reset_rate_)) {
+    scheduler_->ResetPrefixCache();
+    policies_->ResetPrefixCache();
+  }
 }
 
 void Simulator::CancelOne() {
@@ -276,13 +353,14 @@ void Simulator::CancelOne() {
   if (request.added && !request.ended && !request.cancel) request.cancel = code;
 }
 
-std::shared_ptr<const StepPlan> Simulator::Plan() {
+std::shared_ptr<const StepPlan> Simulator::Plan(const StepPlan* running) {
+  events_.clear();
   std::shared_ptr<const StepPlan> plan = scheduler_->Plan(now_, &events_);
   scheduler_->CheckInvariants();
-  admitted_.clear();
   JudgeEvents(/*after_plan=*/true);
+  if (plan != nullptr) Fail(executor_->Judge(*plan, running));
+  if (error_.empty()) Fail(policies_->JudgePlan(plan.get(), now_, events_, scheduler_->load()));
   if (plan == nullptr) return plan;
-  JudgeShares(*plan);
   ++plans_without_progress_;
   Count(*plan);
   if (trace_) {
@@ -312,8 +390,8 @@ Simulator::Running Simulator::Launch(std::shared_ptr<const StepPlan> plan) {
     if ((planned.sample || planned.num_prompt_scores > 0) && random_.Chance(nan_rate_)) running.nan.push_back(i);
   }
   running.result = executor_->Execute(*plan, running.nan);
-  // Whatever is measured, it must keep nobody from progress.
-  running.result.device_time = std::chrono::microseconds(Mix(seed_, plan->step) % 20'000);
+  running.result.device_time =
+      true_cost_ ? StepTime(*true_cost_, WorkOf(*plan)) : std::chrono::microseconds(Mix(seed_, plan->step) % 20'000);
   if (!executor_->error().empty()) Fail(executor_->error());
   running.plan = std::move(plan);
   return running;
@@ -331,9 +409,11 @@ void Simulator::Apply(Running running) {
   for (const PlannedSequence& planned : running.plan->sequences) {
     coverage_.dropped_results += requests_.at(planned.request).sequences[planned.sequence].finished;
   }
+  events_.clear();
   scheduler_->Apply(*running.plan, running.result, now_, &events_);
   scheduler_->CheckInvariants();
   JudgeEvents(/*after_plan=*/false);
+  if (error_.empty()) Fail(policies_->JudgeApply(*running.plan, events_, scheduler_->load()));
 }
 
 void Simulator::AbortAll() {
@@ -342,6 +422,8 @@ void Simulator::AbortAll() {
   for (auto& [key, request] : requests_) {
     if (request.added && !request.ended) request.cancel = Code::kInternal;
   }
+  events_.clear();
+  policies_->Abort();
   scheduler_->Abort(Status(Code::kInternal, "aborted by the simulator"), now_, &events_);
   scheduler_->CheckInvariants();
   JudgeEvents(/*after_plan=*/false);
@@ -353,7 +435,6 @@ void Simulator::AbortAll() {
 
 void Simulator::JudgeEvents(bool after_plan) {
   for (const Event& event : events_) JudgeEvent(event);
-  events_.clear();
   JudgePromises(after_plan);
   if (after_plan) JudgeProgress();
 }
@@ -371,7 +452,6 @@ void Simulator::JudgeEvent(const Event& event) {
       request.admitted = true;
       coverage_.cached_tokens += event.cached_tokens;
       JudgeOrder(event.request, request);
-      admitted_.push_back(event.request);
       if (cached >= static_cast<int32_t>(request.request->prompt.size()) || cached % options_.block_size != 0) {
         Fail(StrCat("request ", event.request, " claims ", cached, " cached tokens"));
       }
@@ -421,22 +501,23 @@ void Simulator::JudgeToken(const Event& event, SimRequest& request) {
   ++coverage_.tokens;
   ++request.tokens;
   SimSequence& sequence = request.sequences[event.sequence];
-  const std::string who = StrCat("request ", event.request, " sequence ", event.sequence);
-  Trace("token ", event.score.token, " for ", who);
+  auto who = [&] { return StrCat("request ", event.request, " sequence ", event.sequence); };
+  if (trace_) Trace("token ", event.score.token, " for ", who());
   if (!request.admitted || sequence.finished)
-    return Fail(StrCat(who, " gets a token before admission or after its end"));
+    return Fail(StrCat(who(), " gets a token before admission or after its end"));
   const SequenceOracle::Step expected = sequence.oracle.Next();
   if (event.score.token != expected.token) {
-    return Fail(StrCat(who, ": token ", event.score.token, ", alone it would have been ", expected.token));
+    return Fail(StrCat(who(), ": token ", event.score.token, ", alone it would have been ", expected.token));
   }
-  if (event.finish != expected.finish) return Fail(StrCat(who, ": wrong finish reason"));
+  if (event.finish != expected.finish) return Fail(StrCat(who(), ": wrong finish reason"));
   const bool named = expected.finish == FinishReason::kEos || expected.finish == FinishReason::kStop;
-  if (event.stop_token != (named ? expected.token : -1)) return Fail(StrCat(who, ": wrong stop token"));
+  if (event.stop_token != (named ? expected.token : -1)) return Fail(StrCat(who(), ": wrong stop token"));
   const auto wanted = static_cast<int32_t>(request.request->prompt.size()) - 1;
   if (request.request->sampling.prompt_top_logprobs >= 0 && request.scores != wanted) {
-    return Fail(StrCat(who, ": a token before all prompt scores"));
+    return Fail(StrCat(who(), ": a token before all prompt scores"));
   }
   sequence.finished = expected.finish != FinishReason::kNone;
+  JudgeLateness(&sequence);
 }
 
 void Simulator::JudgeScores(const Event& event, SimRequest& request) {
@@ -465,7 +546,8 @@ void Simulator::JudgeFinished(const Event& event, SimRequest& request) {
       justified = sequence.stop_requested, ++coverage_.stopped;
       break;
     case FinishReason::kTimeLimit:
-      justified = now_ >= request.request->time_limit, ++coverage_.time_limits;
+      justified = now_ >= request.request->time_limit && request.request->time_limit <= request.request->deadline;
+      ++coverage_.time_limits;
       break;
     case FinishReason::kCancelled:
       justified = request.cancel.has_value();
@@ -479,7 +561,6 @@ void Simulator::JudgeFinished(const Event& event, SimRequest& request) {
 void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   plans_without_progress_ = 0;
   request.ended = true;
-  Leave(request);
   coverage_.preemptions += event.timing.preemptions;
   const Request& r = *request.request;
   const Status& status = event.status;
@@ -488,11 +569,13 @@ void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   if (status.ok()) {
     justified = std::ranges::all_of(request.sequences, &SimSequence::finished);
   } else if (status.reason() == "QUEUE_TIMEOUT") {
-    justified = !request.admitted && now_ >= r.queue_deadline && ++coverage_.queue_timeouts;
+    const bool first = r.queue_deadline < std::min(r.deadline, r.time_limit);
+    justified = !request.admitted && now_ >= r.queue_deadline && first && ++coverage_.queue_timeouts;
   } else if (status.reason() == "HOPELESS") {
-    justified = !request.admitted && now_ < r.deadline && now_ + PrefillTime(r) >= r.deadline && ++coverage_.hopeless;
+    justified = !request.admitted && now_ < r.deadline;
   } else if (status.reason() == "DEADLINE") {
-    justified = now_ >= r.deadline && ++coverage_.deadlines;
+    const bool first = r.deadline < r.time_limit || !request.admitted;  // else hopeless before it
+    justified = now_ >= r.deadline && first && ++coverage_.deadlines;
   } else if (status.reason() == "NON_FINITE_LOGITS") {
     justified = request.nan && status.code() == Code::kInternal && ++coverage_.non_finite;
   } else if (request.cancel) {
@@ -503,82 +586,19 @@ void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   if (request.tokens == 0 && now_ - r.arrival > r.ttft_target) JudgeTarget(request);
 }
 
-void Simulator::RaiseFloor() {
-  double lowest = 1e300, highest = 0;
-  for (const SimAccount& account : accounts_) {
-    highest = std::max(highest, account.level);
-    if (account.live > 0) lowest = std::min(lowest, account.level);
-  }
-  floor_ = std::max(floor_, lowest == 1e300 ? highest : lowest);
-}
-
-void Simulator::Join(SimRequest& request) {
-  SimAccount& account = accounts_[request.account];
-  if (account.live == 0) {
-    RaiseFloor();
-    account.level = std::max(account.level, floor_);
-  }
-  ++account.live;
-}
-
-void Simulator::Leave(SimRequest& request) {
-  SimAccount& account = accounts_[request.account];
-  if (account.live == 1) RaiseFloor();
-  --account.live;
-}
-
-// A new request was admitted while another account's waited: its account had had no more by then.
-void Simulator::JudgeShares(const StepPlan& plan) {
-  const std::vector<SimAccount> before = accounts_;
-  std::vector<int32_t> running(accounts_.size());
-  for (const PlannedSequence& planned : plan.sequences) {
-    const SimRequest& request = requests_.at(planned.request);
-    SimAccount& account = accounts_[request.account];
-    ++running[request.account];
-    int32_t& charged = charged_[{planned.request, planned.sequence}];
-    for (int32_t p = std::max(charged, planned.first_position); p < planned.first_position + planned.num_tokens; ++p) {
-      const bool answer = p >= static_cast<int32_t>(request.request->prompt.size());
-      account.level += (answer ? 2.0 : 1.0) / options_.tenants[request.account].weight;
-      charged = p + 1;
-    }
-  }
-  for (size_t i = 0; i < accounts_.size(); ++i) {
-    const int32_t most = options_.tenants[i].max_running;
-    if (most > 0 && running[i] > most) Fail(StrCat("tenant ", i, " runs ", running[i], " sequences"));
-  }
-  for (const auto& [other, waiting] : requests_) {
-    if (!waiting.added || waiting.admitted || waiting.ended || options_.tenants[waiting.account].max_running > 0)
-      continue;
-    for (RequestKey key : admitted_) {
-      const size_t account = requests_.at(key).account;
-      if (account == waiting.account) continue;
-      ++coverage_.share_choices;
-      if (before[account].level > accounts_[waiting.account].level + 0.01) {
-        Fail(StrCat("request ", key, " is admitted, though ", other, "'s tenant has had less for its weight"));
-      }
-    }
-  }
-}
-
 void Simulator::JudgeTarget(const SimRequest& request) {
   const Request& r = *request.request;
   if (r.ttft_target > Duration(0)) ++(now_ - r.arrival <= r.ttft_target ? targets_met_ : targets_missed_);
 }
 
-// Of the whole prompt, on an idle machine. For ever where the scheduler learns what steps cost: then nobody else knows.
-Duration Simulator::PrefillTime(const Request& request) const {
-  if (options_.learn_step_cost) return kNever - now_;
-  Duration time{};
-  const auto size = static_cast<int32_t>(request.prompt.size());
-  for (int32_t first = 0; first < size; first += options_.token_budget) {
-    StepWork work;
-    const int32_t count = std::min(options_.token_budget, size - first);
-    work.tokens = count;
-    work.sequences = 1;
-    work.prefill_context = int64_t{first} * count + int64_t{count} * (count + 1) / 2;
-    time += StepTime(options_.step_cost, work);
-  }
-  return time;
+// By the clock, whatever the step was predicted to take.
+void Simulator::JudgeLateness(SimSequence* sequence) {
+  const std::optional<TimePoint> before = std::exchange(sequence->last_token_at, now_);
+  if (!before || options_.max_itl == Duration(0) || now_ - *before <= options_.max_itl) return;
+  const Duration late = now_ - *before - options_.max_itl;
+  ++late_tokens_;
+  late_total_ += late;
+  late_most_ = std::max(late_most_, late);
 }
 
 // What must have happened by now.
@@ -593,11 +613,6 @@ void Simulator::JudgePromises(bool after_plan) {
     if (!after_plan) continue;
     const Request& r = *request.request;
     if (now_ >= r.deadline || now_ >= r.time_limit) Fail(StrCat("request ", key, " outlives its deadline"));
-    const bool can_be_cached = options_.prefix_cache || r.num_sequences > 1;
-    if (!request.admitted && !can_be_cached && !options_.learn_step_cost && r.deadline != kNever &&
-        now_ + PrefillTime(r) > r.deadline) {
-      Fail(StrCat("request ", key, " waits though it is hopeless"));
-    }
     if (!request.admitted && now_ >= r.queue_deadline)
       Fail(StrCat("request ", key, " waits beyond its queue deadline"));
   }
@@ -630,6 +645,10 @@ void Simulator::JudgeRest() {
   if (load.running_requests != 0 || load.waiting_requests != 0 || load.waiting_tokens != 0) Fail("load is not zero");
   if (load.generated_tokens != tokens) Fail("generated tokens are miscounted");
   if (load.targets_met != targets_met_ || load.targets_missed != targets_missed_) Fail("targets are miscounted");
+  if (load.late_tokens != late_tokens_ || load.late_total != late_total_ || load.late_most != late_most_) {
+    Fail("late tokens are miscounted");
+  }
+  coverage_.late_tokens += late_tokens_;
   coverage_.targets_met += targets_met_;
   coverage_.targets_missed += targets_missed_;
   if (scheduler_->next_deadline() != kNever) Fail("a deadline is left");

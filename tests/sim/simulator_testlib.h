@@ -15,6 +15,7 @@
 #include "server/scheduler/scheduler.h"
 #include "tests/sim/fake_executor_testlib.h"
 #include "tests/sim/oracle_testlib.h"
+#include "tests/sim/policy_oracle_testlib.h"
 
 namespace altiplano::sim {
 
@@ -24,13 +25,19 @@ struct Coverage {
   uint64_t preemptions = 0, cached_tokens = 0, siblings = 0, prompt_scores = 0, from_slot = 0, chunked = 0;
   uint64_t cancelled = 0, stopped = 0, time_limits = 0, deadlines = 0, queue_timeouts = 0, non_finite = 0, aborts = 0;
   uint64_t dropped_results = 0, replayed = 0;
-  uint64_t targets_met = 0, targets_missed = 0, hopeless = 0, overtaken = 0, share_choices = 0;
+  uint64_t targets_met = 0, targets_missed = 0, late_tokens = 0, overtaken = 0;
+  PolicyOracle::Counts policies;
 };
+
+// Parts of a world that a failure may not need: keys of requests, and names of kParts.
+using Omitted = std::set<std::string>;
+extern const std::vector<std::string> kParts;
+inline constexpr int32_t kMostRequests = 40;
 
 class Simulator {
  public:
-  // Without the requests in `omitted`, but for the last one that is left: to see how few a failure needs.
-  Simulator(uint64_t seed, Coverage* coverage, std::set<RequestKey> omitted = {});
+  // Without what is in `omitted`, but for the last request that is left: to see how little a failure needs.
+  Simulator(uint64_t seed, Coverage* coverage, Omitted omitted = {});
   // What went wrong, or "".
   std::string Run();
 
@@ -39,6 +46,7 @@ class Simulator {
     SequenceOracle oracle;
     bool finished = false;
     bool stop_requested = false;
+    std::optional<TimePoint> last_token_at{};
   };
   struct SimRequest {
     std::shared_ptr<const Request> request;
@@ -60,21 +68,26 @@ class Simulator {
   };
 
   void MakeOptions();
+  void MakeCosts();
+  void MakeTenants();
+  void Simplify();
   void MakeWorkload();
-  std::shared_ptr<Request> MakeRequest(RequestKey key);
+  void AddToWorkload(RequestKey key, int32_t arrival_step, bool in_flood);
+  std::shared_ptr<Request> MakeRequest(RequestKey key, bool in_flood);
+  void SetTimes(Request* request);
+  bool Without(const std::string& part) const { return omitted_.contains(part); }
   void Loop();
   void Inject();
   void CancelOne();
-  std::shared_ptr<const StepPlan> Plan();
+  std::shared_ptr<const StepPlan> Plan(const StepPlan* running);
   Running Launch(std::shared_ptr<const StepPlan> plan);
   void Apply(Running running);
   void AbortAll();
   void JudgeEvents(bool after_plan);
   void JudgeEvent(const Event& event);
-  void JudgeShares(const StepPlan& plan);
   void JudgeOrder(RequestKey key, const SimRequest& admitted);
   void JudgeTarget(const SimRequest& request);
-  Duration PrefillTime(const Request& request) const;
+  void JudgeLateness(SimSequence* sequence);
   void JudgeToken(const Event& event, SimRequest& request);
   void JudgeScores(const Event& event, SimRequest& request);
   void JudgeFinished(const Event& event, SimRequest& request);
@@ -90,7 +103,7 @@ class Simulator {
 
   const uint64_t seed_;
   const bool trace_;
-  const std::set<RequestKey> omitted_;
+  const Omitted omitted_;
   Coverage& coverage_;
   Random random_;
   FakeModel model_;
@@ -98,35 +111,27 @@ class Simulator {
   std::unique_ptr<FlightRecorder> recorder_;  // of every fourth world
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<FakeExecutor> executor_;
-  // What each account has had for its weight, worked out from the plans alone.
-  struct SimAccount {
-    double level = 0;
-    int32_t live = 0, running = 0;
-  };
-  std::vector<SimAccount> accounts_;
-  double floor_ = 0;
-  std::map<std::pair<RequestKey, uint32_t>, int32_t> charged_;
+  std::unique_ptr<PolicyOracle> policies_;
   std::map<RequestKey, SimRequest> requests_;
   std::vector<Event> events_;
   TimePoint now_{std::chrono::hours(1)};
   int32_t ticks_ = 0;
   int32_t plans_without_progress_ = 0;
-  uint64_t targets_met_ = 0, targets_missed_ = 0;
-  std::vector<RequestKey> admitted_;  // in the plan being judged
-  void RaiseFloor();
-  void Join(SimRequest& request);
-  void Leave(SimRequest& request);
+  uint64_t targets_met_ = 0, targets_missed_ = 0, late_tokens_ = 0;
+  Duration late_total_{}, late_most_{};
   // How this world behaves.
   double cancel_rate_ = 0, stop_rate_ = 0, nan_rate_ = 0, abort_rate_ = 0, lockstep_rate_ = 0, deadline_rate_ = 0;
-  double reset_rate_ = 0, target_rate_ = 0;
+  double reset_rate_ = 0, target_rate_ = 0, tenant_rate_ = 0.3, salt_rate_ = 0.1, pause_rate_ = 0;
+  int32_t flood_ = 0;  // so many requests of one tenant at one time
   int32_t step_milliseconds_ = 1;
+  std::optional<StepCost> true_cost_;  // of steps; none: they take any time
   std::string error_;
 };
 
 // Prints how to run the current seed again if the process dies on a CHECK.
 void AnnounceSeedOnAbort(uint64_t seed);
-std::string ReplayCommand(uint64_t seed, const std::set<RequestKey>& omitted = {});
-// As many of keys 1 ... most as can be left out with `fails` still true.
-std::set<RequestKey> Shrink(RequestKey most, const std::function<bool(const std::set<RequestKey>&)>& fails);
+std::string ReplayCommand(uint64_t seed, const Omitted& omitted = {});
+// As many of `all` as can be left out with `fails` still true.
+Omitted Shrink(const std::vector<std::string>& all, const std::function<bool(const Omitted&)>& fails);
 
 }  // namespace altiplano::sim

@@ -420,6 +420,19 @@ TEST(Deadlines, WhatThePrefixCacheHoldsTakesNoTime) {
   }
 }
 
+TEST(Deadlines, OneTokenBehindALongCachedPrefixReadsAllOfIt) {
+  SchedulerOptions options = OneByOne();
+  options.prefix_cache = true;
+  options.step_cost.kv_token_us = 1000;
+  Driver driver(options);
+  Add(driver, 1, {.prompt = 101});
+  driver.RunAll();
+  Add(driver, 2, {.prompt = 101, .deadline_ms = 50});
+  driver.RunAll();
+  EXPECT_EQ(driver.EndOf(2).status.reason(), "HOPELESS");
+  EXPECT_THAT(driver.EndOf(2).status.message(), AllOf(HasSubstr(" 1 tokens"), HasSubstr("takes 102 ms")));
+}
+
 TEST(Deadlines, ABadlyLearnedCostMakesNothingHopeless) {
   for (bool steady : {false, true}) {
     SchedulerOptions options = OneByOne();
@@ -624,6 +637,20 @@ TEST(Ceiling, AttentionToALongContextShrinksTheChunk) {
     chunks.push_back(plan->sequences[1].num_tokens);
   }
   EXPECT_GT(chunks.front(), chunks[chunks.size() - 2]);
+}
+
+TEST(Ceiling, ATokenThatAttendsAsADecodeDoesMayTakeLongerThanTwoOfAPrompt) {
+  SchedulerOptions options = CeilingOptions(microseconds(17500));
+  options.step_cost.kv_token_us = 3000;
+  Driver driver(options);
+  driver->Add(1, MakeRequest(2, 50));
+  driver.Step();
+  driver->Add(2, MakeRequest(4, 5));
+  driver->Add(3, MakeRequest(10, 5));
+  auto plan = driver.Step();  // 1 + (1 + 9) + 4 ms; one token more takes 4 ms, two take 2, three take 3
+  ASSERT_EQ(plan->sequences.size(), 3u);
+  EXPECT_EQ(plan->sequences[1].num_tokens, 4);
+  EXPECT_EQ(plan->sequences[2].num_tokens, 2);
 }
 
 TEST(Ceiling, TheFirstPromptGetsABlockInAnyCase) {
