@@ -11,6 +11,7 @@
 #include "server/base/check.h"
 #include "server/base/json.h"
 #include "server/base/mix.h"
+#include "server/base/split.h"
 #include "server/base/strings.h"
 #include "server/bench/read_file.h"
 
@@ -111,16 +112,6 @@ StatusOr<Dataset> MakeRandom(const DatasetOptions& options) {
 
 // --- CSV -------------------------------------------------------------------------------------------------------------
 
-std::vector<std::string_view> Fields(std::string_view line) {
-  std::vector<std::string_view> fields;
-  while (true) {
-    size_t comma = line.find(',');
-    fields.push_back(line.substr(0, comma));
-    if (comma == std::string_view::npos) return fields;
-    line.remove_prefix(comma + 1);
-  }
-}
-
 // Calls visit(line, number) for each line that is not blank, until it returns an error or `enough` says so.
 template <typename Visit, typename Enough>
 Status ForEachLine(std::string_view text, const Visit& visit, const Enough& enough) {
@@ -177,7 +168,7 @@ StatusOr<Dataset> ParseCsv(const DatasetOptions& options, std::string_view conte
                    "ContextTokens (or num_prefill_tokens) and GeneratedTokens (or num_decode_tokens)");
   };
   auto visit = [&](std::string_view line, int64_t number) {
-    std::vector<std::string_view> fields = Fields(line);
+    std::vector<std::string_view> fields = Split(line, ',');
     if (num_columns == 0) return read_header(fields);
     if (fields.size() != num_columns) {
       return Invalid("line ", number, " has ", fields.size(), " fields, the header has ", num_columns);

@@ -102,18 +102,6 @@ StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len,
   return result;
 }
 
-StatusOr<std::vector<int64_t>> ParseStreams(std::string_view text) {
-  std::vector<int64_t> streams;
-  while (!text.empty()) {
-    size_t comma = std::min(text.find(','), text.size());
-    auto value = ParseCount(text.substr(0, comma), 1, 65536);
-    if (!value.ok()) return Status(Code::kInvalidArgument, "--streams must be whole numbers such as 1,8,32");
-    streams.push_back(*value);
-    text.remove_prefix(std::min(comma + 1, text.size()));
-  }
-  return streams;
-}
-
 // --- A load ----------------------------------------------------------------------------------------------------------
 
 // Sees one request's events as a client would see its stream.
@@ -288,8 +276,8 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
 
 int Run(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench offline";
-  auto streams = ParseStreams(flags.text("streams"));
-  if (!streams.ok()) return Fail(kName, streams.status().message(), kExitUsage);
+  auto streams = ParseCounts(flags.text("streams"), 1, 65536);
+  if (!streams.ok()) return Fail(kName, StrCat("--streams: ", streams.status().message()), kExitUsage);
   auto plan = PlanLoad(flags);
   if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
   const bool with_dataset = flags.given("dataset-name");

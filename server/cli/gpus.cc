@@ -1,33 +1,13 @@
 #include "server/cli/gpus.h"
 
-#include <algorithm>
-#include <charconv>
-#include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <string>
 
 #include "server/base/strings.h"
+#include "server/cli/units.h"
 
 namespace altiplano::cli {
-
-namespace {
-
-StatusOr<std::vector<int>> ParseList(std::string_view list) {
-  std::vector<int> ordinals;
-  for (size_t begin = 0; begin <= list.size();) {
-    const size_t end = std::min(list.find(',', begin), list.size());
-    int ordinal = 0;
-    const auto [at, error] = std::from_chars(list.data() + begin, list.data() + end, ordinal);
-    if (error != std::errc() || at != list.data() + end || ordinal < 0) {
-      return Status(Code::kInvalidArgument,
-                    StrCat("--devices: \"", list, "\" must be numbers of GPUs with commas between them, as 0,1,4,5"));
-    }
-    ordinals.push_back(ordinal);
-    begin = end + 1;
-  }
-  return ordinals;
-}
-
-}  // namespace
 
 StatusOr<std::vector<std::vector<int>>> AssignGpus(std::string_view list, int replicas, int ranks, int present) {
   const int wanted = replicas * ranks;
@@ -39,7 +19,9 @@ StatusOr<std::vector<std::vector<int>>> AssignGpus(std::string_view list, int re
       return Status(Code::kUnavailable, StrCat("--device cuda: ", want, ", and there are ", present));
     for (int ordinal = 0; ordinal < wanted; ++ordinal) ordinals.push_back(ordinal);
   } else {
-    ASSIGN_OR_RETURN(ordinals, ParseList(list));
+    const auto named = ParseCounts(list, 0, std::numeric_limits<int>::max());
+    if (!named.ok()) return Status(Code::kInvalidArgument, StrCat("--devices: ", named.status().message()));
+    for (const int64_t ordinal : *named) ordinals.push_back(static_cast<int>(ordinal));
     if (static_cast<int>(ordinals.size()) != wanted) {
       return Status(Code::kInvalidArgument, StrCat("--devices names ", ordinals.size(), ": ", want));
     }

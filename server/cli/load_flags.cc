@@ -1,7 +1,6 @@
 #include "server/cli/load_flags.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
 #include <fstream>
 
@@ -178,35 +177,24 @@ std::vector<Flag> LoadFlags() {
 
 namespace {
 
-std::vector<std::string> SplitAtCommas(std::string_view text) {
-  std::vector<std::string> parts;
-  while (!text.empty()) {
-    const size_t comma = std::min(text.find(','), text.size());
-    parts.emplace_back(text.substr(0, comma));
-    text.remove_prefix(std::min(comma + 1, text.size()));
-  }
-  return parts;
-}
-
 Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
   ASSIGN_OR_RETURN(plan->ttft_targets, DurationsOf(flags, "ttft-target"));
-  for (const std::string& text : SplitAtCommas(flags.text("priorities"))) {
-    int32_t priority = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), priority);
-    if (error != std::errc() || end != text.data() + text.size()) {
-      return Usage(StrCat("--priorities: \"", text, "\" is not a whole number such as -1"));
-    }
-    plan->priorities.push_back(priority);
-  }
-  plan->tenants = SplitAtCommas(flags.text("request-tenants"));
+  const auto priorities = ParseCounts(flags.text("priorities"), INT32_MIN, INT32_MAX);
+  if (!priorities.ok()) return Usage(StrCat("--priorities: ", priorities.status().message()));
+  for (const int64_t priority : *priorities) plan->priorities.push_back(static_cast<int32_t>(priority));
+  auto tenants = ParseWords(flags.text("request-tenants"));
+  if (!tenants.ok()) return Usage(StrCat("--request-tenants: ", tenants.status().message()));
+  plan->tenants = *std::move(tenants);
   return OkStatus();
 }
 
 }  // namespace
 
 StatusOr<std::vector<Duration>> DurationsOf(const ParsedFlags& flags, std::string_view name) {
+  const auto words = ParseWords(flags.text(name));
+  if (!words.ok()) return Usage(StrCat("--", name, ": ", words.status().message()));
   std::vector<Duration> durations;
-  for (const std::string& text : SplitAtCommas(flags.text(name))) {
+  for (const std::string& text : *words) {
     auto duration = ParseDuration(text);
     if (!duration.ok()) return Usage(StrCat("--", name, ": \"", text, "\" ", duration.status().message()));
     durations.push_back(*duration);

@@ -1,11 +1,13 @@
 #include "server/cli/units.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cmath>
 #include <limits>
 #include <utility>
 
+#include "server/base/split.h"
 #include "server/base/strings.h"
 
 namespace altiplano::cli {
@@ -98,6 +100,25 @@ StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max) {
   if (whole && value >= min && value <= max) return value;
   if (max == std::numeric_limits<int64_t>::max()) return Invalid(StrCat("must be a whole number of at least ", min));
   return Invalid(StrCat("must be a whole number from ", min, " to ", max));
+}
+
+StatusOr<std::vector<std::string>> ParseWords(std::string_view text) {
+  const std::vector<std::string_view> words = Split(text, ',');
+  if (std::ranges::count(words, "") > 0) {
+    return Invalid(StrCat(Quote(text), " has an empty element: write commas between values only"));
+  }
+  return std::vector<std::string>(words.begin(), words.end());
+}
+
+StatusOr<std::vector<int64_t>> ParseCounts(std::string_view text, int64_t min, int64_t max) {
+  ASSIGN_OR_RETURN(const std::vector<std::string> words, ParseWords(text));
+  std::vector<int64_t> counts;
+  for (const std::string& word : words) {
+    const auto count = ParseCount(word, min, max);
+    if (!count.ok()) return Invalid(StrCat(Quote(word), " ", count.status().message()));
+    counts.push_back(*count);
+  }
+  return counts;
 }
 
 StatusOr<double> ParseReal(std::string_view text) {

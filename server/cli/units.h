@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "server/base/clock.h"
 #include "server/base/status.h"
@@ -22,6 +23,13 @@ Duration CheckedDuration(std::string_view text);
 
 // A decimal integer within [min, max], underscores and commas not allowed.
 StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max);
+
+// Words with commas between them, "blue,green"; an empty text has none. Where a comma has no word before or behind it,
+// that is an error.
+StatusOr<std::vector<std::string>> ParseWords(std::string_view text);
+
+// Such a list of what ParseCount reads, "1,8,32".
+StatusOr<std::vector<int64_t>> ParseCounts(std::string_view text, int64_t min, int64_t max);
 
 StatusOr<double> ParseReal(std::string_view text);
 

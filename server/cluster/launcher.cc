@@ -2,6 +2,7 @@
 
 #include <charconv>
 
+#include "server/base/split.h"
 #include "server/base/strings.h"
 
 namespace altiplano::cluster {
@@ -47,10 +48,7 @@ class Environment {
 
 // Appends prefix + each of "1-3,07" with the zeros that the range has.
 bool ExpandRange(std::string_view prefix, std::string_view ranges, std::vector<std::string>* hosts) {
-  while (!ranges.empty()) {
-    const size_t comma = std::min(ranges.find(','), ranges.size());
-    const std::string_view range = ranges.substr(0, comma);
-    ranges.remove_prefix(std::min(comma + 1, ranges.size()));
+  for (const std::string_view range : Split(ranges, ',')) {
     const size_t dash = std::min(range.find('-'), range.size());
     const std::string_view low = range.substr(0, dash);
     const std::string_view high = dash == range.size() ? low : range.substr(dash + 1);

@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "server/base/check.h"
 #include "server/base/json.h"
 #include "server/base/mix.h"
+#include "server/base/split.h"
 #include "server/base/strings.h"
 #include "server/model/checkpoint_stored.h"
 #include "server/model/checkpoint_tensors.h"
@@ -133,19 +135,12 @@ bool TakeOneRank(ModelConfig* config, uint64_t ranks) {
 
 StatusOr<RandomModel> ParseRandomModel(std::string_view name) {
   CHECK(name.starts_with(kRandomPrefix));
-  std::string_view rest = name.substr(kRandomPrefix.size());
-  const auto next = [&rest] {
-    const size_t comma = std::min(rest.find(','), rest.size());
-    const std::string_view word = rest.substr(0, comma);
-    rest.remove_prefix(std::min(comma + 1, rest.size()));
-    return word;
-  };
-  const std::string_view shape = next();
+  const std::vector<std::string_view> words = Split(name.substr(kRandomPrefix.size()), ',');
+  const std::string_view shape = words.empty() ? "" : words.front();
   std::optional<ModelConfig> config = PublishedModelConfig(shape);
   if (!config) return Refuse(name, StrCat("\"", shape, "\" is no published model; these are: 1b, 3b, 8b, 70b, 405b"));
   RandomModel model{.config = *std::move(config)};
-  while (!rest.empty()) {
-    const std::string_view word = next();
+  for (const std::string_view word : std::span(words).subspan(std::min<size_t>(1, words.size()))) {
     const size_t equals = std::min(word.find('='), word.size());
     const std::string_view key = word.substr(0, equals);
     const std::optional<uint64_t> value = Number(word.substr(std::min(equals + 1, word.size())));

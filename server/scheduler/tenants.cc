@@ -4,6 +4,7 @@
 #include <charconv>
 #include <set>
 
+#include "server/base/split.h"
 #include "server/base/strings.h"
 
 namespace altiplano {
@@ -29,8 +30,8 @@ Status ParseOne(std::string_view text, TenantOptions* tenant) {
   tenant->name = Next(&text, ':');
   if (tenant->name.empty()) return Invalid("a tenant has no name; write NAME:weight=N");
   if (has_settings && text.empty()) return Invalid(StrCat("tenant ", tenant->name, ": nothing follows the colon"));
-  while (!text.empty()) {
-    std::string_view value = Next(&text, ',');
+  for (std::string_view value : Split(text, ',')) {
+    if (value.empty()) return Invalid(StrCat("tenant ", tenant->name, ": there is a comma too many"));
     const std::string_view name = Next(&value, '=');
     int64_t number = 0;
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);

@@ -8,6 +8,7 @@
 #include "server/base/clock.h"
 #include "server/base/json.h"
 #include "server/base/log.h"
+#include "server/base/split.h"
 #include "server/base/status.h"
 #include "server/base/strings.h"
 
@@ -53,6 +54,14 @@ TEST(Strings, StrCatWritesNumbersShortest) {
   EXPECT_EQ(StrCat("a", 1, ' ', -2L, " ", 0.1f, " ", true), "a1 -2 0.1 true");
   EXPECT_EQ(HumanBytes(1023), "1023 B");
   EXPECT_EQ(HumanBytes(16060522496), "14.96 GiB");
+}
+
+TEST(Strings, SplitKeepsEmptyParts) {
+  using Parts = std::vector<std::string_view>;
+  EXPECT_EQ(Split("a,,b,", ','), (Parts{"a", "", "b", ""}));
+  EXPECT_EQ(Split("a,b", ';'), (Parts{"a,b"}));
+  EXPECT_EQ(Split(",", ','), (Parts{"", ""}));
+  EXPECT_EQ(Split("", ','), Parts{});
 }
 
 TEST(Strings, Utf8) {

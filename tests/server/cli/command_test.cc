@@ -199,7 +199,12 @@ TEST(Commands, ReplayShowsAndFitsWhatSimulateRecorded) {
   EXPECT_THAT(output.err, HasSubstr("is truncated or damaged"));
   EXPECT_EQ(Invoke({"replay", "nowhere.flight"}).code, 65);
   EXPECT_EQ(Invoke({"replay"}).code, 64);
-  EXPECT_THAT(Invoke({"simulate", "--priorities", "0,high"}).err, HasSubstr("\"high\" is not a whole number"));
+  EXPECT_THAT(Invoke({"simulate", "--priorities", "0,high"}).err, HasSubstr("\"high\" must be a whole number"));
+  for (const char* flag : {"--priorities", "--ttft-target", "--request-tenants", "--deadlines"}) {
+    EXPECT_THAT(Invoke({"simulate", flag, "0,"}).err, HasSubstr(std::string(flag) + ": \"0,\" has an empty element"));
+  }
+  EXPECT_THAT(Invoke({"bench", "offline", "--streams", "1,,8"}).err,
+              HasSubstr("--streams: \"1,,8\" has an empty element"));
   EXPECT_THAT(Invoke({"admin", "dump-flight-record", "x"}).err, HasSubstr("needs --url"));
 }
 

@@ -28,6 +28,10 @@ TEST(AssignGpus, RefusesWhatIsNoList) {
   for (const char* list : {",", "0,", "0,,1", "a", "0;1", "-1", "0, 1", "99999999999"}) {
     EXPECT_EQ(AssignGpus(list, 1, 2, 8).status().code(), Code::kInvalidArgument) << list;
   }
+  EXPECT_EQ(AssignGpus("0,1,", 1, 2, 8).status().message(),
+            "--devices: \"0,1,\" has an empty element: write commas between values only");
+  EXPECT_EQ(AssignGpus("0,x", 1, 2, 8).status().message(),
+            "--devices: \"x\" must be a whole number from 0 to 2147483647");
 }
 
 }  // namespace

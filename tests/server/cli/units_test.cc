@@ -54,6 +54,17 @@ TEST(Units, Counts) {
   }
 }
 
+TEST(Units, Lists) {
+  EXPECT_EQ(*ParseCounts("1,-8,32", -10, 100), (std::vector<int64_t>{1, -8, 32}));
+  EXPECT_EQ(*ParseCounts("7", 0, 100), (std::vector<int64_t>{7}));
+  EXPECT_TRUE(ParseCounts("", 0, 100)->empty());
+  for (const char* bad : {"1,", ",1", "1,,2", ",", "1;2", "1, 2", "101"}) {
+    EXPECT_FALSE(ParseCounts(bad, 0, 100).ok()) << bad;
+  }
+  EXPECT_EQ(*ParseWords("blue,green"), (std::vector<std::string>{"blue", "green"}));
+  for (const char* bad : {"blue,", ",blue", "blue,,green"}) EXPECT_FALSE(ParseWords(bad).ok()) << bad;
+}
+
 TEST(Units, Reals) {
   EXPECT_EQ(*ParseReal("0.25"), 0.25);
   for (const char* bad : {"", "nan", "inf", "1.0x", "--1"}) EXPECT_FALSE(ParseReal(bad).ok()) << bad;

@@ -60,8 +60,8 @@ TEST(Launcher, SlurmsShortFormOfHosts) {
   EXPECT_THAT(ExpandHosts("a[1-3,07],b").value(), ElementsAre("a1", "a2", "a3", "a07", "b"));
   EXPECT_THAT(ExpandHosts("n[098-101]").value(), ElementsAre("n098", "n099", "n100", "n101"));
   EXPECT_THAT(ExpandHosts("x[1],y[2]").value(), ElementsAre("x1", "y2"));
-  for (const char* bad :
-       {"", ",", "a,,b", "a[", "a[]", "a[1", "a[x]", "a[3-1]", "a[1-]", "[1]", "a[1]b", "a[1],", "a[0-65536]"}) {
+  for (const char* bad : {"", ",", "a,,b", "a[", "a[]", "a[1", "a[x]", "a[3-1]", "a[1-]", "a[1,]", "[1]", "a[1]b",
+                          "a[1],", "a[0-65536]"}) {
     EXPECT_FALSE(ExpandHosts(bad).has_value()) << bad;
   }
 }

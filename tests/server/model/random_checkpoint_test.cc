@@ -63,6 +63,8 @@ TEST(RandomCheckpoint, NamesSayShapeLayersAndSeed) {
   EXPECT_EQ(ParseRandomModel("random:8b")->config.layers, 32);
   for (const auto& [name, message] :
        {std::pair{"random:9b", "\"9b\" is no published model; these are: 1b, 3b, 8b, 70b, 405b"},
+        {"random:", "\"\" is no published model"},
+        {"random:8b,", "\"\" is none of layers=N, seed=N and rank-of=N"},
         {"random:8b,layers=33", "layers is 33, must be from 1 to 32"},
         {"random:8b,layers=0", "layers is 0, must be from 1 to 32"},
         {"random:8b,layers=x", "layers must be a whole number"},
