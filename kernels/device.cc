@@ -167,9 +167,9 @@ std::string Stream::Synchronize() {
   return device_ == Device::kCuda ? cuda::Synchronize(cuda_) : std::string();  // CPU ops have run when they return
 }
 
-std::unique_ptr<StreamEvent> StreamEvent::Create(const Stream& stream) {
+std::unique_ptr<StreamEvent> StreamEvent::Create(const Stream& stream, bool timed) {
   if (stream.device() == Device::kCpu) return std::unique_ptr<StreamEvent>(new StreamEvent(nullptr));
-  void* event = cuda::CreateEvent(stream.ordinal());
+  void* event = cuda::CreateEvent(stream.ordinal(), timed);
   return event == nullptr ? nullptr : std::unique_ptr<StreamEvent>(new StreamEvent(event));
 }
 
@@ -178,7 +178,11 @@ StreamEvent::~StreamEvent() {
 }
 
 void StreamEvent::Record(Stream& stream) {
-  if (cuda_ != nullptr) cuda::RecordEvent(cuda_, stream.cuda_stream());
+  if (cuda_ == nullptr) {
+    recorded_ = std::chrono::steady_clock::now();
+  } else {
+    cuda::RecordEvent(cuda_, stream.cuda_stream());
+  }
 }
 
 bool StreamEvent::Passed() const {
@@ -191,6 +195,10 @@ std::string StreamEvent::Wait() const {
 
 void StreamEvent::Precede(Stream& stream) const {
   if (cuda_ != nullptr) cuda::StreamWaitsFor(stream.cuda_stream(), cuda_);
+}
+
+std::chrono::nanoseconds StreamEvent::Since(const StreamEvent& earlier) const {
+  return cuda_ == nullptr ? recorded_ - earlier.recorded_ : cuda::TimeBetween(earlier.cuda_, cuda_);
 }
 
 std::unique_ptr<StepGraph> StepGraph::Capture(Stream& stream, const std::function<bool()>& issue, std::string* error) {

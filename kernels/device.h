@@ -4,6 +4,7 @@
 // once. Errors: what the operator can cause (no device, out of memory) is reported by value; a broken invariant dies.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -53,8 +54,8 @@ class Stream {
 // stream's owner; the others: any thread, once Record has returned.
 class StreamEvent {
  public:
-  // Null when the device has no more.
-  static std::unique_ptr<StreamEvent> Create(const Stream& stream);
+  // Null when the device has no more. timed: Since may be asked; such events cost a GPU a little more.
+  static std::unique_ptr<StreamEvent> Create(const Stream& stream, bool timed = false);
   ~StreamEvent();
 
   void Record(Stream& stream);
@@ -62,10 +63,13 @@ class StreamEvent {
   std::string Wait() const;  // empty, or the device's (sticky) error
   // What is issued on `stream`, of whichever GPU, from now on waits there for the point; the caller does not.
   void Precede(Stream& stream) const;
+  // Both are timed, of streams of one GPU (or the CPU), and have been passed.
+  std::chrono::nanoseconds Since(const StreamEvent& earlier) const;
 
  private:
   explicit StreamEvent(void* cuda) : cuda_(cuda) {}
-  void* const cuda_;  // null on the CPU
+  void* const cuda_;                                // null on the CPU
+  std::chrono::steady_clock::time_point recorded_;  // on the CPU
 };
 
 // Ops that a stream has recorded instead of running them, and that one call then starts again and again, on the same

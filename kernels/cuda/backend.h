@@ -1,6 +1,7 @@
 // The CUDA side as device.cc and ops.cc see it. No CUDA type appears here, so that no_cuda.cc can stand in for it.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -26,12 +27,13 @@ std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
 std::string Error(void* stream);        // the same without waiting
 std::string Describe(int ordinal);      // "NVIDIA H200, sm_90, 141 GB"
 
-void* CreateEvent(int ordinal);  // null when the device has no more
+void* CreateEvent(int ordinal, bool timed);  // null when the device has no more
 void DestroyEvent(void* event);
 void RecordEvent(void* event, void* stream);
 bool EventPassed(void* event);
 std::string WaitForEvent(void* event);
 void StreamWaitsFor(void* stream, void* event);
+std::chrono::nanoseconds TimeBetween(void* earlier, void* later);  // of timed events that have been passed
 
 // From then on the stream records what this thread issues. Empty, or why it cannot.
 std::string BeginCapture(void* stream);

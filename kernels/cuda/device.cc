@@ -128,10 +128,11 @@ std::string Describe(int ordinal) {
          std::to_string(device.totalGlobalMem / 1000000000) + " GB, " + DescribeCublasLt();
 }
 
-void* CreateEvent(int ordinal) {
+void* CreateEvent(int ordinal, bool timed) {
   const CurrentGpu gpu(ordinal);
   cudaEvent_t event = nullptr;
-  return OrNull(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), event);
+  const unsigned flags = cudaEventBlockingSync | (timed ? 0 : cudaEventDisableTiming);
+  return OrNull(cudaEventCreateWithFlags(&event, flags), event);
 }
 
 void DestroyEvent(void* event) {
@@ -149,6 +150,12 @@ bool EventPassed(void* event) {
 std::string WaitForEvent(void* event) {
   const cudaError_t result = cudaEventSynchronize(EventOf(event));
   return result == cudaSuccess ? "" : Sentence(result);
+}
+
+std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
+  float milliseconds = 0;
+  if (cudaEventElapsedTime(&milliseconds, EventOf(earlier), EventOf(later)) != cudaSuccess) cudaGetLastError();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<float, std::milli>(milliseconds));
 }
 
 // Other threads may allocate and wait meanwhile: they serve other GPUs.

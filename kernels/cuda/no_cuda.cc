@@ -80,7 +80,7 @@ std::string Error(void*) {
 std::string Describe(int) {
   Die();
 }
-void* CreateEvent(int) {
+void* CreateEvent(int, bool) {
   Die();
 }
 void DestroyEvent(void*) {
@@ -93,6 +93,9 @@ bool EventPassed(void*) {
   Die();
 }
 std::string WaitForEvent(void*) {
+  Die();
+}
+std::chrono::nanoseconds TimeBetween(void*, void*) {
   Die();
 }
 std::string BeginCapture(void*) {

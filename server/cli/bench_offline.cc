@@ -4,10 +4,13 @@
 #include <cstdio>
 #include <mutex>
 #include <random>
+#include <utility>
+#include <vector>
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
+#include "server/bench/report.h"
 #include "server/cli/command.h"
 #include "server/cli/config.h"
 #include "server/cli/load_flags.h"
@@ -48,15 +51,66 @@ class TimingSink : public RequestSink {
   bool ended_ = false;
 };
 
+// What the engines' threads say of their steps.
+class StepTimesLog {
+ public:
+  void Add(const StepTimes& times) {
+    std::lock_guard lock(mutex_);
+    times_.push_back(times);
+  }
+  std::vector<StepTimes> Take() {
+    std::lock_guard lock(mutex_);
+    return std::exchange(times_, {});
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<StepTimes> times_;
+};
+
+// Of the steps that decode the most sequences, the streams all together, in microseconds.
+struct DecodeSteps {
+  int64_t count = 0, from_graphs = 0;
+  bench::Distribution idle, issue, device;
+};
+
+DecodeSteps DescribeDecodeSteps(const std::vector<StepTimes>& steps) {
+  int32_t most = 0;
+  for (const StepTimes& step : steps) most = std::max(most, step.decodes ? step.sequences : 0);
+  std::vector<double> idle, issue, device;
+  DecodeSteps found;
+  for (const StepTimes& step : steps) {
+    if (!step.decodes || step.sequences < most) continue;
+    ++found.count;
+    found.from_graphs += step.from_graph;
+    idle.push_back(1e6 * Seconds(step.idle));
+    issue.push_back(1e6 * Seconds(step.issue));
+    device.push_back(1e6 * Seconds(step.device));
+  }
+  const std::vector<double> percentiles = {90};
+  found.idle = bench::Describe(std::move(idle), percentiles);
+  found.issue = bench::Describe(std::move(issue), percentiles);
+  found.device = bench::Describe(std::move(device), percentiles);
+  return found;
+}
+
+OrderedJson ToJson(const bench::Distribution& microseconds) {
+  OrderedJson json = {{"median", microseconds.median}, {"mean", microseconds.mean}, {"max", microseconds.max}};
+  for (const auto& [percent, value] : microseconds.percentiles) json[StrCat("p", percent)] = value;
+  return json;
+}
+
 struct Result {
   int64_t streams = 0;
   double ttft_mean = 0, ttft_max = 0;  // seconds
   double prefill_rate = 0;             // prompt tokens a second until the last stream has its first token
   double decode_rate = 0;              // tokens a second of all streams while all decode
   double rate = 0;                     // tokens a second, prompts and answers, from the first to the last
+  DecodeSteps decode_steps = {};
 };
 
-StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len, int64_t output_len, uint64_t seed) {
+StatusOr<Result> Measure(LoadedModel& model, StepTimesLog* log, int64_t streams, int64_t input_len, int64_t output_len,
+                         uint64_t seed) {
   std::mt19937_64 random(seed);
   std::vector<std::shared_ptr<Request>> requests;
   for (int64_t i = 0; i < streams; ++i) {
@@ -74,6 +128,7 @@ StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len,
   }
   std::vector<std::shared_ptr<TimingSink>> sinks;
   std::vector<RequestHandle> handles;
+  log->Take();  // of what was measured before
   TimePoint begin = Clock::Real().Now();
   for (auto& request : requests) {
     request->arrival = Clock::Real().Now();
@@ -99,6 +154,7 @@ StatusOr<Result> Measure(LoadedModel& model, int64_t streams, int64_t input_len,
   result.prefill_rate = static_cast<double>(streams * input_len) / Seconds(all_first - begin);
   result.rate = static_cast<double>(streams * (input_len + output_len)) / Seconds(last_end - begin);
   if (first_end > all_first) result.decode_rate = static_cast<double>(decoded) / Seconds(first_end - all_first);
+  result.decode_steps = DescribeDecodeSteps(log->Take());
   return result;
 }
 
@@ -236,10 +292,15 @@ OrderedJson ToJson(const Result& result) {
           {"max_ttft_ms", result.ttft_max * 1e3},
           {"prefill_tokens_per_second", result.prefill_rate},
           {"decode_tokens_per_second", result.decode_rate},
-          {"tokens_per_second", result.rate}};
+          {"tokens_per_second", result.rate},
+          {"decode_steps", result.decode_steps.count},
+          {"decode_steps_from_graphs", result.decode_steps.from_graphs},
+          {"host_gap_us", ToJson(result.decode_steps.idle)},
+          {"issue_us", ToJson(result.decode_steps.issue)},
+          {"device_step_us", ToJson(result.decode_steps.device)}};
 }
 
-int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, LoadedModel& model) {
+int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, LoadedModel& model, StepTimesLog* log) {
   const int64_t input_len = flags.count("input-len");
   const int64_t output_len = flags.given("output-len") ? flags.count("output-len") : 64;
   if (output_len < 2) return Fail("bench offline", "--output-len must be at least 2 to have a decode rate", kExitUsage);
@@ -255,19 +316,20 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
     std::printf("%s, %s, %s of weights, on %s; %lld + %lld tokens a stream\n", model.name.c_str(), model.dtype.c_str(),
                 HumanBytes(model.weight_bytes).c_str(), model.device.c_str(), static_cast<long long>(input_len),
                 static_cast<long long>(output_len));
-    std::printf("%8s %14s %14s %16s %16s %14s\n", "streams", "mean TTFT ms", "max TTFT ms", "prefill tok/s",
-                "decode tok/s", "weights GB/s");
+    std::printf("%8s %14s %14s %16s %16s %14s %12s %10s\n", "streams", "mean TTFT ms", "max TTFT ms", "prefill tok/s",
+                "decode tok/s", "weights GB/s", "host gap us", "issue us");
   }
   for (int64_t count : streams) {
-    auto result = Measure(model, count, input_len, output_len, static_cast<uint64_t>(flags.count("seed")));
+    auto result = Measure(model, log, count, input_len, output_len, static_cast<uint64_t>(flags.count("seed")));
     if (!result.ok()) return Fail("bench offline", result.status().ToString(), kExitFailure);
     json["results"].push_back(ToJson(*result));
     // While all streams decode, each step reads every weight once and yields one token for each stream.
     double steps = result->decode_rate / static_cast<double>(count);
     if (as_json) continue;
-    std::printf("%8lld %14.1f %14.1f %16.1f %16.1f %14.2f\n", static_cast<long long>(count), result->ttft_mean * 1e3,
-                result->ttft_max * 1e3, result->prefill_rate, result->decode_rate,
-                steps * static_cast<double>(model.weight_bytes) / 1e9);
+    std::printf("%8lld %14.1f %14.1f %16.1f %16.1f %14.2f %12.1f %10.1f\n", static_cast<long long>(count),
+                result->ttft_mean * 1e3, result->ttft_max * 1e3, result->prefill_rate, result->decode_rate,
+                steps * static_cast<double>(model.weight_bytes) / 1e9, result->decode_steps.idle.median,
+                result->decode_steps.issue.median);
     std::fflush(stdout);
   }
   if (as_json) std::printf("%s\n", json.dump(2).c_str());
@@ -286,32 +348,38 @@ int Run(const ParsedFlags& flags) {
   }
   auto config = ResolveOffline(flags);
   if (!config.ok()) return Fail(kName, config.status().message(), kExitUsage);
-  auto model = LoadModel(config->values, {.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}});
+  StepTimesLog log;
+  LoadHooks hooks{.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}};
+  if (!with_dataset) hooks.on_step_times = [&log](const StepTimes& times) { log.Add(times); };
+  auto model = LoadModel(config->values, hooks);
   if (!model.ok()) return Fail(kName, model.status().message(), ExitCodeOfLoad(model.status()));
-  return with_dataset ? RunDataset(flags, std::move(*plan), *model) : RunStreams(flags, *streams, *model);
+  return with_dataset ? RunDataset(flags, std::move(*plan), *model) : RunStreams(flags, *streams, *model, &log);
 }
 
 }  // namespace
 
 Subcommand BenchOfflineCommand() {
   Subcommand subcommand{
-      .command = {.name = "bench offline",
-                  .summary = "measure the engine without a server: at 1, 8 and 32 streams, or under a load",
-                  .synopsis = "altiplano bench offline --model MODEL",
-                  .notes =
-                      "Without --dataset-name all streams start at once; decode tok/s counts the tokens of all streams "
-                      "while\n"
-                      "every stream decodes. With it, the engine is loaded as bench serve loads a server.",
-                  .flags = {{.name = "streams",
-                             .type = FlagType::kText,
-                             .default_value = "1,8,32",
-                             .meaning = "Numbers of streams to measure, separated by commas.",
-                             .example = "1,64"},
-                            {.name = "write-step-cost",
-                             .type = FlagType::kPath,
-                             .meaning = "Fit what a step costs to the steps measured here and write it to this file, "
-                                        "for --step-cost of serve and simulate.",
-                             .example = "step_cost.json"}}},
+      .command =
+          {.name = "bench offline",
+           .summary = "measure the engine without a server: at 1, 8 and 32 streams, or under a load",
+           .synopsis = "altiplano bench offline --model MODEL",
+           .notes =
+               "Without --dataset-name all streams start at once; decode tok/s counts the tokens of all streams "
+               "while\n"
+               "every stream decodes; the host gap is how long the device waits between two such steps, and issue\n"
+               "how long the host takes to enqueue one, medians of both. With it, the engine is loaded as bench serve "
+               "loads a server.",
+           .flags = {{.name = "streams",
+                      .type = FlagType::kText,
+                      .default_value = "1,8,32",
+                      .meaning = "Numbers of streams to measure, separated by commas.",
+                      .example = "1,64"},
+                     {.name = "write-step-cost",
+                      .type = FlagType::kPath,
+                      .meaning = "Fit what a step costs to the steps measured here and write it to this file, "
+                                 "for --step-cost of serve and simulate.",
+                      .example = "step_cost.json"}}},
       .run = Run};
   for (Flag& flag : LoadFlags()) subcommand.command.flags.push_back(flag);
   for (Flag& flag : OfflineFlags()) subcommand.command.flags.push_back(flag);

@@ -216,6 +216,7 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
       std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(config.scheduler().step_deadline()));
   options.progress = hooks.progress;
   options.cancelled = hooks.cancelled;
+  options.on_step_times = hooks.on_step_times;
   ASSIGN_OR_RETURN(options.before_step, FaultDrillFromEnvironment());
   return options;
 }

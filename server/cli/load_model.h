@@ -45,10 +45,11 @@ StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64
                                                     int64_t max_queued_requests, int64_t max_queued_tokens);
 
 struct LoadHooks {
-  std::function<void(const LoadProgress&)> progress;  // calling thread
-  std::function<bool()> cancelled;                    // polled while weights are read; true: CANCELLED
-  std::function<void()> on_step;                      // see Engine::Start
-  std::function<void()> on_failed_for_good = {};      // see EngineOptions
+  std::function<void(const LoadProgress&)> progress;         // calling thread
+  std::function<bool()> cancelled;                           // polled while weights are read; true: CANCELLED
+  std::function<void()> on_step;                             // see Engine::Start
+  std::function<void()> on_failed_for_good = {};             // see EngineOptions
+  std::function<void(const StepTimes&)> on_step_times = {};  // see LocalExecutorOptions; any engine's thread
 };
 
 struct LoadedModel {

@@ -271,7 +271,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
     rank.worker =
         RankWorker::Create(std::move(stream), std::move(model), worker_limits, checkpoint.generation_defaults().eos_ids,
                            {rank.communicator.get(), rank.previous.get(), rank.next.get()});
-    if (rank.worker == nullptr) {
+    if (rank.worker == nullptr || (options.on_step_times && !rank.worker->TimeSteps())) {
       return Status(Code::kResourceExhausted,
                     StrCat("no memory for the logits and the sampling of ", options.max_running, " sequences"));
     }
@@ -401,6 +401,7 @@ LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, co
     : device_(options.device),
       first_rank_(options.first_stage * options.ranks),
       patience_(options.patience),
+      on_step_times_(options.on_step_times),
       scheduler_options_(std::move(scheduler_options)),
       ranks_(std::move(ranks)),
       shared_(std::make_shared<Shared>()) {
@@ -539,9 +540,12 @@ StepResult LocalExecutor::Wait() {
     look();
     // A rank may have ended the step before another one failed in it: the next one cannot run then.
     if (result.status = failure(); !result.status.ok()) return result;
-    StepResult of_rank = rank->worker->Collect();
+    StepTimes times;
+    StepResult of_rank = rank->worker->Collect(&times);
     if (!of_rank.status.ok()) Fail(of_rank.status);
-    if (rank->worker->samples()) result = std::move(of_rank);
+    if (!rank->worker->samples()) continue;
+    if (on_step_times_ && of_rank.status.ok()) on_step_times_(times);
+    result = std::move(of_rank);
   }
   std::lock_guard lock(shared_->mutex);
   for (int& steps : shared_->enqueued) --steps;

@@ -61,6 +61,8 @@ struct LocalExecutorOptions {
   bool overlap_kernels = true;                 // CUDA: see kernels/cuda/overlap.h
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
+  // Of each step, as the rank that samples has it. Wait's thread. Null: steps are not timed.
+  std::function<void(const StepTimes&)> on_step_times;
   bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them
   std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
   // For tests. Ranks are numbered through the stages. before_step: rank's thread; may throw, or never return.
@@ -134,6 +136,7 @@ class LocalExecutor : public Executor {
   const Device device_;
   const int first_rank_;  // through all stages, those of other processes too
   const std::chrono::milliseconds patience_;
+  const std::function<void(const StepTimes&)> on_step_times_;
   const SchedulerOptions scheduler_options_;
   const Ranks ranks_;
   const std::shared_ptr<Shared> shared_;

@@ -84,6 +84,12 @@ void RankWorker::SetCache(KvCache cache) {
   cache_ = std::move(cache);
 }
 
+bool RankWorker::TimeSteps() {
+  CHECK(enqueued_ == 0);
+  timer_ = StepTimer::Create(*stream_);
+  return timer_ != nullptr;
+}
+
 Status RankWorker::CaptureDecodeGraphs() {
   CHECK(cache_.has_value() && graphs_.empty());
   DecodeGraphLimits limits;
@@ -152,6 +158,7 @@ Status RankWorker::Enqueue(const StepPlan& plan) {
                          plan.step);
   const StepInputBuilder::Step step = BuildInputs(plan, replays ? &graph_shapes_[shape] : nullptr);
   const auto tokens = static_cast<int64_t>(plan.tokens.size());
+  if (timer_ != nullptr) timer_->Begin(*stream_);
   if (!ForwardStage(step.inputs, tokens, replays ? graphs_[shape].get() : nullptr)) return Aborted();
   if (llama_->shard().last_stage()) {
     auto* results = static_cast<SampleResult*>(pending.results.data());
@@ -160,19 +167,30 @@ Status RankWorker::Enqueue(const StepPlan& plan) {
       return Aborted();
     }
   }
+  if (timer_ != nullptr) {
+    timer_->End(*stream_,
+                {.sequences = static_cast<int32_t>(plan.sequences.size()),
+                 .decodes = plan.num_prefill_tokens == 0,
+                 .from_graph = replays},
+                pending.begin);
+  }
   pending.done->Record(*stream_);
   const std::string error = stream_->Error();
   pending.end = pending.done->Passed() ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
   return error.empty() ? OkStatus() : Status(Code::kInternal, error);
 }
 
-StepResult RankWorker::Collect() {
+StepResult RankWorker::Collect(StepTimes* times) {
   const Pending& pending = pending_[collected_++ % 2];
   StepResult result;
   result.step = pending.step;
   if (const std::string error = pending.done->Wait(); !error.empty()) {
     result.status = Status(Code::kInternal, error);
     return result;
+  }
+  if (timer_ != nullptr) {
+    const StepTimes taken = timer_->Take();
+    if (times != nullptr) *times = taken;
   }
   const auto unset = std::chrono::steady_clock::time_point();
   const auto end = pending.end == unset ? std::chrono::steady_clock::now() : pending.end;

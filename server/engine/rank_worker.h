@@ -24,6 +24,7 @@
 #include "server/engine/decode_graphs.h"
 #include "server/engine/slot_states.h"
 #include "server/engine/step_inputs.h"
+#include "server/engine/step_timer.h"
 #include "server/model/kv_cache.h"
 #include "server/model/llama.h"
 #include "server/scheduler/step_plan.h"
@@ -44,6 +45,8 @@ class RankWorker {
   static std::unique_ptr<RankWorker> Create(std::unique_ptr<Stream> stream, std::unique_ptr<Llama> llama, Limits limits,
                                             std::vector<TokenId> eos_ids, Peers peers);
 
+  // Before the first step: from then on Collect tells of its times. False when the device has no more events.
+  bool TimeSteps();
   // Computes `tokens` tokens in a small cache of its own and checks that their logits are finite: weights that overflow
   // are found before READY, and afterwards the device holds all that a step of that size makes it take. On all ranks
   // at once. RESOURCE_EXHAUSTED when the cache does not fit.
@@ -61,7 +64,8 @@ class RankWorker {
 
   // Of another thread, of the oldest step that was enqueued. Scores and tokens come from the one that samples.
   bool Done() const { return pending_[collected_ % 2].done->Passed(); }
-  StepResult Collect();
+  // times: null, or where the step's are put if steps are timed.
+  StepResult Collect(StepTimes* times = nullptr);
 
   bool samples() const { return is_first() && llama_->shard().last_stage(); }  // the plan's results are this rank's
   Stream& stream() { return *stream_; }
@@ -112,6 +116,7 @@ class RankWorker {
   std::vector<std::unique_ptr<StepGraph>> graphs_;  // of each shape
   std::vector<SampleParams> params_;                // reused between steps
   std::vector<int32_t> num_top_;                    // likewise
+  std::unique_ptr<StepTimer> timer_;                // null: steps are not timed
   // First of several stages: how many ids each step sampled whose ids have not come yet, oldest first.
   std::deque<int64_t> waiting_ids_;
   uint64_t enqueued_ = 0;

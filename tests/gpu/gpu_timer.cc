@@ -1,8 +1,7 @@
 #include "tests/gpu/gpu_timer.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -16,30 +15,20 @@ constexpr int kMostCalls = 2000;
 
 class Timer {
  public:
-  explicit Timer(Stream& stream) : stream_(static_cast<cudaStream_t>(stream.cuda_stream())) {
-    cudaEventCreate(&begin_);
-    cudaEventCreate(&end_);
-  }
-  ~Timer() {
-    cudaEventDestroy(begin_);
-    cudaEventDestroy(end_);
-  }
-  Timer(const Timer&) = delete;
-  Timer& operator=(const Timer&) = delete;
+  explicit Timer(Stream& stream) : stream_(stream) {}
 
   double Seconds(const std::function<void()>& work) {
-    cudaEventRecord(begin_, stream_);
+    begin_->Record(stream_);
     work();
-    cudaEventRecord(end_, stream_);
-    cudaEventSynchronize(end_);
-    float milliseconds = 0;
-    cudaEventElapsedTime(&milliseconds, begin_, end_);
-    return static_cast<double>(milliseconds) * 1e-3;
+    end_->Record(stream_);
+    end_->Wait();  // Measure asks the stream for its error
+    return std::chrono::duration<double>(end_->Since(*begin_)).count();
   }
 
  private:
-  const cudaStream_t stream_;
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+  Stream& stream_;
+  const std::unique_ptr<StreamEvent> begin_ = StreamEvent::Create(stream_, /*timed=*/true);
+  const std::unique_ptr<StreamEvent> end_ = StreamEvent::Create(stream_, /*timed=*/true);
 };
 
 }  // namespace

@@ -55,10 +55,13 @@ def parts_of(programs, out):
         return Part(f"sanitizer_{tool}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] + base, seconds,
                     shutil.which("compute-sanitizer"), base + ["--gtest_list_tests"], "correctness")
 
-    def engine(name, extra, seconds):
-        base = [program("altiplano"), "bench", "offline", "--model", "random:8b", "--device", "cuda", "--dtype", "bf16",
-                "--json"] + extra
-        return Part(name, base, seconds, program("altiplano"), [program("altiplano"), "inspect", "random:8b"])
+    def engine(name, streams, input_len, output_len, extra=()):
+        base = [program("altiplano"), "bench", "offline", "--json", "--streams", str(streams), *extra]
+        model = ["--model", "random:8b", "--device", "cuda", "--dtype", "bf16", "--input-len", str(input_len),
+                 "--output-len", str(output_len)]
+        tiny = ["--model", str(ROOT / "tests/data/tiny"), "--device", "cpu", "--kv-memory", "64MiB", "--input-len", "8",
+                "--output-len", "3"]
+        return Part(name, base + model, 90, program("altiplano"), base + tiny)
 
     def shard(model, ranks):
         checkpoint = f"random:{model},rank-of={ranks}"
@@ -89,14 +92,11 @@ def parts_of(programs, out):
         Part("torch", [sys.executable, str(HERE / "torch_peers.py"), cases, str(out / "torch.jsonl")], 240,
              str(HERE / "torch_peers.py"), [sys.executable, "-m", "py_compile", str(HERE / "torch_peers.py")]),
         # One call each: what a large batch cannot do costs the others nothing.
-        *(engine(f"engine_decode_{n}", ["--streams", str(n), "--input-len", "512", "--output-len", "128"], 90)
-          for n in STREAMS),
+        *(engine(f"engine_decode_{n}", n, 512, 128) for n in STREAMS),
         # The same without what hides the host's time for launches.
-        *(engine(f"engine_decode_{n}_{what}", ["--streams", str(n), "--input-len", "512", "--output-len", "128", *flag], 90)
-          for n in (1, 32) for what, flag in (("eager", ["--cuda-graphs", "off"]),
-                                              ("serial", ["--overlap-kernels=false"]))),
-        *(engine(f"engine_prefill_{n}", ["--streams", "1", "--input-len", str(n), "--output-len", "2"], 90)
-          for n in PROMPTS),
+        *(engine(f"engine_decode_{n}_eager", n, 512, 128, ["--cuda-graphs", "off"]) for n in STREAMS),
+        *(engine(f"engine_decode_{n}_serial", n, 512, 128, ["--overlap-kernels=false"]) for n in (1, 32)),
+        *(engine(f"engine_prefill_{n}", 1, n, 2) for n in PROMPTS),
         *(shard(model, ranks) for model, ranks, *_ in SHARDS),
     ]
     return parts
@@ -191,7 +191,7 @@ def summary(parts, state, out, about):
     product = next((line["tflops"] for line in torch.values() if line.get("limit") == "product"), None)
     text = [f"# {about['date']}, {about['card']}, {about['commit']}", ""]
     if about["dry"]:
-        text += ["**A rehearsal: nothing ran on a GPU.**", ""]
+        text += ["**A rehearsal: nothing ran on a GPU.** The engine's rows are a tiny model's on the CPU.", ""]
     text += ["## Parts", "", "| part | | |", "|---|---|---|"]
     for part in parts:
         entry = state.get(part.name, {"state": "not yet", "reason": ""})
@@ -220,17 +220,24 @@ def summary(parts, state, out, about):
         text += ["", "## Ops", "", "Share: of the least time that the limits allow. Against: our speed over the peer's.", "",
                  "| op | us | GB/s | TFLOP/s | share | against |", "|---|---|---|---|---|---|", *rows]
     rows = []
-    for path in sorted(out.glob("engine_*.log"), key=lambda p: (p.name.split("_")[1], int(re.findall(r"\d+", p.name)[0]))):
+    for path in sorted(out.glob("engine_*.log"), key=lambda p: (p.name.split("_")[1], int(re.findall(r"\d+", p.name)[0]), p.name)):
         said = json_in(path)
         for result in said.get("results", []):
             decode, streams = result["decode_tokens_per_second"], result["streams"]
             weights = decode / streams * said["weight_bytes"] * 1e-9
+            gap, issue, step = (result[name]["median"] for name in ("host_gap_us", "issue_us", "device_step_us"))
             rows.append(f"| {path.stem} | {streams} | {said['input_len']} | {result['mean_ttft_ms']:.1f} | "
-                        f"{result['prefill_tokens_per_second']:.0f} | {decode:.1f} | {weights:.0f} |")
+                        f"{result['prefill_tokens_per_second']:.0f} | {decode:.1f} | {weights:.0f} | {gap:.1f} | "
+                        f"{result['host_gap_us']['p90']:.1f} | {issue:.0f} | {step:.0f} | "
+                        f"{result['decode_steps_from_graphs']} of {result['decode_steps']} |")
     if rows:
         text += ["", "## Engine, 8B of random weights", "",
-                 "| | streams | prompt | mean TTFT ms | prefill tok/s | decode tok/s | weights GB/s |",
-                 "|---|---|---|---|---|---|---|", *rows]
+                 "Host gap: of the steps that decode all streams, how long the GPU waits between the end of one and the begin of the next",
+                 "(CUDA events around each), median and ninth decile. Issue: the host's time to enqueue a step. Step: the GPU's from begin",
+                 "to end, in which kernels that are issued one by one may wait for the host, too.", "",
+                 "| | streams | prompt | mean TTFT ms | prefill tok/s | decode tok/s | weights GB/s | host gap us | p90 | issue us "
+                 "| step us | from graphs |",
+                 "|---|---|---|---|---|---|---|---|---|---|---|---|", *rows]
     text += projection(out)
     (out / "README.md").write_text("\n".join(text) + "\n")
     return "\n".join(text)

@@ -44,7 +44,9 @@ if words[0] == "bench" and "405b" in " ".join(words):
 if words[0] == "bench":
     print("a log line")
     print(json.dumps({{"weight_bytes": 16e9, "input_len": 512, "results": [{{"streams": int(words[words.index("--streams") + 1]),
-          "mean_ttft_ms": 5.0, "prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 200.0}}]}}, indent=2))
+          "mean_ttft_ms": 5.0, "prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 200.0, "decode_steps": 127,
+          "decode_steps_from_graphs": 0 if "off" in words else 127, "host_gap_us": {{"median": 3.25, "p90": 7.5}},
+          "issue_us": {{"median": 40.0}}, "device_step_us": {{"median": 4900.0}}}}]}}, indent=2))
 """
 
 
@@ -93,7 +95,8 @@ class RunGpu(unittest.TestCase):
         self.assertIn("h100-80gb-hbm3, abc1234", table)
         self.assertIn("read 2000 GB/s", table)
         self.assertIn("| Linear 8b qkv, 1 tokens | 1000.0 | 1000 | 1.0 | 50 % |", table)
-        self.assertIn("| engine_decode_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 |", table)
+        self.assertIn("| engine_decode_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 127 of 127 |", table)
+        self.assertIn("| engine_decode_256_eager | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 0 of 127 |", table)
         # 5 ms a step; 160 all-reduces of 4.5, 7.8 and 24 us.
         self.assertIn("| 70b of 8 | 5.00 | 16.0 | 3200 | 0.72 / 1.25 / 3.84 | 174.8 / 160.1 / 113.1 | 8.1 | "
                       "306.7 / 264.0 / 156.7 |", table)
@@ -147,7 +150,9 @@ class RunGpu(unittest.TestCase):
         self.assertIn("--dry rehearses without one", result.stderr)
         result = self.run_gpu("--dry", path="/usr/bin:/bin")
         self.assertEqual(result.returncode, 0, result.stdout)
-        self.assertIn("nothing ran on a GPU", (self.out / "README.md").read_text())
+        table = (self.out / "README.md").read_text()
+        self.assertIn("nothing ran on a GPU", table)
+        self.assertIn("| engine_decode_1 | 1 | ", table)
         self.assertEqual(self.run_gpu("--only", "nonsense").returncode, 64)
 
 

@@ -6,11 +6,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
 #include <limits>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "kernels/cpu/cpu_features.h"
@@ -49,6 +51,18 @@ TEST(Stream, OfACpuHasNoErrorsAndPassesEventsAtOnce) {
   EXPECT_TRUE(event->Passed());
   EXPECT_EQ(event->Wait(), "");
   EXPECT_EQ(stream->Error(), "");
+}
+
+TEST(StreamEvent, TellsTheTimeSinceAnotherOne) {
+  const auto stream = Stream::Cpu(1);
+  const auto first = StreamEvent::Create(*stream, /*timed=*/true), second = StreamEvent::Create(*stream, true);
+  first->Record(*stream);
+  const auto begin = std::chrono::steady_clock::now();
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  const auto least = std::chrono::steady_clock::now() - begin;
+  second->Record(*stream);
+  EXPECT_GE(second->Since(*first), least);
+  EXPECT_EQ(first->Since(*second), -second->Since(*first));
 }
 
 TEST(Buffer, OfAStreamIsHostMemoryOnTheCpu) {

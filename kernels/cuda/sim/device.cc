@@ -2,6 +2,7 @@
 // cuda_simulator in place of kernels.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -22,10 +23,17 @@ constexpr int kMostGpus = 8;
 std::atomic<int> gpus{1};
 std::atomic<const cuda::Architecture*> architecture{&cuda::kHopper};
 
-// Also the GPU's events: what is issued runs at once, so that they have no state but whose they are.
 struct Gpu {
   std::string lost;  // guarded by mutex: the error that it was lost with
 } all_gpus[kMostGpus];
+// What is issued runs at once: an event has been passed when it is recorded, by the host's clock.
+struct Event {
+  const Gpu& gpu;
+  std::chrono::steady_clock::time_point recorded;
+};
+Event& EventOf(void* event) {
+  return *static_cast<Event*>(event);
+}
 std::mutex mutex;
 struct Allocation {
   int gpu;
@@ -108,14 +116,17 @@ std::string Describe(int) {
 
 void UseGpu(int) {}
 
-void* CreateEvent(int ordinal) {
-  return &all_gpus[ordinal];
+void* CreateEvent(int ordinal, bool) {
+  return new Event{all_gpus[ordinal], {}};
 }
 
-void DestroyEvent(void*) {}
+void DestroyEvent(void* event) {
+  delete &EventOf(event);
+}
 
-void RecordEvent(void*, void*) {
+void RecordEvent(void* event, void*) {
   sim::ForbiddenInCapture("an event that the host waits for");
+  EventOf(event).recorded = std::chrono::steady_clock::now();
 }
 
 bool EventPassed(void*) {
@@ -126,11 +137,15 @@ bool EventPassed(void*) {
 std::string WaitForEvent(void* event) {
   sim::ForbiddenInCapture("a wait for an event");
   std::lock_guard lock(mutex);
-  return ErrorOf(*static_cast<const Gpu*>(event));
+  return ErrorOf(EventOf(event).gpu);
 }
 
 void StreamWaitsFor(void*, void*) {
   sim::ForbiddenInCapture("an event of another stream");
+}
+
+std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
+  return EventOf(later).recorded - EventOf(earlier).recorded;
 }
 
 std::string BeginCapture(void* stream) {

@@ -391,6 +391,41 @@ TEST(EngineOnGpu, GraphsChangeNoBit) {
   }
 }
 
+// The simulated GPU's time is the host's, which is no measure of anything; what is told must fit together.
+TEST(EngineOnGpu, TellsOfEachStepsTimes) {
+  for (const Device device : {Device::kCpu, Device::kCuda}) {
+    LocalExecutorOptions options = Options(device, DType::kBF16);
+    std::vector<StepTimes> steps;
+    options.on_step_times = [&](const StepTimes& times) { steps.push_back(times); };
+    TimePoint begin{}, end{};
+    {
+      const auto engine = Start(options);
+      const size_t before = steps.size();
+      EXPECT_EQ(before, 0u) << "the warm-up is no step";
+      begin = Clock::Real().Now();
+      RunAll(*engine, {MakeRequest(0, 40, 6)});  // in two chunks
+    }
+    end = Clock::Real().Now();
+    ASSERT_GE(steps.size(), 7u);
+    Duration of_device{};
+    for (size_t i = 0; i < steps.size(); ++i) {
+      SCOPED_TRACE(StrCat("step ", i));
+      const StepTimes& times = steps[i];
+      EXPECT_EQ(times.sequences, 1);
+      EXPECT_EQ(times.decodes, i >= 2);
+      EXPECT_EQ(times.from_graph, device == Device::kCuda && times.decodes);
+      EXPECT_GT(times.issue, Duration(0));
+      EXPECT_GT(times.device, Duration(0));
+      EXPECT_GT(times.idle, Duration(0));
+      // What was issued ran at once.
+      EXPECT_LE(times.device, times.issue);
+      if (i > 0) of_device += times.idle;
+      of_device += times.device;
+    }
+    EXPECT_LE(of_device, end - begin);
+  }
+}
+
 // The kernels between ranks are in the graphs too, and count their calls for themselves.
 TEST(EngineOnGpu, GraphsOfTwoRanksChangeNoBit) {
   LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
