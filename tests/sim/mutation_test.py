@@ -151,6 +151,14 @@ MUTATIONS = [
     ("the last token of the budget is kept from decodes", "scheduler_plan.cc",
      "if (remaining != 1 || budget_left_ == 0) return;", "if (remaining != 1 || budget_left_ <= 1) return;"),
     ("tokens that come in time are late", "scheduler_apply.cc", "late <= Duration(0)", "late < Duration(0)"),
+    ("a tenant may have one more waiting", "queue_bounds.cc",
+     "tenant.requests >= limits.max_queued_requests", "tenant.requests > limits.max_queued_requests"),
+    ("the queue takes one more", "queue_bounds.cc", "requests_ < options_.max_requests ||",
+     "requests_ <= options_.max_requests ||"),
+    ("others keep a tenant out", "queue_bounds.cc", "|| tenant.requests < tenant.own_requests", ""),
+    ("who was admitted still waits", "queue_bounds.cc", "tokens_ -= prompt_tokens; CHECK", "CHECK"),
+    ("who gives up counts as drained", "queue_bounds.cc", "if (admitted) tenant.admissions.Add", "tenant.admissions.Add"),
+    ("the hint is that of all tenants", "queue_bounds.cc", "tenant.requests / rate / 2", "requests_ / rate / 2"),
     ("one token too many", "scheduler_apply.cc", "sequence.known() + 1 >=", "sequence.known() >="),
 ]
 

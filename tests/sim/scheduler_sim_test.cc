@@ -66,7 +66,11 @@ std::vector<std::pair<const char*, uint64_t>> HowOften(const Coverage& coverage)
                          {"targets met", coverage.targets_met},
                          {"targets missed", coverage.targets_missed},
                          {"late tokens", coverage.late_tokens},
-                         {"overtaken", coverage.overtaken}});
+                         {"overtaken", coverage.overtaken},
+                         {"queue full", coverage.queue.queue_full},
+                         {"a tenant's queue full", coverage.queue.tenant_queue_full},
+                         {"let in over the bounds", coverage.queue.over_the_bounds},
+                         {"hints by rate", coverage.queue.hints_by_rate}});
   return all;
 }
 

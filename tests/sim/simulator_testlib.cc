@@ -35,9 +35,9 @@ std::vector<TokenId> RandomTokens(Random random, int32_t count, int32_t vocab) {
 }  // namespace
 
 const std::vector<std::string> kParts = {
-    "tenants",   "tenant-limits", "flood",  "priorities", "ageing", "targets",  "deadlines",   "ceiling",
-    "step-cost", "learning",      "pauses", "siblings",   "salts",  "scores",   "penalties",   "stop-ids",
-    "cancels",   "stops",         "nan",    "aborts",     "resets", "lockstep", "prefix-cache"};
+    "tenants",   "tenant-limits", "flood",  "priorities", "ageing", "targets",  "deadlines",    "ceiling",
+    "step-cost", "learning",      "pauses", "siblings",   "salts",  "scores",   "penalties",    "stop-ids",
+    "cancels",   "stops",         "nan",    "aborts",     "resets", "lockstep", "prefix-cache", "queue-bounds"};
 
 std::string ReplayCommand(uint64_t seed, const Omitted& omitted) {
   std::string parts;
@@ -114,6 +114,7 @@ void Simulator::MakeOptions() {
   salt_rate_ = random_.Chance(0.3) ? 0.6 : 0.1;
   MakeTenants();
   Simplify();
+  MakeQueue();
 }
 
 // In half of the worlds the sums are true, at least where nobody knows them in advance. They need not be: neither a
@@ -146,6 +147,21 @@ void Simulator::MakeTenants() {
     if (random_.Chance(limited)) tenant.max_running = random_.Between(1, std::min(3, options_.max_running));
   }
   if (random_.Chance(0.25)) flood_ = random_.Between(4, 16);
+}
+
+void Simulator::MakeQueue() {
+  QueueBounds::Options options;
+  options.max_requests = random_.Between(1, 12);
+  options.max_tokens = random_.Between(10, 300);
+  options.tenants = options_.tenants;
+  for (TenantOptions& tenant : options.tenants) {
+    if (random_.Chance(0.3)) tenant.max_queued_requests = random_.Between(1, 4);
+    if (random_.Chance(0.3)) tenant.max_queued_tokens = random_.Between(5, 100);
+  }
+  if (!random_.Chance(0.2) || Without("queue-bounds")) return;
+  queue_ = std::make_unique<QueueBounds>(options);
+  queue_oracle_ = std::make_unique<QueueOracle>(options, &coverage_.queue);
+  if (random_.Chance(0.5)) step_milliseconds_ *= 100;  // the rate of admissions is one of some seconds
 }
 
 // Takes out what is omitted, after all has been drawn: the rest of the world stays as it is.
@@ -321,6 +337,10 @@ void Simulator::Inject() {
   for (auto& [key, request] : requests_) {
     if (request.added || request.arrival_step > ticks_) continue;
     request.added = true;
+    if (!Enter(key, request)) {
+      request.ended = true;
+      continue;
+    }
     scheduler_->Add(key, request.request);
     policies_->Add(key, *request.request);
     Trace("add ", key, ": prompt ", request.request->prompt.size(), ", new ", request.request->stop.max_new_tokens,
@@ -341,6 +361,23 @@ void Simulator::Inject() {
     scheduler_->ResetPrefixCache();
     policies_->ResetPrefixCache();
   }
+}
+
+// Whether the queue takes it.
+bool Simulator::Enter(RequestKey key, const SimRequest& request) {
+  if (queue_ == nullptr) return true;
+  const auto tokens = static_cast<int64_t>(request.request->prompt.size());
+  const Status said = queue_->Enter(request.account, tokens, now_);
+  Fail(queue_oracle_->JudgeEntry(request.account, tokens, said, now_));
+  if (!said.ok()) Trace("no room for ", key, ": ", said.ToString());
+  return said.ok();
+}
+
+void Simulator::LeaveQueue(const SimRequest& request, bool admitted) {
+  if (queue_ == nullptr) return;
+  const auto tokens = static_cast<int64_t>(request.request->prompt.size());
+  queue_->Leave(request.account, tokens, admitted, now_);
+  queue_oracle_->Leave(request.account, tokens, admitted, now_);
 }
 
 void Simulator::CancelOne() {
@@ -450,6 +487,7 @@ void Simulator::JudgeEvent(const Event& event) {
       const auto cached = static_cast<int32_t>(event.cached_tokens);
       if (request.admitted) Fail(StrCat("request ", event.request, " is admitted twice"));
       request.admitted = true;
+      LeaveQueue(request, /*admitted=*/true);
       coverage_.cached_tokens += event.cached_tokens;
       JudgeOrder(event.request, request);
       if (cached >= static_cast<int32_t>(request.request->prompt.size()) || cached % options_.block_size != 0) {
@@ -561,6 +599,7 @@ void Simulator::JudgeFinished(const Event& event, SimRequest& request) {
 void Simulator::JudgeEnd(const Event& event, SimRequest& request) {
   plans_without_progress_ = 0;
   request.ended = true;
+  if (!request.admitted) LeaveQueue(request, /*admitted=*/false);
   coverage_.preemptions += event.timing.preemptions;
   const Request& r = *request.request;
   const Status& status = event.status;

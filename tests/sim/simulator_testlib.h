@@ -12,10 +12,12 @@
 #include <vector>
 
 #include "server/scheduler/flight_recorder.h"
+#include "server/scheduler/queue_bounds.h"
 #include "server/scheduler/scheduler.h"
 #include "tests/sim/fake_executor_testlib.h"
 #include "tests/sim/oracle_testlib.h"
 #include "tests/sim/policy_oracle_testlib.h"
+#include "tests/sim/queue_oracle_testlib.h"
 
 namespace altiplano::sim {
 
@@ -27,6 +29,7 @@ struct Coverage {
   uint64_t dropped_results = 0, replayed = 0;
   uint64_t targets_met = 0, targets_missed = 0, late_tokens = 0, overtaken = 0;
   PolicyOracle::Counts policies;
+  QueueOracle::Counts queue;
 };
 
 // Parts of a world that a failure may not need: keys of requests, and names of kParts.
@@ -70,6 +73,7 @@ class Simulator {
   void MakeOptions();
   void MakeCosts();
   void MakeTenants();
+  void MakeQueue();
   void Simplify();
   void MakeWorkload();
   void AddToWorkload(RequestKey key, int32_t arrival_step, bool in_flood);
@@ -78,6 +82,8 @@ class Simulator {
   bool Without(const std::string& part) const { return omitted_.contains(part); }
   void Loop();
   void Inject();
+  bool Enter(RequestKey key, const SimRequest& request);
+  void LeaveQueue(const SimRequest& request, bool admitted);
   void CancelOne();
   std::shared_ptr<const StepPlan> Plan(const StepPlan* running);
   Running Launch(std::shared_ptr<const StepPlan> plan);
@@ -112,6 +118,8 @@ class Simulator {
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<FakeExecutor> executor_;
   std::unique_ptr<PolicyOracle> policies_;
+  std::unique_ptr<QueueBounds> queue_;  // as the engine has it; null: all are let in
+  std::unique_ptr<QueueOracle> queue_oracle_;
   std::map<RequestKey, SimRequest> requests_;
   std::vector<Event> events_;
   TimePoint now_{std::chrono::hours(1)};
