@@ -131,7 +131,6 @@ void Scheduler::Impl::Publish(Sequence* sequence) {
   for (; sequence->published < full; ++sequence->published) {
     const int32_t i = sequence->published;
     const BlockId block = sequence->blocks[static_cast<size_t>(i)];
-    if (cache_.published(block)) continue;  // came from the cache, or a sibling published it
     const BlockHash hash = HashOf(sequence, i);
     cache_.Publish(block, hash, ParentOf(sequence, i), BlockTokens(*sequence, i, &token_scratch_));
   }

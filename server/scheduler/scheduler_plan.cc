@@ -341,7 +341,9 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     sequence->blocks.push_back(*block);
   }
   sequence->state = Sequence::State::kRunning;
-  sequence->computed = sequence->scheduled = static_cast<int32_t>(match_.size()) * options_.block_size;
+  // Whoever computed them has offered them to the cache, which may know by then that they are not to be trusted.
+  sequence->published = static_cast<int32_t>(match_.size());
+  sequence->computed = sequence->scheduled = sequence->published * options_.block_size;
   sequence->slot = free_slots_.back();
   free_slots_.pop_back();
   sequence->needs_init = true;

@@ -51,6 +51,8 @@ MUTATIONS = [
      "if (sequence->state == Sequence::State::kEnded) return;\n", ""),
     ("NaN is ignored", "scheduler_apply.cc",
      "if (sampled != nullptr && !sampled->finite) return FailNonFinite(call, request);", ""),
+    ("what is NaN keeps its name", "scheduler_apply.cc",
+     "for (BlockId block : sequence.blocks) cache_.Withdraw(block);", ""),
     ("cancels wait for the next Plan", "scheduler_apply.cc", "  TakeCommands(call);\n", ""),
     ("deadlines are forgotten after admission", "scheduler.cc",
      "return request.admitted ? earliest :", "return request.admitted ? kNever :"),

@@ -520,6 +520,7 @@ void PolicyOracle::Admit(const Walk& walk, Sequence* head, const PlannedSequence
     head->blocks.push_back(walk.plan->block_ids[static_cast<size_t>(planned.block_begin + i)]);
     Ref(head->blocks.back());
   }
+  head->published = found;  // whoever computed these has offered them
   head->scheduled = planned.first_position;
   head->state = Sequence::State::kRunning;
   head->of->admitted = head->admitted = true;
@@ -786,7 +787,6 @@ void PolicyOracle::Publish(Sequence* sequence, int32_t computed) {
   if (!options_.prefix_cache || sequence->of->asked->bypass_prefix_cache) return;
   for (; sequence->published < computed / options_.block_size; ++sequence->published) {
     Block& block = At(sequence->blocks[static_cast<size_t>(sequence->published)]);
-    if (block.name != 0) continue;
     const uint64_t name = NameOf(sequence, sequence->published);
     bool taken = false, perhaps_taken = false;
     for (const Block& other : blocks_) {

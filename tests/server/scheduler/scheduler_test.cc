@@ -890,6 +890,21 @@ TEST(Scheduler, NonFiniteScoresEndOneRequestAndWithdrawItsBlocks) {
   EXPECT_EQ(driver.CachedTokensOf(3), 0u);  // nothing of what 1 had computed is found again
 }
 
+TEST(Scheduler, WhoeverFoundABlockDoesNotGiveItBackANameThatNanHasTaken) {
+  Driver driver(SmallOptions());
+  driver->Add(1, MakeRequest(20, 50));
+  driver.Step();  // four blocks, and nothing is sampled
+  driver->Add(2, MakeRequest(20, 50));
+  driver.finite = [](const PlannedSequence& planned) { return planned.request != 1; };
+  driver.Step();
+  ASSERT_EQ(driver.CachedTokensOf(2), 16u);
+  ASSERT_EQ(driver.EndOf(1).status.reason(), "NON_FINITE_LOGITS");
+  driver->Cancel(2, Status(Code::kCancelled, "before its own logits say so"));
+  driver->Add(3, MakeRequest(20, 1));
+  driver.RunAll();
+  EXPECT_EQ(driver.CachedTokensOf(3), 0u);
+}
+
 TEST(Scheduler, AbortEndsEverythingAndForgetsTheStepsInFlight) {
   Driver driver(SmallOptions());
   driver->Add(1, MakeRequest(9, 50));
