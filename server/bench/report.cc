@@ -67,7 +67,7 @@ bool IsGood(const RequestRecord& request, const std::vector<Objective>& objectiv
 }
 
 struct Totals {
-  int64_t completed = 0, failed = 0, good = 0;
+  int64_t completed = 0, failed = 0, cancelled = 0, good = 0;
   uint64_t input = 0, output = 0, cached = 0, preemptions = 0;
   int64_t peak_concurrency = 0;
   std::array<std::vector<double>, kNumMetrics> values;
@@ -93,6 +93,10 @@ int64_t PeakConcurrency(const std::vector<RequestRecord>& requests) {
 Totals Sum(const BenchReport& report) {
   Totals totals;
   for (const RequestRecord& request : report.requests) {
+    if (request.cancelled) {
+      ++totals.cancelled;
+      continue;
+    }
     if (!request.ok) {
       ++totals.failed;
       Totals::Errors& errors = totals.errors[request.error_code];
@@ -211,6 +215,10 @@ std::string BenchReport::ToText() const {
   };
   whole("Successful requests:", totals.completed);
   whole("Failed requests:", totals.failed);
+  if (interrupted) {
+    whole("Requests cancelled by the interruption:", totals.cancelled);
+    whole("Requests not sent:", not_sent);
+  }
   if (max_concurrency > 0) whole("Maximum request concurrency:", max_concurrency);
   out += StrFormat("%-40s %-10s\n", "Request rate configured (req/s):", request_rate.c_str());
   real("Benchmark duration (s):", seconds);
@@ -258,6 +266,9 @@ OrderedJson BenchReport::ToJson(bool detailed) const {
                       {"duration", seconds},
                       {"completed", totals.completed},
                       {"failed", totals.failed},
+                      {"interrupted", interrupted},
+                      {"cancelled", totals.cancelled},
+                      {"not_sent", not_sent},
                       {"total_input_tokens", totals.input},
                       {"total_output_tokens", totals.output},
                       {"request_throughput", static_cast<double>(totals.completed) / seconds},
@@ -308,6 +319,7 @@ std::vector<std::string> ClientNotes(const ClientUse& use, const BenchReport& re
   constexpr double kLateShare = 0.05;  // nor below this share of the median TTFT
   constexpr double kTokensPerMessage = 1.05;
   std::vector<std::string> notes;
+  if (report.requests.empty()) return notes;
   std::vector<double> lags, ttfts;
   int64_t held = 0;
   Duration longest_held{};

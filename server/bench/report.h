@@ -15,6 +15,7 @@ namespace altiplano::bench {
 
 struct RequestRecord {
   bool ok = false;
+  bool cancelled = false;  // not ok, because the load was interrupted: counted, but in no other number
   std::string error_code;  // when not ok: "RESOURCE_EXHAUSTED QUEUE_FULL"
   std::string error;       // for people
   uint64_t input_tokens = 0;
@@ -55,7 +56,9 @@ struct BenchReport {
   int64_t max_concurrency = 0;       // 0: no limit
   std::string request_rate = "inf";  // as asked for
   Duration duration{};
-  std::vector<RequestRecord> requests;
+  std::vector<RequestRecord> requests;  // that were sent
+  bool interrupted = false;             // before all had been sent and had ended
+  int64_t not_sent = 0;                 // because of that
   std::vector<std::string> metrics = {"ttft", "tpot", "itl", "e2el", "queue"};  // that the text shows
   std::vector<double> percentiles = {50, 90, 99};
   std::vector<Objective> objectives;

@@ -100,6 +100,28 @@ OrderedJson ToJson(const bench::Distribution& microseconds) {
   return json;
 }
 
+// Requests of the engine that one may want to end together. Any thread.
+class LiveRequests {
+ public:
+  void Add(RequestHandle handle) {
+    std::lock_guard lock(mutex_);
+    handles_.push_back(std::move(handle));
+    if (cancelled_) Cancel(&handles_.back());
+  }
+  void CancelAll() {
+    std::lock_guard lock(mutex_);
+    cancelled_ = true;
+    for (RequestHandle& handle : handles_) Cancel(&handle);
+  }
+
+ private:
+  static void Cancel(RequestHandle* handle) { handle->Cancel(Status(Code::kCancelled, "interrupted")); }
+
+  std::mutex mutex_;
+  std::vector<RequestHandle> handles_;
+  bool cancelled_ = false;
+};
+
 struct Result {
   int64_t streams = 0;
   double ttft_mean = 0, ttft_max = 0;  // seconds
@@ -109,8 +131,9 @@ struct Result {
   DecodeSteps decode_steps = {};
 };
 
+// CANCELLED when it is interrupted.
 StatusOr<Result> Measure(LoadedModel& model, StepTimesLog* log, int64_t streams, int64_t input_len, int64_t output_len,
-                         uint64_t seed) {
+                         uint64_t seed, LoadInterrupt& interrupt) {
   std::mt19937_64 random(seed);
   std::vector<std::shared_ptr<Request>> requests;
   for (int64_t i = 0; i < streams; ++i) {
@@ -127,14 +150,15 @@ StatusOr<Result> Measure(LoadedModel& model, StepTimesLog* log, int64_t streams,
     requests.push_back(std::move(request));
   }
   std::vector<std::shared_ptr<TimingSink>> sinks;
-  std::vector<RequestHandle> handles;
   log->Take();  // of what was measured before
+  LiveRequests live;
+  LoadInterrupt::Watch watch(interrupt, [&live] { live.CancelAll(); });
   TimePoint begin = Clock::Real().Now();
   for (auto& request : requests) {
     request->arrival = Clock::Real().Now();
     sinks.push_back(std::make_shared<TimingSink>());
     ASSIGN_OR_RETURN(RequestHandle handle, model.engine->Submit(request, sinks.back()));
-    handles.push_back(std::move(handle));
+    live.Add(std::move(handle));
   }
   Result result{.streams = streams};
   TimePoint all_first = begin, first_end = kNever, last_end = begin;
@@ -209,7 +233,7 @@ class EngineTarget : public LoadTarget {
 
   std::function<void(Done)> Prepare(const bench::LoadRequest& load) override {
     auto request = std::make_shared<Request>();
-    request->id = StrCat("bench-", handles_.size());
+    request->id = StrCat("bench-", prepared_++);
     request->prompt = bench::PromptOf(load, vocabulary_);
     request->sampling.temperature = 0;
     request->stop.max_new_tokens = load.output_tokens;
@@ -222,17 +246,19 @@ class EngineTarget : public LoadTarget {
       auto sink = std::make_shared<RecordingSink>(request->prompt.size(), done, [this] { CountTokens(1); });
       auto handle = engine_.Submit(request, sink);
       if (handle.ok()) {
-        handles_.push_back(std::move(*handle));
+        live_.Add(std::move(*handle));
       } else {
         sink->End(handle.status());
       }
     };
   }
+  void Cancel() override { live_.CancelAll(); }
 
  private:
   InferenceEngine& engine_;
   const bench::Vocabulary vocabulary_;
-  std::vector<RequestHandle> handles_;  // the sending thread's
+  size_t prepared_ = 0;  // the sending thread's
+  LiveRequests live_;
 };
 
 // --write-step-cost: from the flight record of what was measured.
@@ -249,7 +275,7 @@ int WriteStepCost(const ParsedFlags& flags, const LoadedModel& model) {
   return kExitOk;
 }
 
-int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
+int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model, LoadInterrupt& interrupt) {
   constexpr std::string_view kName = "bench offline";
   const Tokenizer& tokenizer = *model.text.tokenizer;
   auto tokenize = [&tokenizer](const std::string& text) -> StatusOr<std::vector<TokenId>> {
@@ -266,7 +292,7 @@ int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
   EngineTarget target(*model.engine, std::move(vocabulary));
   {
     LoadStatePrinter printer(stderr);
-    RunLoad(*load, target, &printer, &plan.report);
+    RunLoad(*load, target, interrupt, &printer, &plan.report);
   }
   plan.report.title = "Engine Benchmark Result";
   const SchedulerLoad learned = Total(model.engine->loads()).scheduler;
@@ -283,7 +309,7 @@ int RunDataset(const ParsedFlags& flags, LoadPlan plan, LoadedModel& model) {
                                 {"step_cost", bench::ToJson(machine)},
                                 {"measured_steps", learned.measured_steps},
                                 {"step_cost_error_percent", 100 * learned.step_cost_error}});
-  return std::max(code, WriteStepCost(flags, model));
+  return plan.report.interrupted ? code : std::max(code, WriteStepCost(flags, model));
 }
 
 OrderedJson ToJson(const Result& result) {
@@ -300,7 +326,8 @@ OrderedJson ToJson(const Result& result) {
           {"device_step_us", ToJson(result.decode_steps.device)}};
 }
 
-int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, LoadedModel& model, StepTimesLog* log) {
+int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, LoadedModel& model, StepTimesLog* log,
+               LoadInterrupt& interrupt) {
   const int64_t input_len = flags.count("input-len");
   const int64_t output_len = flags.given("output-len") ? flags.count("output-len") : 64;
   if (output_len < 2) return Fail("bench offline", "--output-len must be at least 2 to have a decode rate", kExitUsage);
@@ -320,7 +347,9 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
                 "decode tok/s", "weights GB/s", "host gap us", "issue us");
   }
   for (int64_t count : streams) {
-    auto result = Measure(model, log, count, input_len, output_len, static_cast<uint64_t>(flags.count("seed")));
+    const auto seed = static_cast<uint64_t>(flags.count("seed"));
+    auto result = Measure(model, log, count, input_len, output_len, seed, interrupt);
+    if (!result.ok() && interrupt.interrupted()) break;
     if (!result.ok()) return Fail("bench offline", result.status().ToString(), kExitFailure);
     json["results"].push_back(ToJson(*result));
     // While all streams decode, each step reads every weight once and yields one token for each stream.
@@ -332,12 +361,17 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
                 result->decode_steps.issue.median);
     std::fflush(stdout);
   }
+  const bool interrupted = json["results"].size() < streams.size();
+  json["interrupted"] = interrupted;
   if (as_json) std::printf("%s\n", json.dump(2).c_str());
+  if (interrupted) return Fail("bench offline", "interrupted", kExitInterrupted);
   return WriteStepCost(flags, model);
 }
 
 int Run(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench offline";
+  LoadInterrupt interrupt;
+  InterruptOnSignal on_signal(&interrupt);
   auto streams = ParseCounts(flags.text("streams"), 1, 65536);
   if (!streams.ok()) return Fail(kName, StrCat("--streams: ", streams.status().message()), kExitUsage);
   auto plan = PlanLoad(flags);
@@ -353,7 +387,9 @@ int Run(const ParsedFlags& flags) {
   if (!with_dataset) hooks.on_step_times = [&log](const StepTimes& times) { log.Add(times); };
   auto model = LoadModel(config->values, hooks);
   if (!model.ok()) return Fail(kName, model.status().message(), ExitCodeOfLoad(model.status()));
-  return with_dataset ? RunDataset(flags, std::move(*plan), *model) : RunStreams(flags, *streams, *model, &log);
+  on_signal.Arm();
+  return with_dataset ? RunDataset(flags, std::move(*plan), *model, interrupt)
+                      : RunStreams(flags, *streams, *model, &log, interrupt);
 }
 
 }  // namespace
@@ -369,7 +405,9 @@ Subcommand BenchOfflineCommand() {
                "while\n"
                "every stream decodes; the host gap is how long the device waits between two such steps, and issue\n"
                "how long the host takes to enqueue one, medians of both. With it, the engine is loaded as bench serve "
-               "loads a server.",
+               "loads a server.\n"
+               "SIGINT or SIGTERM: what has been measured is reported, exit code 130. A second one ends the\n"
+               "program at once.",
            .flags = {{.name = "streams",
                       .type = FlagType::kText,
                       .default_value = "1,8,32",

@@ -65,14 +65,17 @@ class GrpcTarget : public LoadTarget {
           *message, [this](const v1::Delta& delta) { CountTokens(delta.num_tokens()); },
           [done, input_tokens](const Status& status, Answer answer) {
             done(RecordOf(status, std::move(answer), input_tokens));
-          });
+          },
+          &cancellation_);
     };
   }
+  void Cancel() override { cancellation_.Cancel(); }
 
  private:
   const std::vector<std::unique_ptr<Client>> clients_;
   const bench::Vocabulary vocabulary_;
   const bool ignore_eos_;
+  Cancellation cancellation_;
   size_t next_client_ = 0;  // the sending thread's
 };
 
@@ -84,7 +87,7 @@ double CpuSeconds() {
 }
 
 // Requests of their own prompts, one after the other: connections, and pages that nobody has touched yet.
-Status WarmUp(int64_t count, const LoadPlan& plan, int32_t max_context, GrpcTarget& target) {
+Status WarmUp(int64_t count, const LoadPlan& plan, int32_t max_context, GrpcTarget& target, LoadInterrupt& interrupt) {
   if (count == 0) return OkStatus();
   bench::DatasetOptions options;
   options.num_prompts = count;
@@ -96,9 +99,9 @@ Status WarmUp(int64_t count, const LoadPlan& plan, int32_t max_context, GrpcTarg
   load.arrivals.resize(load.dataset.requests.size());
   bench::BenchReport report;
   report.max_concurrency = 1;
-  RunLoad(load, target, nullptr, &report);
+  RunLoad(load, target, interrupt, nullptr, &report);
   for (const bench::RequestRecord& request : report.requests) {
-    if (!request.ok) return Status(Code::kUnknown, StrCat("the warm-up failed: ", request.error));
+    if (!request.ok && !request.cancelled) return Status(Code::kUnknown, StrCat("the warm-up failed: ", request.error));
   }
   return OkStatus();
 }
@@ -118,6 +121,8 @@ StatusOr<std::vector<std::unique_ptr<Client>>> ConnectAll(const ParsedFlags& fla
 
 int Run(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench serve";
+  LoadInterrupt interrupt;
+  InterruptOnSignal on_signal(&interrupt);
   auto plan = PlanLoad(flags);
   if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
   bench::BenchReport& report = plan->report;
@@ -150,13 +155,14 @@ int Run(const ParsedFlags& flags) {
   bench::Vocabulary vocabulary{.size = static_cast<int32_t>(model.vocab_size()), .excluded = {}};
   vocabulary.excluded.assign(model.eos_token_ids().begin(), model.eos_token_ids().end());
   GrpcTarget target(std::move(*clients), std::move(vocabulary), flags.boolean("ignore-eos"));
-  Status warm = WarmUp(flags.count("num-warmups"), *plan, max_context, target);
+  on_signal.Arm();
+  Status warm = WarmUp(flags.count("num-warmups"), *plan, max_context, target, interrupt);
   if (!warm.ok()) return Fail(kName, warm.message(), kExitFailure);
 
   const double cpu_before = CpuSeconds();
   {
     LoadStatePrinter printer(stderr);
-    RunLoad(*load, target, &printer, &report);
+    RunLoad(*load, target, interrupt, &printer, &report);
   }
   bench::ClientUse use{.cpu_seconds = CpuSeconds() - cpu_before,
                        .cores = static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency()))};
@@ -184,6 +190,8 @@ Subcommand BenchServeCommand() {
                "work.\n"
                "TTFT and E2EL count from when a request was sent. ITL is the gap between two messages of a stream;\n"
                "Queue is the server's own measurement. Notes below the table say when this client was the limit.\n"
+               "SIGINT or SIGTERM: nothing more is sent, live requests are cancelled, and the report is of those that\n"
+               "have finished, exit code 130. A second one ends the program at once.\n"
                "Names are those of vLLM's bench serve.",
            .flags = {UrlFlag()}},
       .run = Run};

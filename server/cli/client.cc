@@ -68,16 +68,19 @@ class StreamRecorder {
   bool gap_ = false;
 };
 
+}  // namespace
+
 // One call of StartGenerate; deletes itself after its end.
 class GenerateReactor : public grpc::ClientReadReactor<v1::StreamGenerateResponse> {
  public:
-  GenerateReactor(Client::OnDelta on_delta, Client::OnEnd done)
-      : on_delta_(std::move(on_delta)), done_(std::move(done)) {}
+  GenerateReactor(Client::OnDelta on_delta, Client::OnEnd done, Cancellation* cancellation)
+      : on_delta_(std::move(on_delta)), done_(std::move(done)), cancellation_(cancellation) {}
 
   void Start(v1::InferenceService::Stub* stub, const v1::GenerateRequest& request) {
     *message_.mutable_request() = request;
     recorder_.emplace(&answer_);
-    stub->async()->StreamGenerate(&context_, &message_, this);
+    if (cancellation_ != nullptr) cancellation_->Enter(context_);
+    stub->async()->StreamGenerate(context_.get(), &message_, this);
     StartRead(&response_);
     StartCall();
   }
@@ -87,6 +90,7 @@ class GenerateReactor : public grpc::ClientReadReactor<v1::StreamGenerateRespons
     StartRead(&response_);
   }
   void OnDone(const grpc::Status& end) override {
+    if (cancellation_ != nullptr) cancellation_->Leave(context_);
     Status status = recorder_->Finish(end);
     Answer answer = std::move(answer_);
     Client::OnEnd done = std::move(done_);
@@ -97,24 +101,28 @@ class GenerateReactor : public grpc::ClientReadReactor<v1::StreamGenerateRespons
  private:
   const Client::OnDelta on_delta_;
   Client::OnEnd done_;
-  grpc::ClientContext context_;
+  Cancellation* const cancellation_;
+  const std::shared_ptr<grpc::ClientContext> context_ = std::make_shared<grpc::ClientContext>();
   v1::StreamGenerateRequest message_;
   v1::StreamGenerateResponse response_;
   Answer answer_;
   std::optional<StreamRecorder> recorder_;
 };
 
-}  // namespace
-
 double Answer::TokensPerSecond() const {
   double seconds = Seconds(total - first_token);
   return tokens > first_tokens && seconds > 0 ? static_cast<double>(tokens - first_tokens) / seconds : 0;
 }
 
+// Not with the mutex held: ending a call may run what comes after its end, Leave() among it, on this thread.
 void Cancellation::Cancel() {
-  std::lock_guard lock(mutex_);
-  cancelled_ = true;
-  if (context_ != nullptr) context_->TryCancel();
+  std::unordered_set<Context> contexts;
+  {
+    std::lock_guard lock(mutex_);
+    cancelled_ = true;
+    contexts = contexts_;
+  }
+  for (const Context& context : contexts) context->TryCancel();
 }
 
 void Cancellation::Reset() {
@@ -127,15 +135,15 @@ bool Cancellation::cancelled() {
   return cancelled_;
 }
 
-void Cancellation::Enter(grpc::ClientContext* context) {
+void Cancellation::Enter(const Context& context) {
   std::lock_guard lock(mutex_);
-  context_ = context;
-  if (cancelled_) context_->TryCancel();
+  contexts_.insert(context);
+  if (cancelled_) context->TryCancel();
 }
 
-void Cancellation::Leave() {
+void Cancellation::Leave(const Context& context) {
   std::lock_guard lock(mutex_);
-  context_ = nullptr;
+  contexts_.erase(context);
 }
 
 Client::Client(std::shared_ptr<grpc::Channel> channel)
@@ -167,19 +175,21 @@ Status Client::StreamGenerate(const v1::GenerateRequest& request, const OnDelta&
                               Cancellation* cancellation) {
   v1::StreamGenerateRequest message;
   *message.mutable_request() = request;
-  grpc::ClientContext context;
-  if (cancellation != nullptr) cancellation->Enter(&context);
+  const auto context = std::make_shared<grpc::ClientContext>();
+  if (cancellation != nullptr) cancellation->Enter(context);
   StreamRecorder recorder(answer);
-  auto reader = inference_stub_->StreamGenerate(&context, message);
+  auto reader = inference_stub_->StreamGenerate(context.get(), message);
   v1::StreamGenerateResponse response;
   while (reader->Read(&response)) recorder.Take(response, on_delta);
   Status status = recorder.Finish(reader->Finish());
-  if (cancellation != nullptr) cancellation->Leave();
+  if (cancellation != nullptr) cancellation->Leave(context);
   return status;
 }
 
-void Client::StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done) {
-  (new GenerateReactor(std::move(on_delta), std::move(done)))->Start(inference_stub_.get(), request);
+void Client::StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done,
+                           Cancellation* cancellation) {
+  auto* call = new GenerateReactor(std::move(on_delta), std::move(done), cancellation);
+  call->Start(inference_stub_.get(), request);
 }
 
 StatusOr<v1::TokenizeResponse> Client::Tokenize(const v1::TokenizeRequest& request) {

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <vector>
 
 #include "altiplano/inference/v1/admin.grpc.pb.h"
@@ -22,7 +23,7 @@ namespace altiplano::cli {
 
 namespace v1 = inference::v1;
 
-// Lets another thread end a call. Of one call at a time; once cancelled, later calls end at once.
+// Lets another thread end calls: those in progress, and later ones at once.
 class Cancellation {
  public:
   void Cancel();  // any thread
@@ -31,11 +32,13 @@ class Cancellation {
 
  private:
   friend class Client;
-  void Enter(grpc::ClientContext* context);
-  void Leave();
+  friend class GenerateReactor;
+  using Context = std::shared_ptr<grpc::ClientContext>;
+  void Enter(const Context& context);
+  void Leave(const Context& context);
 
   std::mutex mutex_;
-  grpc::ClientContext* context_ = nullptr;  // of the call in progress
+  std::unordered_set<Context> contexts_;  // of the calls in progress
   bool cancelled_ = false;
 };
 
@@ -65,9 +68,11 @@ class Client {
   // Blocks until the stream has ended. On error *answer holds what came before.
   Status StreamGenerate(const v1::GenerateRequest& request, const OnDelta& on_delta, Answer* answer,
                         Cancellation* cancellation = nullptr);
-  // Returns at once. on_delta and then, once, done are called on threads of gRPC. The client must live until then.
+  // Returns at once. on_delta and then, once, done are called on threads of gRPC. The client and the cancellation must
+  // live until then.
   using OnEnd = std::function<void(const Status&, Answer)>;
-  void StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done);
+  void StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done,
+                     Cancellation* cancellation = nullptr);
 
   StatusOr<v1::TokenizeResponse> Tokenize(const v1::TokenizeRequest& request);
   StatusOr<v1::DetokenizeResponse> Detokenize(const v1::DetokenizeRequest& request);

@@ -6,13 +6,14 @@
 namespace altiplano::cli {
 
 enum ExitCode : int {
-  kExitOk = 0,            // done; a server: drained
-  kExitFailure = 1,       // a request was refused or failed; not serving (health)
-  kExitUsage = 64,        // unknown command, flag or field; a value that is not allowed
-  kExitData = 65,         // the model's files
-  kExitUnavailable = 69,  // no usable device, not enough memory, no server at the address, address taken
-  kExitBug = 70,          // a broken invariant of ours
-  kExitRestart = 75,      // a device or a rank failed while serving: start the program again
+  kExitOk = 0,             // done; a server: drained
+  kExitFailure = 1,        // a request was refused or failed; not serving (health)
+  kExitUsage = 64,         // unknown command, flag or field; a value that is not allowed
+  kExitData = 65,          // the model's files
+  kExitUnavailable = 69,   // no usable device, not enough memory, no server at the address, address taken
+  kExitBug = 70,           // a broken invariant of ours
+  kExitRestart = 75,       // a device or a rank failed while serving: start the program again
+  kExitInterrupted = 130,  // SIGINT or SIGTERM ended a load test before its end
 };
 
 // Of an error while opening or loading a model.

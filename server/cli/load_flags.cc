@@ -284,7 +284,7 @@ int PrintReport(std::string_view command, const ParsedFlags& flags, const bench:
                 OrderedJson facts) {
   facts["dataset_name"] = flags.text("dataset-name");
   facts["seed"] = flags.count("seed");
-  facts["num_prompts"] = report.requests.size();
+  facts["num_prompts"] = static_cast<int64_t>(report.requests.size()) + report.not_sent;
   facts.update(report.ToJson(flags.boolean("save-detailed")));
   if (flags.boolean("json")) {
     std::printf("%s\n", facts.dump(2).c_str());
@@ -294,6 +294,7 @@ int PrintReport(std::string_view command, const ParsedFlags& flags, const bench:
   if (flags.given("result-filename") && !(std::ofstream(flags.text("result-filename")) << facts.dump(2) << "\n")) {
     return Fail(command, StrCat("cannot write ", flags.text("result-filename")), kExitFailure);
   }
+  if (report.interrupted) return Fail(command, "interrupted", kExitInterrupted);
   auto failed = std::find_if(report.requests.begin(), report.requests.end(), [](const auto& r) { return !r.ok; });
   if (failed == report.requests.end()) return kExitOk;
   return Fail(command, StrCat("a request failed: ", failed->error), kExitFailure);

@@ -38,7 +38,7 @@ StatusOr<Load> ReadLoad(LoadPlan* plan, int32_t max_context, int32_t vocabulary_
                         const bench::TokenizeFn& tokenize);
 
 // Prints the report as table or (--json) as JSON, and writes --result-filename. `facts` go before the report's fields.
-// Returns the exit code: that of failure when a request failed.
+// Returns the exit code: that of an interruption, or of failure when a request failed.
 int PrintReport(std::string_view command, const ParsedFlags& flags, const bench::BenchReport& report,
                 OrderedJson facts);
 

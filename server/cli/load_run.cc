@@ -1,10 +1,13 @@
 #include "server/cli/load_run.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
 
 #include "server/base/strings.h"
+#include "server/cli/exit_code.h"
 #include "server/cli/terminal.h"
 
 namespace altiplano::cli {
@@ -32,17 +35,66 @@ void LoadStatePrinter::Print(const LoadState& state) {
   drawn_ = true;
 }
 
+void LoadInterrupt::Interrupt() {
+  std::lock_guard lock(mutex_);
+  interrupted_ = true;
+  if (on_interrupt_) std::exchange(on_interrupt_, nullptr)();
+}
+
+bool LoadInterrupt::interrupted() const {
+  std::lock_guard lock(mutex_);
+  return interrupted_;
+}
+
+LoadInterrupt::Watch::Watch(LoadInterrupt& interrupt, std::function<void()> on_interrupt) : interrupt_(interrupt) {
+  std::lock_guard lock(interrupt_.mutex_);
+  if (interrupt_.interrupted_) {
+    on_interrupt();
+  } else {
+    interrupt_.on_interrupt_ = std::move(on_interrupt);
+  }
+}
+
+LoadInterrupt::Watch::~Watch() {
+  std::lock_guard lock(interrupt_.mutex_);
+  interrupt_.on_interrupt_ = nullptr;
+}
+
+InterruptOnSignal::InterruptOnSignal(LoadInterrupt* interrupt)
+    : signal_([this, interrupt](int count) {
+        if (count > 1 || !armed_) _exit(kExitInterrupted);
+        interrupt->Interrupt();
+      }) {}
+
 namespace {
 
 class LoadRun {
  public:
-  LoadRun(const Load& load, LoadTarget& target, LoadStatePrinter* printer, bench::BenchReport* report)
-      : load_(load), target_(target), printer_(printer), report_(*report), begin_(Clock::Real().Now()) {
+  LoadRun(const Load& load, LoadTarget& target, LoadInterrupt& interrupt, LoadStatePrinter* printer,
+          bench::BenchReport* report)
+      : load_(load),
+        target_(target),
+        interrupt_(interrupt),
+        printer_(printer),
+        report_(*report),
+        begin_(Clock::Real().Now()),
+        last_end_(begin_) {
     report_.requests.assign(load.dataset.requests.size(), {});
     if (printer_ != nullptr) next_print_ = begin_ + printer_->period();
   }
 
   void Run() {
+    {
+      LoadInterrupt::Watch watch(interrupt_, [this] { Interrupt(); });
+      Send();
+      std::unique_lock lock(mutex_);
+      WaitFor(lock, [this] { return running_ == 0; });
+    }
+    Report();
+  }
+
+ private:
+  void Send() {
     const auto most = static_cast<size_t>(report_.max_concurrency);
     std::unique_lock lock(mutex_);
     for (size_t i = 0; i < report_.requests.size(); ++i) {
@@ -53,9 +105,10 @@ class LoadRun {
       WaitUntil(lock, due);
       TimePoint ready = due;
       if (most > 0) {
-        WaitFor(lock, [&] { return running_ < most; });
+        WaitFor(lock, [&] { return running_ < most || interrupted_; });
         ready = std::max(due, last_full_);
       }
+      if (interrupted_) return;
       ++running_;
       ++sent_;
       lock.unlock();
@@ -67,11 +120,32 @@ class LoadRun {
       send([this, i, times](bench::RequestRecord record) { End(i, times, std::move(record)); });
       lock.lock();
     }
-    WaitFor(lock, [&] { return running_ == 0; });
-    report_.duration = last_end_ - begin_;
   }
 
- private:
+  void Interrupt() {
+    {
+      std::lock_guard lock(mutex_);
+      interrupted_ = true;
+      changed_.notify_all();
+    }
+    target_.Cancel();  // ends of requests may come from within
+  }
+
+  // After the end: nothing else runs.
+  void Report() {
+    report_.duration = last_end_ - begin_;
+    report_.not_sent = static_cast<int64_t>(report_.requests.size() - sent_);
+    report_.requests.resize(sent_);
+    // One that came too late to change anything has interrupted nothing.
+    report_.interrupted =
+        report_.not_sent > 0 || std::ranges::any_of(report_.requests, &bench::RequestRecord::cancelled);
+    if (!report_.interrupted) return;
+    report_.notes.push_back(sent_ == 0
+                                ? "interrupted before the first request was sent: nothing was measured"
+                                : StrFormat("interrupted after %.1f s: tokens of cancelled requests are in no number",
+                                            Seconds(report_.duration)));
+  }
+
   void End(size_t i, const bench::RequestRecord& times, bench::RequestRecord record) {
     record.start = times.start;
     record.held = times.held;
@@ -80,7 +154,8 @@ class LoadRun {
     std::lock_guard lock(mutex_);
     if (static_cast<int64_t>(running_) == report_.max_concurrency) last_full_ = now;
     --running_;
-    failed_ += !record.ok;
+    record.cancelled = interrupted_ && record.error_code == CodeName(Code::kCancelled);
+    failed_ += !record.ok && !record.cancelled;
     last_end_ = now;
     report_.requests[i] = std::move(record);
     changed_.notify_all();
@@ -97,7 +172,7 @@ class LoadRun {
     }
   }
   void WaitUntil(std::unique_lock<std::mutex>& lock, TimePoint due) {
-    while (Clock::Real().Now() < due) {
+    while (Clock::Real().Now() < due && !interrupted_) {
       changed_.wait_until(lock, std::min(due, next_print_));
       if (printer_ != nullptr && Clock::Real().Now() >= next_print_) Print();
     }
@@ -114,6 +189,7 @@ class LoadRun {
 
   const Load& load_;
   LoadTarget& target_;
+  LoadInterrupt& interrupt_;
   LoadStatePrinter* const printer_;
   bench::BenchReport& report_;  // its requests are guarded by mutex_ while the load runs
   const TimePoint begin_;
@@ -124,13 +200,15 @@ class LoadRun {
   std::condition_variable changed_;
   size_t sent_ = 0, running_ = 0, failed_ = 0;
   TimePoint last_full_{};  // when max_concurrency requests last stopped running
-  TimePoint last_end_{};
+  TimePoint last_end_;
+  bool interrupted_ = false;
 };
 
 }  // namespace
 
-void RunLoad(const Load& load, LoadTarget& target, LoadStatePrinter* printer, bench::BenchReport* report) {
-  LoadRun(load, target, printer, report).Run();
+void RunLoad(const Load& load, LoadTarget& target, LoadInterrupt& interrupt, LoadStatePrinter* printer,
+             bench::BenchReport* report) {
+  LoadRun(load, target, interrupt, printer, report).Run();
 }
 
 }  // namespace altiplano::cli

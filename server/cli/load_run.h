@@ -4,10 +4,11 @@
 #include <atomic>
 #include <cstdio>
 #include <functional>
-#include <vector>
+#include <mutex>
 
 #include "server/bench/report.h"
 #include "server/cli/load_flags.h"
+#include "server/cli/stop_signal.h"
 
 namespace altiplano::cli {
 
@@ -19,6 +20,8 @@ class LoadTarget {
   // Makes everything of a request that can be made ahead. The call that comes back sends it and returns at once; its
   // `done` is called once, on any thread, with what was seen of the answer.
   virtual std::function<void(Done)> Prepare(const bench::LoadRequest& request) = 0;
+  // Ends every request that is live, and any that is sent from now on, with CANCELLED. Any thread.
+  virtual void Cancel() = 0;
   // Output tokens that have come so far. Any thread.
   uint64_t tokens() const { return tokens_.load(std::memory_order_relaxed); }
 
@@ -52,7 +55,44 @@ class LoadStatePrinter {
   bool drawn_ = false;
 };
 
-// Blocks until every request has ended; fills report->requests and ->duration. printer: null for none.
-void RunLoad(const Load& load, LoadTarget& target, LoadStatePrinter* printer, bench::BenchReport* report);
+// Ends what is being measured before its time, so that what has been measured can be reported.
+class LoadInterrupt {
+ public:
+  void Interrupt();  // any thread
+  bool interrupted() const;
+
+  // While it lives, one at a time, on_interrupt is what an interruption does: once, on the thread that interrupts, or
+  // at once here if that has happened.
+  class Watch {
+   public:
+    Watch(LoadInterrupt& interrupt, std::function<void()> on_interrupt);
+    ~Watch();
+
+   private:
+    LoadInterrupt& interrupt_;
+  };
+
+ private:
+  mutable std::mutex mutex_;
+  bool interrupted_ = false;
+  std::function<void()> on_interrupt_;
+};
+
+// What SIGINT and SIGTERM do to a load test: once armed, the first one interrupts it. Any other ends the process at
+// once. Made before there is a thread that could take them.
+class InterruptOnSignal {
+ public:
+  explicit InterruptOnSignal(LoadInterrupt* interrupt);
+  void Arm() { armed_ = true; }
+
+ private:
+  std::atomic<bool> armed_{false};
+  StopSignal signal_;
+};
+
+// Blocks until every request has ended; fills the report's requests, duration and whether it was interrupted.
+// printer: null for none.
+void RunLoad(const Load& load, LoadTarget& target, LoadInterrupt& interrupt, LoadStatePrinter* printer,
+             bench::BenchReport* report);
 
 }  // namespace altiplano::cli

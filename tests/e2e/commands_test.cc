@@ -3,8 +3,11 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <chrono>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
+#include <thread>
 
 #include "server/base/json.h"
 #include "tests/e2e/process_testlib.h"
@@ -13,6 +16,7 @@ namespace altiplano::e2e {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 const std::string kTiny = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
 const std::string kQuestion = "What is the capital of France?";
@@ -221,6 +225,101 @@ TEST(BenchServe, ErrorsAreCountedByCode) {
   EXPECT_GE((*parsed)["completed"], 1);
   EXPECT_EQ((*parsed)["errors"]["RESOURCE_EXHAUSTED QUEUE_FULL"]["count"], (*parsed)["failed"]);
   EXPECT_EQ((*parsed)["completed"].get<int>() + (*parsed)["failed"].get<int>(), 30);
+}
+
+// --- Load tests that somebody interrupts -----------------------------------------------------------------------------
+
+// The line that bench writes every five seconds: it is sending.
+bool WaitUntilItSends(Process& bench) {
+  while (bench.running() && bench.Errors().find(" sent, ") == std::string::npos) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return bench.running();
+}
+
+void ExpectInterrupted(const Json& json, int64_t requests) {
+  EXPECT_EQ(json["interrupted"], true);
+  EXPECT_GT(json["completed"], 0);
+  EXPECT_GT(json["not_sent"], 0);
+  EXPECT_EQ(json["failed"], 0);
+  EXPECT_EQ(json["num_prompts"], requests);
+  EXPECT_EQ(json["completed"].get<int64_t>() + json["cancelled"].get<int64_t>() + json["not_sent"].get<int64_t>(),
+            requests);
+}
+
+TEST(BenchInterrupt, ServeReportsWhatHasFinished) {
+  Server server;
+  ASSERT_FALSE(server.address().empty()) << server.process().Errors();
+  const std::string file = testing::TempDir() + "/interrupted.json";
+  Process bench({"bench", "serve", "--url", server.address(), "--num-prompts", "100000", "--max-concurrency", "2",
+                 "--input-len", "4", "--output-len", "4", "--result-filename", file});
+  ASSERT_TRUE(WaitUntilItSends(bench)) << bench.Errors();
+  server.process().Signal(SIGSTOP);  // what is live now ends only if it is cancelled
+  bench.Signal(SIGINT);
+  EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
+  server.process().Signal(SIGCONT);
+  EXPECT_THAT(bench.output(), HasSubstr("Requests not sent:"));
+  EXPECT_THAT(bench.output(), HasSubstr("note: interrupted after"));
+  std::stringstream written;
+  written << std::ifstream(file).rdbuf();
+  auto json = ParseJson(written.str());
+  ASSERT_TRUE(json.ok()) << written.str();
+  ExpectInterrupted(*json, 100000);
+}
+
+TEST(BenchInterrupt, InTheWarmUpNothingWasMeasured) {
+  Server server;
+  ASSERT_FALSE(server.address().empty()) << server.process().Errors();
+  std::string output;
+  // A signal that comes before the warm-up ends the program without a report.
+  for (int wait_ms = 50; output.empty() && wait_ms < 20000; wait_ms *= 2) {
+    Process bench({"bench", "serve", "--url", server.address(), "--num-warmups", "100000", "--json"});
+    ASSERT_TRUE(bench.WaitUntilTermIsHandled());
+    std::this_thread::sleep_for(std::chrono::milliseconds(wait_ms));
+    bench.Signal(SIGTERM);
+    EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
+    output = bench.output();
+  }
+  auto json = ParseJson(output);
+  ASSERT_TRUE(json.ok()) << output;
+  EXPECT_EQ((*json)["interrupted"], true);
+  EXPECT_EQ((*json)["completed"], 0);
+  EXPECT_EQ((*json)["cancelled"], 0);
+  EXPECT_EQ((*json)["not_sent"], 100);
+  EXPECT_THAT((*json)["notes"].back(), HasSubstr("nothing was measured"));
+}
+
+TEST(BenchInterrupt, OfflineReportsWhatHasFinished) {
+  Process bench({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--num-prompts", "100000",
+                 "--max-concurrency", "2", "--input-len", "4", "--output-len", "4", "--kv-memory", "16MiB", "--json"});
+  ASSERT_TRUE(WaitUntilItSends(bench)) << bench.Errors();
+  bench.Signal(SIGINT);
+  EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
+  auto json = ParseJson(bench.output());
+  ASSERT_TRUE(json.ok()) << bench.output();
+  ExpectInterrupted(*json, 100000);
+}
+
+TEST(BenchInterrupt, OfflineReportsTheNumbersOfStreamsThatHaveFinished) {
+  // The second number would take a while.
+  Process bench({"bench", "offline", "--model", kTiny, "--streams", "1,20000", "--input-len", "2", "--output-len", "9",
+                 "--kv-memory", "16MiB", "--max-queued-requests", "30000"});
+  ASSERT_TRUE(bench.ReadUntil("\n       1 ")) << bench.Errors();
+  bench.Signal(SIGINT);
+  EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
+  EXPECT_THAT(bench.Errors(), HasSubstr("interrupted"));
+  EXPECT_THAT(bench.output(), Not(HasSubstr("\n   20000 ")));
+}
+
+TEST(BenchInterrupt, TheSecondSignalEndsItAtOnceWhateverHangs) {
+  setenv("ALTIPLANO_FAULT", "0:20:hang", 1);
+  Process bench({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--kv-memory", "16MiB"});
+  unsetenv("ALTIPLANO_FAULT");
+  ASSERT_TRUE(WaitUntilItSends(bench)) << bench.Errors();
+  bench.Signal(SIGINT);  // cancels, which the step that hangs does not hear of
+  bench.Signal(SIGTERM);
+  EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
+  EXPECT_EQ(bench.output(), "") << "no report";
 }
 
 TEST(Offline, BenchLoadsTheEngineWithADataset) {

@@ -84,6 +84,25 @@ TEST(BenchReport, PeakConcurrencyIsOfOverlaps) {
   EXPECT_EQ(report.ToJson()["max_concurrent_requests"], 3);
 }
 
+TEST(BenchReport, CancelledRequestsAreCountedAndInNoOtherNumber) {
+  BenchReport report = Sample();
+  report.requests[0].ok = false;
+  report.requests[0].cancelled = true;
+  EXPECT_THAT(report.ToText(), Not(HasSubstr("not sent"))) << "nobody interrupted it";
+  report.interrupted = true;
+  report.not_sent = 7;
+  OrderedJson json = report.ToJson();
+  EXPECT_EQ(json["interrupted"], true);
+  EXPECT_EQ(json["completed"], 1);
+  EXPECT_EQ(json["failed"], 1);
+  EXPECT_EQ(json["cancelled"], 1);
+  EXPECT_EQ(json["not_sent"], 7);
+  EXPECT_EQ(json["total_output_tokens"], 1);
+  EXPECT_DOUBLE_EQ(json["mean_ttft_ms"], 70);
+  EXPECT_THAT(report.ToText(), HasSubstr("Requests cancelled by the interruption:  1"));
+  EXPECT_THAT(report.ToText(), HasSubstr("Requests not sent:                       7"));
+}
+
 TEST(BenchReport, DetailsHaveEachRequest) {
   OrderedJson json = Sample().ToJson(/*detailed=*/true);
   EXPECT_EQ(json["ttfts"].size(), 3u);

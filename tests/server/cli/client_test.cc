@@ -219,6 +219,36 @@ TEST_F(ClientTest, CancelFromAnotherThreadEndsTheStream) {
   EXPECT_TRUE(saw_cancel);
 }
 
+TEST_F(ClientTest, ACancellationEndsManyStreamsAndThoseThatComeLater) {
+  constexpr size_t kStreams = 3;
+  std::atomic<size_t> arrived = 0;
+  service_.stream = [&](grpc::ServerContext* context, const v1::GenerateRequest&, Writer*) {
+    ++arrived;
+    while (!context->IsCancelled()) std::this_thread::yield();
+    return grpc::Status::CANCELLED;
+  };
+  Cancellation cancellation;
+  std::mutex mutex;
+  std::condition_variable changed;
+  size_t cancelled = 0;
+  auto start = [&] {
+    client_->StartGenerate(
+        {}, [](const v1::Delta&) {},
+        [&](const Status& status, const Answer&) {
+          std::lock_guard lock(mutex);
+          cancelled += status.code() == Code::kCancelled;
+          changed.notify_all();
+        },
+        &cancellation);
+  };
+  for (size_t i = 0; i < kStreams; ++i) start();
+  while (arrived < kStreams) std::this_thread::yield();
+  cancellation.Cancel();
+  start();
+  std::unique_lock lock(mutex);
+  changed.wait(lock, [&] { return cancelled == kStreams + 1; });
+}
+
 TEST_F(ClientTest, NobodyThereIsUnavailable) {
   auto client = Client::Connect("127.0.0.1:1", std::chrono::milliseconds(50));
   ASSERT_FALSE(client.ok());

@@ -7,6 +7,7 @@
 #include <deque>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace altiplano::cli {
 namespace {
@@ -33,6 +34,7 @@ class LazyTarget : public LoadTarget {
       changed_.notify_all();
     };
   }
+  void Cancel() override {}
   size_t most() {
     std::lock_guard lock(mutex_);
     return most_;
@@ -81,9 +83,10 @@ Load MakeLoad(size_t size) {
 
 TEST(RunLoad, ClosedLoopKeepsExactlySoManyRunning) {
   LazyTarget target(3);  // answers nothing before three run: fewer would hang
+  LoadInterrupt interrupt;
   bench::BenchReport report;
   report.max_concurrency = 3;
-  RunLoad(MakeLoad(20), target, nullptr, &report);
+  RunLoad(MakeLoad(20), target, interrupt, nullptr, &report);
   EXPECT_EQ(target.most(), 3u);
   EXPECT_EQ(target.tokens(), 60u);
   ASSERT_EQ(report.requests.size(), 20u);
@@ -96,8 +99,9 @@ TEST(RunLoad, ClosedLoopKeepsExactlySoManyRunning) {
 
 TEST(RunLoad, WithoutALimitEverythingRunsAtOnce) {
   LazyTarget target(20);
+  LoadInterrupt interrupt;
   bench::BenchReport report;
-  RunLoad(MakeLoad(20), target, nullptr, &report);
+  RunLoad(MakeLoad(20), target, interrupt, nullptr, &report);
   EXPECT_EQ(target.most(), 20u);
   for (const bench::RequestRecord& request : report.requests) EXPECT_EQ(request.held, Duration(0));
 }
@@ -106,8 +110,9 @@ TEST(RunLoad, NothingIsSentBeforeItsTime) {
   LazyTarget target(1);
   Load load = MakeLoad(3);
   load.arrivals = {Duration(0), milliseconds(20), milliseconds(40)};
+  LoadInterrupt interrupt;
   bench::BenchReport report;
-  RunLoad(load, target, nullptr, &report);
+  RunLoad(load, target, interrupt, nullptr, &report);
   for (size_t i = 0; i < 3; ++i) {
     EXPECT_GE(report.requests[i].start, load.arrivals[i]);
     EXPECT_EQ(report.requests[i].start, load.arrivals[i] + report.requests[i].lag);
@@ -116,13 +121,100 @@ TEST(RunLoad, NothingIsSentBeforeItsTime) {
 
 TEST(RunLoad, WaitingForOthersIsNotTheClientsFault) {
   LazyTarget target(1);
+  LoadInterrupt interrupt;
   bench::BenchReport report;
   report.max_concurrency = 1;
-  RunLoad(MakeLoad(4), target, nullptr, &report);
+  RunLoad(MakeLoad(4), target, interrupt, nullptr, &report);
   for (const bench::RequestRecord& request : report.requests) {
     EXPECT_EQ(request.start, request.held + request.lag);
   }
   EXPECT_GT(report.requests[3].held, Duration(0));
+}
+
+// Answers the first `answers` at once and the others when they are cancelled.
+class PartialTarget : public LoadTarget {
+ public:
+  explicit PartialTarget(size_t answers) : answers_(answers) {}
+  std::function<void()> on_left = [] {};  // the first that gets no answer has been sent
+  bench::RequestRecord at_cancel;
+
+  std::function<void(Done)> Prepare(const bench::LoadRequest&) override {
+    return [this](const Done& done) {
+      if (sent_++ < answers_) {
+        bench::RequestRecord record;
+        record.ok = true;
+        return done(record);
+      }
+      left_.push_back(done);
+      if (left_.size() == 1) on_left();
+    };
+  }
+  void Cancel() override {
+    for (const Done& done : left_) done(at_cancel);
+    left_.clear();
+  }
+
+ private:
+  const size_t answers_;
+  size_t sent_ = 0;
+  std::vector<Done> left_;
+};
+
+TEST(RunLoad, AnInterruptionCancelsWhatIsLiveAndSendsNothingMore) {
+  LoadInterrupt interrupt;
+  PartialTarget target(4);
+  target.at_cancel.error_code = "CANCELLED";
+  std::thread interrupter;
+  target.on_left = [&] { interrupter = std::thread([&] { interrupt.Interrupt(); }); };
+  bench::BenchReport report;
+  report.max_concurrency = 1;  // the fifth has to end before the sixth
+  RunLoad(MakeLoad(9), target, interrupt, nullptr, &report);
+  interrupter.join();
+  EXPECT_TRUE(report.interrupted);
+  EXPECT_EQ(report.not_sent, 4);
+  ASSERT_EQ(report.requests.size(), 5u);
+  EXPECT_TRUE(report.requests[3].ok && !report.requests[3].cancelled);
+  EXPECT_TRUE(report.requests[4].cancelled);
+  EXPECT_THAT(report.notes, testing::ElementsAre(testing::HasSubstr("interrupted after")));
+}
+
+TEST(RunLoad, AnInterruptionEndsTheWaitForTheNextArrival) {
+  LoadInterrupt interrupt;
+  PartialTarget target(0);
+  target.at_cancel.error_code = "UNAVAILABLE";
+  Load load = MakeLoad(2);
+  load.arrivals[1] = std::chrono::hours(1);
+  std::thread interrupter;
+  target.on_left = [&] { interrupter = std::thread([&] { interrupt.Interrupt(); }); };
+  bench::BenchReport report;
+  RunLoad(load, target, interrupt, nullptr, &report);
+  interrupter.join();
+  EXPECT_EQ(report.not_sent, 1);
+  ASSERT_EQ(report.requests.size(), 1u);
+  EXPECT_FALSE(report.requests[0].cancelled) << "it failed, whatever else happened";
+}
+
+TEST(RunLoad, AnInterruptionBeforeItLeavesNothingToMeasure) {
+  LoadInterrupt interrupt;
+  interrupt.Interrupt();
+  PartialTarget target(3);
+  bench::BenchReport report;
+  RunLoad(MakeLoad(3), target, interrupt, nullptr, &report);
+  EXPECT_TRUE(report.interrupted);
+  EXPECT_EQ(report.not_sent, 3);
+  EXPECT_EQ(report.requests.size(), 0u);
+  EXPECT_EQ(report.duration, Duration(0));
+  EXPECT_THAT(report.notes, testing::ElementsAre(testing::HasSubstr("nothing was measured")));
+}
+
+TEST(RunLoad, AnInterruptionAfterTheLastEndIsNone) {
+  LoadInterrupt interrupt;
+  PartialTarget target(3);
+  bench::BenchReport report;
+  RunLoad(MakeLoad(3), target, interrupt, nullptr, &report);
+  interrupt.Interrupt();
+  EXPECT_TRUE(interrupt.interrupted());
+  EXPECT_FALSE(report.interrupted);
 }
 
 TEST(DescribeLoad, OneLine) {
