@@ -4,7 +4,8 @@
 // page's keys or values after the other into a ring of slots; two warpgroups of 64 rows each consume them. Scores,
 // weights and the weighted sums stay in registers, and so do the queries, so that shared memory is read for keys and
 // values alone. While the tensor cores add the values of one run of 64 keys, the scores of the next are already on
-// their way and turn into weights.
+// their way and turn into weights; and the warpgroups take turns, so that the tensor cores work for one while the other
+// turns scores into weights.
 //
 // Each row goes through the keys from the first in runs of 64, and begins anew every 2048, folding what it has into its
 // state: so that a long context can be cut there and shared by blocks. No other row changes these operations: a row's
@@ -23,7 +24,8 @@ constexpr int kKeys = kPrefillKeys;
 constexpr int kSlots = kPrefillSlots;
 constexpr int kSplit = static_cast<int>(kPrefillSplit);
 constexpr int kWarpRows = 16;
-constexpr int kGroupRows = 64;               // of a warpgroup
+constexpr int kGroupRows = 64;  // of a warpgroup
+constexpr int kConsumers = 32 * kPrefillConsumers;
 constexpr uint32_t kBoxBytes = kKeys * 128;  // 64 columns of the keys or values of a run
 constexpr uint32_t kAtomBytes = 1024;        // eight rows of a box
 constexpr uint32_t kLeadingUnused = 16;
@@ -138,6 +140,32 @@ PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& ti
   PTX_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
     ptx::LdMatrixX4(q[step], &rows[ChunkAt<kDim>(lane % 16, step * 2 + lane / 16)]);
+  }
+}
+
+// The warpgroups' turns at the tensor cores, a run of keys each, warpgroup 0 first:
+//
+//   warpgroup 0     issues j | scores j become weights, sums are scaled | issues j + 1 | ...
+//   tensor cores      | 0: scores j, sums j - 1 | 1: scores j, sums j - 1 | 0: scores j + 1, sums j | ...
+//   warpgroup 1     weights j - 1 ...           | issues j | scores j become weights, sums are scaled | ...
+//
+// They are passed on when a run's wgmmas are issued, so that the other's queue up behind them. Strict turns keep nobody
+// waiting for long: both have the same to do for a run, and neither could run ahead by more than the ring holds. Where
+// only one sees keys, in the last runs of a causal tile or in all of one of at most 64 rows, there are no turns. Nor do
+// the last sums of a split take one: no scores follow them, and the other may be at its end.
+struct PingPong {
+  int warpgroup;
+  int end;  // of the keys that both see
+};
+constexpr int kPingPong = 1;  // the named barrier at which warpgroup 0 waits; warpgroup 1 does at the next
+
+PTX_FUNCTION void TakeTensorCores(const PingPong& turns, int first_key) {
+  if (first_key < turns.end) ptx::NamedBarrierSync(kPingPong + turns.warpgroup, kConsumers);
+}
+// To the other's next turn, if it has one: warpgroup 1's is at the same keys, warpgroup 0's a run later.
+PTX_FUNCTION void PassTensorCores(const PingPong& turns, int first_key) {
+  if (first_key + turns.warpgroup * kKeys < turns.end) {
+    ptx::NamedBarrierArrive(kPingPong + 1 - turns.warpgroup, kConsumers);
   }
 }
 
@@ -312,8 +340,8 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionItem& t
 // One split of `all_runs` runs, of which the warpgroup's rows see `runs`: sums and rows of it alone.
 template <int kDim>
 PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, uint32_t (&q)[kDim / 16][4],
-                               float (&sums)[kDim / 2], Rows& rows, int first_key, int seen_by_all, int runs,
-                               int all_runs, int& turn) {
+                               float (&sums)[kDim / 2], Rows& rows, const PingPong& turns, int first_key,
+                               int seen_by_all, int runs, int all_runs, int& turn) {
   const int end_turn = turn + 2 * all_runs;
   PTX_UNROLL
   for (int i = 0; i < kDim / 2; ++i) sums[i] = 0;
@@ -326,8 +354,10 @@ PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, 
     uint32_t weights[kKeys / 16][4];
     float scores[kKeys / 2] = {}, kept[2];
     Await(shared, turn);
+    TakeTensorCores(turns, first_key);
     ptx::WgmmaFence(scores, q);
     IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
+    PassTensorCores(turns, first_key);
     ptx::WgmmaWait<0>(scores);
     Release(shared, turn++);
     Weigh(scores, rows, kept, first_key, first_key + kKeys > seen_by_all, args.scale);
@@ -336,12 +366,14 @@ PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, 
     for (int run = 1; run < runs; ++run) {
       // Not between the wgmmas: with a loop between them ptxas would make them wait for each other (C7520).
       Await(shared, turn + 1);
+      const int key = first_key + run * kKeys;
+      TakeTensorCores(turns, key);
       ptx::WgmmaFence(scores, sums, weights);
       IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
       IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn + 1)]);
+      PassTensorCores(turns, key);
       ptx::WgmmaWait<1>(scores);
       Release(shared, turn);
-      const int key = first_key + run * kKeys;
       Weigh(scores, rows, kept, key, key + kKeys > seen_by_all, args.scale);
       // Here, since ptxas moves the wait for wgmma up over arithmetic, but not over a loop; the weights would then be
       // computed when the sums are done, and not beside them.
@@ -381,6 +413,8 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
   const int last_row = SmallerOf(first_row + kGroupRows, tile.rows) - 1;
   const int group_end = first_row < tile.rows ? SmallerOf(KeysSeen(args, tile, last_row), end) : 0;
   const int seen_by_all = KeysSeen(args, tile, first_row);
+  const PingPong turns = {.warpgroup = warp / 4,
+                          .end = tile.rows > kGroupRows ? SmallerOf(KeysSeen(args, tile, kGroupRows - 1), end) : 0};
   uint32_t q[kDim / 16][4];
   float sums[kDim / 2];
   Rows rows, before;
@@ -391,9 +425,10 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
   }
   uint4* const own = shared.rows[warp];
   LoadQueries<kDim>(args, tile, kv_head, warp, own, q);
+  if (turns.warpgroup == 1) PassTensorCores(turns, tile.first_split * kSplit - kKeys);  // as if it had just had one
   int turn = 0;
   for (int split = tile.first_split; split < tile.end_split; ++split) {
-    ConsumeSplit<kDim>(args, shared, q, sums, rows, split * kSplit, seen_by_all, RunsOf(split, group_end),
+    ConsumeSplit<kDim>(args, shared, q, sums, rows, turns, split * kSplit, seen_by_all, RunsOf(split, group_end),
                        RunsOf(split, end), turn);
     if (tile.first_split > 0) {
       StoreStates<kDim>(args, tile, kv_head, warp, split - tile.first_split, sums, rows);

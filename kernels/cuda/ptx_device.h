@@ -25,6 +25,17 @@ PTX_FUNCTION uint32_t SharedAddress(const void* data) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(data));
 }
 
+// ---- barriers of some of a block's warps, 1 to 15 (__syncthreads has 0). `threads` are whole warps, all lanes of
+// which come together, and the same number for all who come. When as many have come, those who wait go on and see what
+// all had written before they came, and the barrier is as new.
+PTX_FUNCTION void NamedBarrierSync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Comes without a wait. Before the barrier is as new, the warp must not come again.
+PTX_FUNCTION void NamedBarrierArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- memory. T has 1, 2, 4, 8 or 16 bytes.
 template <typename T>
 PTX_FUNCTION T LdGlobal(const T* from) {

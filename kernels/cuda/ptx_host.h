@@ -69,6 +69,13 @@ inline void* DynamicShared() {
   return sim::DynamicShared();
 }
 
+inline void NamedBarrierSync(int id, int threads, PTX_SITE) {
+  sim::NamedBarrierSync(id, threads, site);
+}
+inline void NamedBarrierArrive(int id, int threads, PTX_SITE) {
+  sim::NamedBarrierArrive(id, threads, site);
+}
+
 template <typename T>
 T LdGlobal(const T* from, PTX_SITE) {
   sim::Access(sim::Memory::kGlobalLoad, from, sizeof(T), site);

@@ -27,10 +27,11 @@ inline constexpr uint32_t kSharedBase = 1024;
 inline constexpr uint32_t kSharedWindow = 512 * 1024;
 inline constexpr uint32_t kGuard = 256;
 inline constexpr size_t kMostMbarriers = 64;  // of a block
+inline constexpr int kNamedBarriers = 16;     // of a block, the first is that of __syncthreads
 
 struct Cancel {};  // thrown in threads that are stuck, so that their stacks unwind
 
-enum class Wait : uint8_t { kNothing, kWarp, kBarrier, kMbarrier, kExited };
+enum class Wait : uint8_t { kNothing, kWarp, kBarrier, kNamedBarrier, kMbarrier, kExited };
 
 // Of a happens-before edge: TSan knows an edge by an address.
 struct Token {
@@ -78,7 +79,8 @@ struct Thread : ThreadView {
   uint32_t mask = 0;
   const char* operation = "";
   Token* token = nullptr;
-  const Mbarrier* mbarrier = nullptr;  // that it waits for
+  int named_barrier = 0;               // that it waits for
+  const Mbarrier* mbarrier = nullptr;  // likewise
   uint32_t parity = 0;
   uint32_t proxy_fences = 0;
   bool waited = false;  // for the kernels before
@@ -131,6 +133,15 @@ struct Barrier {
   std::array<Token, 2> tokens;
 };
 
+// Counts threads by whole warps. What waits at it has arrived in the generation that runs.
+struct NamedBarrier {
+  uint32_t arrived = 0;  // warps
+  int threads = 0;       // that the first of them came for
+  Site site;             // where it did
+  unsigned phase = 0;
+  std::array<Token, 2> tokens;  // as those of Barrier
+};
+
 // Threads and shared memory of a block, used again for the next. Under TSan two sets take turns: consecutive blocks
 // then have no happens-before edge, and races between blocks are found too.
 struct ThreadSet {
@@ -138,6 +149,7 @@ struct ThreadSet {
   char* window = nullptr;
   Token exits;
   std::array<Mbarrier, kMostMbarriers> mbarriers;
+  std::array<NamedBarrier, kNamedBarriers> named_barriers;
 };
 
 // Of 16 bytes of shared memory: who wrote to them last by other means than the async proxy.
@@ -278,6 +290,9 @@ void CopyOneBox(Runner& runner);
 // Fails if the async proxy may not see what threads wrote to the 16 bytes at this address.
 void CheckProxyFence(Runner& runner, uint32_t address, const char* what, Site site);
 
+// ---- warp.cc
+std::string ArrivedAt(const Runner& runner, int id);  // who has at a named barrier; empty: nobody
+
 // ---- wgmma.cc
 std::string UnfinishedWgmmas(const Runner& runner);  // what is wrong with them when the block ends
 
@@ -288,6 +303,7 @@ void CountCopy(const Runner& runner, const void* to, const void* from, int bytes
 void CountBox(const Runner& runner, const char* row, uint64_t rows, uint64_t stride_bytes, uint64_t row_bytes,
               Site site);
 void CountLaunch(const Runner& runner);
+void CountWgmmaCommit(const Runner& runner);
 void FinishCounting(const Runner& runner);  // after each block
 
 }  // namespace altiplano::sim

@@ -47,6 +47,7 @@ struct Counts {
   std::map<std::string, std::map<std::string, LineCount>> lines;  // of each kernel
   std::map<std::string, uint64_t> launches;
   std::map<Key, OpenLine> open;
+  std::vector<int> wgmma_commits;
 };
 Counts& ThisThread() {
   static thread_local Counts counts;
@@ -164,6 +165,15 @@ void FinishCounting(const Runner& runner) {
 
 void CountLaunch(const Runner& runner) {
   if (runner.counting) ++ThisThread().launches[runner.grid.kernel];
+}
+
+void CountWgmmaCommit(const Runner& runner) {
+  TsanIgnore ignore;
+  if (runner.counting) ThisThread().wgmma_commits.push_back(runner.current->warp);
+}
+
+std::vector<int> WgmmaCommits() {
+  return ThisThread().wgmma_commits;
 }
 
 void CountTraffic(bool on) {

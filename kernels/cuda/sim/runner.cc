@@ -211,6 +211,7 @@ void Runner::Prepare() {
   statics.clear();
   failure.clear();
   barrier.arrived = 0;
+  for (NamedBarrier& each : set->named_barriers) each.arrived = 0;
   for (Warp& warp : warps) {
     warp.ready = warp.waiting = 0;
     warp.wgmmas.clear();
@@ -271,6 +272,11 @@ void Runner::End() {
     failure = Where() + ": the block has ended, and the box that TMA was told to copy at " + ToString(boxes[0].site) +
               " is under way";
   }
+  for (int id = 0; id < kNamedBarriers && failure.empty(); ++id) {
+    if (std::string arrived = ArrivedAt(*this, id); !arrived.empty()) {
+      failure = Where() + ": the block has ended before barrier " + std::to_string(id) + " was passed" + arrived;
+    }
+  }
   if (failure.empty()) failure = UnfinishedWgmmas(*this);
   if (!failure.empty()) CancelAll();
   AsanUnpoison(set->window, kSharedWindow);
@@ -299,6 +305,10 @@ std::string Runner::DescribeThreads() const {
     if (thread.wait == Wait::kBarrier) {
       wait = "__syncthreads at " + ToString(thread.site) + " (" + std::to_string(barrier.arrived) + " of " +
              std::to_string(threads) + " arrived)";
+    }
+    if (thread.wait == Wait::kNamedBarrier) {
+      wait = "bar.sync at " + ToString(thread.site) + " for barrier " + std::to_string(thread.named_barrier) +
+             ArrivedAt(*this, thread.named_barrier);
     }
     if (thread.wait == Wait::kMbarrier) {
       const Mbarrier& awaited = *thread.mbarrier;

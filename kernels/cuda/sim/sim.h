@@ -71,6 +71,8 @@ struct Traffic {
 void CountTraffic(bool on);  // also forgets what was counted
 Traffic TrafficOf(const std::string& kernel);
 std::string TrafficByLine();
+// The warps that committed groups of wgmmas while counting was on, in order.
+std::vector<int> WgmmaCommits();
 
 // How many GPUs there are, 1 at first and at most 8. Each has a memory of its own, of 1 GiB; kernels reach all.
 void SetGpus(int gpus);

@@ -50,6 +50,8 @@ uint64_t Clock();
 // ---- threads meeting
 void SyncThreads(Site site);
 void SyncWarp(uint32_t mask, Site site);
+void NamedBarrierSync(int id, int threads, Site site);
+void NamedBarrierArrive(int id, int threads, Site site);
 enum class ShuffleKind : uint8_t { kXor, kIndex };
 uint64_t Shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int argument, Site site);
 

@@ -39,6 +39,63 @@ struct MmaArgument {
   const uint32_t* b;
 };
 
+struct NamedBarrierArgument {
+  int id, threads;
+  bool waits;
+  Site site;
+  unsigned phase;  // that the warp arrived in
+};
+
+// What is wrong with an arrival, or null.
+const char* Mistake(const Runner& runner, const NamedBarrierArgument& own) {
+  if (runner.together != nullptr) return "not simulated in blocks that run together";
+  if (own.id <= 0 || own.id >= kNamedBarriers) return "there are 1 to 15, and 0 is that of __syncthreads";
+  if (own.threads <= 0 || own.threads % kWarpSize != 0) return "the count is no multiple of 32";
+  if (own.threads > runner.threads) return "the block has fewer threads";
+  const NamedBarrier& barrier = runner.set->named_barriers[static_cast<size_t>(own.id)];
+  if (barrier.arrived == 0) return nullptr;
+  if (barrier.threads != own.threads) return "others came for another count";
+  if (barrier.arrived >> runner.current->warp & 1) return "the warp has come already";
+  return nullptr;
+}
+
+// PTX ISA, bar: a warp arrives as one. The last of its lanes to come does it for all, so that they are of one
+// generation. What each of them has done is released, and only those who wait acquire it.
+void Arrive(void* const* arguments, uint32_t lanes) {
+  Runner& runner = CurrentRunner();
+  const auto& first = *static_cast<NamedBarrierArgument*>(arguments[0]);
+  const auto fail = [&](const std::string& why) {
+    runner.Fail(std::string(first.waits ? "bar.sync" : "bar.arrive") + " at barrier " + std::to_string(first.id) +
+                    " for " + std::to_string(first.threads) + " threads: " + why,
+                first.site);
+  };
+  ForLanes<NamedBarrierArgument>(arguments, lanes, [&](int, const NamedBarrierArgument& own) {
+    if (own.id != first.id || own.threads != first.threads || own.waits != first.waits) fail("the lanes disagree");
+  });
+  if (const char* mistake = Mistake(runner, first); mistake != nullptr) {
+    fail(mistake + ArrivedAt(runner, first.id));
+  }
+  NamedBarrier& barrier = runner.set->named_barriers[static_cast<size_t>(first.id)];
+  if (barrier.arrived == 0) {
+    barrier.threads = first.threads;
+    barrier.site = first.site;
+  }
+  ForLanes<NamedBarrierArgument>(arguments, lanes, [&](int lane, NamedBarrierArgument& own) {
+    own.phase = barrier.phase;
+    TsanSwitchTo(runner.ThreadAt(runner.current->warp * kWarpSize + lane).fiber.tsan);
+    TsanRelease(barrier.tokens[barrier.phase & 1].address);
+  });
+  TsanSwitchTo(runner.current->fiber.tsan);
+  barrier.arrived |= 1u << runner.current->warp;
+  if (std::popcount(barrier.arrived) * kWarpSize < barrier.threads) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+  for (int i = 0; i < runner.threads; ++i) {
+    Thread& thread = runner.ThreadAt(i);
+    if (thread.wait == Wait::kNamedBarrier && thread.named_barrier == first.id) runner.Wake(thread);
+  }
+}
+
 float Low(uint32_t pair) {
   return ToFloat(BF16{static_cast<uint16_t>(pair)});
 }
@@ -47,6 +104,18 @@ float High(uint32_t pair) {
 }
 
 }  // namespace
+
+std::string ArrivedAt(const Runner& runner, int id) {
+  if (id < 0 || id >= kNamedBarriers) return "";
+  const NamedBarrier& barrier = runner.set->named_barriers[static_cast<size_t>(id)];
+  if (barrier.arrived == 0) return "";
+  std::string out = " (" + std::to_string(std::popcount(barrier.arrived) * kWarpSize) + " of " +
+                    std::to_string(barrier.threads) + " arrived, the first at " + ToString(barrier.site) + ": warps";
+  for (uint32_t rest = barrier.arrived; rest != 0; rest &= rest - 1) {
+    out += " " + std::to_string(std::countr_zero(rest));
+  }
+  return out + ")";
+}
 
 void Runner::Meet(uint32_t mask, WarpFunction function, void* argument, const char* operation, Site site,
                   Meeting meeting) {
@@ -111,6 +180,23 @@ void SyncThreads(Site site) {
     runner.BlockOn(Wait::kBarrier, site);
   }
   TsanAcquire(token);
+}
+
+void NamedBarrierArrive(int id, int threads, Site site) {
+  NamedBarrierArgument own = {id, threads, false, site, 0};
+  CurrentRunner().Meet(kAllLanes, Arrive, &own, "bar.arrive", site, Meeting::kAligned);
+}
+
+void NamedBarrierSync(int id, int threads, Site site) {
+  NamedBarrierArgument own = {id, threads, true, site, 0};
+  Runner& runner = CurrentRunner();
+  runner.Meet(kAllLanes, Arrive, &own, "bar.sync", site, Meeting::kAligned);
+  NamedBarrier& barrier = runner.set->named_barriers[static_cast<size_t>(id)];
+  while (barrier.phase == own.phase) {
+    runner.current->named_barrier = id;
+    runner.BlockOn(Wait::kNamedBarrier, site);
+  }
+  TsanAcquire(barrier.tokens[own.phase & 1].address);
 }
 
 uint64_t Shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int argument, Site site) {

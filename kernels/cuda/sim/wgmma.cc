@@ -195,6 +195,7 @@ void WgmmaCommit(Site site) {
       [](void* const*, uint32_t) {
         Runner& runner = CurrentRunner();
         ++runner.warps[static_cast<size_t>(runner.current->warp)].wgmma_group;
+        CountWgmmaCommit(runner);
       },
       nullptr, "wgmma.commit_group", site, Meeting::kAligned);
 }

@@ -396,6 +396,40 @@ TEST_F(CudaPagedAttentionTest, LongPartsGiveTheSameBitsInAnyOrder) {
   }
 }
 
+// The warpgroups issue the wgmmas of one run each in turn, warpgroup 0 first, while both have runs; from one split to
+// the next, too. Each warp commits two groups for a run, of which the second is issued in its turn.
+TEST_F(CudaPagedAttentionTest, LongPartsTakeTurnsAtTheTensorCores) {
+  struct Case {
+    int64_t group, keys;
+    size_t runs[2];  // of each warpgroup
+    uint64_t seeds;
+  };
+  for (const Case& c : {Case{16, 200, {4, 4}, 8}, {1, 200, {3, 4}, 8}, {16, 2200, {35, 35}, kUnderTsan ? 1 : 2}}) {
+    const Shape s = {.group = c.group, .dim = 64, .act = DType::kBF16, .q = DType::kBF16};
+    const Sequences sequences = MakeSequences(s, {c.keys});
+    for (uint64_t seed = 1; seed <= c.seeds; ++seed) {
+      sim::SetSeed(seed);
+      sim::CountTraffic(true);
+      Attend(s, sequences, {{0, c.keys - 128 / c.group, c.keys}}, {.page_size = 64});
+      const std::vector<int> commits = sim::WgmmaCommits();
+      sim::CountTraffic(false);
+      size_t done[8] = {};  // of each warp
+      const auto fewest = [&](size_t group) { return *std::min_element(done + 4 * group, done + 4 * group + 4); };
+      for (const int committing : commits) {
+        const auto warp = static_cast<size_t>(committing);
+        const size_t run = done[warp]++ / 2;
+        if (done[warp] % 2 == 0 || run >= c.runs[0]) continue;
+        if (warp >= 4) {
+          ASSERT_GE(fewest(0), 2 * run + 1) << "run " << run << ", seed " << seed;
+        } else if (run > 0) {
+          ASSERT_GE(fewest(1), 2 * run - 1) << "run " << run << ", seed " << seed;
+        }
+      }
+      for (size_t warp = 0; warp < 8; ++warp) ASSERT_EQ(done[warp], 2 * c.runs[warp / 4]);
+    }
+  }
+}
+
 // Every tile of 128 rows reads the keys and values that it sees once, and all but the queries' share in whole sectors.
 TEST_F(CudaPagedAttentionTest, LongPartsReadKeysAndValuesOnceForATile) {
   for (int64_t dim : {64, 128}) {

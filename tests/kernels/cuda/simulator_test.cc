@@ -24,6 +24,7 @@ namespace altiplano {
 namespace {
 
 using testing::AllOf;
+using testing::ContainsRegex;
 using testing::HasSubstr;
 
 TEST(Simulator, RunsEveryThreadOfEveryBlockOnce) {
@@ -168,6 +169,150 @@ TEST(Simulator, StuckThreadsAreUnwound) {
             "");
   EXPECT_EQ(living, 0);
 }
+
+// ---- named barriers
+
+// The PTX ISA's example: a warp produces a value and says so without a wait, another consumes it and says so likewise.
+void Produce(DeviceArray<int32_t>& out, bool waits_for_room, bool waits_for_data) {
+  constexpr int kFilled = 1, kEmpty = 15, kRounds = 6;
+  PTX_SHARED(int32_t, value, 32);
+  for (int round = 0; round < kRounds; ++round) {
+    if (Thread() < 32) {
+      if (round > 0 && waits_for_room) ptx::NamedBarrierSync(kEmpty, 64);
+      ptx::StShared(value + Thread(), 100 * round + Thread());
+      ptx::NamedBarrierArrive(kFilled, 64);
+    } else {
+      if (waits_for_data) ptx::NamedBarrierSync(kFilled, 64);
+      ptx::StGlobal(&out[static_cast<size_t>(32 * round + Thread() - 32)], ptx::LdShared(value + 63 - Thread()));
+      if (round + 1 < kRounds) ptx::NamedBarrierArrive(kEmpty, 64);
+    }
+  }
+}
+
+TEST(SimulatedNamedBarrier, OrdersThoseWhoWaitBehindThoseWhoArrived) {
+  DeviceArray<int32_t> out(6 * 32);
+  const auto wrong = [&] {
+    for (int i = 0; i < 6 * 32; ++i) {
+      if (out[static_cast<size_t>(i)] != i / 32 * 100 + 31 - i % 32) return true;
+    }
+    return false;
+  };
+  const sim::Grid grid = {"Produce", 1, 64};
+  EXPECT_EQ(SeedsThatNotice(
+                grid, [&] { Produce(out, true, true); }, wrong),
+            0);
+#ifndef __SANITIZE_THREAD__  // which ends the program at the race
+  EXPECT_EQ(SeedsThatNotice(
+                grid, [&] { Produce(out, true, false); }, wrong),
+            kSeeds);
+  EXPECT_EQ(SeedsThatNotice(
+                grid, [&] { Produce(out, false, true); }, wrong),
+            kSeeds);
+#endif
+}
+
+// Any two warps of six are 64 threads: nobody else is waited for, and the barrier is as new for the next two.
+TEST(SimulatedNamedBarrier, IsPassedByAnyWarpsThatAreEnough) {
+  for (int seed = 1; seed <= kSeeds; ++seed) {
+    sim::SetSeed(static_cast<uint64_t>(seed));
+    EXPECT_EQ(sim::RunGrid({"Pairs", 2, 192}, [] { ptx::NamedBarrierSync(3, 64); }), "");
+  }
+}
+
+// One lane's wait is the warp's: it comes when all of its lanes have.
+TEST(SimulatedNamedBarrier, CountsWholeWarps) {
+  EXPECT_THAT(sim::RunGrid({"Lanes", 1, 64},
+                           [] {
+                             if (Thread() % 32 != 7) ptx::NamedBarrierSync(3, 64);
+                           }),
+              AllOf(HasSubstr("deadlock in kernel Lanes"),
+                    HasSubstr("62 threads, the first is 0: bar.sync at simulator_test.cc:"),
+                    HasSubstr("2 threads, the first is 7: exited")));
+}
+
+TEST(SimulatedNamedBarrier, ADeadlockNamesItAndWhoWaits) {
+  sim::SetSeed(5);
+  EXPECT_THAT(sim::RunGrid({"Lonely", 1, 128},
+                           [] {
+                             if (Thread() < 64) ptx::NamedBarrierSync(2, 96);
+                             if (Thread() >= 96) ptx::NamedBarrierSync(3, 64);
+                           }),
+              AllOf(HasSubstr("deadlock in kernel Lonely, block (0,0,0), seed 5"),
+                    ContainsRegex("64 threads, the first is 0: bar.sync at simulator_test.cc:[0-9]+ for barrier 2 "
+                                  "\\(64 of 96 arrived, the first at simulator_test.cc:[0-9]+: warps 0 1\\)"),
+                    ContainsRegex(
+                        "32 threads, the first is 96: bar.sync at .* for barrier 3 .32 of 64 arrived, .*: warps 3\\)"),
+                    HasSubstr("32 threads, the first is 64: exited")));
+  // The simulator is as good as new.
+  EXPECT_EQ(sim::RunGrid({"Whole", 2, 128}, [] { ptx::NamedBarrierSync(2, 128); }), "");
+}
+
+TEST(SimulatedNamedBarrier, NamesMistakes) {
+  const std::pair<const char*, std::function<void()>> cases[] = {
+      {"bar.sync at barrier 16 for 64 threads: there are 1 to 15", [] { ptx::NamedBarrierSync(16, 64); }},
+      {"bar.arrive at barrier 0 for 64 threads: there are 1 to 15, and 0 is that of __syncthreads",
+       [] { ptx::NamedBarrierArrive(0, 64); }},
+      {"bar.arrive at barrier -1 for 64 threads: there are 1 to 15", [] { ptx::NamedBarrierArrive(-1, 64); }},
+      {"bar.sync at barrier 1 for 48 threads: the count is no multiple of 32", [] { ptx::NamedBarrierSync(1, 48); }},
+      {"bar.arrive at barrier 1 for 0 threads: the count is no multiple of 32", [] { ptx::NamedBarrierArrive(1, 0); }},
+      {"bar.sync at barrier 1 for 160 threads: the block has fewer threads", [] { ptx::NamedBarrierSync(1, 160); }},
+      {"for 128 threads: others came for another count (32 of 96 arrived, the first at simulator_test.cc:",
+       [] {
+         if (Thread() < 32) ptx::NamedBarrierArrive(1, 96);
+         __syncthreads();
+         if (Thread() >= 32) ptx::NamedBarrierSync(1, 128);
+       }},
+      {"bar.arrive at barrier 1 for 64 threads: the warp has come already (32 of 64 arrived",
+       [] {
+         if (Thread() < 32) ptx::NamedBarrierArrive(1, 64);
+         if (Thread() < 32) ptx::NamedBarrierArrive(1, 64);
+       }},
+      {"bar.sync at barrier 1 for 64 threads: the warp has come already (32 of 64 arrived",
+       [] {
+         if (Thread() < 32) ptx::NamedBarrierArrive(1, 64);
+         if (Thread() < 32) ptx::NamedBarrierSync(1, 64);
+       }},
+      {"the lanes disagree", [] { ptx::NamedBarrierSync(1 + Thread() % 2, 64); }},
+      {"the lanes disagree", [] { ptx::NamedBarrierArrive(1, Thread() % 32 < 9 ? 32 : 64); }},
+      {"the warp diverged: bar.",
+       [] {
+         if (Thread() % 32 < 16) ptx::NamedBarrierSync(1, 64);
+         ptx::NamedBarrierArrive(1, 64);
+       }},
+      {"the block has ended before barrier 4 was passed (64 of 128 arrived, the first at simulator_test.cc:",
+       [] {
+         if (Thread() < 64) ptx::NamedBarrierArrive(4, 128);
+       }},
+  };
+  sim::SetSeed(1);
+  for (const auto& [what, body] : cases) {
+    EXPECT_THAT(sim::RunGrid({"Named", 1, 128}, body), AllOf(HasSubstr(what), HasSubstr("simulator_test.cc:")));
+  }
+}
+
+#ifdef __SANITIZE_THREAD__
+// What a warp that does not wait does afterwards is ordered before nothing, nor are its lanes among themselves. All
+// write to their own place, meet, and then the first warp writes to its lanes' neighbours', or to the other warp's.
+TEST(SimulatedNamedBarrierDeathTest, OrdersNobodyWhoDoesNotWait) {
+  const auto run = [](bool waits, int other) {
+    return sim::RunGrid({"Race", 1, 64}, [&] {
+      PTX_SHARED(int32_t, value, 64);
+      __syncthreads();  // who begins when another has ended comes after it
+      ptx::StShared(value + Thread(), 1);
+      if (Thread() >= 32 || waits) {
+        ptx::NamedBarrierSync(1, 64);
+      } else {
+        ptx::NamedBarrierArrive(1, 64);
+      }
+      if (Thread() < 32) ptx::StShared(value + (Thread() ^ other), 2);
+    });
+  };
+  for (const int other : {1, 32}) {
+    EXPECT_EQ(run(true, other), "");
+    EXPECT_DEATH(run(false, other), "data race") << other;
+  }
+}
+#endif
 
 // ---- warps
 
