@@ -29,6 +29,14 @@ struct GpuGroup {
 // "8xH200", "H100". INVALID_ARGUMENT names what there is.
 StatusOr<GpuGroup> ParseGpus(std::string_view text);
 
+// What tensor-parallel ranks sum in a step, all stages together.
+struct AllReduces {
+  int64_t calls = 0;         // of one step
+  uint64_t token_bytes = 0;  // of the message of one call, for each token
+  double one_token_us = 0;   // a call in a step of one token
+};
+AllReduces AllReducesOf(const ModelConfig& config, int ranks);
+
 // bf16 weights and KV cache on `ranks` tensor-parallel GPUs (of each of several stages: a step that runs alone goes
 // through all of them, and what they hand on is not counted), derived as the presets of FindMachine are (machine.cc).
 // The ranks must be a size that the model can be cut into.
@@ -60,6 +68,7 @@ struct Capacity {
   int64_t kv_tokens = 0;        // whole blocks; 0: not even the weights fit
   int64_t largest_batch = 0;    // requests of the demanded context
   int64_t longest_context = 0;  // of one request, when the demanded number of them run
+  AllReduces all_reduces;
   StepCost cost;
   // Of the demanded load, if it ran: an idle server's time to first token; the time of a decode step of all requests in
   // the middle of their answers.

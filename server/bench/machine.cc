@@ -22,9 +22,9 @@ constexpr std::array<Field, 6> kFields = {
 
 // Derived, not measured, from published sizes and rates:
 //   weights_us    bytes of the weights / 75 % of the memory's datasheet rate (H100 3.35 TB/s, H200 4.8 TB/s)
-//   token_us      FLOPs of a token's matrices / 790 TFLOP/s (bf16) or 1400 (FP8), and with 8 GPUs two all-reduces a
-//                 layer at 64 MiB in 316 us
-//   step_us       150, and with 8 GPUs 7.8 for each all-reduce
+//   token_us      FLOPs of a token's matrices / 790 TFLOP/s (bf16) or 1400 (FP8), and with 8 GPUs the messages of
+//                 its all-reduces, 2 a layer and one, each of 4 bytes for each of H, at 64 MiB in 316 us
+//   step_us       150, and with 8 GPUs each all-reduce of one token: 7.8 for 32 KiB (70B), 9.07 for 64 KiB (405B)
 //   kv_token_us   bytes of keys and values / 83 % of the memory's rate
 //   attention_us  FLOPs / 550 TFLOP/s
 //   kv_tokens     90 % of the memory without the weights, bf16 keys and values
@@ -35,10 +35,10 @@ const std::array<Machine, 6>& Presets() {
   static const std::array<Machine, 6> presets = {{
       {"8b-h100", kBf16, 426'788, {150, 5974, 18.99, 1, 0.04714, 0.000953}},
       {"8b-h200", kBf16, 845'642, {150, 4169, 18.99, 1, 0.0329, 0.000953}},
-      {"70b-8xh100", kFp8, 1'536'102, {1398, 3510, 24.75, 1, 0.01473, 0.000596}},
-      {"70b-8xh200", kFp8, 2'876'434, {1398, 2450, 24.75, 1, 0.01028, 0.000596}},
-      {"405b-8xh100", kFp8, 321'451, {2116, 20194, 110.98, 1, 0.0232, 0.001877}},
-      {"405b-8xh200", kFp8, 1'172'456, {2116, 14094, 110.98, 1, 0.01619, 0.001877}},
+      {"70b-8xh100", kFp8, 1'536'102, {1406, 3510, 37.25, 1, 0.01473, 0.000596}},
+      {"70b-8xh200", kFp8, 2'876'434, {1406, 2450, 37.25, 1, 0.01028, 0.000596}},
+      {"405b-8xh100", kFp8, 321'451, {2445, 20194, 150.17, 1, 0.0232, 0.001877}},
+      {"405b-8xh200", kFp8, 1'172'456, {2445, 14094, 150.17, 1, 0.01619, 0.001877}},
   }};
   return presets;
 }

@@ -88,6 +88,11 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
     line("KV tokens", StrCat(plan.kv_tokens));
     line("largest batch", StrCat(plan.largest_batch, " requests of ", demand.context, " tokens"));
     line("longest context", StrCat(plan.longest_context, " tokens with ", demand.concurrency, " requests"));
+    if (plan.all_reduces.calls > 0) {
+      line("all-reduces", StrFormat("%lld a step, of %s for each token; %.1f us each with one token",
+                                    static_cast<long long>(plan.all_reduces.calls),
+                                    HumanBytes(plan.all_reduces.token_bytes).c_str(), plan.all_reduces.one_token_us));
+    }
     line("predicted", StrFormat("TTFT %.1f ms when idle; ITL %.2f ms; %.1f tokens/s each, %.0f in all", Ms(plan.ttft),
                                 Ms(plan.itl), 1e3 / Ms(plan.itl), plan.tokens_per_second));
   }
@@ -119,6 +124,9 @@ void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   json["longest_context"] = plan.longest_context;
   json["predicted"] = {
       {"ttft_ms", Ms(plan.ttft)}, {"itl_ms", Ms(plan.itl)}, {"tokens_per_second", plan.tokens_per_second}};
+  json["all_reduces"] = {{"a_step", plan.all_reduces.calls},
+                         {"token_bytes", plan.all_reduces.token_bytes},
+                         {"one_token_us", plan.all_reduces.one_token_us}};
   json["step_cost"] = bench::ToJson(plan.cost);
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
 }

@@ -153,7 +153,7 @@ StatusOr<std::vector<std::unique_ptr<Communicator>>> MakeGroup(const LocalExecut
 
 // The largest tensor that a stage sends: the residual stream, or from the last stage the ids that it sampled.
 size_t MostLinkBytes(const ModelConfig& config, const LocalExecutorOptions& options, bool from_last) {
-  if (!from_last) return static_cast<size_t>(options.token_budget) * static_cast<size_t>(config.hidden) * sizeof(float);
+  if (!from_last) return Llama::ResidualBytes(config, options.token_budget);
   return static_cast<size_t>(std::min(options.max_running, options.token_budget)) * sizeof(int32_t);
 }
 

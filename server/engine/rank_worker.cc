@@ -95,8 +95,8 @@ Status RankWorker::CaptureDecodeGraphs() {
   DecodeGraphLimits limits;
   int64_t most = std::min<int64_t>(inputs_->limits().max_sequences(), llama_->limits().max_logit_rows);
   if (communicator_ != nullptr) {
-    const size_t row_bytes = static_cast<size_t>(llama_->config().hidden) * sizeof(float);
-    most = static_cast<int64_t>(std::min<size_t>(most, communicator_->most_captured_bytes() / row_bytes));
+    const size_t token_bytes = Llama::ResidualBytes(llama_->config(), 1);
+    most = static_cast<int64_t>(std::min<size_t>(most, communicator_->most_captured_bytes() / token_bytes));
   }
   limits.max_sequences = static_cast<int32_t>(most);
   limits.max_pages = inputs_->limits().max_blocks();

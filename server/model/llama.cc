@@ -52,8 +52,16 @@ std::unique_ptr<Llama> Llama::Create(const Stream& stream, const ModelConfig& co
   return llama;
 }
 
+uint64_t Llama::ResidualBytes(const ModelConfig& config, int64_t tokens) {
+  return static_cast<uint64_t>(tokens * config.hidden) * SizeOf(DType::kF32);
+}
+
 uint64_t Llama::LinkBytes(const ModelConfig& config, const Limits& limits) {
-  return kCudaLinkSlots * static_cast<uint64_t>(limits.max_tokens * config.hidden) * SizeOf(DType::kF32);
+  return kCudaLinkSlots * ResidualBytes(config, limits.max_tokens);
+}
+
+int64_t Llama::AllReduces(const ModelConfig& config, const Shard& shard) {
+  return shard.size == 1 ? 0 : 2 * shard.layers(config) + (shard.first_stage() ? 1 : 0);
 }
 
 uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act) {

@@ -55,8 +55,12 @@ class Llama {
 
   // Of the workspace that Create allocates on the shard's rank.
   static uint64_t WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act);
-  // What a link between stages keeps on one of its GPUs: residual streams on their way.
+  // Of [tokens, H] f32: the residual stream as stages hand it on, and each message that ranks sum.
+  static uint64_t ResidualBytes(const ModelConfig& config, int64_t tokens);
+  // What a link between stages keeps of them on one of its GPUs.
   static uint64_t LinkBytes(const ModelConfig& config, const Limits& limits);
+  // Messages that ranks of a stage sum in one step: two a layer, and where it embeds one more.
+  static int64_t AllReduces(const ModelConfig& config, const Shard& shard);
 
   // Computes the stage's layers for the step's tokens and stores their K and V. Before, on all stages but the first,
   // residual() must hold what it held on the stage before, afterwards. False: the group was aborted.

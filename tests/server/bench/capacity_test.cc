@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "server/bench/machine.h"
+#include "server/model/llama.h"
 
 namespace altiplano::bench {
 namespace {
@@ -35,6 +36,20 @@ TEST(ParseGpus, NumberAndKind) {
   for (const char* bad : {"", "8x", "0xH100", "-1xH100", "xH100", "8xB200", "8H200", "99999xH100"}) {
     EXPECT_THAT(ParseGpus(bad).status().message(), HasSubstr("H100, H200")) << bad;
   }
+}
+
+TEST(AllReduces, AreThoseThatTheModelMakes) {
+  const AllReduces large = AllReducesOf(Published("405b"), 8);
+  EXPECT_EQ(large.calls, 2 * 126 + 1);
+  EXPECT_EQ(large.token_bytes, 16384 * sizeof(float));
+  EXPECT_NEAR(large.one_token_us, 9.07, 0.01);
+  EXPECT_NEAR(AllReducesOf(Published("70b"), 8).one_token_us, 7.8, 1e-9);
+  EXPECT_EQ(AllReducesOf(Published("70b"), 1).calls, 0);
+  int64_t of_stages = 0;
+  for (int stage = 0; stage < 4; ++stage) {
+    of_stages += Llama::AllReduces(Published("405b"), Shard::Make(Published("405b"), 0, 8, stage, 4).value());
+  }
+  EXPECT_EQ(of_stages, large.calls);
 }
 
 // The presets were computed apart from this code.

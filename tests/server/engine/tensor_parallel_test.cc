@@ -2,14 +2,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <future>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
+#include "server/model/llama.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/engine/parallel_testlib.h"
 
@@ -40,6 +43,73 @@ TEST(TensorParallel, SameLayoutSameBits) {
   const Answers first = Ask(*StartTiny(options));
   const Answers second = Ask(*StartTiny(options));
   for (size_t i = 0; i < first.tokens.size(); ++i) ExpectSame(first.tokens[i], second.tokens[i], 0);
+}
+
+// Counts what a rank sums with the others once it is armed.
+class MeteredCommunicator : public Communicator {
+ public:
+  struct Meter {
+    std::atomic<bool> armed{false};
+    std::atomic<int64_t> calls{0};
+    std::atomic<uint64_t> bytes{0};
+    void Count(const TensorView& x) {
+      if (!armed) return;
+      ++calls;
+      bytes += static_cast<uint64_t>(x.elements()) * SizeOf(x.dtype);
+    }
+  };
+  MeteredCommunicator(std::unique_ptr<Communicator> member, Meter* meter)
+      : member_(std::move(member)), meter_(*meter) {}
+  int rank() const override { return member_->rank(); }
+  int size() const override { return member_->size(); }
+  bool AllReduceSum(Stream& stream, const TensorView& x) override {
+    meter_.Count(x);
+    return member_->AllReduceSum(stream, x);
+  }
+  bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
+    meter_.Count(args.x);
+    return member_->AllReduceAddRmsNorm(stream, args);
+  }
+  bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
+    return member_->AllGather(stream, out, x);
+  }
+  bool Broadcast(Stream& stream, const TensorView& x) override { return member_->Broadcast(stream, x); }
+  void Abort(std::string_view reason) override { member_->Abort(reason); }
+  std::string error() const override { return member_->error(); }
+
+ private:
+  const std::unique_ptr<Communicator> member_;
+  Meter& meter_;
+};
+
+// What `plan` and the projections count with is what is sent.
+TEST(TensorParallel, SumsAsOftenAndAsMuchAsIsCounted) {
+  const auto checkpoint = std::move(*Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny")));
+  for (int stages : {1, 2}) {
+    SCOPED_TRACE(StrCat(stages, " stages"));
+    std::array<MeteredCommunicator::Meter, 4> meters;  // [stages * 2 ranks]
+    LocalExecutorOptions options = TinyOptions(2);
+    options.stages = stages;
+    options.dtype = DType::kBF16;  // of which sums are not
+    options.wrap_communicator = [&](int rank, std::unique_ptr<Communicator> member) -> std::unique_ptr<Communicator> {
+      return std::make_unique<MeteredCommunicator>(std::move(member), &meters.at(static_cast<size_t>(rank)));
+    };
+    auto engine = StartModel(*checkpoint, options);
+    for (auto& meter : meters) meter.armed = true;
+    auto sink = std::make_shared<CollectingSink>();
+    auto handle = engine->Submit(MakeRequest(0, 5, 3), sink);
+    ASSERT_TRUE(handle.ok());
+    ASSERT_TRUE(sink->WaitForEnd().back().status.ok());
+    constexpr int kSteps = 3, kTokens = 5 + 1 + 1;  // the last token that is sampled is computed no further
+    for (int rank = 0; rank < 2 * stages; ++rank) {
+      SCOPED_TRACE(StrCat("rank ", rank));
+      const MeteredCommunicator::Meter& meter = meters.at(static_cast<size_t>(rank));
+      const Shard shard = Shard::Make(checkpoint->config(), rank % 2, 2, rank / 2, stages).value();
+      const int64_t calls = Llama::AllReduces(checkpoint->config(), shard);
+      EXPECT_EQ(meter.calls, kSteps * calls);
+      EXPECT_EQ(meter.bytes, static_cast<uint64_t>(calls) * Llama::ResidualBytes(checkpoint->config(), kTokens));
+    }
+  }
 }
 
 TEST(TensorParallel, RefusesWhatDoesNotDivide) {
