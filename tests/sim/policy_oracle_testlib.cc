@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <ranges>
 #include <utility>
 
 #include "server/base/strings.h"
@@ -13,7 +14,7 @@ namespace altiplano::sim {
 namespace {
 
 // As docs/scheduler.md names them.
-constexpr int32_t kAnswerService = 2, kMostDoublings = 6, kRetriedAfterPlans = 8;
+constexpr int32_t kAnswerService = 2, kMostDoublings = 6, kRetriedAfterSteps = 8;
 constexpr int64_t kLevelParts = 1024;
 
 const StepPlan kNothing;
@@ -30,7 +31,7 @@ std::vector<std::pair<const char*, uint64_t>> PolicyOracle::Counts::All() const 
           {"waited for blocks", waited_for_blocks},
           {"held back by headroom", headroom_kept},
           {"cut by the ceiling", ceiling_cut},
-          {"prefixes known", prefixes_known},
+          {"evicted", evicted},
           {"hopeless", hopeless}};
 }
 
@@ -93,7 +94,7 @@ void PolicyOracle::Add(RequestKey key, const Request& request) {
   start_by = std::max(std::min(start_by, request.deadline - prefill), request.arrival);
   entry.level = options_.priority_ageing > Duration(0) ? 0 : -request.priority;
   entry.start_by = start_by - Aged(request);
-  entry.hopeless_first = entry.hopeless_last = request.deadline - CertainPrefillTime(0, entry.prompt());
+  entry.hopeless_at = request.deadline - CertainPrefillTime(0, entry.prompt());
   Join(entry.account);
 }
 
@@ -145,6 +146,7 @@ void PolicyOracle::EndBy(const Event& event) {
 
 void PolicyOracle::EndSequence(Sequence* sequence) {
   Entry* entry = sequence->of;
+  if (blocked_.head == sequence) blocked_ = {};
   Release(sequence);
   sequence->state = Sequence::State::kEnded;
   if (entry->leader == sequence) {  // the next one computes the prompt
@@ -157,8 +159,8 @@ void PolicyOracle::EndSequence(Sequence* sequence) {
 
 void PolicyOracle::EndRequest(Entry* entry) {
   for (Sequence& sequence : entry->sequences) {
+    if (blocked_.head == &sequence) blocked_ = {};
     Release(&sequence);
-    if (blocked_ == &sequence) blocked_ = nullptr;
   }
   DropShare(entry);
   Leave(entry->account);
@@ -172,32 +174,30 @@ void PolicyOracle::Abort() {
   in_flight_.clear();
   std::ranges::fill(blocks_, Block());
   unnamed_ = 0;
-  blocked_ = nullptr;
-  cache_known_ = true;
+  blocked_ = {};
 }
 
-// Refused as hopeless: at a time when it was to be looked at, and with the time that is left less than it takes.
+// When it would have to start, by what is known now and what the cache holds of it.
+TimePoint PolicyOracle::HopelessFrom(Entry* entry) {
+  const auto found = static_cast<int32_t>(Match(entry->leader).size()) * options_.block_size;
+  return entry->asked->deadline - CertainPrefillTime(found, entry->prompt() - found);
+}
+
 void PolicyOracle::JudgeHopeless(const Event& event, TimePoint now) {
   Entry* entry = Find(event.request);
   if (event.status.reason() != "HOPELESS" || entry == nullptr) return;
   ++counts_.hopeless;
-  const int32_t found = cache_known_ && !entry->admitted ? LongestPrefix(entry->leader) * options_.block_size : 0;
-  const TimePoint from = entry->asked->deadline - CertainPrefillTime(found, entry->prompt() - found);
-  if (entry->admitted || now < entry->hopeless_first || now < from) {
+  if (entry->admitted || now < entry->hopeless_at || now < HopelessFrom(entry)) {
     Fail(StrCat("request ", entry->key, " is refused though its deadline could be met"));
   }
 }
 
-// Not refused: then there is hope, with what the cache holds of it.
+// Of those that were not refused.
 void PolicyOracle::JudgeHopeful(TimePoint now) {
   for (const auto& entry : live_) {
-    if (entry->admitted || now < entry->hopeless_first) continue;
-    const int32_t found = LongestPrefix(entry->leader) * options_.block_size;
-    const TimePoint from = entry->asked->deadline - CertainPrefillTime(found, entry->prompt() - found);
-    const bool looked_at = now >= entry->hopeless_last;
-    if (looked_at && now >= from) Fail(StrCat("request ", entry->key, " waits though it is hopeless"));
-    entry->hopeless_first = looked_at && cache_known_ ? from : now;
-    entry->hopeless_last = looked_at ? from : std::max(entry->hopeless_last, from);
+    if (entry->admitted || now < entry->hopeless_at) continue;
+    entry->hopeless_at = HopelessFrom(entry.get());
+    if (now >= entry->hopeless_at) Fail(StrCat("request ", entry->key, " waits though it is hopeless"));
   }
 }
 
@@ -345,6 +345,8 @@ std::string PolicyOracle::JudgePlan(const StepPlan* plan, TimePoint now, std::sp
   }
   walk.admissions = events.subspan(at);
   JudgeHopeful(now);
+  walk.step = plan != nullptr ? plan->step : last_step_ + 1;
+  if (plan != nullptr) last_step_ = plan->step;
   if (plan != nullptr) in_flight_.push_back({.step = plan->step, .retired = {}, .unnamed = 0});
   walk.order = AccountsByLevel();
   WalkDecodes(&walk);
@@ -359,9 +361,7 @@ std::string PolicyOracle::JudgePlan(const StepPlan* plan, TimePoint now, std::sp
   if (!walk.admissions.empty()) return StrCat("request ", walk.admissions.front().request, " was not admitted");
   if (preemptions_ != load.preemptions) return StrCat("preemptions: ", load.preemptions, " for ", preemptions_);
   JudgeShares();
-  const bool was_known = cache_known_;
   JudgeLoad(load);
-  if (was_known && cache_known_ && !walk.evicted && !walk.found_less.empty()) return walk.found_less;
   return error_;
 }
 
@@ -395,8 +395,7 @@ bool PolicyOracle::Grow(Walk* walk, Sequence* wanting) {
     return false;
   }
   --walk->shortage;
-  ++wanting->unnamed;
-  ++unnamed_;
+  TakeBlock(wanting);
   return true;
 }
 
@@ -454,7 +453,7 @@ void PolicyOracle::WalkAdmissions(Walk* walk) {
   while (error_.empty() && NumRunning() < options_.max_running && PrefillRoom(*walk, 0) > 0) {
     Sequence* head = Head(walk->now);
     if (head == nullptr) return;
-    if (walk->next == walk->plan->sequences.size()) return JudgeRefused(walk, head);
+    if (walk->next == walk->plan->sequences.size()) return JudgeRefused(*walk, head);
     WalkAdmission(walk, head);
   }
 }
@@ -464,65 +463,55 @@ void PolicyOracle::WalkAdmission(Walk* walk, Sequence* head) {
   if (planned.request != head->of->key || planned.sequence != head->index) {
     return Fail(StrCat(planned.request, ".", planned.sequence, " is admitted though ", Who(*head), " is next"));
   }
+  if (LeftAlone(*walk, *head)) return Fail(StrCat(Who(*head), " is tried again, which was not due"));
   CountChoices(*head);
-  JudgePrefix(walk, head, planned);
-  if (error_.empty()) JudgeRoom(*walk, *head, planned);
+  blocked_ = {};
+  const std::vector<int32_t> match = MakeRoom(head);
+  JudgePrefix(*walk, *head, planned, match);
   if (!head->of->admitted) JudgeAdmission(walk, *head, planned);
   if (!error_.empty()) return;
-  Admit(*walk, head, planned);
+  Admit(head, match);
   const int32_t room = std::max(1, PrefillRoom(*walk, head->scheduled));
   counts_.ceiling_cut += room < std::min(walk->budget, head->remaining());
   Take(walk, head, Chunk(*head, room), /*fresh=*/true);
 }
 
-// What was found: full blocks with the contents that it expects, as many as there are.
-void PolicyOracle::JudgePrefix(Walk* walk, Sequence* head, const PlannedSequence& planned) {
-  const int32_t found = planned.first_position / options_.block_size;
-  const int32_t longest = LongestPrefix(head);
-  counts_.prefixes_known += cache_known_ && longest > 0;
-  if (planned.first_position % options_.block_size != 0 || found > longest) {
-    return Fail(StrCat(Who(*head), " starts at ", planned.first_position, ", but ", longest, " blocks can be known"));
-  }
-  if (found < longest) walk->found_less = StrCat(Who(*head), " finds ", found, " blocks of ", longest);
-  const std::vector<int32_t>& kept = head->of->shared;
-  for (int32_t i = 0; i < found; ++i) {
-    const auto at = static_cast<size_t>(i);
-    const int32_t block = walk->plan->block_ids[static_cast<size_t>(planned.block_begin) + at];
-    const bool shared = !head->admitted && at < kept.size() && kept[at] == block;
-    if (!shared && At(block).name != NameOf(head, i)) {
-      return Fail(StrCat(Who(*head), " is given block ", block, ", which does not hold its prefix"));
+// What it finds in the cache, when there are blocks for all that it knows and the next token, and some are left for
+// those that run. When nothing runs, prompts kept for siblings give way, the last first.
+std::vector<int32_t> PolicyOracle::MakeRoom(Sequence* head) {
+  const int32_t headroom = Headroom(*head);
+  for (;;) {
+    std::vector<int32_t> match = Match(head);
+    const int32_t needed = Needed(*head, match);
+    if (needed + headroom <= Available()) return match;
+    if (NumRunning() > 0 || in_flight_.size() > 1 || sharing_.empty()) {
+      Fail(StrCat(Who(*head), " is admitted with ", needed, " blocks to take and ", headroom,
+                  " to leave, but there are ", Available()));
+      return match;
     }
-  }
-}
-
-// There are blocks for all that it knows and the next token, and some are left for those that run. When nothing runs,
-// prompts kept for siblings give way, the last first.
-void PolicyOracle::JudgeRoom(const Walk& walk, const Sequence& head, const PlannedSequence& planned) {
-  const int32_t found = planned.first_position / options_.block_size;
-  int32_t needed = Wanted(head) - found;
-  for (int32_t i = 0; i < found; ++i) {
-    needed += At(walk.plan->block_ids[static_cast<size_t>(planned.block_begin + i)]).refs == 0;
-  }
-  const int32_t headroom = Headroom(head);
-  while (needed + headroom > Available() && NumRunning() == 0 && in_flight_.size() == 1 && !sharing_.empty()) {
     DropShare(sharing_.back());
   }
-  if (needed + headroom <= Available()) return;
-  Fail(StrCat(Who(head), " is admitted with ", needed, " blocks to take and ", headroom, " to leave, but there are ",
-              Available()));
 }
 
-void PolicyOracle::Admit(const Walk& walk, Sequence* head, const PlannedSequence& planned) {
-  const int32_t found = planned.first_position / options_.block_size;
-  head->unnamed = Wanted(*head) - found;
-  unnamed_ += head->unnamed;
-  for (int32_t i = 0; i < found; ++i) {
-    head->blocks.push_back(walk.plan->block_ids[static_cast<size_t>(planned.block_begin + i)]);
-    Ref(head->blocks.back());
+void PolicyOracle::JudgePrefix(const Walk& walk, const Sequence& head, const PlannedSequence& planned,
+                               const std::vector<int32_t>& match) {
+  if (planned.first_position != static_cast<int32_t>(match.size()) * options_.block_size) {
+    return Fail(StrCat(Who(head), " starts at ", planned.first_position, ", but ", match.size(), " blocks are known"));
   }
-  head->published = found;  // whoever computed these has offered them
-  head->scheduled = planned.first_position;
+  const auto given = std::span(walk.plan->block_ids).subspan(static_cast<size_t>(planned.block_begin), match.size());
+  if (!std::ranges::equal(given, match)) Fail(StrCat(Who(head), " is given blocks that do not hold its prefix"));
+}
+
+void PolicyOracle::Admit(Sequence* head, const std::vector<int32_t>& match) {
+  for (int32_t block : match) Ref(block);
+  head->blocks = match;
+  while (head->num_blocks() < Wanted(*head)) TakeBlock(head);
+  head->published = static_cast<int32_t>(match.size());  // whoever computed these has offered them
+  head->scheduled = head->published * options_.block_size;
   head->state = Sequence::State::kRunning;
+  if (!head->of->admitted) {
+    for (int32_t block : match) At(block).valued = true;
+  }
   head->of->admitted = head->admitted = true;
   if (head->of->NumUnadmitted() == 0) DropShare(head->of);
   accounts_[head->of->account].admitted_at = plans_;
@@ -550,37 +539,24 @@ void PolicyOracle::JudgeAdmission(Walk* walk, const Sequence& head, const Planne
   walk->admissions = walk->admissions.subspan(1);
 }
 
-// The head was not admitted. How much of it the cache holds may be unknown, but never makes it need more; and it may be
-// left alone for some steps, unless as many blocks are available as it can have lacked at most.
-void PolicyOracle::JudgeRefused(Walk* walk, Sequence* head) {
-  const int32_t needed = MostNeeded(head);
-  const int32_t all = needed + Headroom(*head);
-  counts_.headroom_kept += needed <= Available() && all > Available();
-  if (blocked_ != head) {
-    blocked_ = head;
-    blocked_until_ = 0;
-    blocked_in_vain_ = 0;
-  }
-  const bool fits = all <= Available();
-  const bool tried = blocked_until_ <= Available() || NumRunning() == 0;
-  if (walk->plan != &kNothing) blocked_in_vain_ = fits ? blocked_in_vain_ + 1 : 0;
-  if (fits && (tried || blocked_in_vain_ > kRetriedAfterPlans)) Fail(StrCat(Who(*head), " would fit and waits"));
-  blocked_until_ = std::max(blocked_until_, all);
+// A head that did not fit is not tried again before as much is there as it lacked, or some steps later.
+bool PolicyOracle::LeftAlone(const Walk& walk, const Sequence& head) const {
+  return blocked_.head == &head && NumRunning() > 0 && Available() < blocked_.until_available &&
+         walk.step < blocked_.until_step;
 }
 
-// Blocks that are not there yet for it, or there but not in use: those count as available.
-int32_t PolicyOracle::MostNeeded(Sequence* head) {
-  const int32_t wanted = Wanted(*head);
-  if (!cache_known_) return wanted;
-  const int32_t cached = LongestCached(head);
-  const auto shared = static_cast<int32_t>(head->of->shared.size());
-  if (!head->admitted && shared > cached) return wanted - shared;
-  int32_t unreferenced = 0;
-  for (int32_t i = 0; i < cached; ++i) {
-    const uint64_t name = NameOf(head, i);
-    unreferenced += std::ranges::any_of(blocks_, [&](const Block& b) { return b.name == name && b.refs == 0; });
-  }
-  return wanted - cached + unreferenced;
+void PolicyOracle::JudgeRefused(const Walk& walk, Sequence* head) {
+  if (LeftAlone(walk, *head)) return;
+  const int32_t needed = Needed(*head, Match(head)), lacked = needed + Headroom(*head);
+  if (lacked <= Available()) return Fail(StrCat(Who(*head), " would fit and waits"));
+  counts_.headroom_kept += needed <= Available();
+  blocked_ = {.head = head, .until_available = lacked, .until_step = walk.step + kRetriedAfterSteps};
+}
+
+// Blocks that it takes of those available: cached ones that nobody uses are such, too.
+int32_t PolicyOracle::Needed(const Sequence& head, const std::vector<int32_t>& match) {
+  const auto unused = std::ranges::count_if(match, [&](int32_t block) { return At(block).refs == 0; });
+  return Wanted(head) - static_cast<int32_t>(match.size()) + static_cast<int32_t>(unused);
 }
 
 // What the sequence wants next is the next in the plan.
@@ -611,7 +587,7 @@ void PolicyOracle::Take(Walk* walk, Sequence* sequence, int32_t tokens, bool fre
   sequence->scheduled = end;
   sequence->pending += sample;
   sequence->last_step = walk->plan->step;
-  NameBlocks(walk, sequence, planned);
+  NameBlocks(*walk, sequence, planned);
 }
 
 // Positions whose scores came before a preemption are computed in a chunk of their own.
@@ -701,10 +677,7 @@ std::string PolicyOracle::JudgeApply(const StepPlan& plan, std::span<const Event
 
 void PolicyOracle::JudgeLoad(const SchedulerLoad& load) {
   if (load.blocks_used != Held()) Fail(StrCat(load.blocks_used, " blocks are held, should be ", Held()));
-  if (load.blocks_cached > Cached()) Fail(StrCat(load.blocks_cached, " blocks are cached of ", Cached(), " published"));
-  const bool none_evicted = load.blocks_cached == Cached();
-  for (Block& block : blocks_) block.doubtful &= !none_evicted || block.refs > 0;
-  cache_known_ = none_evicted && std::ranges::none_of(blocks_, &Block::doubtful);
+  if (load.blocks_cached != Cached()) Fail(StrCat(load.blocks_cached, " blocks are cached, should be ", Cached()));
   const std::vector<Tally> tallies = Tallies();
   for (size_t i = 0; i < accounts_.size(); ++i) {
     const int32_t running = load.tenants[i].running_sequences, expected = tallies[i].running;
@@ -736,26 +709,62 @@ int32_t PolicyOracle::Cached() const {
       std::ranges::count_if(blocks_, [](const Block& b) { return b.name != 0 && b.refs == 0; }));
 }
 
-void PolicyOracle::NameBlocks(Walk* walk, Sequence* sequence, const PlannedSequence& planned) {
+// A block for new contents: while none is free, the cached one that has been in no use for longest, and of those that
+// several requests have found only when there is no other.
+void PolicyOracle::TakeBlock(Sequence* sequence) {
+  if (Held() + Cached() == options_.num_blocks) {
+    Block* evicted = nullptr;
+    for (Block& block : blocks_) {
+      if (block.name == 0 || block.refs > 0) continue;
+      if (evicted == nullptr || LastingOf(block) < LastingOf(*evicted)) evicted = &block;
+    }
+    if (evicted == nullptr) return Fail(StrCat("no block is left for ", Who(*sequence)));
+    *evicted = {};
+    ++counts_.evicted;
+  }
+  ++sequence->unnamed;
+  ++unnamed_;
+}
+
+// What several have found is kept for longer, but half of the pool at most.
+void PolicyOracle::Unref(int32_t id) {
+  Block& block = At(id);
+  if (--block.refs > 0) return;
+  if (block.name == 0) block.valued = false;
+  block.idle_since = ++idle_;
+  Block* oldest = nullptr;
+  int32_t valued = 0;
+  for (Block& other : blocks_) {
+    if (!other.valued || other.refs > 0) continue;
+    ++valued;
+    if (oldest == nullptr || other.idle_since < oldest->idle_since) oldest = &other;
+  }
+  if (valued <= options_.num_blocks / 2) return;
+  oldest->valued = false;
+  oldest->idle_since = ++idle_;
+}
+
+void PolicyOracle::NameBlocks(const Walk& walk, Sequence* sequence, const PlannedSequence& planned) {
   for (auto i = static_cast<int32_t>(sequence->blocks.size()); i < planned.num_blocks; ++i) {
     const int32_t at = planned.block_begin + i - planned.known_blocks;
-    const int32_t block = walk->plan->block_ids[static_cast<size_t>(at)];
+    const int32_t block = walk.plan->block_ids[static_cast<size_t>(at)];
     if (At(block).refs > 0) return Fail(StrCat("block ", block, " is somebody else's"));
-    walk->evicted |= At(block).name != 0;
-    At(block) = {.refs = 1};
+    if (At(block).name != 0) return Fail(StrCat("block ", block, " is given away, which was not its turn"));
+    Ref(block);
     sequence->blocks.push_back(block);
     --sequence->unnamed;
     --unnamed_;
   }
 }
 
+// From the end backwards: prefixes lose their ends before their beginnings.
 void PolicyOracle::Release(Sequence* sequence) {
   const auto in_flight = std::ranges::find(in_flight_, sequence->last_step, &InFlight::step);
   if (in_flight != in_flight_.end()) {
-    in_flight->retired.insert(in_flight->retired.end(), sequence->blocks.begin(), sequence->blocks.end());
+    in_flight->retired.insert(in_flight->retired.end(), sequence->blocks.rbegin(), sequence->blocks.rend());
     in_flight->unnamed += sequence->unnamed;
   } else {
-    for (int32_t block : sequence->blocks) Unref(block);
+    for (int32_t block : std::views::reverse(sequence->blocks)) Unref(block);
     unnamed_ -= sequence->unnamed;
   }
   sequence->blocks.clear();
@@ -763,7 +772,7 @@ void PolicyOracle::Release(Sequence* sequence) {
 }
 
 void PolicyOracle::DropShare(Entry* entry) {
-  for (int32_t block : entry->shared) Unref(block);
+  for (int32_t block : std::views::reverse(entry->shared)) Unref(block);
   entry->shared.clear();
   std::erase(sharing_, entry);
 }
@@ -781,22 +790,13 @@ void PolicyOracle::ShareWithSiblings(Entry* entry) {
   sharing_.push_back(entry);
 }
 
-// Full blocks that have been computed get their names, but for twins. Where the other twin may have been evicted, both
-// count as published.
+// Full blocks that have been computed get their names, but for twins.
 void PolicyOracle::Publish(Sequence* sequence, int32_t computed) {
   if (!options_.prefix_cache || sequence->of->asked->bypass_prefix_cache) return;
   for (; sequence->published < computed / options_.block_size; ++sequence->published) {
-    Block& block = At(sequence->blocks[static_cast<size_t>(sequence->published)]);
     const uint64_t name = NameOf(sequence, sequence->published);
-    bool taken = false, perhaps_taken = false;
-    for (const Block& other : blocks_) {
-      if (other.name != name) continue;
-      perhaps_taken = true;
-      taken |= !other.doubtful && (cache_known_ || other.refs > 0);
-    }
-    if (taken) continue;
-    block.name = name;
-    block.doubtful = perhaps_taken;
+    const bool taken = std::ranges::find(blocks_, name, &Block::name) != blocks_.end();
+    if (!taken) At(sequence->blocks[static_cast<size_t>(sequence->published)]).name = name;
   }
 }
 
@@ -809,7 +809,7 @@ void PolicyOracle::Withdraw(const Entry& entry) {
 
 void PolicyOracle::ResetPrefixCache() {
   for (Block& block : blocks_) {
-    if (block.refs == 0) block.name = 0;
+    if (block.refs == 0) block = {};
   }
 }
 
@@ -826,22 +826,20 @@ uint64_t PolicyOracle::NameOf(Sequence* sequence, int32_t block) {
   return names[static_cast<size_t>(block)];
 }
 
-// Leading blocks of it that the cache can have: one token at least is computed.
-int32_t PolicyOracle::LongestCached(Sequence* sequence) {
+// Leading blocks of it that are computed already: found in the cache, or kept for it as a sibling, whichever reaches
+// further. One token at least is left.
+std::vector<int32_t> PolicyOracle::Match(Sequence* sequence) {
   const Entry& entry = *sequence->of;
-  if (!options_.prefix_cache || entry.asked->bypass_prefix_cache || entry.scoring()) return 0;
-  int32_t longest = 0;
-  while (longest < (sequence->known() - 1) / options_.block_size &&
-         std::ranges::find(blocks_, NameOf(sequence, longest), &Block::name) != blocks_.end()) {
-    ++longest;
+  std::vector<int32_t> match;
+  if (options_.prefix_cache && !entry.asked->bypass_prefix_cache && !entry.scoring()) {
+    const int32_t most = (sequence->known() - 1) / options_.block_size;
+    for (int32_t i = 0; i < most; ++i) {
+      const auto block = std::ranges::find(blocks_, NameOf(sequence, i), &Block::name);
+      if (block == blocks_.end()) break;
+      match.push_back(static_cast<int32_t>(block - blocks_.begin()));
+    }
   }
-  return longest;
-}
-
-// The same, or the prompt that is kept for it as a sibling.
-int32_t PolicyOracle::LongestPrefix(Sequence* sequence) {
-  const int32_t cached = LongestCached(sequence);
-  return sequence->admitted ? cached : std::max(cached, static_cast<int32_t>(sequence->of->shared.size()));
+  return !sequence->admitted && entry.shared.size() > match.size() ? entry.shared : match;
 }
 
 }  // namespace altiplano::sim

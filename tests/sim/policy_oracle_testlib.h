@@ -2,8 +2,7 @@
 // own facts, the plans that came and the events. It says for every plan what must be in it, in which order and with how
 // many tokens, who gives up blocks and what the prefix cache must have found. Slow and obvious on purpose.
 //
-// What it takes from the scheduler are ids of blocks, how much of a prefix was found while the cache evicts, and the
-// learned step cost. All else it works out and compares.
+// All that it takes from the scheduler are the ids of blocks that were free and the learned step cost.
 #pragma once
 
 #include <cstdint>
@@ -28,10 +27,9 @@ class PolicyOracle {
     uint64_t hurry_stopped = 0;   // targets that could not be met any more
     uint64_t tenant_limited = 0;  // passed because its tenant runs as many as it may
     uint64_t victims = 0, gave_up_itself = 0, waited_for_blocks = 0;
-    uint64_t headroom_kept = 0;   // a head that would fit but for the headroom
-    uint64_t ceiling_cut = 0;     // chunks cut by the ceiling
-    uint64_t prefixes_known = 0;  // admissions of which the oracle knew exactly what the cache holds
-    uint64_t hopeless = 0;
+    uint64_t headroom_kept = 0;  // a head that would fit but for the headroom
+    uint64_t ceiling_cut = 0;    // chunks cut by the ceiling
+    uint64_t evicted = 0, hopeless = 0;
 
     // Each of them, by name.
     std::vector<std::pair<const char*, uint64_t>> All() const;
@@ -79,9 +77,7 @@ class PolicyOracle {
     Sequence* leader = nullptr;
     std::vector<Sequence> sequences;
     std::vector<int32_t> shared;
-    // It is looked at again whether it is hopeless at a time between these two: equal where the oracle knows what the
-    // cache holds.
-    TimePoint hopeless_first{}, hopeless_last{};
+    TimePoint hopeless_at{};  // by when it was looked at last
 
     int32_t prompt() const { return static_cast<int32_t>(asked->prompt.size()); }
     int32_t Count(Sequence::State state) const;
@@ -97,12 +93,13 @@ class PolicyOracle {
 
     int64_t level() const { return base + parts / weight; }
   };
-  // As far as plans have named it. Blocks that have been evicted may still have their names here, never the reverse.
   struct Block {
-    int32_t refs = 0;       // of steps in flight, too
-    uint64_t name = 0;      // 0: not published
-    bool doubtful = false;  // the name was perhaps taken
+    int32_t refs = 0;         // of those that plans have named it for, and of steps in flight
+    uint64_t name = 0;        // 0: not published
+    bool valued = false;      // another request has found it
+    uint64_t idle_since = 0;  // in Unrefs
   };
+  static std::pair<bool, uint64_t> LastingOf(const Block& block) { return {block.valued, block.idle_since}; }
   struct InFlight {
     uint64_t step = 0;
     std::vector<int32_t> retired;
@@ -117,9 +114,8 @@ class PolicyOracle {
     StepWork work;
     int32_t budget = 0, streams = 0, prefills = 0, shortage = 0;
     bool pressed = false;
+    uint64_t step = 0;
     std::span<const Event> admissions;  // to be explained
-    bool evicted = false;               // for certain
-    std::string found_less;             // an admission that missed something, unless it had been evicted
   };
 
   // --- Requests
@@ -131,6 +127,7 @@ class PolicyOracle {
   Duration PrefillTime(int32_t first, int32_t count, const StepWork& beside) const;
   Duration CertainPrefillTime(int32_t first, int32_t count) const;
   Duration Aged(const Request& request) const;
+  TimePoint HopelessFrom(Entry* entry);
   void JudgeHopeless(const Event& event, TimePoint now);
   void JudgeHopeful(TimePoint now);
 
@@ -166,12 +163,14 @@ class PolicyOracle {
   void WalkAdmissions(Walk* walk);
   void WalkAdmission(Walk* walk, Sequence* head);
   void CountChoices(const Sequence& head);
-  void JudgePrefix(Walk* walk, Sequence* head, const PlannedSequence& planned);
-  void JudgeRoom(const Walk& walk, const Sequence& head, const PlannedSequence& planned);
-  void Admit(const Walk& walk, Sequence* head, const PlannedSequence& planned);
+  std::vector<int32_t> MakeRoom(Sequence* head);
+  void JudgePrefix(const Walk& walk, const Sequence& head, const PlannedSequence& planned,
+                   const std::vector<int32_t>& match);
+  void Admit(Sequence* head, const std::vector<int32_t>& match);
   void JudgeAdmission(Walk* walk, const Sequence& head, const PlannedSequence& planned);
-  void JudgeRefused(Walk* walk, Sequence* head);
-  int32_t MostNeeded(Sequence* head);
+  bool LeftAlone(const Walk& walk, const Sequence& head) const;
+  void JudgeRefused(const Walk& walk, Sequence* head);
+  int32_t Needed(const Sequence& head, const std::vector<int32_t>& match);
   void Take(Walk* walk, Sequence* sequence, int32_t tokens, bool fresh);
   int32_t Chunk(const Sequence& sequence, int32_t room) const;
   int32_t PrefillRoom(const Walk& walk, int32_t first) const;
@@ -188,16 +187,16 @@ class PolicyOracle {
   int32_t Cached() const;
   Block& At(int32_t block) { return blocks_[static_cast<size_t>(block)]; }
   void Ref(int32_t block) { ++At(block).refs; }
-  void Unref(int32_t block) { --At(block).refs; }
-  void NameBlocks(Walk* walk, Sequence* sequence, const PlannedSequence& planned);
+  void Unref(int32_t block);
+  void TakeBlock(Sequence* sequence);
+  void NameBlocks(const Walk& walk, Sequence* sequence, const PlannedSequence& planned);
   void Release(Sequence* sequence);
   void DropShare(Entry* entry);
   void Publish(Sequence* sequence, int32_t computed);
   void Withdraw(const Entry& entry);
   void ShareWithSiblings(Entry* entry);
   uint64_t NameOf(Sequence* sequence, int32_t block);
-  int32_t LongestCached(Sequence* sequence);
-  int32_t LongestPrefix(Sequence* sequence);
+  std::vector<int32_t> Match(Sequence* sequence);
 
   void JudgeLoad(const SchedulerLoad& load);
   void Fail(std::string what);
@@ -216,12 +215,15 @@ class PolicyOracle {
   StepWork decodes_;  // of the last plan
   std::deque<InFlight> in_flight_;
   std::vector<Block> blocks_;
-  int32_t unnamed_ = 0;      // blocks that are held and no plan has named
-  bool cache_known_ = true;  // the cache holds all that is published here
-  uint64_t preemptions_ = 0, plans_ = 0;
-  // The head that last did not fit: what it lacked at most, and in how many plans in a row it would have fitted.
-  const Sequence* blocked_ = nullptr;
-  int32_t blocked_until_ = 0, blocked_in_vain_ = 0;
+  int32_t unnamed_ = 0;  // blocks that are held and no plan has named
+  uint64_t idle_ = 0;
+  uint64_t preemptions_ = 0, plans_ = 0, last_step_ = 0;
+  struct Blocked {
+    const Sequence* head = nullptr;
+    int32_t until_available = 0;
+    uint64_t until_step = 0;
+  };
+  Blocked blocked_;  // the head that did not fit
   std::string error_;
 };
 
