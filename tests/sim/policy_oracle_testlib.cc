@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <optional>
 #include <ranges>
 #include <utility>
 
@@ -53,7 +54,7 @@ PolicyOracle::PolicyOracle(const SchedulerOptions& options, int32_t max_servable
       max_servable_(max_servable),
       counts_(*counts),
       cost_(options.step_cost),
-      blocks_(static_cast<size_t>(options.num_blocks)) {
+      pool_(options.num_blocks) {
   for (const TenantOptions& tenant : options.tenants) {
     Account& account = accounts_.emplace_back();
     account.weight = tenant.weight;
@@ -172,8 +173,7 @@ void PolicyOracle::Abort() {
   live_.clear();
   sharing_.clear();
   in_flight_.clear();
-  std::ranges::fill(blocks_, Block());
-  unnamed_ = 0;
+  pool_ = PoolOracle(options_.num_blocks);
   blocked_ = {};
 }
 
@@ -386,11 +386,11 @@ void PolicyOracle::WalkDecode(Walk* walk, Sequence* sequence) {
 bool PolicyOracle::Grow(Walk* walk, Sequence* wanting) {
   if (wanting->scheduled < wanting->num_blocks() * options_.block_size) return true;
   ++walk->shortage;
-  if (Available() == 0) walk->pressed = true;
-  while (Available() == 0 && Retiring() < walk->shortage) {
+  if (pool_.available() == 0) walk->pressed = true;
+  while (pool_.available() == 0 && Retiring() < walk->shortage) {
     if (!GiveUpSomething(walk, wanting) || wanting->state != Sequence::State::kRunning) return false;
   }
-  if (Available() == 0) {
+  if (pool_.available() == 0) {
     ++counts_.waited_for_blocks;
     return false;
   }
@@ -483,10 +483,10 @@ std::vector<int32_t> PolicyOracle::MakeRoom(Sequence* head) {
   for (;;) {
     std::vector<int32_t> match = Match(head);
     const int32_t needed = Needed(*head, match);
-    if (needed + headroom <= Available()) return match;
+    if (needed + headroom <= pool_.available()) return match;
     if (NumRunning() > 0 || in_flight_.size() > 1 || sharing_.empty()) {
       Fail(StrCat(Who(*head), " is admitted with ", needed, " blocks to take and ", headroom,
-                  " to leave, but there are ", Available()));
+                  " to leave, but there are ", pool_.available()));
       return match;
     }
     DropShare(sharing_.back());
@@ -503,14 +503,14 @@ void PolicyOracle::JudgePrefix(const Walk& walk, const Sequence& head, const Pla
 }
 
 void PolicyOracle::Admit(Sequence* head, const std::vector<int32_t>& match) {
-  for (int32_t block : match) Ref(block);
+  for (int32_t block : match) pool_.Ref(block);
   head->blocks = match;
   while (head->num_blocks() < Wanted(*head)) TakeBlock(head);
   head->published = static_cast<int32_t>(match.size());  // whoever computed these has offered them
   head->scheduled = head->published * options_.block_size;
   head->state = Sequence::State::kRunning;
   if (!head->of->admitted) {
-    for (int32_t block : match) At(block).valued = true;
+    for (int32_t block : match) pool_.SetValued(block);
   }
   head->of->admitted = head->admitted = true;
   if (head->of->NumUnadmitted() == 0) DropShare(head->of);
@@ -541,21 +541,21 @@ void PolicyOracle::JudgeAdmission(Walk* walk, const Sequence& head, const Planne
 
 // A head that did not fit is not tried again before as much is there as it lacked, or some steps later.
 bool PolicyOracle::LeftAlone(const Walk& walk, const Sequence& head) const {
-  return blocked_.head == &head && NumRunning() > 0 && Available() < blocked_.until_available &&
+  return blocked_.head == &head && NumRunning() > 0 && pool_.available() < blocked_.until_available &&
          walk.step < blocked_.until_step;
 }
 
 void PolicyOracle::JudgeRefused(const Walk& walk, Sequence* head) {
   if (LeftAlone(walk, *head)) return;
   const int32_t needed = Needed(*head, Match(head)), lacked = needed + Headroom(*head);
-  if (lacked <= Available()) return Fail(StrCat(Who(*head), " would fit and waits"));
-  counts_.headroom_kept += needed <= Available();
+  if (lacked <= pool_.available()) return Fail(StrCat(Who(*head), " would fit and waits"));
+  counts_.headroom_kept += needed <= pool_.available();
   blocked_ = {.head = head, .until_available = lacked, .until_step = walk.step + kRetriedAfterSteps};
 }
 
 // Blocks that it takes of those available: cached ones that nobody uses are such, too.
 int32_t PolicyOracle::Needed(const Sequence& head, const std::vector<int32_t>& match) {
-  const auto unused = std::ranges::count_if(match, [&](int32_t block) { return At(block).refs == 0; });
+  const auto unused = std::ranges::count_if(match, [&](int32_t block) { return pool_.refs(block) == 0; });
   return Wanted(head) - static_cast<int32_t>(match.size()) + static_cast<int32_t>(unused);
 }
 
@@ -625,8 +625,8 @@ int32_t PolicyOracle::Headroom(const Sequence& sequence) const {
 // --- Results ---------------------------------------------------------------------------------------------------------
 
 std::string PolicyOracle::JudgeApply(const StepPlan& plan, std::span<const Event> events, const SchedulerLoad& load) {
-  for (int32_t block : in_flight_.front().retired) Unref(block);
-  unnamed_ -= in_flight_.front().unnamed;
+  for (int32_t block : in_flight_.front().retired) pool_.Unref(block);
+  pool_.ReturnUnnamed(in_flight_.front().unnamed);
   in_flight_.pop_front();
   size_t at = 0;
   auto next_is = [&](Event::Kind kind, RequestKey key) {
@@ -676,8 +676,12 @@ std::string PolicyOracle::JudgeApply(const StepPlan& plan, std::span<const Event
 }
 
 void PolicyOracle::JudgeLoad(const SchedulerLoad& load) {
-  if (load.blocks_used != Held()) Fail(StrCat(load.blocks_used, " blocks are held, should be ", Held()));
-  if (load.blocks_cached != Cached()) Fail(StrCat(load.blocks_cached, " blocks are cached, should be ", Cached()));
+  if (load.blocks_used != pool_.held()) {
+    Fail(StrCat(load.blocks_used, " blocks are held, should be ", pool_.held()));
+  }
+  if (load.blocks_cached != pool_.cached()) {
+    Fail(StrCat(load.blocks_cached, " blocks are cached, should be ", pool_.cached()));
+  }
   const std::vector<Tally> tallies = Tallies();
   for (size_t i = 0; i < accounts_.size(); ++i) {
     const int32_t running = load.tenants[i].running_sequences, expected = tallies[i].running;
@@ -688,72 +692,33 @@ void PolicyOracle::JudgeLoad(const SchedulerLoad& load) {
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------
 
-int32_t PolicyOracle::Held() const {
-  return unnamed_ + static_cast<int32_t>(std::ranges::count_if(blocks_, [](const Block& b) { return b.refs > 0; }));
-}
-
 // Held by nobody but steps in flight.
-int32_t PolicyOracle::Retiring() {
+int32_t PolicyOracle::Retiring() const {
   std::map<int32_t, int32_t> retired;
   int32_t retiring = 0;
   for (const InFlight& in_flight : in_flight_) {
     for (int32_t block : in_flight.retired) ++retired[block];
     retiring += in_flight.unnamed;
   }
-  for (const auto& [block, refs] : retired) retiring += refs == At(block).refs;
+  for (const auto& [block, refs] : retired) retiring += refs == pool_.refs(block);
   return retiring;
 }
 
-int32_t PolicyOracle::Cached() const {
-  return static_cast<int32_t>(
-      std::ranges::count_if(blocks_, [](const Block& b) { return b.name != 0 && b.refs == 0; }));
-}
-
-// A block for new contents: while none is free, the cached one that has been in no use for longest, and of those that
-// several requests have found only when there is no other.
 void PolicyOracle::TakeBlock(Sequence* sequence) {
-  if (Held() + Cached() == options_.num_blocks) {
-    Block* evicted = nullptr;
-    for (Block& block : blocks_) {
-      if (block.name == 0 || block.refs > 0) continue;
-      if (evicted == nullptr || LastingOf(block) < LastingOf(*evicted)) evicted = &block;
-    }
-    if (evicted == nullptr) return Fail(StrCat("no block is left for ", Who(*sequence)));
-    *evicted = {};
-    ++counts_.evicted;
-  }
+  counts_.evicted += pool_.free() == 0;
+  if (!pool_.TakeUnnamed()) return Fail(StrCat("no block is left for ", Who(*sequence)));
   ++sequence->unnamed;
-  ++unnamed_;
-}
-
-// What several have found is kept for longer, but half of the pool at most.
-void PolicyOracle::Unref(int32_t id) {
-  Block& block = At(id);
-  if (--block.refs > 0) return;
-  if (block.name == 0) block.valued = false;
-  block.idle_since = ++idle_;
-  Block* oldest = nullptr;
-  int32_t valued = 0;
-  for (Block& other : blocks_) {
-    if (!other.valued || other.refs > 0) continue;
-    ++valued;
-    if (oldest == nullptr || other.idle_since < oldest->idle_since) oldest = &other;
-  }
-  if (valued <= options_.num_blocks / 2) return;
-  oldest->valued = false;
-  oldest->idle_since = ++idle_;
 }
 
 void PolicyOracle::NameBlocks(const Walk& walk, Sequence* sequence, const PlannedSequence& planned) {
   for (auto i = static_cast<int32_t>(sequence->blocks.size()); i < planned.num_blocks; ++i) {
     const int32_t at = planned.block_begin + i - planned.known_blocks;
     const int32_t block = walk.plan->block_ids[static_cast<size_t>(at)];
-    if (At(block).refs > 0) return Fail(StrCat("block ", block, " is somebody else's"));
-    if (At(block).name != 0) return Fail(StrCat("block ", block, " is given away, which was not its turn"));
-    Ref(block);
+    if (const char* wrong = pool_.Name(block)) {
+      return Fail(StrCat("block ", block, ", given to ", Who(*sequence), ", ", wrong));
+    }
     sequence->blocks.push_back(block);
     --sequence->unnamed;
-    --unnamed_;
   }
 }
 
@@ -764,15 +729,15 @@ void PolicyOracle::Release(Sequence* sequence) {
     in_flight->retired.insert(in_flight->retired.end(), sequence->blocks.rbegin(), sequence->blocks.rend());
     in_flight->unnamed += sequence->unnamed;
   } else {
-    for (int32_t block : std::views::reverse(sequence->blocks)) Unref(block);
-    unnamed_ -= sequence->unnamed;
+    for (int32_t block : std::views::reverse(sequence->blocks)) pool_.Unref(block);
+    pool_.ReturnUnnamed(sequence->unnamed);
   }
   sequence->blocks.clear();
   sequence->unnamed = sequence->scheduled = sequence->published = 0;
 }
 
 void PolicyOracle::DropShare(Entry* entry) {
-  for (int32_t block : std::views::reverse(entry->shared)) Unref(block);
+  for (int32_t block : std::views::reverse(entry->shared)) pool_.Unref(block);
   entry->shared.clear();
   std::erase(sharing_, entry);
 }
@@ -786,31 +751,24 @@ void PolicyOracle::ShareWithSiblings(Entry* entry) {
   const int32_t full = (entry->prompt() - 1) / options_.block_size;
   if (entry->NumUnadmitted() == 0 || full == 0) return;
   entry->shared.assign(leader.blocks.begin(), leader.blocks.begin() + full);
-  for (int32_t block : entry->shared) Ref(block);
+  for (int32_t block : entry->shared) pool_.Ref(block);
   sharing_.push_back(entry);
 }
 
-// Full blocks that have been computed get their names, but for twins.
+// Full blocks are offered to the cache when they have been computed.
 void PolicyOracle::Publish(Sequence* sequence, int32_t computed) {
   if (!options_.prefix_cache || sequence->of->asked->bypass_prefix_cache) return;
   for (; sequence->published < computed / options_.block_size; ++sequence->published) {
-    const uint64_t name = NameOf(sequence, sequence->published);
-    const bool taken = std::ranges::find(blocks_, name, &Block::name) != blocks_.end();
-    if (!taken) At(sequence->blocks[static_cast<size_t>(sequence->published)]).name = name;
+    const int32_t block = sequence->blocks[static_cast<size_t>(sequence->published)];
+    pool_.Publish(block, NameOf(sequence, sequence->published));
   }
 }
 
 void PolicyOracle::Withdraw(const Entry& entry) {
   for (const Sequence& sequence : entry.sequences) {
-    for (int32_t block : sequence.blocks) At(block).name = 0;
+    for (int32_t block : sequence.blocks) pool_.Withdraw(block);
   }
-  for (int32_t block : entry.shared) At(block).name = 0;
-}
-
-void PolicyOracle::ResetPrefixCache() {
-  for (Block& block : blocks_) {
-    if (block.refs == 0) block = {};
-  }
+  for (int32_t block : entry.shared) pool_.Withdraw(block);
 }
 
 // Of who may share it and all tokens up to its end.
@@ -834,9 +792,9 @@ std::vector<int32_t> PolicyOracle::Match(Sequence* sequence) {
   if (options_.prefix_cache && !entry.asked->bypass_prefix_cache && !entry.scoring()) {
     const int32_t most = (sequence->known() - 1) / options_.block_size;
     for (int32_t i = 0; i < most; ++i) {
-      const auto block = std::ranges::find(blocks_, NameOf(sequence, i), &Block::name);
-      if (block == blocks_.end()) break;
-      match.push_back(static_cast<int32_t>(block - blocks_.begin()));
+      const std::optional<int32_t> block = pool_.Find(NameOf(sequence, i));
+      if (!block) break;
+      match.push_back(*block);
     }
   }
   return !sequence->admitted && entry.shared.size() > match.size() ? entry.shared : match;

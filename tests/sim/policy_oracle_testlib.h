@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "server/scheduler/scheduler.h"
+#include "tests/sim/pool_oracle_testlib.h"
 
 namespace altiplano::sim {
 
@@ -42,7 +43,7 @@ class PolicyOracle {
   std::string JudgePlan(const StepPlan* plan, TimePoint now, std::span<const Event> events, const SchedulerLoad& load);
   std::string JudgeApply(const StepPlan& plan, std::span<const Event> events, const SchedulerLoad& load);
   void Abort();
-  void ResetPrefixCache();
+  void ResetPrefixCache() { pool_.ResetCache(); }
 
  private:
   struct Entry;
@@ -93,13 +94,6 @@ class PolicyOracle {
 
     int64_t level() const { return base + parts / weight; }
   };
-  struct Block {
-    int32_t refs = 0;         // of those that plans have named it for, and of steps in flight
-    uint64_t name = 0;        // 0: not published
-    bool valued = false;      // another request has found it
-    uint64_t idle_since = 0;  // in Unrefs
-  };
-  static std::pair<bool, uint64_t> LastingOf(const Block& block) { return {block.valued, block.idle_since}; }
   struct InFlight {
     uint64_t step = 0;
     std::vector<int32_t> retired;
@@ -181,13 +175,7 @@ class PolicyOracle {
 
   // --- Blocks
   int32_t BlocksFor(int32_t tokens) const { return (tokens + options_.block_size - 1) / options_.block_size; }
-  int32_t Held() const;
-  int32_t Available() const { return options_.num_blocks - Held(); }
-  int32_t Retiring();
-  int32_t Cached() const;
-  Block& At(int32_t block) { return blocks_[static_cast<size_t>(block)]; }
-  void Ref(int32_t block) { ++At(block).refs; }
-  void Unref(int32_t block);
+  int32_t Retiring() const;
   void TakeBlock(Sequence* sequence);
   void NameBlocks(const Walk& walk, Sequence* sequence, const PlannedSequence& planned);
   void Release(Sequence* sequence);
@@ -214,9 +202,7 @@ class PolicyOracle {
   int32_t arrivals_ = 0;
   StepWork decodes_;  // of the last plan
   std::deque<InFlight> in_flight_;
-  std::vector<Block> blocks_;
-  int32_t unnamed_ = 0;  // blocks that are held and no plan has named
-  uint64_t idle_ = 0;
+  PoolOracle pool_;
   uint64_t preemptions_ = 0, plans_ = 0, last_step_ = 0;
   struct Blocked {
     const Sequence* head = nullptr;
