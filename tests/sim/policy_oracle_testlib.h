@@ -147,7 +147,7 @@ class PolicyOracle {
   int64_t Committed(size_t account);
   void JudgeShares();
 
-  // --- Plans
+  // --- Plans (policy_oracle_plan_testlib.cc)
   void WalkDecodes(Walk* walk);
   void WalkDecode(Walk* walk, Sequence* sequence);
   bool Grow(Walk* walk, Sequence* wanting);
