@@ -12,6 +12,7 @@
 #include "kernels/cpu/thread_team.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/sim/core.h"
+#include "kernels/cuda/sim/host_copies.h"
 #include "kernels/cuda/sim/stream.h"
 #include "kernels/trace.h"
 
@@ -26,11 +27,15 @@ std::atomic<const cuda::Architecture*> architecture{&cuda::kHopper};
 struct Gpu {
   std::string lost;  // guarded by mutex: the error that it was lost with
 } all_gpus[kMostGpus];
-// What is issued runs at once: an event has been passed when it is recorded, by the host's clock.
+// But for the host's copies what is issued runs at once, and an event has been passed when it is recorded, by the
+// host's clock. Who asks first, and soon, may hear that it has not been.
 struct Event {
+  explicit Event(const Gpu& of) : gpu(of) {}
   const Gpu& gpu;
   std::chrono::steady_clock::time_point recorded;
+  bool unanswered = false;  // guarded by mutex
 };
+constexpr std::chrono::milliseconds kSoon{1};  // nobody's patience is as short
 Event& EventOf(void* event) {
   return *static_cast<Event*>(event);
 }
@@ -93,11 +98,13 @@ void DestroyStream(void* stream) {
     std::lock_guard lock(mutex);
     gpu_of_stream.erase(stream);
   }
+  sim::ForgetPoint(stream);
   sim::DestroyStream(stream);
 }
 
 std::string Synchronize(void* stream) {
   if (sim::ForbiddenInCapture("a wait for the stream")) return "a wait for a stream that is captured";
+  sim::HostHasWaitedFor(stream);
   return ErrorOfStream(stream);
 }
 
@@ -117,31 +124,44 @@ std::string Describe(int) {
 void UseGpu(int) {}
 
 void* CreateEvent(int ordinal, bool) {
-  return new Event{all_gpus[ordinal], {}};
+  return new Event(all_gpus[ordinal]);
 }
 
 void DestroyEvent(void* event) {
+  sim::ForgetPoint(event);
   delete &EventOf(event);
 }
 
-void RecordEvent(void* event, void*) {
-  sim::ForbiddenInCapture("an event that the host waits for");
+void RecordEvent(void* event, void* stream) {
+  if (sim::ForbiddenInCapture("an event that the host waits for")) return;
+  sim::RecordPoint(event, stream);
+  std::lock_guard lock(mutex);
+  EventOf(event).unanswered = sim::CurrentRunner().rng.Below(2) == 0;
   EventOf(event).recorded = std::chrono::steady_clock::now();
 }
 
-bool EventPassed(void*) {
+bool EventPassed(void* event) {
   sim::ForbiddenInCapture("a look at an event");
+  {
+    std::lock_guard lock(mutex);
+    Event& asked = EventOf(event);
+    const bool soon = std::chrono::steady_clock::now() - asked.recorded < kSoon;
+    if (std::exchange(asked.unanswered, false) && soon && ErrorOf(asked.gpu).empty()) return false;
+  }
+  sim::HostHasWaitedFor(event);
   return true;
 }
 
 std::string WaitForEvent(void* event) {
   sim::ForbiddenInCapture("a wait for an event");
+  sim::HostHasWaitedFor(event);
   std::lock_guard lock(mutex);
+  EventOf(event).unanswered = false;
   return ErrorOf(EventOf(event).gpu);
 }
 
-void StreamWaitsFor(void*, void*) {
-  sim::ForbiddenInCapture("an event of another stream");
+void StreamWaitsFor(void* stream, void* event) {
+  if (!sim::ForbiddenInCapture("an event of another stream")) sim::FollowPoint(stream, event);
 }
 
 std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
@@ -182,7 +202,7 @@ void Free(void* data) {
 }
 
 void SynchronizeGpu(int) {
-  sim::ForbiddenInCapture("a wait for the GPU");
+  if (!sim::ForbiddenInCapture("a wait for the GPU")) sim::HostHasWaitedForAll();
 }
 
 void BeginTraceRange(const char*, uint64_t) {}
@@ -222,19 +242,22 @@ void Copy(void* stream, void* to, Device to_device, const void* from, Device fro
       sim::ForbiddenInCapture("a copy of host memory that is not pinned");
     }
   }
-  sim::Issue(stream, [=] {
+  sim::Issue(stream, [=](void* on) {
     if (to_device == Device::kCuda && !sim::IsDeviceMemory(to, bytes)) {
       return sim::Stick("a copy of " + std::to_string(bytes) + " bytes to outside of device memory");
     }
     if (from_device == Device::kCuda && !sim::IsDeviceMemory(from, bytes)) {
       return sim::Stick("a copy of " + std::to_string(bytes) + " bytes from outside of device memory");
     }
-    if (sim::StuckError().empty()) std::memcpy(to, from, bytes);
+    if (!sim::StuckError().empty()) return;
+    if (to_device == Device::kCpu) return sim::CopyToHost(on, to, from, bytes);
+    if (from_device == Device::kCpu) return sim::CopyFromHost(on, to, from, bytes);
+    std::memcpy(to, from, bytes);
   });
 }
 
 void Zero(void* stream, void* data, size_t bytes) {
-  sim::Issue(stream, [=] {
+  sim::Issue(stream, [=](void*) {
     if (!sim::IsDeviceMemory(data, bytes)) {
       return sim::Stick("zeros for " + std::to_string(bytes) + " bytes outside of device memory");
     }

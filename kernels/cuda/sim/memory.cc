@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/cuda/sim/core.h"
+#include "kernels/cuda/sim/host_copies.h"
 
 namespace altiplano::sim {
 
@@ -77,6 +78,8 @@ void* AllocatePinned(size_t bytes) {
 }
 
 void FreePinned(void* data) {
+  const size_t bytes = (*PinnedAllocations())[reinterpret_cast<uintptr_t>(data)];
+  FinishCopiesOf(data, bytes);
   Free<PinnedAllocations>(data);
 }
 

@@ -79,7 +79,7 @@ std::string RunCollected() {
 }
 
 void LaunchWithPeers(void* stream, const PeerLaunch& launch, const Kernel& kernel) {
-  Issue(stream, [launch, kernel] { RunWithPeers(launch, kernel); });
+  Issue(stream, [launch, kernel](void*) { RunWithPeers(launch, kernel); });
 }
 
 }  // namespace altiplano::sim

@@ -45,12 +45,12 @@ void Issue(void* stream, Operation operation) {
   if (to.recording != nullptr) {
     to.recording->operations.push_back(std::move(operation));
   } else {
-    operation();
+    operation(stream);
   }
 }
 
 void Launch(void* stream, const Kernel& kernel) {
-  Issue(stream, [kernel] {
+  Issue(stream, [kernel](void*) {
     if (StuckError().empty()) Stick(RunGrid(kernel.grid, kernel.body));
   });
 }

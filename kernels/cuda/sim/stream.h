@@ -7,8 +7,8 @@
 
 namespace altiplano::sim {
 
-// One op of a stream, with all that it needs by value.
-using Operation = std::function<void()>;
+// One op, with all that it needs by value but the stream that it runs on.
+using Operation = std::function<void(void* stream)>;
 
 void* CreateStream();
 void DestroyStream(void* stream);

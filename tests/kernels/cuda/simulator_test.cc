@@ -678,6 +678,130 @@ TEST(SimulatedGpu, ZeroStaysInBounds) {
   EXPECT_EQ(sim::TakeError(), "zeros for 9 bytes outside of device memory");
 }
 
+// ---- what the host may know of its copies
+
+// A pinned block, and eight bytes on the device that hold 1 to 8.
+class SimulatedHostCopies : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string error;
+    stream_ = Stream::Cuda(0, &error);
+    other_ = Stream::Cuda(0, &error);
+    event_ = StreamEvent::Create(*stream_);
+    device_ = Buffer::Allocate(*stream_, 8);
+    host_ = Buffer::AllocateHost(*stream_, 8);
+    const unsigned char bytes[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    Copy(*stream_, device_.data(), Device::kCuda, bytes, Device::kCpu, 8);
+  }
+  void TearDown() override {
+    EXPECT_EQ(stream_->Synchronize(), "");
+    sim::TakeError();
+  }
+  void FetchOn(Stream& stream) { Copy(stream, host_.data(), Device::kCpu, device_.data(), Device::kCuda, 8); }
+  void Send() { Copy(*stream_, device_.data(), Device::kCuda, host_.data(), Device::kCpu, 8); }
+  unsigned char& byte(int i) { return static_cast<unsigned char*>(host_.data())[i]; }
+  std::string Changed() const {
+    return "pinned memory was written over before the host had waited for a copy of 8 bytes from it";
+  }
+
+  std::unique_ptr<Stream> stream_, other_;
+  std::unique_ptr<StreamEvent> event_;
+  Buffer device_, host_;
+};
+
+TEST_F(SimulatedHostCopies, ResultsShowWhenTheHostHasWaited) {
+  event_->Record(*stream_);
+  FetchOn(*stream_);
+  EXPECT_EQ(byte(2), 0xFF);
+  EXPECT_EQ(event_->Wait(), "");
+  EXPECT_EQ(byte(2), 0xFF) << "the event is of before the copy";
+  EXPECT_EQ(other_->Synchronize(), "");
+  EXPECT_EQ(byte(2), 0xFF) << "another stream";
+  EXPECT_EQ(stream_->Synchronize(), "");
+  EXPECT_EQ(byte(2), 3);
+
+  FetchOn(*stream_);
+  event_->Record(*stream_);
+  EXPECT_EQ(byte(2), 0xFF);
+  EXPECT_EQ(event_->Wait(), "");
+  EXPECT_EQ(byte(2), 3);
+}
+
+TEST_F(SimulatedHostCopies, AnEventThatHasBeenPassedMayNotBeKnownTo) {
+  int late = 0;
+  for (int i = 0; i < 64; ++i) {
+    FetchOn(*stream_);
+    event_->Record(*stream_);
+    if (!event_->Passed()) {
+      ++late;
+      EXPECT_EQ(byte(2), 0xFF);
+      EXPECT_TRUE(event_->Passed()) << "for ever";
+    }
+    EXPECT_EQ(byte(2), 3);
+  }
+  EXPECT_GT(late, 0);
+  EXPECT_LT(late, 64);
+}
+
+TEST_F(SimulatedHostCopies, WhoWaitsForAStreamWaitsForWhatItWaitsFor) {
+  FetchOn(*stream_);
+  event_->Record(*stream_);
+  event_->Precede(*other_);
+  EXPECT_EQ(byte(2), 0xFF);
+  EXPECT_EQ(other_->Synchronize(), "");
+  EXPECT_EQ(byte(2), 3);
+}
+
+TEST_F(SimulatedHostCopies, PinnedMemoryMustNotChangeUnderACopyFromIt) {
+  byte(0) = 10;
+  Send();
+  EXPECT_EQ(stream_->Synchronize(), "");
+  byte(0) = 11;
+  Send();
+  event_->Record(*stream_);
+  EXPECT_EQ(event_->Wait(), "");
+  byte(0) = 12;
+  EXPECT_EQ(stream_->Synchronize(), "");
+  Send();
+  byte(0) = 13;
+  EXPECT_EQ(stream_->Synchronize(), Changed());
+  EXPECT_EQ(sim::TakeError(), Changed());
+  // Nor by way of a second copy from there, or of its release.
+  Send();
+  byte(0) = 14;
+  Send();
+  EXPECT_EQ(sim::TakeError(), Changed());
+  byte(0) = 15;
+  host_ = Buffer();
+  EXPECT_EQ(sim::TakeError(), Changed());
+}
+
+// The stream's own order needs no wait of the host's.
+TEST_F(SimulatedHostCopies, AStreamSeesItsOwnCopies) {
+  FetchOn(*stream_);
+  Zero(*stream_, device_.data(), 8);
+  Send();
+  FetchOn(*stream_);
+  EXPECT_EQ(stream_->Synchronize(), "");
+  EXPECT_EQ(byte(2), 3);
+}
+
+TEST_F(SimulatedHostCopies, CopiesOfAGraphAreOfTheStreamThatLaunchesIt) {
+  std::string error;
+  const auto fetch = [&] {
+    FetchOn(*stream_);
+    return true;
+  };
+  const auto graph = StepGraph::Capture(*stream_, fetch, &error);
+  ASSERT_NE(graph, nullptr) << error;
+  std::memset(host_.data(), 0, 8);
+  graph->Launch(*other_);
+  EXPECT_EQ(stream_->Synchronize(), "");
+  EXPECT_EQ(byte(2), 0xFF);
+  EXPECT_EQ(other_->Synchronize(), "");
+  EXPECT_EQ(byte(2), 3);
+}
+
 TEST(SimulatedGpu, EveryThreadSeesTheErrorThatStuck) {
   std::string error;
   const auto stream = Stream::Cuda(0, &error);
