@@ -144,6 +144,9 @@ MUTATIONS = [
      "event.cached_tokens = static_cast<uint32_t>(sequence->computed);",
      "event.cached_tokens = static_cast<uint32_t>(std::min(sequence->computed + options_.block_size,"
      " request.prompt_size - 1) / options_.block_size * options_.block_size);"),
+    ("a tenant's prompts are counted when they arrive", "scheduler.cc",
+     "account.load.waiting_tokens += prompt_size;",
+     "account.load.waiting_tokens += prompt_size; account.load.prompt_tokens += static_cast<uint64_t>(prompt_size);"),
     ("a prompt that waits may break the ceiling", "scheduler_plan.cc", "std::max(1, PrefillRoom(sequence->scheduled))",
      "budget_left_"),
     ("each prompt gets a block over the ceiling", "scheduler_plan.cc", "return prefills_ > 0 ? room : std::max",

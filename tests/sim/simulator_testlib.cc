@@ -488,6 +488,7 @@ void Simulator::JudgeEvent(const Event& event) {
       if (request.admitted) Fail(StrCat("request ", event.request, " is admitted twice"));
       request.admitted = true;
       LeaveQueue(request, /*admitted=*/true);
+      request.cached_tokens = event.cached_tokens;
       coverage_.cached_tokens += event.cached_tokens;
       JudgeOrder(event.request, request);
       if (cached >= static_cast<int32_t>(request.request->prompt.size()) || cached % options_.block_size != 0) {
@@ -673,16 +674,31 @@ void Simulator::JudgeRecord() {
   coverage_.replayed += replay->steps;
 }
 
+// Of all requests and of each tenant's.
+void Simulator::JudgeTotals(const SchedulerLoad& load) {
+  uint64_t prompts = 0, cached = 0, generated = 0;
+  std::vector<TenantLoad> tenants(options_.tenants.size());
+  for (const auto& [key, request] : requests_) {
+    const uint64_t prompt = request.admitted ? request.request->prompt.size() : 0;
+    prompts += prompt;
+    cached += request.cached_tokens;
+    generated += request.tokens;
+    tenants[request.account].prompt_tokens += prompt;
+    tenants[request.account].generated_tokens += request.tokens;
+  }
+  if (load.prompt_tokens != prompts || load.cached_tokens != cached) Fail("prompt or cached tokens are miscounted");
+  if (load.generated_tokens != generated) Fail("generated tokens are miscounted");
+  if (load.tenants != tenants) Fail("a tenant's requests or tokens are miscounted");
+}
+
 void Simulator::JudgeRest() {
-  uint64_t tokens = 0;
   for (const auto& [key, request] : requests_) {
     if (!request.ended) Fail(StrCat("request ", key, " never ended"));
-    tokens += request.tokens;
   }
   SchedulerLoad load = scheduler_->load();
   if (load.blocks_used != 0) Fail(StrCat(load.blocks_used, " blocks are still held"));
   if (load.running_requests != 0 || load.waiting_requests != 0 || load.waiting_tokens != 0) Fail("load is not zero");
-  if (load.generated_tokens != tokens) Fail("generated tokens are miscounted");
+  JudgeTotals(load);
   if (load.targets_met != targets_met_ || load.targets_missed != targets_missed_) Fail("targets are miscounted");
   if (load.late_tokens != late_tokens_ || load.late_total != late_total_ || load.late_most != late_most_) {
     Fail("late tokens are miscounted");

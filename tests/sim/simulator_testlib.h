@@ -62,7 +62,7 @@ class Simulator {
     bool must_fail = false;        // and it must end in this Apply
     int32_t scores = 0;            // prompt scores received
     uint64_t score_attention = 0;  // of the oracle, before the next score
-    uint64_t tokens = 0;
+    uint64_t tokens = 0, cached_tokens = 0;
   };
   struct Running {
     std::shared_ptr<const StepPlan> plan;
@@ -102,6 +102,7 @@ class Simulator {
   void JudgeProgress();
   void JudgeRecord();
   void JudgeRest();
+  void JudgeTotals(const SchedulerLoad& load);
   void Count(const StepPlan& plan);
   void Fail(std::string what);
   template <typename... Parts>
