@@ -102,20 +102,26 @@ Status RankWorker::CaptureDecodeGraphs() {
   limits.max_pages = inputs_->limits().max_blocks();
   limits.page_size = inputs_->limits().page_size;
   std::vector<DecodeShape> shapes = PlanDecodeGraphs(limits);
-  std::vector<std::unique_ptr<StepGraph>> graphs;
+  const auto compute = [this](const StepInputBuilder::Step& step) {
+    if (!llama_->Forward(*stream_, step.inputs, *cache_)) return false;
+    if (llama_->shard().last_stage()) llama_->Logits(*stream_, step.padded_sample_rows);
+    return true;
+  };
+  // All runs come before the first capture: to make a graph, the driver may wait for the whole GPU, and so for kernels
+  // of another rank on it that wait for this one's next run.
   int32_t ran = 0;  // with how many sequences
   for (const DecodeShape& shape : shapes) {
+    if (std::exchange(ran, shape.sequences) == shape.sequences) continue;
+    if (!compute(BuildInputs(StepPlan(), &shape))) return Aborted();
+    if (const std::string error = stream_->Synchronize(); !error.empty()) return Status(Code::kInternal, error);
+  }
+  std::vector<std::unique_ptr<StepGraph>> graphs;
+  for (const DecodeShape& shape : shapes) {
     const StepInputBuilder::Step step = BuildInputs(StepPlan(), &shape);
-    const auto compute = [&] {
-      if (!llama_->Forward(*stream_, step.inputs, *cache_)) return false;
-      if (llama_->shard().last_stage()) llama_->Logits(*stream_, step.padded_sample_rows);
-      return true;
-    };
-    if (ran != shape.sequences && !compute()) return Aborted();
-    ran = shape.sequences;
-    std::string error = stream_->Synchronize();
+    std::string error = stream_->Synchronize();  // the step's arrays are not part of the graph
     if (!error.empty()) return Status(Code::kInternal, error);
-    graphs.push_back(StepGraph::Capture(*stream_, compute, &error));
+    graphs.push_back(StepGraph::Capture(
+        *stream_, [&] { return compute(step); }, &error));
     if (graphs.back() != nullptr) continue;
     if (error.empty()) return Aborted();
     return Status(Code::kInternal, StrCat("capturing the graph of a step that decodes ", shape.sequences,
