@@ -9,6 +9,7 @@
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
+#include "server/bench/capacity.h"
 #include "server/bench/machine.h"
 #include "server/bench/report.h"
 #include "server/cli/command.h"
@@ -326,6 +327,12 @@ OrderedJson ToJson(const Result& result) {
           {"device_step_us", ToJson(result.decode_steps.device)}};
 }
 
+// Of one step; "summed" is false where they were left out.
+OrderedJson AllReducesOf(const ParsedFlags& flags, const LoadedModel& model) {
+  const bench::AllReduces sums = bench::AllReducesOf(model.checkpoint->config(), model.tensor_parallel);
+  return {{"a_step", sums.calls}, {"token_bytes", sums.token_bytes}, {"summed", !flags.boolean("without-all-reduces")}};
+}
+
 int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, LoadedModel& model, StepTimesLog* log,
                LoadInterrupt& interrupt) {
   const int64_t input_len = flags.count("input-len");
@@ -335,6 +342,8 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
                       {"device", model.device},
                       {"dtype", model.dtype},
                       {"weight_bytes", model.weight_bytes},
+                      {"tensor_parallel", model.tensor_parallel},
+                      {"all_reduces", AllReducesOf(flags, model)},
                       {"input_len", input_len},
                       {"output_len", output_len},
                       {"results", OrderedJson::array()}};
@@ -382,9 +391,14 @@ int Run(const ParsedFlags& flags) {
   }
   auto config = ResolveOffline(flags);
   if (!config.ok()) return Fail(kName, config.status().message(), kExitUsage);
+  const bool without_all_reduces = flags.boolean("without-all-reduces");
+  if (without_all_reduces && config->values.model().tensor_parallel() == 1) {
+    return Fail(kName, "--without-all-reduces needs --tensor-parallel: one rank sums nothing", kExitUsage);
+  }
   StepTimesLog log;
   LoadHooks hooks{.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}};
   if (!with_dataset) hooks.on_step_times = [&log](const StepTimes& times) { log.Add(times); };
+  hooks.without_all_reduces = without_all_reduces;
   auto model = LoadModel(config->values, hooks);
   if (!model.ok()) return Fail(kName, model.status().message(), ExitCodeOfLoad(model.status()));
   on_signal.Arm();
@@ -413,6 +427,11 @@ Subcommand BenchOfflineCommand() {
                       .default_value = "1,8,32",
                       .meaning = "Numbers of streams to measure, separated by commas.",
                       .example = "1,64"},
+                     {.name = "without-all-reduces",
+                      .type = FlagType::kBool,
+                      .default_value = "false",
+                      .meaning = "Tensor-parallel ranks leave out their sums: what they answer is wrong, and how much "
+                                 "sooner says what the sums cost."},
                      {.name = "write-step-cost",
                       .type = FlagType::kPath,
                       .meaning = "Fit what a step costs to the steps measured here and write it to this file, "

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <ctime>
 
+#include "kernels/comm/unsummed.h"
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/device.h"
 #include "server/base/log.h"
@@ -218,6 +219,9 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.cancelled = hooks.cancelled;
   options.on_step_times = hooks.on_step_times;
   ASSIGN_OR_RETURN(options.before_step, FaultDrillFromEnvironment());
+  if (hooks.without_all_reduces) {
+    options.wrap_communicator = [](int, std::unique_ptr<Communicator> rank) { return MakeUnsummed(std::move(rank)); };
+  }
   return options;
 }
 

@@ -50,6 +50,7 @@ struct LoadHooks {
   std::function<void()> on_step;                             // see Engine::Start
   std::function<void()> on_failed_for_good = {};             // see EngineOptions
   std::function<void(const StepTimes&)> on_step_times = {};  // see LocalExecutorOptions; any engine's thread
+  bool without_all_reduces = false;                          // ranks are those of MakeUnsummed: for measuring
 };
 
 struct LoadedModel {

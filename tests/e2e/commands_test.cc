@@ -380,6 +380,25 @@ TEST(Offline, BenchMeasuresEachNumberOfStreams) {
   EXPECT_GT((*parsed)["results"][1]["tokens_per_second"], 0);
 }
 
+TEST(Offline, BenchLeavesOutTheSumsOfRanks) {
+  std::vector<std::string> arguments = {
+      "bench", "offline",      "--model", kTiny,         "--streams", "1",      "--input-len",
+      "8",     "--output-len", "4",       "--kv-memory", "16MiB",     "--json", "--without-all-reduces"};
+  Finished alone = RunToEnd(arguments);
+  EXPECT_EQ(alone.code, 64);
+  EXPECT_THAT(alone.err, HasSubstr("one rank sums nothing"));
+  for (const char* more : {"--tensor-parallel", "2"}) arguments.push_back(more);
+  for (const bool summed : {false, true}) {
+    if (summed) std::erase(arguments, "--without-all-reduces");
+    Finished bench = RunToEnd(arguments);
+    ASSERT_EQ(bench.code, 0) << bench.err;
+    const Json json = Json::parse(bench.out);
+    EXPECT_EQ(json["all_reduces"]["summed"], summed);
+    EXPECT_GT(json["all_reduces"]["a_step"], 0);
+    EXPECT_GT(json["results"][0]["decode_tokens_per_second"], 0);
+  }
+}
+
 TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   Finished fits = RunToEnd({"plan", "--model", "405b", "--gpus", "8xH200", "--json"});
   EXPECT_EQ(fits.code, 0) << fits.err;

@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""The trained tiny model answers on the GPU as on the CPU: greedy, in f32, where its choices have room.
+"""The trained tiny model answers on the GPU as on the CPU, or on several ranks as on one: greedy, in f32, where its
+choices have room.
 
-    compare_devices.py ALTIPLANO MODEL [--dry]     --dry: only the CPU answers
+    compare_devices.py ALTIPLANO MODEL [--ranks 2,4,8] [--dry]
+
+--ranks: so many ranks that share the one GPU, against one on it. --dry: all of it on the CPU.
 """
+import argparse
 import subprocess
 import sys
 
@@ -10,24 +14,36 @@ PROMPTS = ("What is the capital of France?", "Count from 3 to 9.", "Spell the wo
            "Repeat this list: red, green, blue.")
 
 
-def answer(program, model, device, prompt):
-    result = subprocess.run([program, "generate", "--model", model, "--device", device, "--dtype", "f32", "--kv-memory",
-                             "64MiB", "--chat", "--temperature", "0", "--max-tokens", "48", "--prompt", prompt],
-                            capture_output=True, text=True, timeout=60)
+def answer(program, model, device, prompt, ranks=1):
+    command = [program, "generate", "--model", model, "--device", device, "--dtype", "f32", "--kv-memory", "64MiB", "--chat",
+               "--temperature", "0", "--max-tokens", "48", "--prompt", prompt, "--tensor-parallel", str(ranks)]
+    if ranks > 1 and device == "cuda":
+        command += ["--devices", ",".join(["0"] * ranks)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if result.returncode != 0:
-        sys.exit(f"Failed on {device}: {result.stderr.strip()}")
+        sys.exit(f"Failed on {device} with {ranks} ranks: {result.stderr.strip()}")
     return result.stdout
 
 
 def main():
-    program, model, dry = sys.argv[1], sys.argv[2], "--dry" in sys.argv
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("model")
+    parser.add_argument("--ranks", default="")
+    parser.add_argument("--dry", action="store_true")
+    arguments = parser.parse_args()
+    gpu = "cpu" if arguments.dry else "cuda"
+    # (what, device, ranks) against the first.
+    cases = [("CPU", "cpu", 1), ("GPU", gpu, 1)]
+    if arguments.ranks:
+        cases = [("1 rank", gpu, 1)] + [(f"{n} ranks", gpu, int(n)) for n in arguments.ranks.split(",")]
     different = 0
     for prompt in PROMPTS:
-        cpu = answer(program, model, "cpu", prompt)
-        gpu = cpu if dry else answer(program, model, "cuda", prompt)
-        same = bool(cpu.strip()) and cpu == gpu
+        said = {what: answer(arguments.program, arguments.model, device, prompt, ranks) for what, device, ranks in cases}
+        same = all(said.values()) and len(set(said.values())) == 1 and bool(said[cases[0][0]].strip())
         different += not same
-        print(f"{'same' if same else 'Failed, different'}: {prompt!r}: CPU {cpu.strip()!r}, GPU {gpu.strip()!r}")
+        print(f"{'same' if same else 'Failed, different'}: {prompt!r}: "
+              + ", ".join(f"{what} {text.strip()!r}" for what, text in said.items()), flush=True)
     return 1 if different else 0
 
 

@@ -24,17 +24,22 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROMPTS = (512, 2048, 8192, 32768)
-# One rank's part of a large model: model, ranks, layers, hidden; its bytes of FP8 matrices and a bf16 head over those of
-# bf16 (docs/measurements/*-projection-*). An all-reduce of one token is of 4 * hidden bytes.
-SHARDS = (("70b", 4, 80, 8192, 0.508), ("70b", 8, 80, 8192, 0.508), ("405b", 8, 126, 16384, 0.503))
+# One rank's part of a large model: model, ranks; its bytes of FP8 matrices and a bf16 head over those of
+# bf16 (docs/measurements/*-projection-*).
+SHARDS = (("70b", 4, 0.508), ("70b", 8, 0.508), ("405b", 8, 0.503))
+# All ranks of a model on the one GPU, so many layers of it: 8 of 405B are 60 GB, 16 of 70B are 32 GB.
+TOGETHER = (("70b", 4, 16), ("70b", 8, 16), ("405b", 8, 8))
+# Ranks of one process that share a GPU wait for each other in kernels. Their streams must not share a queue of the
+# hardware, and no kernel may be loaded in the middle of a step: the driver may wait for the whole GPU then.
+TOGETHER_ENV = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
 
 
 class Part:
     """One command. seconds: what it may take; unless so much is left of the slice, it waits for the next."""
 
-    def __init__(self, name, command, seconds, needs, dry=None, kind="speed", may_not_fit=False):
+    def __init__(self, name, command, seconds, needs, dry=None, kind="speed", may_not_fit=False, env=None):
         self.name, self.command, self.seconds, self.needs, self.kind = name, command, seconds, needs, kind
-        self.dry, self.may_not_fit = dry, may_not_fit
+        self.dry, self.may_not_fit, self.env = dry, may_not_fit, env or {}
 
 
 def parts_of(programs, out):
@@ -70,6 +75,21 @@ def parts_of(programs, out):
         return Part(f"shard_{model}_{ranks}", command, 300, program("altiplano"),
                     [program("altiplano"), "inspect", checkpoint], may_not_fit=True)
 
+    def plan(model, ranks):
+        command = [program("altiplano"), "plan", "--model", model, "--gpus", f"{ranks}xH200", "--json"]
+        return Part(f"plan_{model}_{ranks}", command, 30, program("altiplano"), command)
+
+    def together(model, ranks, layers, extra):
+        base = [program("altiplano"), "bench", "offline", "--tensor-parallel", str(ranks), "--json", *extra]
+        command = base + ["--model", f"random:{model},layers={layers}", "--device", "cuda", "--dtype", "bf16", "--devices",
+                          ",".join(["0"] * ranks), "--kv-memory", "1GiB", "--max-num-seqs", "8", "--max-model-len", "2048",
+                          "--max-num-batched-tokens", "512", "--batch-invariant", "--streams", "1,8", "--input-len", "512",
+                          "--output-len", "128"]
+        dry = base + ["--model", str(ROOT / "tests/data/tiny"), "--device", "cpu", "--kv-memory", "16MiB", "--streams", "1",
+                      "--input-len", "8", "--output-len", "4"]
+        name = f"together_{model}_{ranks}" + ("_unsummed" if extra else "")
+        return Part(name, command, 240, program("altiplano"), dry, may_not_fit=True, env=TOGETHER_ENV)
+
     small = "CudaRowOps*:CudaRope*:CudaLinear*Every*:CudaPagedAttention*DecodeIs*:CudaSample*Equal*"
     cases = str(out / "cases.jsonl")
     compare = [sys.executable, str(HERE / "compare_devices.py"), program("altiplano"), str(ROOT / "tests/data/tiny")]
@@ -97,7 +117,12 @@ def parts_of(programs, out):
         *(engine(f"engine_decode_{n}_eager", n, 512, 128, ["--cuda-graphs", "off"]) for n in STREAMS),
         *(engine(f"engine_decode_{n}_serial", n, 512, 128, ["--overlap-kernels=false"]) for n in (1, 32)),
         *(engine(f"engine_prefill_{n}", 1, n, 2) for n in PROMPTS),
-        *(shard(model, ranks) for model, ranks, *_ in SHARDS),
+        *(plan(model, ranks) for model, ranks, _ in SHARDS),
+        *(shard(model, ranks) for model, ranks, _ in SHARDS),
+        # Last, should a GPU in whose kernels ranks wait for each other not recover; whether they sum rightly first.
+        Part("tiny_model_together", compare + ["--ranks", "2,4,8"], 300, program("altiplano"),
+             compare + ["--ranks", "2,4,8", "--dry"], "correctness", env=TOGETHER_ENV),
+        *(together(*case, extra) for case in TOGETHER for extra in ([], ["--without-all-reduces"])),
     ]
     return parts
 
@@ -111,7 +136,8 @@ def run_part(part, out, dry, env):
         log.write(" ".join(command) + "\n\n")
         log.flush()
         try:
-            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, timeout=part.seconds).returncode
+            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env | part.env,
+                                    timeout=part.seconds).returncode
         except subprocess.TimeoutExpired:
             return "failed", f"took longer than {part.seconds} s"
         except OSError as error:
@@ -150,35 +176,78 @@ def json_in(log):
         return {}
 
 
-def one_shot_us(message):
-    """Published of 8 H100: 7.8 us for 32 KiB, 16.7 us for 256 KiB; a line through both."""
-    return 7.8 + (message - 32768) * (16.7 - 7.8) / (262144 - 32768)
+def step_ms(result):
+    return 1e3 * result["streams"] / result["decode_tokens_per_second"]
 
 
-def projection(out):
+def measured_together(out):
+    """A dict for each model, number of ranks and of streams that was measured with sums and without, all on one GPU."""
+    rows = []
+    for model, ranks, layers in TOGETHER:
+        summed, unsummed = (json_in(out / f"together_{model}_{ranks}{what}.log") for what in ("", "_unsummed"))
+        for with_, without in zip(summed.get("results", []), unsummed.get("results", [])):
+            calls, streams = summed["all_reduces"]["a_step"], with_["streams"]
+            rows.append({"model": model, "ranks": ranks, "layers": layers, "streams": streams, "calls": calls,
+                         "message_bytes": streams * summed["all_reduces"]["token_bytes"], "step_ms": step_ms(with_),
+                         "unsummed_ms": step_ms(without),
+                         "call_us": 1e3 * (step_ms(with_) - step_ms(without)) / calls})
+    return rows
+
+
+def together(rows):
+    """The section of README.md."""
+    if not rows:
+        return []
+    lines = [f"| {row['model']}, {row['layers']} layers | {row['ranks']} | {row['streams']} | {row['message_bytes'] >> 10} | "
+             f"{row['calls']} | {row['step_ms']:.3f} | {row['unsummed_ms']:.3f} | {row['call_us']:.2f} |" for row in rows]
+    return ["", "## All ranks on this one GPU", "",
+            "Measured: decode steps of all ranks of a model (random bf16 weights, the layers that fit), threads of one process with a",
+            "stream each on this GPU, whose all-reduce kernels meet in its memory; the same with the sums left out (each rank norms its",
+            "own part; the logits' gather and the ids' broadcast stay); and the difference, for each call. Prompts went by",
+            "`--batch-invariant`, so that nobody opens a library while others wait in kernels.",
+            "- **What it says**: that the kernels run and meet on a GPU, and what a call costs without a link: launch, laying out,",
+            "  flags, sums. Where ranks come late to a call, that is in it too.",
+            "- **What it does not**: how ranks scale. They share the multiprocessors and the memory, so a step computes all ranks'",
+            "  parts and takes about as long as one rank with all of these layers. Nor NVLink: flags and messages go through this",
+            "  GPU's L2. Nor is it a bound: without sums ranks drift apart and fill each other's gaps, which the difference",
+            "  counts as the sums' cost, and what a call waits for, the others compute meanwhile.",
+            "- **No deadlock by geometry**: at most 8 ranks x 16 blocks of at most 512 threads wait at one time, fewer than this GPU",
+            "  must have multiprocessors for (132 on H100 and H200), so that some are always free for a rank that still computes; a",
+            "  stream each has a queue of its own (CUDA_DEVICE_MAX_CONNECTIONS=32), and kernels are loaded before",
+            "  (CUDA_MODULE_LOADING=EAGER). Were it otherwise, kernels leave after --step-deadline and the part fails.", "",
+            "| | ranks | streams | KiB a call | calls a step | step ms | without sums ms | us a call |",
+            "|---|---|---|---|---|---|---|---|", *lines]
+
+
+def projection(out, together_rows):
     """Tokens per second of a whole group, from the step that one rank's part was measured to take."""
     rows = []
-    for model, ranks, layers, hidden, fp8 in SHARDS:
-        said = json_in(out / f"shard_{model}_{ranks}.log")
-        for result in said.get("results", []):
-            step = 1e3 * result["streams"] / result["decode_tokens_per_second"]
-            calls = 2 * layers
-            reduces = [calls * us * 1e-3 for us in (4.5, one_shot_us(4 * hidden), 24)]
-            weights = said["weight_bytes"]
+    for model, ranks, fp8 in SHARDS:
+        said, sums = json_in(out / f"shard_{model}_{ranks}.log"), json_in(out / f"plan_{model}_{ranks}.log").get("all_reduces")
+        here = [row["call_us"] for row in together_rows
+                if (row["model"], row["ranks"], row["streams"]) == (model, ranks, 1) and row["call_us"] > 0]
+        for result in said.get("results", []) if sums else []:
+            step, weights = step_ms(result), said["weight_bytes"]
+            reduces = [sums["a_step"] * us * 1e-3 for us in (4.5, sums["one_token_us"], 24, *here)]
+            missing = "" if here else " / -"
+
+            def rates(alone):
+                return " / ".join(f"{1e3 / (alone + ms):.1f}" for ms in reduces) + missing
+
             rows.append(f"| {model} of {ranks} | {step:.2f} | {weights * 1e-9:.1f} | {weights / step * 1e-6:.0f} | "
-                        + " / ".join(f"{ms:.2f}" for ms in reduces) + " | "
-                        + " / ".join(f"{1e3 / (step + ms):.1f}" for ms in reduces) + f" | {weights * fp8 * 1e-9:.1f} | "
-                        + " / ".join(f"{1e3 / (step * fp8 + ms):.1f}" for ms in reduces) + " |")
+                        + " / ".join(f"{ms:.2f}" for ms in reduces) + missing
+                        + f" | {rates(step)} | {weights * fp8 * 1e-9:.1f} | {rates(step * fp8)} |")
     if not rows:
         return []
     return ["", "## One rank of a large model, and what the group would give", "",
             "**A projection.** Measured: the decode step of one stream with one rank's part of the model (random bf16 weights, all",
-            "layers, context 512 to 640), alone on this GPU. Added: two all-reduces a layer of one token in f32, at 4.5 us each (the",
-            "least that NCCL's own model has for symmetric memory), on the line through the published 7.8 us of 32 KiB and 16.7 us of",
-            "256 KiB (8 H100, one shot), and at 24 us (NCCL's ring). Not in it: the embedding's all-reduce and the logits' gather, ranks",
-            "that come late, NVLink under load, power limits of several busy GPUs, the host's work for all ranks. For FP8 the measured",
-            "step is scaled by the bytes of FP8 matrices with a bf16 head, as if FP8 kernels read at the same rate and nothing else took",
-            "time: no FP8 kernel ran.", "",
+            "layers, context 512 to 640), alone on this GPU. Added: the all-reduces of one token that `altiplano plan` counts, at 4.5 us",
+            "each (the least that NCCL's own model has for symmetric memory), at plan's own (a line through the published 7.8 us of",
+            "32 KiB and 16.7 us of 256 KiB, 8 H100, one shot), at 24 us (NCCL's ring), and at what a call was measured to cost with all",
+            "ranks on this one GPU, without a link (above; - where that is missing). Not in it: the logits' gather, ranks that come late, NVLink under load,",
+            "power limits of several busy GPUs, the host's work for all ranks. For FP8 the measured step is scaled by the bytes of FP8",
+            "matrices with a bf16 head, as if FP8 kernels read at the same rate and nothing else took time: no FP8 kernel ran.",
+            "Bars, of eight H200: 405B in FP8 at least 63 tok/s, 70B at least 240.", "",
             "| | step ms | GB bf16 | GB/s | all-reduces ms | tok/s bf16 | GB FP8 | tok/s FP8 |", "|---|---|---|---|---|---|---|---|",
             *rows]
 
@@ -238,7 +307,10 @@ def summary(parts, state, out, about):
                  "| | streams | prompt | mean TTFT ms | prefill tok/s | decode tok/s | weights GB/s | host gap us | p90 | issue us "
                  "| step us | from graphs |",
                  "|---|---|---|---|---|---|---|---|---|---|---|---|", *rows]
-    text += projection(out)
+    rows = [] if about["dry"] else measured_together(out)
+    if rows:
+        (out / "together.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text += together(rows) + projection(out, rows)
     (out / "README.md").write_text("\n".join(text) + "\n")
     return "\n".join(text)
 

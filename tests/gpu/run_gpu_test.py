@@ -33,20 +33,32 @@ if report:
     json.dump({{"tests": 1, "testsuites": [{{"testsuite": [case]}}]}}, open(report[0], "w"))
 """
 ENGINE = """#!{python}
-import json, sys
+import json, os, sys
 words = sys.argv[1:]
 if words[0] == "generate":
-    print("Paris." if {agrees} or "cpu" in words else "Lyon.")
+    alone = words[words.index("--tensor-parallel") + 1] == "1"
+    print("Paris." if {agrees} or "cpu" in words or ({ranks_disagree} and alone) else "Lyon.")
+if words[0] == "plan":
+    print(json.dumps({{"all_reduces": {{"a_step": 161, "token_bytes": 32768, "one_token_us": 7.8}}}}, indent=2))
 if words[0] == "bench" and "405b" in " ".join(words):
     print("a log line")
     print("altiplano bench: no memory for weights of 94.5 GiB")
     sys.exit(69)
 if words[0] == "bench":
+    ranks = int(words[words.index("--tensor-parallel") + 1]) if "--tensor-parallel" in words else 1
+    if ranks > 1 and "cuda" in words:
+        assert words[words.index("--devices") + 1] == ",".join(["0"] * ranks), words
+        assert os.environ["CUDA_MODULE_LOADING"] == "EAGER" and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    unsummed = "--without-all-reduces" in words
+    def rate(streams):
+        return 200.0 if not unsummed else 400.0 if streams == 1 else 250.0
     print("a log line")
-    print(json.dumps({{"weight_bytes": 16e9, "input_len": 512, "results": [{{"streams": int(words[words.index("--streams") + 1]),
-          "mean_ttft_ms": 5.0, "prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 200.0, "decode_steps": 127,
-          "decode_steps_from_graphs": 0 if "off" in words else 127, "host_gap_us": {{"median": 3.25, "p90": 7.5}},
-          "issue_us": {{"median": 40.0}}, "device_step_us": {{"median": 4900.0}}}}]}}, indent=2))
+    print(json.dumps({{"weight_bytes": 16e9, "input_len": 512, "all_reduces": {{"a_step": 33, "token_bytes": 32768}}, "results": [
+          {{"streams": int(streams), "mean_ttft_ms": 5.0, "prefill_tokens_per_second": 100.0,
+            "decode_tokens_per_second": rate(int(streams)) * (int(streams) if ranks > 1 else 1), "decode_steps": 127,
+            "decode_steps_from_graphs": 0 if "off" in words else 127, "host_gap_us": {{"median": 3.25, "p90": 7.5}},
+            "issue_us": {{"median": 40.0}}, "device_step_us": {{"median": 4900.0}}}}
+          for streams in words[words.index("--streams") + 1].split(",")]}}, indent=2))
 """
 
 
@@ -67,11 +79,11 @@ class RunGpu(unittest.TestCase):
         path.write_text(text.format(python=sys.executable, **values) if values or "{python}" in text else text)
         path.chmod(0o755)
 
-    def programs(self, break_row_ops=False, skipped=False, agrees=True):
+    def programs(self, break_row_ops=False, skipped=False, agrees=True, ranks_disagree=False):
         self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops)
         for name in ("cuda_kernels_gpu_test", "llama_on_real_gpu_test"):
             self.program(f"bundle/bin/{name}", TESTS, skipped=skipped)
-        self.program("bundle/bin/altiplano", ENGINE, agrees=agrees)
+        self.program("bundle/bin/altiplano", ENGINE, agrees=agrees and not ranks_disagree, ranks_disagree=ranks_disagree)
 
     def run_gpu(self, *arguments, path=None):
         env = dict(os.environ, PATH=path if path is not None else f"{self.root}/path:{os.environ['PATH']}")
@@ -87,7 +99,7 @@ class RunGpu(unittest.TestCase):
         state = self.state()
         self.assertEqual(state.pop("torch"), "left out")  # or there is a torch here, and no GPU
         self.assertEqual({k for k, v in state.items() if v == "left out"},
-                         {k for k in state if k.startswith("sanitizer")} | {"shard_405b_8"})
+                         {k for k in state if k.startswith("sanitizer")} | {"shard_405b_8", "together_405b_8", "together_405b_8_unsummed"})
         order = list(state)
         self.assertLess(order.index("cuda_kernels_gpu_test"), order.index("limits"))
         self.assertLess(order.index("sample"), order.index("engine_decode_1"))
@@ -97,9 +109,13 @@ class RunGpu(unittest.TestCase):
         self.assertIn("| Linear 8b qkv, 1 tokens | 1000.0 | 1000 | 1.0 | 50 % |", table)
         self.assertIn("| engine_decode_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 127 of 127 |", table)
         self.assertIn("| engine_decode_256_eager | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 0 of 127 |", table)
-        # 5 ms a step; 160 all-reduces of 4.5, 7.8 and 24 us.
-        self.assertIn("| 70b of 8 | 5.00 | 16.0 | 3200 | 0.72 / 1.25 / 3.84 | 174.8 / 160.1 / 113.1 | 8.1 | "
-                      "306.7 / 264.0 / 156.7 |", table)
+        # 5 ms a step with sums, 2.5 or, of 8 streams, 4 without; 33 calls.
+        self.assertIn("| 70b, 16 layers | 8 | 1 | 32 | 33 | 5.000 | 2.500 | 75.76 |", table)
+        self.assertIn("| 70b, 16 layers | 4 | 8 | 256 | 33 | 5.000 | 4.000 | 30.30 |", table)
+        self.assertEqual(len((self.out / "together.jsonl").read_text().splitlines()), 4)
+        # 5 ms a step; 161 all-reduces of 4.5, 7.8, 24 and 75.76 us.
+        self.assertIn("| 70b of 8 | 5.00 | 16.0 | 3200 | 0.72 / 1.26 / 3.86 / 12.20 | 174.7 / 159.9 / 112.8 / 58.1 | 8.1 | "
+                      "306.3 / 263.4 / 156.2 / 67.9 |", table)
         self.assertIn("| shard_405b_8 | left out | it does not fit: altiplano bench: no memory", table)
 
     def test_a_part_that_fails_costs_itself_alone(self):
@@ -124,6 +140,15 @@ class RunGpu(unittest.TestCase):
         self.programs(agrees=False)
         self.assertEqual(self.run_gpu("--only", "tiny_model").returncode, 1)
         self.assertIn("CPU 'Paris.', GPU 'Lyon.'", (self.out / "tiny_model.log").read_text())
+
+    def test_ranks_that_answer_otherwise_than_one_fail(self):
+        self.programs(ranks_disagree=True)
+        self.assertEqual(self.run_gpu("--only", "tiny_model_together").returncode, 1)
+        self.assertIn("1 rank 'Paris.', 2 ranks 'Lyon.'", (self.out / "tiny_model_together.log").read_text())
+
+    def test_without_what_ranks_together_measured_the_projection_has_a_gap(self):
+        self.assertEqual(self.run_gpu("--only", "plan_70b_8,shard_70b_8,together_70b_8").returncode, 0)
+        self.assertIn("| 0.72 / 1.26 / 3.86 / - | 174.7 / 159.9 / 112.8 / - |", (self.out / "README.md").read_text())
 
     def test_goes_on_where_a_slice_ended(self):
         seen = set()

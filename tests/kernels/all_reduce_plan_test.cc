@@ -37,6 +37,16 @@ TEST(AllReducePlan, TheTableIsSound) {
   EXPECT_EQ(ranks, kMostPeers);
 }
 
+// Blocks wait for those of all other ranks. Where all ranks share a GPU, a multiprocessor stays free for one that still
+// computes.
+TEST(AllReducePlan, WaitingBlocksLeaveRoomOnOneGpu) {
+  constexpr uint32_t kMultiprocessors = 132;  // H100, H200
+  EXPECT_LT(kMostPeers * kMostPeerBlocks, kMultiprocessors);
+  for (int64_t packs = 1; packs <= static_cast<int64_t>(kPeerMessageBytes / sizeof(float)); packs = packs * 3 / 2 + 1) {
+    EXPECT_LE(PlanPeerLaunch(packs).blocks, kMostPeerBlocks) << packs;
+  }
+}
+
 TEST(AllReducePlan, HalvesOfTheMailboxTakeTurnsAndDoNotOverlap) {
   for (uint32_t call : {1u, 7u, 0xFFFFFFFFu}) {
     EXPECT_NE(HalfOfCall(call), HalfOfCall(call + 1));
