@@ -5,12 +5,15 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/sim/sim.h"
@@ -444,6 +447,54 @@ TEST(EngineOnGpu, GraphsOfTwoRanksChangeNoBit) {
     SCOPED_TRACE(StrCat("request ", i));
     ExpectSameBits(ScoresOf(answers[1][i]), ScoresOf(answers[0][i]));
   }
+}
+
+// Notes the rows of each tensor that is summed alone: in each pass, the embedding's and the last block's.
+class NotingCommunicator : public Communicator {
+ public:
+  NotingCommunicator(std::unique_ptr<Communicator> member, std::vector<int64_t>* rows)
+      : member_(std::move(member)), rows_(*rows) {}
+  int rank() const override { return member_->rank(); }
+  int size() const override { return member_->size(); }
+  bool AllReduceSum(Stream& stream, const TensorView& x) override {
+    rows_.push_back(x.dim(0));
+    return member_->AllReduceSum(stream, x);
+  }
+  bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
+    return member_->AllReduceAddRmsNorm(stream, args);
+  }
+  bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
+    return member_->AllGather(stream, out, x);
+  }
+  bool Broadcast(Stream& stream, const TensorView& x) override { return member_->Broadcast(stream, x); }
+  size_t most_captured_bytes() const override { return member_->most_captured_bytes(); }
+  void Abort(std::string_view reason) override { member_->Abort(reason); }
+  std::string error() const override { return member_->error(); }
+
+ private:
+  const std::unique_ptr<Communicator> member_;
+  std::vector<int64_t>& rows_;
+};
+
+// A driver that makes a graph may wait for the whole GPU: no rank on it may still have to run a step then.
+TEST(EngineOnGpu, StepsOfAllSizesRunBeforeTheFirstGraphIsMade) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.ranks = 2;
+  options.gpus = {0, 0};
+  options.patience = std::chrono::minutes(10);
+  std::vector<int64_t> rows;
+  options.wrap_communicator = [&rows](int rank, std::unique_ptr<Communicator> member) -> std::unique_ptr<Communicator> {
+    if (rank != 0) return member;
+    return std::make_unique<NotingCommunicator>(std::move(member), &rows);
+  };
+  ASSERT_TRUE(LocalExecutor::Create(Model(), options).ok());
+  constexpr size_t kWarmUp = 2 * 2;  // steps of one token and of the most
+  std::vector<int64_t> passes;       // that ran or were captured
+  for (size_t i = kWarmUp; i < rows.size(); i += 2) passes.push_back(rows[i]);
+  const std::set<int64_t> sizes(passes.begin(), passes.end());
+  ASSERT_GT(sizes.size(), 1u);
+  ASSERT_GE(passes.size(), 2 * sizes.size());
+  EXPECT_EQ(std::set<int64_t>(passes.begin(), passes.begin() + static_cast<std::ptrdiff_t>(sizes.size())), sizes);
 }
 
 TEST(EngineOnGpu, APrefixHitChangesNoToken) {
