@@ -147,7 +147,9 @@ struct NamedBarrier {
 struct ThreadSet {
   std::vector<std::unique_ptr<Thread>> threads;
   char* window = nullptr;
-  Token exits;
+  unsigned uses = 0;           // blocks so far
+  std::array<Token, 2> exits;  // of the threads of every other block: those of one are not to order one another
+  Barrier barrier;
   std::array<Mbarrier, kMostMbarriers> mbarriers;
   std::array<NamedBarrier, kNamedBarriers> named_barriers;
 };
@@ -218,7 +220,6 @@ class Runner {
   uint32_t ready_warps = 0;
   int current_warp = 0;
   Thread* current = nullptr;
-  Barrier barrier;
   std::vector<StaticVariable> statics;
   uint32_t shared_end = 0;
   std::string failure;

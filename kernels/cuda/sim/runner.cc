@@ -164,7 +164,7 @@ void Runner::ThreadMain(void* argument) {
   while (true) {
     Runner& runner = CurrentRunner();
     TsanAcquire(runner.begins->address);
-    TsanAcquire(runner.set->exits.address);
+    TsanAcquire(runner.set->exits[(runner.set->uses - 1) & 1].address);
     try {
       if (runner.cancelling) throw Cancel{};
       (*runner.body)();
@@ -174,7 +174,7 @@ void Runner::ThreadMain(void* argument) {
     } catch (const Cancel&) {
       self.wait = Wait::kExited;
     }
-    TsanRelease(runner.set->exits.address);
+    TsanRelease(runner.set->exits[runner.set->uses & 1].address);
     TsanRelease(runner.ends->address);
     if (runner.failure.empty()) {
       ++runner.exited;
@@ -210,7 +210,8 @@ void Runner::Prepare() {
   current_warp = 0;
   statics.clear();
   failure.clear();
-  barrier.arrived = 0;
+  ++set->uses;
+  set->barrier.arrived = 0;
   for (NamedBarrier& each : set->named_barriers) each.arrived = 0;
   for (Warp& warp : warps) {
     warp.ready = warp.waiting = 0;
@@ -303,7 +304,7 @@ std::string Runner::DescribeThreads() const {
     if (thread.wait == Wait::kNothing) wait = "polls at " + ToString(thread.site);
     if (thread.wait == Wait::kWarp) wait = std::string(thread.operation) + " at " + ToString(thread.site);
     if (thread.wait == Wait::kBarrier) {
-      wait = "__syncthreads at " + ToString(thread.site) + " (" + std::to_string(barrier.arrived) + " of " +
+      wait = "__syncthreads at " + ToString(thread.site) + " (" + std::to_string(set->barrier.arrived) + " of " +
              std::to_string(threads) + " arrived)";
     }
     if (thread.wait == Wait::kNamedBarrier) {

@@ -250,7 +250,7 @@ size_t MustSee(const Runner& block, const std::vector<PendingStore>& line, int i
                const char* end) {
   for (size_t i = line.size(); i > 0; --i) {
     const PendingStore& store = line[i - 1];
-    const bool ordered = store.thread == index || store.phase != block.barrier.phase;
+    const bool ordered = store.thread == index || store.phase != block.set->barrier.phase;
     if (ordered && store.to < end && begin < store.to + store.bytes) return i;
   }
   return 0;
@@ -274,7 +274,7 @@ void Together::Release(Runner& block, int index) {
 }
 
 void Together::Store(Runner& block, char* to, const char* value, int bytes) {
-  PendingStore store = {block.current->index, block.barrier.phase, to, bytes, {}};
+  PendingStore store = {block.current->index, block.set->barrier.phase, to, bytes, {}};
   std::memcpy(store.value, value, static_cast<size_t>(bytes));
   block.pending[LineOf(to)].push_back(store);
   if (eagerness_ > 0 && Chance(eagerness_)) PerformOne(block);

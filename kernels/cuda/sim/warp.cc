@@ -163,7 +163,7 @@ void SyncWarp(uint32_t mask, Site site) {
 
 void SyncThreads(Site site) {
   Runner& runner = CurrentRunner();
-  Barrier& barrier = runner.barrier;
+  Barrier& barrier = runner.set->barrier;
   char* token = barrier.tokens[barrier.phase & 1].address;
   TsanRelease(token);
   if (++barrier.arrived == runner.threads) {

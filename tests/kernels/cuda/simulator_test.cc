@@ -57,7 +57,9 @@ TEST(Simulator, ErrorsStickUntilTheyAreTaken) {
   std::string error;
   const auto stream = Stream::Cuda(0, &error);
   const auto launch = [&](const char* name, unsigned threads) {
-    sim::Launch(stream->cuda_stream(), {.grid = {name, 1, threads}, .body = [&] { ran = true; }});
+    sim::Launch(stream->cuda_stream(), {.grid = {name, 1, threads}, .body = [&] {
+                                          if (Thread() == 0) ran = true;
+                                        }});
   };
   launch("First", 33);
   launch("Second", 32);
@@ -142,6 +144,26 @@ TEST(Simulator, ABarrierOrdersSharedMemory) {
             kSeeds);
 #endif
 }
+
+#ifdef __SANITIZE_THREAD__
+// Not that one thread has ended when another begins, nor that each block has barriers of its own.
+TEST(SimulatorDeathTest, OrdersNoThreadsThatDoNotMeet) {
+  DeviceArray<int32_t> out(64);
+  for (const unsigned blocks : {1u, 2u}) {
+    const auto run = [&](bool collides) {
+      return sim::RunGrid({"Race", blocks, 64 / blocks}, [&] {
+        const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
+        ptx::StGlobal(&out[thread], 1);
+        if (blocks == 2) __syncthreads();
+        if (blocks == 2) __syncthreads();
+        if (collides && thread >= 32) ptx::StGlobal(&out[thread - 32], 2);
+      });
+    };
+    EXPECT_EQ(run(false), "");
+    EXPECT_DEATH(run(true), "data race") << blocks << " blocks";
+  }
+}
+#endif
 
 TEST(Simulator, ABarrierThatNotAllReachIsADeadlockWithItsPlace) {
   sim::SetSeed(5);
@@ -297,7 +319,6 @@ TEST(SimulatedNamedBarrierDeathTest, OrdersNobodyWhoDoesNotWait) {
   const auto run = [](bool waits, int other) {
     return sim::RunGrid({"Race", 1, 64}, [&] {
       PTX_SHARED(int32_t, value, 64);
-      __syncthreads();  // who begins when another has ended comes after it
       ptx::StShared(value + Thread(), 1);
       if (Thread() >= 32 || waits) {
         ptx::NamedBarrierSync(1, 64);
@@ -858,7 +879,7 @@ TEST(Simulator, CountsBankConflicts) {
   // 32 banks of 4 bytes: a stride of 1 or 33 has no conflict, of 2 two, of 32 all; one address is a broadcast.
   for (const auto& [stride, wavefronts] : {std::pair{1, 1}, {33, 1}, {2, 2}, {8, 8}, {32, 32}, {0, 1}}) {
     const sim::Traffic traffic =
-        Count([s = stride] { ptx::StShared(static_cast<float*>(ptx::DynamicShared()) + s * Thread(), 0.0f); });
+        Count([s = stride] { ptx::LdShared(static_cast<float*>(ptx::DynamicShared()) + s * Thread()); });
     EXPECT_EQ(traffic.wavefronts, static_cast<uint64_t>(wavefronts)) << stride;
     EXPECT_EQ(traffic.ideal_wavefronts, 1u) << stride;
   }
