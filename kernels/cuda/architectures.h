@@ -1,4 +1,4 @@
-// The GPUs that the kernels are for. Pure, but for ArchitectureOf.
+// The GPUs that the kernels are for. Pure, but for PropertiesOf.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,11 @@ inline std::string WhyRefused(int ordinal, std::string_view name, int capability
          "; this program has kernels for " + targets + " alone";
 }
 
-// Of the stream's GPU.
-const Architecture& ArchitectureOf(const Stream& stream);
+struct GpuProperties {
+  const Architecture* architecture = nullptr;
+  int64_t multiprocessors = 0;
+};
+// Of the stream's GPU, known since its first stream was opened.
+const GpuProperties& PropertiesOf(const Stream& stream);
 
 }  // namespace altiplano::cuda

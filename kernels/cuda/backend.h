@@ -61,9 +61,6 @@ void SiluMul(Stream& stream, const SiluMulArgs& args);
 void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args);
 void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args);
 void PagedAttention(Stream& stream, const PagedAttentionArgs& args);
-// Whether the prefill kernel takes pools like these on the GPU that this thread uses. It sums in another order: a
-// token's bits then depend on whether its part of the prompt was long enough for it.
-bool TakesPrefill(DType act, int64_t dim, int64_t page_size);
 void GatherRows(Stream& stream, const GatherRowsArgs& args);
 void Sample(Stream& stream, const SampleArgs& args);
 void Score(Stream& stream, const ScoreArgs& args);

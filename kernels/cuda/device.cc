@@ -3,7 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <string>
 
 #include "kernels/cpu/thread_team.h"
@@ -48,6 +50,11 @@ class CurrentGpu {
   bool good_ = true;
 };
 
+// Written once, before the GPU's first stream is handed out; read without a lock by whoever has one.
+constexpr int kMostGpus = 256;
+cuda::GpuProperties gpu_properties[kMostGpus];
+std::mutex gpu_properties_mutex;
+
 // What a refused call returned is told by its caller, not by the stream too.
 template <typename Pointer>
 Pointer OrNull(cudaError_t result, const Pointer& made) {
@@ -61,6 +68,7 @@ Pointer OrNull(cudaError_t result, const Pointer& made) {
 std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
   int count = 0;
   cudaError_t result = cudaGetDeviceCount(&count);
+  count = std::min(count, kMostGpus);
   if (result == cudaSuccess && (ordinal < 0 || ordinal >= count)) {
     *error = "no GPU " + std::to_string(ordinal) + ", this machine has " + std::to_string(count);
     return nullptr;
@@ -68,8 +76,12 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
   cudaDeviceProp device;
   if (result == cudaSuccess) result = cudaGetDeviceProperties(&device, ordinal);
   if (result == cudaSuccess) {
-    *error = cuda::WhyRefused(ordinal, device.name, device.major * 10 + device.minor, ALTIPLANO_CUDA_ARCHITECTURES);
+    const int capability = device.major * 10 + device.minor;
+    *error = cuda::WhyRefused(ordinal, device.name, capability, ALTIPLANO_CUDA_ARCHITECTURES);
     if (!error->empty()) return nullptr;
+    std::lock_guard lock(gpu_properties_mutex);
+    cuda::GpuProperties& known = gpu_properties[ordinal];
+    if (known.architecture == nullptr) known = {cuda::FindArchitecture(capability), device.multiProcessorCount};
   }
   cudaStream_t stream = nullptr;
   if (result == cudaSuccess) result = cudaSetDevice(ordinal);
@@ -113,12 +125,8 @@ void UseGpu(int ordinal) {
   cudaSetDevice(ordinal);  // it worked when the stream was opened
 }
 
-const Architecture& ArchitectureOf(const Stream& stream) {
-  int major = 0, minor = 0;  // known to the runtime since the stream was opened
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.ordinal());
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, stream.ordinal());
-  const Architecture* found = FindArchitecture(major * 10 + minor);
-  return found == nullptr ? kHopper : *found;  // others have no streams
+const GpuProperties& PropertiesOf(const Stream& stream) {
+  return gpu_properties[stream.ordinal()];
 }
 
 std::string Describe(int ordinal) {

@@ -2,6 +2,7 @@
 // and Stream::Synchronize tells of them.
 #pragma once
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/launch_shape.h"
 #include "kernels/cuda/overlap.h"
 #include "kernels/cuda/peers.h"
@@ -17,15 +18,6 @@
 #endif
 
 namespace altiplano::cuda {
-
-#ifdef __CUDACC__
-// Also of the kernels that a capture makes nodes of.
-inline bool GpuOverlapsKernels() {
-  int ordinal = 0, major = 0;
-  return kernels_overlap && cudaGetDevice(&ordinal) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) == cudaSuccess && major >= 9;
-}
-#endif
 
 template <typename... Parameters, typename... Arguments>
 void LaunchAs(bool overlapping, Stream& stream, [[maybe_unused]] const char* name, const LaunchShape& shape,
@@ -45,7 +37,9 @@ void LaunchAs(bool overlapping, Stream& stream, [[maybe_unused]] const char* nam
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.cuda_stream());
   config.attrs = &overlap;
-  config.numAttrs = overlapping && GpuOverlapsKernels() ? 1 : 0;
+  // Also of the kernels that a capture makes nodes of.
+  const bool overlaps = overlapping && kernels_overlap && PropertiesOf(stream).architecture->capability >= 90;
+  config.numAttrs = overlaps ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #else
   sim::Launch(stream.cuda_stream(),

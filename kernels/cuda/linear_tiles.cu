@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Tile<kRowWarps, kTokenWarps>::kThreads)
 
 void LaunchTiledLinear(Stream& stream, const LinearOperands& args, bool out_packed) {
   const int64_t rows = args.gated ? 2 * args.n : args.n;
-  if (IsLargeTile(args.tokens, rows, ArchitectureOf(stream).shared_bytes)) {
+  if (IsLargeTile(args.tokens, rows, PropertiesOf(stream).architecture->shared_bytes)) {
     Launch(stream, "Linear", TiledLinearPlan(kLargeTile, args.tokens, rows),
            TiledLinearKernel<kLargeTile.row_warps, kLargeTile.token_warps>, args, out_packed);
   } else {

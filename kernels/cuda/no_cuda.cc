@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/peers.h"
 #include "kernels/trace.h"
@@ -69,6 +70,9 @@ void PeerGather(Stream&, const Peers&, const TensorView&, const TensorView&) {
   Die();
 }
 void PeerBroadcast(Stream&, const Peers&, const TensorView&) {
+  Die();
+}
+const GpuProperties& PropertiesOf(const Stream&) {
   Die();
 }
 std::string Synchronize(void*) {
@@ -152,9 +156,6 @@ void RopeStoreKv(Stream&, const RopeStoreKvArgs&) {
 }
 void PagedAttention(Stream&, const PagedAttentionArgs&) {
   Die();
-}
-bool TakesPrefill(DType, int64_t, int64_t) {
-  return false;
 }
 void GatherRows(Stream&, const GatherRowsArgs&) {
   Die();

@@ -485,10 +485,6 @@ void LaunchFor(Stream& stream, const LaunchShape& shape, const AttentionArgs& ar
 
 }  // namespace
 
-bool TakesPrefill(DType act, int64_t dim, int64_t page_size) {
-  return act == DType::kBF16 && (dim == 64 || dim == 128) && page_size % kPrefillKeys == 0 && ptx::IsHopper();
-}
-
 void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows) {
   args.dim == 64 ? LaunchFor<64>(stream, shape, args, pool_rows) : LaunchFor<128>(stream, shape, args, pool_rows);
 }

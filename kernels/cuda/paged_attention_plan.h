@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/launch_shape.h"
 #include "kernels/ops.h"
 
@@ -47,16 +48,23 @@ constexpr uint32_t PlainAttentionSharedBytes(int64_t dim) {
   return static_cast<uint32_t>(4 * (2 * kAttentionRows * ((dim + 3) / 4 * 4) + kAttentionRows * kAttentionSplit));
 }
 
-// Of an H100 SXM and an H200.
-inline constexpr int64_t kMultiprocessors = 132;
+// Of an H100 SXM and an H200; and more than any GPU of kArchitectures has.
+inline constexpr int64_t kMultiprocessors = 132, kMostMultiprocessors = 160;
 
 // What is the same in all steps of a rank.
 struct AttentionSizes {
   int64_t q_heads = 0, kv_heads = 0, dim = 0;
-  bool may_prefill = false;  // whether the prefill kernel takes operands like these: see TakesPrefill in backend.h
-  size_t scratch_bytes = 0;  // of PagedAttentionArgs
-  int64_t multiprocessors = kMultiprocessors;
+  bool may_prefill = false;                    // see TakesPrefill
+  size_t scratch_bytes = 0;                    // of PagedAttentionArgs
+  int64_t multiprocessors = kMultiprocessors;  // of the GPU: see PropertiesOf
 };
+
+// Whether the prefill kernel takes pools like these. It sums in another order: a token's bits then depend on whether
+// its part of the prompt was long enough for it.
+constexpr bool TakesPrefill(const Architecture& architecture, DType act, int64_t dim, int64_t page_size) {
+  return architecture.capability == kHopper.capability && act == DType::kBF16 && (dim == 64 || dim == 128) &&
+         page_size % kPrefillKeys == 0;
+}
 
 // ---- the list: a header, where each worker's items begin, the prefill kernel's items, the workers' items, cuts. The
 // items and cuts are the same for all KV heads.
@@ -85,7 +93,7 @@ static_assert(sizeof(AttentionItem) == 4 * kRecordWords && sizeof(AttentionCut) 
               sizeof(AttentionHeader) == 4 * kRecordWords);
 
 // Blocks that attend, for all KV heads together: two for each multiprocessor, which shared memory has room for.
-inline constexpr int64_t kMostAttentionBlocks = 2 * kMultiprocessors;
+inline constexpr int64_t kMostAttentionBlocks = 2 * kMostMultiprocessors;
 // For each KV head.
 constexpr int64_t MostAttentionWorkers(const AttentionSizes& s) {
   return std::max<int64_t>(1, std::min(2 * s.multiprocessors, kMostAttentionBlocks) / s.kv_heads);

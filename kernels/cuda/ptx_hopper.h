@@ -1,5 +1,5 @@
-// What only sm_90a has, for kernels that are launched where IsHopper() says so: mbarriers and TMA, and the matrix
-// instructions of a warpgroup, which is four warps from a multiple of four. Two bodies, as ptx.h has.
+// What only sm_90a has, for kernels that are launched where the architecture is kHopper: mbarriers and TMA, and the
+// matrix instructions of a warpgroup, which is four warps from a multiple of four. Two bodies, as ptx.h has.
 #pragma once
 
 #include "kernels/cuda/ptx.h"

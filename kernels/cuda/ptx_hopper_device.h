@@ -49,13 +49,6 @@ inline TensorMap MakeTensorMap(const BF16* data, int64_t rows, int64_t columns, 
   return map;
 }
 
-// Whether the current GPU has these instructions.
-inline bool IsHopper() {
-  int ordinal = 0, major = 0;
-  return cudaGetDevice(&ordinal) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) == cudaSuccess && major == 9;
-}
-
 // ---- mbarriers: each phase ends when `arrivals` threads have arrived and all bytes that they announced are there.
 PTX_FUNCTION void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
   PTX_SM90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(arrivals) : "memory");

@@ -3,9 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/ptx_host.h"
-#include "kernels/cuda/sim/sim.h"
 #include "kernels/cuda/sim/tensor_map.h"
 #include "kernels/cuda/sim/thread.h"
 
@@ -20,10 +18,6 @@ inline TensorMap MakeTensorMap(const BF16* data, int64_t rows, int64_t columns, 
           .columns = static_cast<uint64_t>(columns),
           .stride_bytes = static_cast<uint64_t>(stride) * sizeof(BF16),
           .box_rows = box_rows};
-}
-
-inline bool IsHopper() {
-  return &sim::CurrentArchitecture() == &cuda::kHopper;
 }
 
 inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals, PTX_SITE) {

@@ -188,11 +188,13 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
   return text;
 }
 
-StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
+StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks,
+                                                 std::vector<std::vector<int>>* replica_gpus) {
   LocalExecutorOptions options;
   if (config.model().device() != "cpu" && CountGpus() > 0) {
-    ASSIGN_OR_RETURN(const auto gpus, GpusOf(config));
+    ASSIGN_OR_RETURN(auto gpus, GpusOf(config));
     options.gpus = gpus.front();
+    if (replica_gpus != nullptr) *replica_gpus = std::move(gpus);
   }
   ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.model(), options.gpus.empty() ? 0 : options.gpus.front()));
   options.device = device;
@@ -226,7 +228,8 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
 }
 
 StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
-  ASSIGN_OR_RETURN(LocalExecutorOptions executor_options, ExecutorOptionsOf(config, hooks));
+  std::vector<std::vector<int>> gpus;
+  ASSIGN_OR_RETURN(LocalExecutorOptions executor_options, ExecutorOptionsOf(config, hooks, &gpus));
   bench::Machine machine;
   if (!config.scheduler().step_cost().empty()) {
     ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
@@ -247,10 +250,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   const auto drill = executor_options.before_step;
   const int replicas = executor_options.executors;
   const bool on_gpus = executor_options.device == Device::kCuda;
-  std::vector<std::vector<int>> gpus;
-  if (on_gpus) {
-    ASSIGN_OR_RETURN(gpus, GpusOf(config));
-  } else if (replicas > 1) {
+  if (!on_gpus && replicas > 1) {
     ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
   }
   const uint64_t kv_bytes = executor_options.kv_bytes;

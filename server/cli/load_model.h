@@ -70,7 +70,9 @@ struct LoadedModel {
 };
 
 // What an executor of this config is to be given, ALTIPLANO_FAULT included. UNAVAILABLE without a usable device.
-StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks);
+// replica_gpus: null, or where the GPUs of each replica's ranks on this node are put; with no GPU there are none.
+StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks,
+                                                 std::vector<std::vector<int>>* replica_gpus = nullptr);
 
 // UNAVAILABLE without a usable device, RESOURCE_EXHAUSTED when memory does not suffice, else what is wrong with the
 // files.

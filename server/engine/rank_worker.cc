@@ -45,7 +45,7 @@ std::unique_ptr<RankWorker> RankWorker::Create(std::unique_ptr<Stream> stream, s
 bool RankWorker::AllocateBuffers(const Limits& limits, std::vector<TokenId> eos_ids) {
   const int64_t rows = llama_->limits().max_logit_rows, vocab = llama_->config().vocab;
   Limits of_model = limits;
-  if (stream_->device() == Device::kCuda) of_model.attention = llama_->attention_sizes(limits.page_size);
+  if (stream_->device() == Device::kCuda) of_model.attention = llama_->attention_sizes(*stream_, limits.page_size);
   inputs_ = StepInputBuilder::Create(*stream_, of_model);
   sampled_ = Buffer::Allocate(*stream_, static_cast<size_t>(limits.max_sequences()) * sizeof(int32_t));
   if (!inputs_ || !sampled_) return false;

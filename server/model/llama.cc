@@ -26,8 +26,11 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
   const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
   const int64_t tokens = limits.max_tokens, rows = shard.last_stage() ? limits.max_logit_rows : 0;
   const bool sums = shard.size > 1;
-  const size_t scratch_bytes = cuda::AttentionScratchBytes(
-      {.q_heads = shard.q_heads(config), .kv_heads = shard.kv_heads(config), .dim = dim}, tokens, limits.max_context);
+  const size_t scratch_bytes = cuda::AttentionScratchBytes({.q_heads = shard.q_heads(config),
+                                                            .kv_heads = shard.kv_heads(config),
+                                                            .dim = dim,
+                                                            .multiprocessors = cuda::kMostMultiprocessors},
+                                                           tokens, limits.max_context);
   return {
       {&Llama::residual_, tokens, hidden, DType::kF32},
       {&Llama::delta_, sums ? tokens : 0, hidden, DType::kF32},
@@ -82,13 +85,16 @@ bool Llama::AllocateWorkspace(const Stream& stream) {
   return true;
 }
 
-cuda::AttentionSizes Llama::attention_sizes(int64_t page_size) const {
+cuda::AttentionSizes Llama::attention_sizes(const Stream& stream, int64_t page_size) const {
   const DType act = weights_.layers.front().qkv.dtype;
+  const cuda::GpuProperties& gpu = cuda::PropertiesOf(stream);
   return {.q_heads = shard_.q_heads(config_),
           .kv_heads = shard_.kv_heads(config_),
           .dim = config_.head_dim,
-          .may_prefill = !limits_.batch_invariant && cuda::TakesPrefill(act, config_.head_dim, page_size),
-          .scratch_bytes = scratch_bytes()};
+          .may_prefill =
+              !limits_.batch_invariant && cuda::TakesPrefill(*gpu.architecture, act, config_.head_dim, page_size),
+          .scratch_bytes = scratch_bytes(),
+          .multiprocessors = gpu.multiprocessors};
 }
 
 bool Llama::AllReduce(Stream& stream, const TensorView& x) {

@@ -77,7 +77,7 @@ class Llama {
   const Shard& shard() const { return shard_; }
   const Limits& limits() const { return limits_; }
   // What StepInputs::attention_work must be made for, with pages of this size.
-  cuda::AttentionSizes attention_sizes(int64_t page_size) const;
+  cuda::AttentionSizes attention_sizes(const Stream& stream, int64_t page_size) const;
   int64_t shard_vocab() const { return shard_.vocab(config_); }  // V'
   uint64_t weight_bytes() const { return weights_.bytes; }
   uint64_t workspace_bytes() const { return workspace_.bytes(); }

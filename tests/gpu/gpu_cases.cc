@@ -102,23 +102,38 @@ void AddLinear(const Rank& r, const std::vector<int64_t>& tokens, std::vector<Ca
   }
 }
 
-// Sequences of `context` tokens each, of which the last `queries` are new.
-Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t context) {
+// The new tokens of a sequence, and all of them.
+struct Lengths {
+  int64_t queries, context;
+};
+int64_t PagesOf(const Lengths& sequence) {
+  return (sequence.context + kPageSize - 1) / kPageSize;
+}
+
+// One step of sequences of any lengths.
+Case AttentionCase(const Rank& r, const std::string& part, const std::string& what, const std::vector<Lengths>& step) {
   Case c;
-  c.part = queries == 1 ? "decode_attention" : "prefill_attention";
-  c.name = StrCat("PagedAttention ", r.name, ", ", sequences, " x ", queries, " of ", context);
-  c.sizes = {{"sequences", sequences}, {"queries", queries},     {"context", context},
-             {"q_heads", r.q_heads},   {"kv_heads", r.kv_heads}, {"dim", r.dim}};
-  const int64_t tokens = sequences * queries, pages_each = (context + kPageSize - 1) / kPageSize;
-  c.bytes = 4 * Double(sequences * context * r.kv_heads * r.dim) + 4 * Double(tokens * r.q_heads * r.dim);
-  c.flops = 4 * Double(r.q_heads * r.dim * sequences) *
-            (Double(queries) * Double(context - queries) + Double(queries) * Double(queries + 1) / 2);
+  c.part = part;
+  c.name = StrCat("PagedAttention ", r.name, ", ", what);
+  const auto sequences = static_cast<int64_t>(step.size());
+  c.sizes = {{"sequences", sequences}, {"q_heads", r.q_heads}, {"kv_heads", r.kv_heads}, {"dim", r.dim}};
+  std::vector<int32_t> q_begin = {0}, lengths;
+  int64_t tokens = 0, keys = 0, most_pages = 0, all_pages = 0;
+  for (const auto& [queries, context] : step) {
+    tokens += queries;
+    keys += context;
+    most_pages = std::max(most_pages, PagesOf({queries, context}));
+    all_pages += PagesOf({queries, context});
+    q_begin.push_back(static_cast<int32_t>(tokens));
+    lengths.push_back(static_cast<int32_t>(context));
+    c.flops += 4 * Double(r.q_heads * r.dim) *
+               (Double(queries) * Double(context - queries) + Double(queries) * Double(queries + 1) / 2);
+  }
+  c.bytes = 4 * Double(keys * r.kv_heads * r.dim) + 4 * Double(tokens * r.q_heads * r.dim);
   c.prepare = [=](Arena& arena) {
     const TensorView k_pages = arena.InputPool(0, r.kv_heads, kPageSize, r.dim);
     const TensorView v_pages = arena.InputPool(1, r.kv_heads, kPageSize, r.dim);
-    CHECK(k_pages.dim(0) >= sequences * pages_each);
-    std::vector<int32_t> q_begin, lengths(static_cast<size_t>(sequences), static_cast<int32_t>(context));
-    for (int64_t i = 0; i <= sequences; ++i) q_begin.push_back(static_cast<int32_t>(i * queries));
+    CHECK(k_pages.dim(0) >= all_pages);
     const TensorView begins = arena.Keep(q_begin, {sequences + 1}), contexts = arena.Keep(lengths, {sequences});
     std::vector<int32_t> pages(static_cast<size_t>(k_pages.dim(0)));
     for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
@@ -126,15 +141,24 @@ Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t co
     std::vector<TensorView> tables;
     for (int i = 0; i < 4; ++i) {
       std::shuffle(pages.begin(), pages.end(), random);
-      tables.push_back(arena.Keep({pages.begin(), pages.begin() + sequences * pages_each}, {sequences, pages_each}));
+      std::vector<int32_t> table;
+      auto next = pages.begin();
+      for (const Lengths& sequence : step) {
+        table.insert(table.end(), next, next + PagesOf(sequence));
+        next += PagesOf(sequence);
+        table.resize(table.size() + static_cast<size_t>(most_pages - PagesOf(sequence)));
+      }
+      tables.push_back(arena.Keep(table, {sequences, most_pages}));
     }
     auto scratch = std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, cuda::kMostAttentionScratch));
     CHECK(static_cast<bool>(*scratch));
-    const cuda::AttentionSizes sizes = {.q_heads = r.q_heads,
-                                        .kv_heads = r.kv_heads,
-                                        .dim = r.dim,
-                                        .may_prefill = cuda::TakesPrefill(DType::kBF16, r.dim, kPageSize),
-                                        .scratch_bytes = scratch->bytes()};
+    const cuda::AttentionSizes sizes = {
+        .q_heads = r.q_heads,
+        .kv_heads = r.kv_heads,
+        .dim = r.dim,
+        .may_prefill = cuda::TakesPrefill(*arena.gpu().architecture, DType::kBF16, r.dim, kPageSize),
+        .scratch_bytes = scratch->bytes(),
+        .multiprocessors = arena.gpu().multiprocessors};
     std::vector<int32_t> list(static_cast<size_t>(cuda::AttentionListWords(sizes, tokens, sequences)));
     AttentionWork work = cuda::PlanAttention(sizes, q_begin.data(), lengths.data(), sequences, tokens, list.data());
     list.resize(static_cast<size_t>(work.list.elements()));
@@ -155,6 +179,26 @@ Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t co
     };
   };
   return c;
+}
+
+// Sequences of `context` tokens each, of which the last `queries` are new.
+Case AttentionCase(const Rank& r, int64_t sequences, int64_t queries, int64_t context) {
+  Case c = AttentionCase(r, queries == 1 ? "decode_attention" : "prefill_attention",
+                         StrCat(sequences, " x ", queries, " of ", context),
+                         std::vector<Lengths>(static_cast<size_t>(sequences), {queries, context}));
+  c.sizes["queries"] = queries;
+  c.sizes["context"] = context;
+  return c;
+}
+
+// Contexts from 128 to 32768, evenly by their logarithm, in no order: what one work list for any mix of lengths is for.
+std::vector<Lengths> MixedDecodes(int64_t sequences) {
+  std::vector<Lengths> step;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const double at = Double(i * 13 % sequences) / Double(sequences - 1);
+    step.push_back({1, static_cast<int64_t>(std::lround(128 * std::exp2(8 * at)))});
+  }
+  return step;
 }
 
 void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
@@ -210,21 +254,22 @@ void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
   });
 }
 
-Case SampleCase(int64_t rows, bool greedy) {
+struct Sampling {
+  const char* name;
+  SampleParams params;
+};
+
+Case SampleCase(int64_t rows, const Sampling& sampling) {
   constexpr int64_t kVocab = 128256;
   Case c;
   c.part = "sample";
-  c.name = StrCat("Sample ", greedy ? "greedy" : "temperature 0.8, top_p 0.95, top_k 50", ", ", rows, " rows");
-  c.sizes = {{"rows", rows}, {"vocab", kVocab}, {"greedy", greedy}};
+  c.name = StrCat("Sample ", sampling.name, ", ", rows, " rows");
+  c.sizes = {{"rows", rows}, {"vocab", kVocab}};
   c.bytes = Double(rows * kVocab) * 4;
   c.captured = false;  // parameters and results lie in the host's memory
   c.prepare = [=](Arena& arena) {
-    auto params = std::make_shared<std::vector<SampleParams>>(static_cast<size_t>(rows));
+    auto params = std::make_shared<std::vector<SampleParams>>(static_cast<size_t>(rows), sampling.params);
     auto results = std::make_shared<std::vector<SampleResult>>(static_cast<size_t>(rows));
-    for (SampleParams& p : *params) {
-      p.temperature = greedy ? 0.0f : 0.8f;
-      if (!greedy) p.top_p = 0.95f, p.top_k = 50;
-    }
     auto scratch =
         std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, SampleScratchBytes(rows, kVocab, Device::kCuda)));
     CHECK(static_cast<bool>(*scratch));
@@ -299,15 +344,23 @@ std::vector<Case> AllCases() {
     }
   }
   cases.push_back(AttentionCase(whole, 1, 1, 131072));
+  cases.push_back(AttentionCase(whole, "decode_attention", "32 x 1 of 128 to 32768", MixedDecodes(32)));
   for (const Rank& rank : eighths) {
     for (int64_t sequences : {1, 32}) cases.push_back(AttentionCase(rank, sequences, 1, 8192));
   }
   for (int64_t queries : {512, 2048, 8192}) cases.push_back(AttentionCase(whole, 1, queries, queries));
   cases.push_back(AttentionCase(whole, 1, 2048, 32768));
   for (const Rank& rank : eighths) cases.push_back(AttentionCase(rank, 1, 512, 32768));
+  std::vector<Lengths> mixed = MixedDecodes(32);
+  mixed.push_back({512, 8192});
+  cases.push_back(AttentionCase(whole, "prefill_attention", "512 of 8192 beside 32 x 1 of 128 to 32768", mixed));
   for (int64_t tokens : {1, 16, 256, 2048, 8192}) AddRowOps(whole, tokens, &cases);
-  for (bool greedy : {true, false}) {
-    for (int64_t rows : {1, 32, 256}) cases.push_back(SampleCase(rows, greedy));
+  for (const Sampling& sampling :
+       {Sampling{"greedy", {.temperature = 0}},
+        {"greedy, 20 log-probabilities", {.temperature = 0, .top_logprobs = 20}},
+        {"temperature 0.8, top_p 0.95", {.temperature = 0.8f, .top_p = 0.95f}},
+        {"temperature 0.8, top_p 0.95, top_k 50", {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f}}}) {
+    for (int64_t rows : {1, 32, 256}) cases.push_back(SampleCase(rows, sampling));
   }
   return cases;
 }

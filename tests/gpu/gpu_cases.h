@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/device.h"
 #include "kernels/tensor.h"
 
@@ -20,6 +21,7 @@ class Arena {
 
   explicit Arena(Stream& stream);
   explicit operator bool() const { return inputs_ && outputs_; }
+  const cuda::GpuProperties& gpu() const { return cuda::PropertiesOf(stream_); }
   // A matrix that turn's call reads, or writes. Larger than the memory is a bug in the list of cases.
   TensorView Input(int turn, int64_t rows, int64_t columns, DType dtype) const {
     return Piece(inputs_, turn, rows, columns, dtype);

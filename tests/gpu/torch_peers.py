@@ -41,7 +41,7 @@ def subject(torch, pool, case):
         outs = [torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         return "cuBLAS bf16", lambda turn: torch.mm(pool.matrix(2 * turn, m, k), pool.matrix(2 * turn + 1, n, k).t(),
                                                     out=outs[turn % 2])
-    if part in ("decode_attention", "prefill_attention"):
+    if part in ("decode_attention", "prefill_attention") and "context" in case:  # of one length
         b, queries, context, dim = case["sequences"], case["queries"], case["context"], case["dim"]
         heads, kv_heads = case["q_heads"], case["kv_heads"]
         if 2 * b * kv_heads * context * dim * 2 > POOL_BYTES or (queries not in (1, context)):

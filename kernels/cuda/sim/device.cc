@@ -1,10 +1,12 @@
 // The backend's streams and memory, of a GPU that is simulated: Stream::Cuda gives one in programs linked with
 // cuda_simulator in place of kernels.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -113,8 +115,13 @@ std::string Error(void* stream) {
   return ErrorOfStream(stream);
 }
 
-const Architecture& ArchitectureOf(const Stream&) {
-  return sim::CurrentArchitecture();
+const GpuProperties& PropertiesOf(const Stream&) {
+  static constexpr auto kAll = [] {
+    std::array<GpuProperties, std::size(kArchitectures)> all;
+    for (size_t i = 0; i < all.size(); ++i) all[i] = {&kArchitectures[i], sim::kMultiprocessors};
+    return all;
+  }();
+  return kAll[static_cast<size_t>(&sim::CurrentArchitecture() - kArchitectures)];
 }
 
 std::string Describe(int) {

@@ -206,6 +206,23 @@ TEST(AttentionPlan, DealsOutDecodes) {
   EXPECT_EQ(Plan(Of(32, 8), {{0, 0}}).work.workers, 0);
 }
 
+// An H20, an A100, an H100 SXM and a larger one: two blocks for each multiprocessor, whatever their number, and a long
+// context shared by all of them.
+TEST(AttentionPlan, HasWorkForEveryMultiprocessor) {
+  for (int64_t multiprocessors : {78, 108, 132, 148}) {
+    SCOPED_TRACE(multiprocessors);
+    AttentionSizes sizes = Of(32, 8);
+    sizes.multiprocessors = multiprocessors;
+    const Plan one(sizes, {{1, 131072}});
+    EXPECT_EQ(one.work.workers, 2 * multiprocessors / 8);
+    EXPECT_EQ(one.LargestLoad(), (256 + one.work.workers - 1) / one.work.workers * 512);
+    sizes = Of(8, 1);
+    sizes.multiprocessors = multiprocessors;
+    const Plan prefill(sizes, {{512, 32768 + 512}});
+    EXPECT_GE(prefill.work.prefill_items, std::min<int64_t>(multiprocessors, 3 * 32));
+  }
+}
+
 TEST(AttentionPlan, CutsPrefillWhereTilesAreFewerThanMultiprocessors) {
   // Llama 3.1 70B on one of eight ranks, 512 tokens behind 32k: 32 tiles of 17 splits at most, of which each becomes
   // four.

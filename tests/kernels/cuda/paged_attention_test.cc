@@ -41,7 +41,8 @@ class CudaPagedAttentionTest : public CudaTest {
         .q_heads = s.kv_heads * s.group,
         .kv_heads = s.kv_heads,
         .dim = s.dim,
-        .may_prefill = cuda::TakesPrefill(s.act, s.dim, layout.page_size) && !layout.batch_invariant,
+        .may_prefill = !layout.batch_invariant &&
+                       cuda::TakesPrefill(*cuda::PropertiesOf(stream()).architecture, s.act, s.dim, layout.page_size),
         .scratch_bytes = layout.split ? size_t{4} << 20 : 0,
         .multiprocessors = layout.multiprocessors};
     const AttentionList work(sizes, step.q_begin, step.lengths);
@@ -249,6 +250,25 @@ TEST_F(CudaPagedAttentionTest, PiecesOfAnyLengthGiveTheSameBits) {
     for (int64_t multiprocessors : {1, 2}) {
       const auto cut = Attend(s, sequences, parts, {.split = true, .multiprocessors = multiprocessors});
       for (int64_t i = 0; i < 12; ++i) ASSERT_EQ(cut->RowBytes(i), whole->RowBytes(i)) << i;
+    }
+  }
+}
+
+// 147 splits of 70 tiles for the 78, 108, 132 or 147 workers of each of two KV heads.
+TEST_F(CudaPagedAttentionTest, GpusOfAnySizeGiveTheSameBits) {
+  const Shape s = {.kv_heads = 2, .group = 1, .dim = 64, .act = DType::kBF16, .q = DType::kBF16};
+  std::vector<int64_t> lengths(kUnderTsan ? 30 : 70, 513);
+  lengths.front() = 4500;
+  const Sequences sequences = MakeSequences(s, lengths);
+  std::vector<Part> parts;
+  for (size_t i = 0; i < lengths.size(); ++i) parts.push_back({i, lengths[i] - 1, lengths[i]});
+  std::unique_ptr<Matrix> first;
+  for (int64_t multiprocessors : {78, 108, 132, 148}) {
+    auto out = Attend(s, sequences, parts, {.split = true, .multiprocessors = multiprocessors});
+    if (first == nullptr) first = std::move(out);
+    for (size_t i = 0; out != nullptr && i < parts.size(); ++i) {
+      const auto row = static_cast<int64_t>(i);
+      ASSERT_EQ(out->RowBytes(row), first->RowBytes(row)) << multiprocessors << ", " << i;
     }
   }
 }

@@ -99,7 +99,7 @@ class Side {
                          .context_lengths = Place(VectorOf(lengths)),
                          .block_tables = Place(TensorView::Make(tables.data(), DType::kI32, {sequences, kMostPages}))};
     if (stream_->device() == Device::kCuda) {
-      const cuda::AttentionSizes sizes = llama_->attention_sizes(page_size_);
+      const cuda::AttentionSizes sizes = llama_->attention_sizes(*stream_, page_size_);
       std::vector<int32_t> room(
           static_cast<size_t>(cuda::AttentionListWords(sizes, static_cast<int64_t>(ids.size()), sequences)));
       inputs.attention_work = cuda::PlanAttention(sizes, q_begin.data(), lengths.data(), sequences,
