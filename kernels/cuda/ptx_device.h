@@ -140,6 +140,10 @@ PTX_FUNCTION uint32_t AddGlobal(uint32_t* to, uint32_t value) {
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
   return before;
 }
+// Atomic on this GPU; orders nothing.
+PTX_FUNCTION void AddGlobalInAnyOrder(unsigned long long* to, unsigned long long value) {
+  atomicAdd(to, value);
+}
 // Nanoseconds, in coarse ticks.
 PTX_FUNCTION uint64_t GlobalTimer() {
   uint64_t now;

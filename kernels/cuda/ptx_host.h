@@ -180,6 +180,10 @@ inline uint32_t AddGlobal(uint32_t* to, uint32_t value, PTX_SITE) {
   sim::AfterAcquire();
   return before;
 }
+inline void AddGlobalInAnyOrder(unsigned long long* to, unsigned long long value, PTX_SITE) {
+  sim::Access(sim::Memory::kGlobalStore, to, sizeof(value), site);
+  std::atomic_ref<unsigned long long>(*to).fetch_add(value, std::memory_order_relaxed);
+}
 inline uint64_t GlobalTimer() {
   return sim::Clock();
 }

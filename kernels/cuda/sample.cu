@@ -1,8 +1,11 @@
 // Sample and Score. The token is the same as on the CPU to the bit: the same f32 operations in the same order, the same
-// polynomial for e^x, and weights that are integers, so that no sum depends on the order of threads. Nothing is sorted:
-// the least element that top_k or top_p keeps is found by its bits, eight at a time, in histograms.
+// polynomial for e^x, and weights that are integers, so that no sum depends on the order of threads or blocks. Nothing
+// is sorted but the few most probable: the least element that top_k, top_p or they keep is found by its bits, eleven at
+// a time, in histograms.
 //
-// One block for each row. It goes over the row a dozen times, which lies in L2.
+// A row is several blocks' work (sample_plan.h), each with a slice of it. What they find meets in device memory: the
+// last one to come draws the conclusion for the next kernel, so that nobody waits. Which kernels a row goes through
+// depends on its parameters; greedy sampling is over after the first.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -22,15 +25,19 @@ constexpr int kThreads = static_cast<int>(kSampleThreads);
 constexpr int kWarps = kSampleWarps;
 constexpr float kLeast = 0x1p-149f;  // weighs nothing, but is above 0
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
+constexpr int kLevels = 3;  // of a histogram: 11 bits of a key, 11 more, the last 10
+constexpr int kBins = static_cast<int>(kSampleBins);
 
 struct RowParams {
   float temperature, top_p, min_p;
   float presence_penalty, frequency_penalty, repetition_penalty;
-  int32_t top_k, top_logprobs;
+  int32_t top_k;
+  int32_t num_top;  // most probable; -1: no log-probabilities at all
   uint64_t seed;
   int64_t position;
   uint32_t sequence;
   int32_t token;  // Score: that is asked for; Sample: -1
+  bool samples, keeps_top_k, keeps_top_p;
   bool adjusted;  // the logits to sample from lie in scratch
   bool penalized;
   const uint16_t* output_counts;
@@ -44,14 +51,58 @@ struct BiasBatch {
   int32_t ids[kBiasPerLaunch];
   float values[kBiasPerLaunch];
 };
+
+struct alignas(8) Largest {
+  float value;
+  int index;
+};
+// What is kept: the elements from `value` on below `boundary`, and those above it from there on. So ends a run of equal
+// elements of which only the first are kept.
+struct alignas(8) Kept {
+  float value;
+  int boundary;
+};
+// For the element up to and including which the larger ones sum up to more than a target: so many bits of its key are
+// known, and among the elements that begin with them so much is left of the target.
+struct alignas(16) Search {
+  uint64_t target;
+  uint32_t known;
+};
+
+// Of a row, from one kernel to the next. Written by one thread of the last block.
+struct RowState {
+  Search search;
+  Largest largest;  // of what is sampled from
+  Kept top_k, top_p, top_n;
+  double log_total;
+  float raw_largest;
+  int token;  // once it is known
+  uint32_t finite;
+  uint32_t blocks_ended, gathered;
+};
+// Of a block, for the last one of its row.
+struct Partial {
+  Largest raw, adjusted;
+  uint64_t weight;
+  uint32_t bad_raw, bad_adjusted;  // elements that are no number
+  uint32_t larger;
+};
+struct RowMemory {
+  RowState state;
+  Partial partials[kMostSampleBlocks];
+  unsigned long long bins[kBins];
+  Largest top[kMaxTopLogprobs];
+};
+static_assert(sizeof(RowMemory) <= kSampleRowBytes);
+
 struct SampleMemory {
   const float* logits;
   int64_t stride;
   float* adjusted;  // [R, V]
-  float* weights;   // [R, V]
   SampleResult* results;
   int32_t* tokens;  // may be null
-  int vocab;
+  char* rows;       // RowMemory of each row of a launch, kSampleRowBytes apart
+  int vocab, slice;
 };
 
 // Integers in the order of floats, 0 and -0 being one.
@@ -65,10 +116,6 @@ PTX_FUNCTION float FloatOf(uint32_t key) {
 
 // ---- a block together. Every function leaves shared memory free to be written again.
 
-struct Largest {
-  float value;
-  int index;
-};
 PTX_FUNCTION Largest LargerOf(Largest a, Largest b) {
   return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
 }
@@ -97,6 +144,7 @@ PTX_FUNCTION Largest BlockLargest(Largest own) {
     ptx::StShared(&indices[threadIdx.x / 32], own.index);
   }
   __syncthreads();
+  PTX_KEEP_LOOP
   for (int warp = 0; warp < kWarps; ++warp) {
     own = LargerOf(own, {ptx::LdShared(&values[warp]), ptx::LdShared(&indices[warp])});
   }
@@ -104,32 +152,45 @@ PTX_FUNCTION Largest BlockLargest(Largest own) {
   return own;
 }
 
-// The largest element and the lowest index that holds it. False when there is a NaN, a +inf, or nothing above -inf.
-PTX_FUNCTION bool LargestOf(const float* x, int n, Largest* largest) {
-  Largest own = {-kInf, n};
-  uint64_t bad = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-    const float value = ptx::LdGlobal(x + i);
-    if (!(value < kInf)) bad = 1;
-    own = LargerOf(own, {value, i});
+// Of [begin, end), each once; several are under way to a thread at a time.
+template <typename Use>
+PTX_FUNCTION void ForEach(const float* x, int begin, int end, const Use& use) {
+  constexpr int kAtOnce = 8;
+  for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kAtOnce * kThreads) {
+    float values[kAtOnce];
+    PTX_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j * kThreads < end) values[j] = ptx::LdGlobal(x + first + j * kThreads);
+    }
+    PTX_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j * kThreads < end) use(first + j * kThreads, values[j]);
+    }
   }
-  *largest = BlockLargest(own);
-  return BlockSum(bad) == 0 && largest->value > -kInf;
 }
 
-// The first index up to and including which the integers measure(i) sum up to more than `target`; n when they do not.
-// Each warp sums a run of its own; the one that holds the index goes through its run again, 32 at a time.
+// The first index up to and including which the integers measure(i) sum up to more than `target`, and what the target
+// exceeds the sum before it by; `end` when they do not. Each warp sums a run of its own; the one that holds the index
+// goes through its run again, 32 at a time.
+struct Found {
+  int index;
+  uint64_t rest;
+};
 template <typename Measure>
-PTX_FUNCTION int FirstBeyond(int n, uint64_t target, const Measure& measure) {
+PTX_FUNCTION Found FirstBeyond(int begin, int end, uint64_t target, const Measure& measure) {
   PTX_SHARED(uint64_t, sums, kWarps);
-  PTX_SHARED(int, found, 1);
+  PTX_SHARED(int, found_index, 1);
+  PTX_SHARED(uint64_t, found_rest, 1);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int run = (n + 32 * kWarps - 1) / (32 * kWarps) * 32;
+  const int run = (end - begin + 32 * kWarps - 1) / (32 * kWarps) * 32;
   uint64_t sum = 0;
-  for (int i = warp * run + lane; i < (warp + 1) * run; i += 32) sum += i < n ? measure(i) : 0;
+  for (int i = begin + warp * run + lane; i < begin + (warp + 1) * run; i += 32) sum += i < end ? measure(i) : 0;
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
   if (lane == 0) ptx::StShared(&sums[warp], sum);
-  if (threadIdx.x == 0) ptx::StShared(found, n);
+  if (threadIdx.x == 0) {
+    ptx::StShared(found_index, end);
+    ptx::StShared(found_rest, uint64_t{0});
+  }
   __syncthreads();
   int holder = 0;
   for (; holder < kWarps; ++holder) {
@@ -138,136 +199,169 @@ PTX_FUNCTION int FirstBeyond(int n, uint64_t target, const Measure& measure) {
     target -= of_warp;
   }
   if (warp == holder) {
-    for (int begin = warp * run;; begin += 32) {
-      uint64_t through = begin + lane < n ? measure(begin + lane) : 0;
+    for (int first = begin + warp * run;; first += 32) {
+      const uint64_t own = first + lane < end ? measure(first + lane) : 0;
+      uint64_t through = own;
       for (int lanes = 1; lanes < 32; lanes *= 2) {
         const uint64_t below = __shfl_sync(kAllLanes, through, lane - lanes);
         if (lane >= lanes) through += below;
       }
-      int first = through > target ? lane : 32;
-      for (int lanes = 16; lanes > 0; lanes /= 2) first = std::min(first, __shfl_xor_sync(kAllLanes, first, lanes));
-      if (first < 32) {
-        if (lane == 0) ptx::StShared(found, begin + first);
+      int holding = through > target ? lane : 32;
+      for (int lanes = 16; lanes > 0; lanes /= 2) {
+        holding = std::min(holding, __shfl_xor_sync(kAllLanes, holding, lanes));
+      }
+      if (holding < 32) {
+        if (lane == holding) {
+          ptx::StShared(found_index, first + lane);
+          ptx::StShared(found_rest, target - (through - own));
+        }
         break;
       }
       target -= __shfl_sync(kAllLanes, through, 31);
     }
   }
   __syncthreads();
-  const int index = ptx::LdShared(found);
+  const Found found = {ptx::LdShared(found_index), ptx::LdShared(found_rest)};
   __syncthreads();
-  return index;
+  return found;
 }
 
-// What is kept: the elements from `value` on below `boundary`, and those above it from there on. So ends a run of equal
-// elements of which only the first are kept.
-struct Kept {
-  float value;
-  int boundary;
-};
 PTX_FUNCTION bool IsKept(const Kept& kept, int i, float x) {
   return i < kept.boundary ? x >= kept.value : x > kept.value;
 }
 
-// Keeps the largest elements, the lower index first among equal ones, until what is kept reaches `target`: counted, or
-// by weight, and then negative elements do not take part. All sum up to at least target.
-template <bool kByWeight>
-PTX_FUNCTION Kept KeepLargest(const float* x, int n, uint64_t target) {
-  PTX_SHARED(unsigned long long, bins, 256);
-  PTX_SHARED(unsigned, chosen_bin, 1);
-  PTX_SHARED(uint64_t, above_bin, 1);
-  uint32_t prefix = 0;
-  uint64_t above = 0;  // what larger elements sum up to
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int bin = static_cast<int>(threadIdx.x); bin < 256; bin += kThreads) ptx::StShared(&bins[bin], 0ull);
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-      const float value = ptx::LdGlobal(x + i);
-      const uint32_t key = KeyOf(value);
-      if ((kByWeight && value < 0) || (uint64_t{key} >> (shift + 8)) != (uint64_t{prefix} >> (shift + 8))) continue;
-      ptx::AddShared(&bins[key >> shift & 255], static_cast<unsigned long long>(kByWeight ? WeightOf(value) : 1));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      uint64_t sum = above;
-      unsigned bin = 256;
-      do sum += ptx::LdShared(&bins[--bin]);
-      while (sum < target && bin > 0);
-      ptx::StShared(chosen_bin, bin);
-      ptx::StShared(above_bin, static_cast<uint64_t>(sum - ptx::LdShared(&bins[bin])));
-    }
-    __syncthreads();
-    prefix |= ptx::LdShared(chosen_bin) << shift;
-    above = ptx::LdShared(above_bin);
-  }
-  const float value = FloatOf(prefix);
-  const uint64_t weight = kByWeight ? WeightOf(value) : 1, each = weight > 0 ? weight : 1;
-  const uint64_t ties = (target - above + each - 1) / each;
-  const int last_tie = FirstBeyond(n, ties - 1, [&](int i) { return uint64_t{ptx::LdGlobal(x + i) == value}; });
-  return {value, last_tie < n ? last_tie + 1 : n};
+// ---- the blocks of a row together
+
+struct Row {
+  const RowParams& params;
+  RowMemory& memory;
+  SampleResult* result;
+  int32_t* token;     // may be null
+  const float* raw;   // [n]
+  const float* x;     // [n]: to sample from
+  int n, begin, end;  // [begin, end): this block's
+};
+PTX_FUNCTION Row RowOf(const SampleMemory& memory, const RowBatch& batch, int first_row) {
+  const int r = static_cast<int>(blockIdx.y), begin = static_cast<int>(blockIdx.x) * memory.slice;
+  const int64_t row = first_row + r;
+  const RowParams& params = batch.rows[r];
+  const float* raw = memory.logits + row * memory.stride;
+  return {params,
+          *reinterpret_cast<RowMemory*>(memory.rows + r * kSampleRowBytes),
+          memory.results + row,
+          memory.tokens == nullptr ? nullptr : memory.tokens + row,
+          raw,
+          params.adjusted ? memory.adjusted + row * memory.vocab : raw,
+          memory.vocab,
+          begin,
+          begin + memory.slice < memory.vocab ? begin + memory.slice : memory.vocab};
 }
 
-// ---- the parts of sampling
-
-// Draws among what top_p and min_p keep of the weights. `total`: all of them; those below 0 stand for no token.
-PTX_FUNCTION int Draw(const RowParams& params, const float* weights, int n, uint64_t total) {
-  Kept kept = {kLeast, n};
-  if (params.top_p < 1) {
-    const double mass = ceil(static_cast<double>(params.top_p) * static_cast<double>(total));
-    uint64_t target = mass >= 1 ? static_cast<uint64_t>(mass) : 1;
-    if (target > total) target = total;
-    kept = KeepLargest<true>(weights, n, target);
-  }
-  const float min_p = params.min_p < 1 ? params.min_p : 1.0f;
-  if (min_p > kept.value) kept = {min_p, n};
-  const auto measure = [&](int i) {
-    const float weight = ptx::LdGlobal(weights + i);
-    return IsKept(kept, i, weight) ? WeightOf(weight) : uint64_t{0};
-  };
-  uint64_t mass = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) mass += measure(i);
-  mass = BlockSum(mass);
-  const uint64_t bits = SampleBits(params.seed, params.position, params.sequence);
-  return FirstBeyond(n, ptx::MultiplyHigh(bits, mass), measure);
-}
-
-PTX_FUNCTION uint64_t TotalWeight(const float* x, int n, float largest) {
-  uint64_t total = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-    total += WeightOf(Exp(ptx::Add(ptx::LdGlobal(x + i), -largest)));
-  }
-  return BlockSum(total);
-}
-
-// Of the raw logits: the token's log-probability and rank, and the most probable, one after the other.
-PTX_FUNCTION void FillLogprobs(const float* row, int n, float largest, int token, int num_top, SampleResult* result) {
-  const double log_total = log(static_cast<double>(TotalWeight(row, n, largest)) * 0x1p-40);
-  const auto logprob = [&](float logit) {
-    return static_cast<float>(static_cast<double>(logit) - static_cast<double>(largest) - log_total);
-  };
-  const float own = ptx::LdGlobal(row + token);
-  uint64_t larger = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) larger += ptx::LdGlobal(row + i) > own;
-  larger = BlockSum(larger);
+// Whether all other blocks of the row have come here, whose stores are then seen. Of one block it is true.
+PTX_FUNCTION bool IsLastBlock(const Row& row) {
+  PTX_SHARED(unsigned, is_last, 1);
+  __syncthreads();
   if (threadIdx.x == 0) {
-    ptx::StGlobal(&result->logprob, logprob(own));
-    ptx::StGlobal(&result->rank, static_cast<int32_t>(1 + larger));
+    const bool last = ptx::AddGlobal(&row.memory.state.blocks_ended, 1u) == gridDim.x - 1;
+    if (last) ptx::StGlobal(&row.memory.state.blocks_ended, 0u);
+    ptx::StShared(is_last, last ? 1u : 0u);
   }
-  Largest last = {kInf, -1};
-  num_top = num_top < kMaxTopLogprobs ? num_top : kMaxTopLogprobs;
-  num_top = num_top < n ? num_top : n;
-  for (int top = 0; top < num_top; ++top) {
-    Largest next = {-kInf, n};
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-      const float value = ptx::LdGlobal(row + i);
-      if (value < last.value || (value == last.value && i > last.index)) next = LargerOf(next, {value, i});
-    }
-    last = BlockLargest(next);
-    if (threadIdx.x != 0) continue;
-    ptx::StGlobal(&result->top_ids[top], last.index);
-    ptx::StGlobal(&result->top_logprobs[top], logprob(last.value));
+  __syncthreads();
+  return ptx::LdShared(is_last) != 0;
+}
+
+PTX_FUNCTION int ShiftOf(int level) {
+  return level == 0 ? 21 : level == 1 ? 10 : 0;
+}
+PTX_FUNCTION int BinsOf(int level) {
+  return level < 2 ? kBins : kBins / 2;
+}
+
+// Adds the block's elements to the row's bins, as far as they begin with what is known of the key. `item` gives what
+// stands for element i: a number, and how much of it there is.
+struct Item {
+  float value;
+  uint64_t amount;
+};
+template <typename ItemOf>
+PTX_FUNCTION void AddToBins(const Row& row, const float* x, int level, uint32_t known, const ItemOf& item_of) {
+  PTX_SHARED(unsigned long long, bins, kBins);
+  for (int bin = static_cast<int>(threadIdx.x); bin < BinsOf(level); bin += kThreads) ptx::StShared(&bins[bin], 0ull);
+  __syncthreads();
+  const int shift = ShiftOf(level);
+  ForEach(x, row.begin, row.end, [&](int i, float element) {
+    const Item item = item_of(i, element);
+    const uint32_t key = KeyOf(item.value);
+    if (item.amount == 0 || (level > 0 && (key ^ known) >> ShiftOf(level - 1) != 0)) return;
+    ptx::AddShared(&bins[(key >> shift) & static_cast<uint32_t>(BinsOf(level) - 1)],
+                   static_cast<unsigned long long>(item.amount));
+  });
+  __syncthreads();
+  for (int bin = static_cast<int>(threadIdx.x); bin < BinsOf(level); bin += kThreads) {
+    const unsigned long long amount = ptx::LdShared(&bins[bin]);
+    if (amount > 0) ptx::AddGlobalInAnyOrder(&row.memory.bins[bin], amount);
   }
-  if (threadIdx.x == 0) ptx::StGlobal(&result->num_top, num_top > 0 ? num_top : 0);
+}
+
+// Of the last block: goes on to the bin in which the target lies, and leaves them all empty. What the bin held.
+PTX_FUNCTION uint64_t ChooseBin(const Row& row, int level, Search* search) {
+  const int bins = BinsOf(level);
+  const auto amount = [&](int i) { return uint64_t{ptx::LdGlobal(&row.memory.bins[bins - 1 - i])}; };
+  const Found found = FirstBeyond(0, bins, search->target, amount);
+  const uint64_t held = amount(found.index);
+  __syncthreads();
+  for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += kThreads) {
+    ptx::StGlobal(&row.memory.bins[bin], 0ull);
+  }
+  search->known |= static_cast<uint32_t>(bins - 1 - found.index) << ShiftOf(level);
+  search->target = found.rest;
+  return held;
+}
+
+// Then, where all bits are known: of the elements that equal what was found only the first are kept, up to the target.
+template <typename ValueOf>
+PTX_FUNCTION Kept KeptBy(const Row& row, const Search& search, uint64_t held, uint64_t each, const ValueOf& value_of) {
+  const float value = FloatOf(search.known);
+  const uint64_t before_last = search.target / each;
+  if (before_last + 1 >= held / each) return {value, row.n};
+  return {value, FirstBeyond(0, row.n, before_last, [&](int i) { return uint64_t{value_of(i) == value}; }).index + 1};
+}
+
+// ---- what decides
+
+// e^((x - largest) / temperature) of what top_k keeps, less than 0 for the rest.
+struct Weigh {
+  Kept top_k;
+  float largest, factor;
+
+  PTX_FUNCTION explicit Weigh(const Row& row)
+      : top_k(ptx::LdGlobal(&row.memory.state.top_k)), largest(ptx::LdGlobal(&row.memory.state.largest).value) {
+    const float inverse = ptx::Divide(1.0f, row.params.temperature);
+    factor = inverse < 0x1.fffffep127f ? inverse : 0x1.fffffep127f;
+  }
+  PTX_FUNCTION float operator()(int i, float x) const {
+    return IsKept(top_k, i, x) ? Exp(ptx::Multiply(ptx::Add(x, -largest), factor)) : -1.0f;
+  }
+};
+
+// Of one thread, when the row's token is known.
+PTX_FUNCTION void Finish(const Row& row, bool finite, int token) {
+  ptx::StGlobal(&row.memory.state.token, token);
+  ptx::StGlobal(&row.result->finite, finite);
+  ptx::StGlobal(&row.result->token, finite || row.params.token >= 0 ? token : -1);
+  ptx::StGlobal(&row.result->logprob, 0.0f);
+  ptx::StGlobal(&row.result->rank, 0);
+  ptx::StGlobal(&row.result->num_top, 0);
+  if (row.token != nullptr) ptx::StGlobal(row.token, finite ? token : 0);
+  if (row.params.counts_out != nullptr && finite) {
+    const uint16_t count = ptx::LdGlobal(row.params.counts_out + token);
+    if (count < 0xFFFF) ptx::StGlobal(row.params.counts_out + token, static_cast<uint16_t>(count + 1));
+  }
+}
+
+PTX_FUNCTION float LogprobOf(const Row& row, float logit, double log_total) {
+  return static_cast<float>(static_cast<double>(logit) -
+                            static_cast<double>(ptx::LdGlobal(&row.memory.state.raw_largest)) - log_total);
 }
 
 // Penalties of each logit, whatever the order. Copies also what has none.
@@ -301,61 +395,231 @@ __global__ void __launch_bounds__(32) BiasKernel(float* x, int vocab, BiasBatch 
   }
 }
 
-// A 1 in launch bounds, here and elsewhere: ptxas then takes the registers that it needs, where it else might spill.
-__global__ void __launch_bounds__(kSampleThreads, 1) SampleKernel(SampleMemory memory, RowBatch batch, int first_row) {
-  const RowParams& params = batch.rows[blockIdx.x];
-  const int64_t r = first_row + static_cast<int>(blockIdx.x);
-  const int n = memory.vocab;
-  const float* row = memory.logits + r * memory.stride;
-  SampleResult* result = memory.results + r;
-
-  Largest raw, largest;
-  bool finite = LargestOf(row, n, &raw);
-  largest = raw;
-  const float* x = row;
-  if (finite && params.adjusted) {
-    x = memory.adjusted + r * n;
-    finite = LargestOf(x, n, &largest);
+// The largest element of a slice and the lowest index that holds it, and how many are NaN or +inf.
+struct LargestOfSlice {
+  Largest largest;
+  uint32_t bad;
+};
+PTX_FUNCTION LargestOfSlice FindLargest(const Row& row, const float* x) {
+  LargestOfSlice own = {{-kInf, row.n}, 0};
+  ForEach(x, row.begin, row.end, [&](int i, float value) {
+    own.bad += !(value < kInf);
+    own.largest = LargerOf(own.largest, {value, i});
+  });
+  return {BlockLargest(own.largest), static_cast<uint32_t>(BlockSum(own.bad))};
+}
+// Of all slices. False when there is anything bad, or nothing above -inf.
+PTX_FUNCTION bool MergeLargest(const Row& row, bool adjusted, Largest* merged) {
+  Largest own = {-kInf, row.n};
+  uint64_t bad = 0;
+  if (threadIdx.x < gridDim.x) {
+    const Partial& partial = row.memory.partials[threadIdx.x];
+    own = ptx::LdGlobal(adjusted ? &partial.adjusted : &partial.raw);
+    bad = ptx::LdGlobal(adjusted ? &partial.bad_adjusted : &partial.bad_raw);
   }
-  int token = params.token;
-  if (finite && token < 0) {
-    token = largest.index;
-    if (params.temperature > 0) {
-      const float inverse = ptx::Divide(1.0f, params.temperature);
-      const float factor = inverse < 0x1.fffffep127f ? inverse : 0x1.fffffep127f;
-      Kept kept = {-kInf, n};
-      if (params.top_k > 0 && params.top_k < n) kept = KeepLargest<false>(x, n, static_cast<uint64_t>(params.top_k));
-      float* weights = memory.weights + r * n;
-      uint64_t total = 0;
-      for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-        const float logit = ptx::LdGlobal(x + i);
-        float weight = -1;
-        if (IsKept(kept, i, logit)) {
-          weight = Exp(ptx::Multiply(ptx::Add(logit, -largest.value), factor));
-          total += WeightOf(weight);
-        }
-        ptx::StGlobal(weights + i, weight);
-      }
-      total = BlockSum(total);  // whose barrier also lets every thread read all weights
-      token = Draw(params, weights, n, total);
-    }
-  }
-  if (threadIdx.x == 0) {
-    ptx::StGlobal(&result->finite, finite);
-    ptx::StGlobal(&result->token, finite || params.token >= 0 ? token : -1);
-    ptx::StGlobal(&result->logprob, 0.0f);
-    ptx::StGlobal(&result->rank, 0);
-    ptx::StGlobal(&result->num_top, 0);
-    if (memory.tokens != nullptr) ptx::StGlobal(memory.tokens + r, finite ? token : 0);
-    if (params.counts_out != nullptr && finite) {
-      const uint16_t count = ptx::LdGlobal(params.counts_out + token);
-      if (count < 0xFFFF) ptx::StGlobal(params.counts_out + token, static_cast<uint16_t>(count + 1));
-    }
-  }
-  if (finite && params.top_logprobs >= 0) FillLogprobs(row, n, raw.value, token, params.top_logprobs, result);
+  *merged = BlockLargest(own);
+  return BlockSum(bad) == 0 && merged->value > -kInf;
 }
 
-RowParams ParamsOf(const SampleParams& p) {
+// The first kernel of every row. Two blocks of a multiprocessor, here and below, have 32 KiB under way.
+__global__ void __launch_bounds__(kSampleThreads, 2) LargestKernel(SampleMemory memory, RowBatch batch, int first_row) {
+  ptx::WaitForKernelsBefore();
+  const Row row = RowOf(memory, batch, first_row);
+  const bool adjusted = row.params.adjusted;
+  const LargestOfSlice raw = FindLargest(row, row.raw);
+  const LargestOfSlice own = adjusted ? FindLargest(row, row.x) : raw;
+  if (threadIdx.x == 0) {
+    Partial& partial = row.memory.partials[blockIdx.x];
+    ptx::StGlobal(&partial.raw, raw.largest);
+    ptx::StGlobal(&partial.bad_raw, raw.bad);
+    ptx::StGlobal(&partial.adjusted, own.largest);
+    ptx::StGlobal(&partial.bad_adjusted, own.bad);
+  }
+  if (!IsLastBlock(row)) return;
+  Largest raw_largest, largest;
+  bool finite = MergeLargest(row, false, &raw_largest);
+  finite = MergeLargest(row, true, &largest) && finite;
+  if (threadIdx.x != 0) return;
+  RowState& state = row.memory.state;
+  ptx::StGlobal(&state.finite, finite ? 1u : 0u);
+  ptx::StGlobal(&state.raw_largest, raw_largest.value);
+  ptx::StGlobal(&state.largest, largest);
+  ptx::StGlobal(&state.top_k, Kept{-kInf, row.n});
+  ptx::StGlobal(&state.top_p, Kept{kLeast, row.n});
+  ptx::StGlobal(&state.gathered, 0u);
+  ptx::StGlobal(&state.search.known, 0u);
+  ptx::StGlobal(&state.search.target, static_cast<uint64_t>(row.params.keeps_top_k ? row.params.top_k - 1 : 0));
+  if (!finite || !row.params.samples) Finish(row, finite, row.params.token >= 0 ? row.params.token : largest.index);
+}
+PTX_FUNCTION bool IsFinite(const Row& row) {
+  return ptx::LdGlobal(&row.memory.state.finite) != 0;
+}
+PTX_FUNCTION Search SearchOf(const Row& row) {
+  return {ptx::LdGlobal(&row.memory.state.search.target), ptx::LdGlobal(&row.memory.state.search.known)};
+}
+// Of one thread.
+PTX_FUNCTION void SetSearch(const Row& row, const Search& search) {
+  ptx::StGlobal(&row.memory.state.search.target, search.target);
+  ptx::StGlobal(&row.memory.state.search.known, search.known);
+}
+
+// One level of the search for the last of the `top_k` largest, or of the most probable.
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    CountKernel(SampleMemory memory, RowBatch batch, int first_row, int level, bool most_probable) {
+  ptx::WaitForKernelsBefore();
+  const Row row = RowOf(memory, batch, first_row);
+  if (!(most_probable ? row.params.num_top > 0 : row.params.keeps_top_k) || !IsFinite(row)) return;
+  const float* x = most_probable ? row.raw : row.x;
+  Search search = SearchOf(row);
+  AddToBins(row, x, level, search.known, [](int, float value) { return Item{value, 1}; });
+  if (!IsLastBlock(row)) return;
+  const uint64_t held = ChooseBin(row, level, &search);
+  Kept kept = {};
+  if (level == kLevels - 1) {
+    kept = KeptBy(row, search, held, 1, [&](int i) { return ptx::LdGlobal(x + i); });
+    search = {};  // for another one
+  }
+  if (threadIdx.x != 0) return;
+  SetSearch(row, search);
+  if (level == kLevels - 1) ptx::StGlobal(most_probable ? &row.memory.state.top_n : &row.memory.state.top_k, kept);
+}
+
+// One level of the search for the last of what top_p keeps.
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    WeighKernel(SampleMemory memory, RowBatch batch, int first_row, int level) {
+  ptx::WaitForKernelsBefore();
+  const Row row = RowOf(memory, batch, first_row);
+  if (!row.params.keeps_top_p || !IsFinite(row)) return;
+  const Weigh weigh(row);
+  Search search = SearchOf(row);
+  AddToBins(row, row.x, level, search.known, [&](int i, float x) {
+    const float weight = weigh(i, x);
+    return Item{weight, weight < 0 ? 0 : WeightOf(weight)};
+  });
+  if (!IsLastBlock(row)) return;
+  if (level == 0) {
+    uint64_t total = 0;
+    for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) {
+      total += ptx::LdGlobal(&row.memory.bins[bin]);
+    }
+    total = BlockSum(total);
+    const double mass = ceil(static_cast<double>(row.params.top_p) * static_cast<double>(total));
+    const uint64_t wanted = mass >= 1 ? static_cast<uint64_t>(mass) : 1;
+    search.target = (wanted < total ? wanted : total) - 1;
+  }
+  const uint64_t held = ChooseBin(row, level, &search);
+  Kept kept = {};
+  if (level == kLevels - 1) {
+    kept = KeptBy(row, search, held, WeightOf(FloatOf(search.known)),
+                  [&](int i) { return weigh(i, ptx::LdGlobal(row.x + i)); });
+    search = {};
+  }
+  if (threadIdx.x != 0) return;
+  SetSearch(row, search);
+  if (level == kLevels - 1) ptx::StGlobal(&row.memory.state.top_p, kept);
+}
+
+// Draws among what is kept.
+__global__ void __launch_bounds__(kSampleThreads, 2) DrawKernel(SampleMemory memory, RowBatch batch, int first_row) {
+  ptx::WaitForKernelsBefore();
+  const Row row = RowOf(memory, batch, first_row);
+  if (!row.params.samples || !IsFinite(row)) return;
+  const Weigh weigh(row);
+  Kept kept = ptx::LdGlobal(&row.memory.state.top_p);
+  const float min_p = row.params.min_p < 1 ? row.params.min_p : 1.0f;
+  if (min_p > kept.value) kept = {min_p, row.n};
+  const auto weight_of = [&](int i, float x) {
+    const float weight = weigh(i, x);
+    return IsKept(kept, i, weight) ? WeightOf(weight) : uint64_t{0};
+  };
+  uint64_t own = 0;
+  ForEach(row.x, row.begin, row.end, [&](int i, float x) { own += weight_of(i, x); });
+  own = BlockSum(own);
+  if (threadIdx.x == 0) ptx::StGlobal(&row.memory.partials[blockIdx.x].weight, own);
+  if (!IsLastBlock(row)) return;
+  PTX_SHARED(uint64_t, weights, kMostSampleBlocks);
+  const int blocks = static_cast<int>(gridDim.x), thread = static_cast<int>(threadIdx.x);
+  if (thread < blocks) ptx::StShared(&weights[thread], ptx::LdGlobal(&row.memory.partials[thread].weight));
+  __syncthreads();
+  uint64_t mass = 0;
+  for (int block = 0; block < blocks; ++block) mass += ptx::LdShared(&weights[block]);
+  const uint64_t bits = SampleBits(row.params.seed, row.params.position, row.params.sequence);
+  uint64_t target = ptx::MultiplyHigh(bits, mass);
+  int holder = 0;
+  for (; target >= ptx::LdShared(&weights[holder]); ++holder) target -= ptx::LdShared(&weights[holder]);
+  const int begin = holder * memory.slice, end = begin + memory.slice < row.n ? begin + memory.slice : row.n;
+  const Found drawn = FirstBeyond(begin, end, target, [&](int i) { return weight_of(i, ptx::LdGlobal(row.x + i)); });
+  if (threadIdx.x == 0) Finish(row, true, drawn.index);
+}
+
+// The token's log-probability and rank among the raw logits, and the first level of the search for the most probable.
+__global__ void __launch_bounds__(kSampleThreads, 2) LogprobKernel(SampleMemory memory, RowBatch batch, int first_row) {
+  ptx::WaitForKernelsBefore();
+  const Row row = RowOf(memory, batch, first_row);
+  if (row.params.num_top < 0 || !IsFinite(row)) return;
+  const float largest = ptx::LdGlobal(&row.memory.state.raw_largest);
+  const float logit = ptx::LdGlobal(row.raw + ptx::LdGlobal(&row.memory.state.token));
+  uint64_t weight = 0, larger = 0;
+  AddToBins(row, row.raw, 0, 0, [&](int, float x) {
+    weight += WeightOf(Exp(ptx::Add(x, -largest)));
+    larger += x > logit;
+    return Item{x, row.params.num_top > 0 ? uint64_t{1} : uint64_t{0}};
+  });
+  weight = BlockSum(weight);
+  larger = BlockSum(larger);
+  Partial& partial = row.memory.partials[blockIdx.x];
+  if (threadIdx.x == 0) {
+    ptx::StGlobal(&partial.weight, weight);
+    ptx::StGlobal(&partial.larger, static_cast<uint32_t>(larger));
+  }
+  if (!IsLastBlock(row)) return;
+  const bool has_partial = threadIdx.x < gridDim.x;
+  const Partial& other = row.memory.partials[has_partial ? threadIdx.x : 0];
+  weight = BlockSum(has_partial ? ptx::LdGlobal(&other.weight) : 0);
+  larger = BlockSum(has_partial ? ptx::LdGlobal(&other.larger) : 0);
+  Search search = {static_cast<uint64_t>(row.params.num_top - 1), 0};
+  if (row.params.num_top > 0) ChooseBin(row, 0, &search);
+  if (threadIdx.x != 0) return;
+  SetSearch(row, search);
+  const double log_total = log(static_cast<double>(weight) * 0x1p-40);
+  ptx::StGlobal(&row.memory.state.log_total, log_total);
+  ptx::StGlobal(&row.result->logprob, LogprobOf(row, logit, log_total));
+  ptx::StGlobal(&row.result->rank, static_cast<int32_t>(1 + larger));
+}
+
+// The most probable: gathered as they come, then in order.
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    GatherTopKernel(SampleMemory memory, RowBatch batch, int first_row) {
+  PTX_SHARED(Largest, top, kMaxTopLogprobs);
+  ptx::WaitForKernelsBefore();
+  const Row row = RowOf(memory, batch, first_row);
+  if (row.params.num_top <= 0 || !IsFinite(row)) return;
+  RowState& state = row.memory.state;
+  const Kept kept = ptx::LdGlobal(&state.top_n);
+  ForEach(row.raw, row.begin, row.end, [&](int i, float x) {
+    if (IsKept(kept, i, x)) ptx::StGlobal(&row.memory.top[ptx::AddGlobal(&state.gathered, 1u)], Largest{x, i});
+  });
+  if (!IsLastBlock(row)) return;
+  const int own = static_cast<int>(threadIdx.x), num_top = row.params.num_top;
+  if (own < num_top) ptx::StShared(&top[own], ptx::LdGlobal(&row.memory.top[own]));
+  __syncthreads();
+  if (own == 0) ptx::StGlobal(&row.result->num_top, num_top);
+  if (own >= num_top) return;
+  const Largest mine = ptx::LdShared(&top[own]);
+  int before = 0;
+  for (int i = 0; i < num_top; ++i) {
+    const Largest other = ptx::LdShared(&top[i]);
+    before += other.value > mine.value || (other.value == mine.value && other.index < mine.index);
+  }
+  ptx::StGlobal(&row.result->top_ids[before], mine.index);
+  ptx::StGlobal(&row.result->top_logprobs[before], LogprobOf(row, mine.value, ptx::LdGlobal(&state.log_total)));
+}
+
+int32_t NumTop(int32_t wanted, int vocab) {
+  return std::min({wanted, kMaxTopLogprobs, vocab});
+}
+
+RowParams ParamsOf(const SampleParams& p, int vocab) {
   RowParams params = {};
   params.temperature = p.temperature;
   params.top_p = p.top_p;
@@ -364,11 +628,14 @@ RowParams ParamsOf(const SampleParams& p) {
   params.frequency_penalty = p.frequency_penalty;
   params.repetition_penalty = p.repetition_penalty;
   params.top_k = p.top_k;
-  params.top_logprobs = p.top_logprobs;
+  params.num_top = NumTop(p.top_logprobs, vocab);
   params.seed = p.seed;
   params.position = p.position;
   params.sequence = p.sequence;
   params.token = -1;
+  params.samples = p.temperature > 0;
+  params.keeps_top_k = params.samples && p.top_k > 0 && p.top_k < vocab;
+  params.keeps_top_p = params.samples && p.top_p < 1;
   params.penalized = p.output_counts != nullptr && p.in_prompt != nullptr &&
                      (p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0);
   params.adjusted = params.penalized || p.num_bias > 0 || p.num_banned > 0;
@@ -395,14 +662,37 @@ void AddBias(Stream& stream, float* x, int vocab, int32_t count, const Id& id, c
 SampleMemory MemoryOf(const TensorView& logits, const TensorView& tokens, void* scratch) {
   const int64_t rows = logits.dim(0), vocab = logits.dim(1);
   auto* bytes = static_cast<char*>(scratch);
-  auto* floats = reinterpret_cast<float*>(bytes + SampleResultBytes(rows));
+  char* of_rows = bytes + SampleResultBytes(rows);
   return {.logits = logits.as<float>(),
           .stride = logits.stride0,
-          .adjusted = floats,
-          .weights = floats + rows * vocab,
+          .adjusted = reinterpret_cast<float*>(of_rows + SampleRowsBytes(rows)),
           .results = reinterpret_cast<SampleResult*>(bytes),
           .tokens = tokens.as<int32_t>(),
-          .vocab = static_cast<int>(vocab)};
+          .rows = of_rows,
+          .vocab = static_cast<int>(vocab),
+          .slice = static_cast<int>(SampleSlice(vocab))};
+}
+
+// The kernels of `n` rows from `first` on, as far as any of them has a use for them.
+void SampleRows(Stream& stream, const SampleMemory& memory, const RowBatch& batch, int64_t first, int64_t n) {
+  const auto any = [&](auto uses) { return std::any_of(batch.rows, batch.rows + n, uses); };
+  const LaunchShape shape = SamplePlan(n, memory.vocab);
+  const auto launch = [&](const char* name, auto kernel, auto... more) {
+    LaunchOverlapping(stream, name, shape, kernel, memory, batch, static_cast<int>(first), more...);
+  };
+  launch("SampleLargest", LargestKernel);
+  if (any([](const RowParams& row) { return row.keeps_top_k; })) {
+    for (int level = 0; level < kLevels; ++level) launch("SampleCount", CountKernel, level, false);
+  }
+  if (any([](const RowParams& row) { return row.keeps_top_p; })) {
+    for (int level = 0; level < kLevels; ++level) launch("SampleWeigh", WeighKernel, level);
+  }
+  if (any([](const RowParams& row) { return row.samples; })) launch("SampleDraw", DrawKernel);
+  if (any([](const RowParams& row) { return row.num_top >= 0; })) launch("SampleLogprob", LogprobKernel);
+  if (any([](const RowParams& row) { return row.num_top > 0; })) {
+    for (int level = 1; level < kLevels; ++level) launch("SampleCount", CountKernel, level, true);
+    launch("SampleGatherTop", GatherTopKernel);
+  }
 }
 
 }  // namespace
@@ -410,12 +700,13 @@ SampleMemory MemoryOf(const TensorView& logits, const TensorView& tokens, void* 
 void Sample(Stream& stream, const SampleArgs& args) {
   const int64_t rows = args.logits.dim(0);
   const SampleMemory memory = MemoryOf(args.logits, args.tokens, args.scratch);
+  Zero(stream, memory.rows, SampleRowsBytes(rows));  // every kernel leaves counts and bins at zero
   for (int64_t first = 0; first < rows; first += kSampleRowsPerLaunch) {
     const int64_t n = std::min(kSampleRowsPerLaunch, rows - first);
     RowBatch batch = {};
     bool adjusted = false;
     for (int64_t i = 0; i < n; ++i) {
-      batch.rows[i] = ParamsOf(args.params[first + i]);
+      batch.rows[i] = ParamsOf(args.params[first + i], memory.vocab);
       adjusted = adjusted || batch.rows[i].adjusted;
     }
     if (adjusted) {
@@ -431,7 +722,7 @@ void Sample(Stream& stream, const SampleArgs& args) {
             [](int32_t) { return -kInf; });
       }
     }
-    Launch(stream, "Sample", SamplePlan(n), SampleKernel, memory, batch, static_cast<int>(first));
+    SampleRows(stream, memory, batch, first, n);
   }
   Copy(stream, args.results, Device::kCpu, memory.results, Device::kCuda,
        static_cast<size_t>(rows) * sizeof(SampleResult));
@@ -440,6 +731,7 @@ void Sample(Stream& stream, const SampleArgs& args) {
 void Score(Stream& stream, const ScoreArgs& args) {
   const int64_t rows = args.logits.dim(0);
   const SampleMemory memory = MemoryOf(args.logits, {}, args.scratch);
+  Zero(stream, memory.rows, SampleRowsBytes(rows));  // every kernel leaves counts and bins at zero
   for (int64_t first = 0; first < rows; first += kSampleRowsPerLaunch) {
     const int64_t n = std::min(kSampleRowsPerLaunch, rows - first);
     RowBatch batch = {};
@@ -450,9 +742,9 @@ void Score(Stream& stream, const ScoreArgs& args) {
         std::abort();
       }
       batch.rows[i].token = token;
-      batch.rows[i].top_logprobs = std::max(0, args.num_top[first + i]);
+      batch.rows[i].num_top = NumTop(std::max(0, args.num_top[first + i]), memory.vocab);
     }
-    Launch(stream, "Sample", SamplePlan(n), SampleKernel, memory, batch, static_cast<int>(first));
+    SampleRows(stream, memory, batch, first, n);
   }
   Copy(stream, args.results, Device::kCpu, memory.results, Device::kCuda,
        static_cast<size_t>(rows) * sizeof(SampleResult));

@@ -153,7 +153,7 @@ TEST_F(CudaSampleTest, DrawsTheTokenOfTheCpu) {
 TEST_F(CudaSampleTest, CutsAmongEqualLogitsLikeTheCpu) {
   std::mt19937 random(5);
   constexpr float kValues[] = {-1, -0.0f, 0, 1, 2, -kInf};
-  constexpr int64_t kRows = kUnderTsan ? 8 : 60, kVocab = 700;
+  constexpr int64_t kRows = kUnderTsan ? 8 : 60, kVocab = 1100;  // three blocks' work
   Matrix logits(kRows, kVocab, DType::kF32);
   std::vector<Request> requests;
   for (int64_t r = 0; r < kRows; ++r) {
@@ -261,10 +261,70 @@ TEST_F(CudaSampleTest, ExpIsThatOfTheCpu) {
 }
 #endif
 
-TEST(CudaSamplePlan, ScratchHoldsResultsAndTwoRowsOfFloats) {
+#ifndef ALTIPLANO_ON_GPU
+// The sectors of global memory that all kernels touch, in rows of logits: one for the largest, one for each of three
+// levels of a search, one to draw or to gather, and a sixteenth where the last block looks for what was drawn in its
+// slice.
+TEST_F(CudaSampleTest, TrafficIsAFewReadsOfTheRow) {
+  if (kUnderTsan) GTEST_SKIP() << "a row of 128256 logits";
+  constexpr int64_t kVocab = 128256;
+  Matrix logits(1, kVocab, DType::kF32);
+  logits.FillNormal(3, 3);
+  struct Case {
+    const char* name;
+    SampleParams params;
+    double reads;
+  };
+  const Case cases[] = {
+      {"greedy", {.temperature = 0}, 1.02},
+      {"greedy, the token's log-probability", {.temperature = 0, .top_logprobs = 0}, 2.1},
+      {"greedy, 20 most probable", {.temperature = 0, .top_logprobs = 20}, 5.5},
+      {"temperature", {.temperature = 0.8f}, 2.2},
+      {"top_p", {.temperature = 0.8f, .top_p = 0.95f}, 5.8},
+      {"top_k, top_p", {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f}, 9.1},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.name);
+    Request request;
+    request.params = c.params;
+    sim::CountTraffic(true);
+    SampleOnGpu(logits, {request});
+    sim::Traffic sum;
+    for (const char* kernel :
+         {"SampleLargest", "SampleCount", "SampleWeigh", "SampleDraw", "SampleLogprob", "SampleGatherTop"}) {
+      const sim::Traffic traffic = sim::TrafficOf(kernel);
+      sum.sectors += traffic.sectors;
+      sum.ideal_sectors += traffic.ideal_sectors;
+    }
+    sim::CountTraffic(false);
+    const double reads = 32 * static_cast<double>(sum.sectors) / (4.0 * kVocab);
+    EXPECT_GE(reads, 1);
+    EXPECT_LE(reads, c.reads);
+    EXPECT_LE(static_cast<double>(sum.sectors), 1.02 * static_cast<double>(sum.ideal_sectors));
+  }
+}
+#endif
+
+TEST(CudaSamplePlan, DealsARowOutToBlocks) {
+  for (int64_t vocab : {1, 511, 512, 513, 2500, 32000, 128256, 152064, 262144}) {
+    SCOPED_TRACE(vocab);
+    const int64_t slice = cuda::SampleSlice(vocab);
+    const cuda::LaunchShape shape = cuda::SamplePlan(7, vocab);
+    EXPECT_EQ(slice % cuda::kSampleThreads, 0);
+    EXPECT_GE(shape.grid_x * slice, vocab);
+    EXPECT_LT((shape.grid_x - 1) * slice, vocab) << "every block has something to do";
+    EXPECT_LE(shape.grid_x, cuda::kMostSampleBlocks);
+    EXPECT_EQ(shape.grid_y, 7u);
+  }
+  EXPECT_EQ(cuda::SamplePlan(1, 128256).grid_x, 16u);
+}
+
+TEST(CudaSamplePlan, ScratchHoldsResultsAndARowOfFloats) {
   EXPECT_EQ(cuda::SampleResultBytes(1) % 256, 0u);
   EXPECT_GE(cuda::SampleResultBytes(5), 5 * sizeof(SampleResult));
-  EXPECT_EQ(cuda::SampleScratchBytes(3, 1000), cuda::SampleResultBytes(3) + 3 * 1000 * 8);
+  EXPECT_EQ(cuda::SampleScratchBytes(3, 1000), cuda::SampleResultBytes(3) + 3 * cuda::kSampleRowBytes + 3 * 1000 * 4);
+  // Launches take turns.
+  EXPECT_EQ(cuda::SampleRowsBytes(1000), cuda::SampleRowsBytes(cuda::kSampleRowsPerLaunch));
   EXPECT_EQ(cuda::AdjustPlan(3, 257), (cuda::LaunchShape{.grid_x = 2, .grid_y = 3, .threads = 256}));
 }
 
