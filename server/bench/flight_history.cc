@@ -18,6 +18,11 @@ class Historian {
 
   FlightHistory Run() {
     for (const FlightFrame& frame : record_.frames) {
+      const auto* checkpoint = std::get_if<FlightCheckpoint>(&frame);
+      if (checkpoint == nullptr) continue;
+      for (const FlightCheckpoint::Request& live : checkpoint->requests) Know(live.arrival);
+    }
+    for (const FlightFrame& frame : record_.frames) {
       std::visit([this](const auto& one) { Take(one); }, frame);
     }
     for (auto& [id, state] : states_) Close(state, history_.end);
@@ -64,10 +69,14 @@ class Historian {
     waiting_.insert(id);
   }
 
-  void Take(const FlightArrival& arrival) {
-    Reach(arrival.arrival);
+  void Know(const FlightArrival& arrival) {
+    if (history_.ArrivalOf(arrival.key) != nullptr) return;
     history_.arrivals.insert(std::ranges::upper_bound(history_.arrivals, arrival.key, {}, &FlightArrival::key),
                              &arrival);
+  }
+  void Take(const FlightArrival& arrival) {
+    Reach(arrival.arrival);
+    Know(arrival);
     Mark({.kind = FlightMark::Kind::kArrived, .key = arrival.key, .at = arrival.arrival});
     Wait({arrival.key, 0}, arrival.arrival);
   }
@@ -75,6 +84,7 @@ class Historian {
   void Take(const FlightStop&) {}
   void Take(const FlightCacheReset&) {}
   void Take(const FlightNames&) {}
+  void Take(const FlightCheckpoint&) {}
   void Take(const FlightAbort& abort) {
     Reach(abort.now);
     for (auto& [id, state] : states_) Close(state, abort.now);

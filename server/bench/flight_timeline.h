@@ -52,13 +52,13 @@ struct FlightStep {
 struct FlightHistory {
   TimePoint begin{}, end{};
   std::vector<FlightStep> steps;
-  std::vector<FlightSpan> spans;  // by end
-  std::vector<FlightMark> marks;  // by time
-  std::vector<const FlightArrival*> arrivals;
+  std::vector<FlightSpan> spans;               // by end
+  std::vector<FlightMark> marks;               // by time
+  std::vector<const FlightArrival*> arrivals;  // by key; also of those before the record begins that a checkpoint has
 
-  // The client's id; "#17" when the request had arrived before the record begins, or has none.
+  // The client's id; "#17" when the record does not know it, or it has none.
   std::string NameOf(RequestKey key) const;
-  const FlightArrival* ArrivalOf(RequestKey key) const;  // null: before the record begins
+  const FlightArrival* ArrivalOf(RequestKey key) const;  // null: the record does not know it
 };
 FlightHistory HistoryOf(const FlightRecord& record);
 

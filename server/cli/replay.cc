@@ -1,4 +1,5 @@
 // What a flight record says: the scheduler run again on it, who waited for what, and a trace to look at.
+#include <algorithm>
 #include <cstdio>
 #include <ctime>
 
@@ -28,8 +29,10 @@ std::string Utc(int64_t unix_ns) {
 void PrintSummary(const FlightRecord& record, const bench::FlightHistory& history) {
   const SchedulerOptions& options = record.options;
   const Duration since_begin = record.written - history.begin;
-  std::printf("%zu steps and %zu arrivals in %.3f s from %s on", history.steps.size(), history.arrivals.size(),
-              Seconds(history.end - history.begin), Utc(record.written_at_ns - since_begin.count()).c_str());
+  const auto arrivals = std::ranges::count(history.marks, bench::FlightMark::Kind::kArrived, &bench::FlightMark::kind);
+  std::printf("%zu steps and %lld arrivals in %.3f s from %s on", history.steps.size(),
+              static_cast<long long>(arrivals), Seconds(history.end - history.begin),
+              Utc(record.written_at_ns - since_begin.count()).c_str());
   if (record.dropped_steps > 0) {
     std::printf("; %llu steps before them have left the ring", static_cast<unsigned long long>(record.dropped_steps));
   }
@@ -67,6 +70,10 @@ int Run(const ParsedFlags& flags) {
   PrintSummary(*record, history);
   auto replay = ReplayFlightRecord(*record);
   int code = kExitOk;
+  if (replay.ok() && replay->from) {
+    std::printf("what is before %.6f s, the first checkpoint, is shown as recorded and not replayed\n",
+                Seconds(*replay->from - history.begin));
+  }
   if (replay.ok() && replay->difference.empty()) {
     std::printf("replayed %llu steps: every decision is as recorded\n", static_cast<unsigned long long>(replay->steps));
   } else if (replay.ok()) {
@@ -85,41 +92,43 @@ int Run(const ParsedFlags& flags) {
 
 Subcommand ReplayCommand() {
   return {
-      .command = {.name = kName,
-                  .summary = "run the scheduler again on a flight record, and show who waited for what",
-                  .synopsis = "altiplano replay FILE [--request ID] [--from 1.5s] [--until 3s] [--perfetto OUT.json]",
-                  .notes =
-                      "FILE is from altiplano admin dump-flight-record, --flight-record-dir or altiplano simulate\n"
-                      "--flight-record. No model is needed. Exit code 1: the scheduler of this program decides\n"
-                      "otherwise than the recorded one.",
-                  .flags = {{.name = "request",
-                             .type = FlagType::kText,
-                             .meaning = "Show what happened to this request only: its id as in the logs, or #KEY.",
-                             .example = "chat-17"},
-                            {.name = "from",
-                             .type = FlagType::kDuration,
-                             .default_value = "0",
-                             .meaning = "Show what happened from this time after the record's beginning on.",
-                             .example = "1.5s"},
-                            {.name = "until",
-                             .type = FlagType::kDuration,
-                             .meaning = "Show what happened up to this time after the record's beginning.",
-                             .example = "3s"},
-                            {.name = "timeline",
-                             .type = FlagType::kBool,
-                             .default_value = "true",
-                             .meaning = "Print the timeline; without it only whether the replay decides alike."},
-                            {.name = "perfetto",
-                             .type = FlagType::kPath,
-                             .meaning = "Write a trace for ui.perfetto.dev or chrome://tracing: tracks of slots and "
-                                        "requests, counters of blocks, queue and budget.",
-                             .example = "trace.json"},
-                            {.name = "write-step-cost",
-                             .type = FlagType::kPath,
-                             .meaning = "Fit what a step costs to the recorded steps and write it to this file, for "
-                                        "--step-cost of serve and simulate.",
-                             .example = "step_cost.json"}},
-                  .max_positional = 1},
+      .command =
+          {.name = kName,
+           .summary = "run the scheduler again on a flight record, and show who waited for what",
+           .synopsis = "altiplano replay FILE [--request ID] [--from 1.5s] [--until 3s] [--perfetto OUT.json]",
+           .notes =
+               "FILE is from altiplano admin dump-flight-record, --flight-record-dir or altiplano simulate\n"
+               "--flight-record. No model is needed. A record whose oldest steps have left its ring is replayed from\n"
+               "its first checkpoint on. Exit code 1: the scheduler of this program decides otherwise than the\n"
+               "recorded one.",
+           .flags = {{.name = "request",
+                      .type = FlagType::kText,
+                      .meaning = "Show what happened to this request only: its id as in the logs, or #KEY.",
+                      .example = "chat-17"},
+                     {.name = "from",
+                      .type = FlagType::kDuration,
+                      .default_value = "0",
+                      .meaning = "Show what happened from this time after the record's beginning on.",
+                      .example = "1.5s"},
+                     {.name = "until",
+                      .type = FlagType::kDuration,
+                      .meaning = "Show what happened up to this time after the record's beginning.",
+                      .example = "3s"},
+                     {.name = "timeline",
+                      .type = FlagType::kBool,
+                      .default_value = "true",
+                      .meaning = "Print the timeline; without it only whether the replay decides alike."},
+                     {.name = "perfetto",
+                      .type = FlagType::kPath,
+                      .meaning = "Write a trace for ui.perfetto.dev or chrome://tracing: tracks of slots and "
+                                 "requests, counters of blocks, queue and budget.",
+                      .example = "trace.json"},
+                     {.name = "write-step-cost",
+                      .type = FlagType::kPath,
+                      .meaning = "Fit what a step costs to the recorded steps and write it to this file, for "
+                                 "--step-cost of serve and simulate.",
+                      .example = "step_cost.json"}},
+           .max_positional = 1},
       .run = Run};
 }
 

@@ -53,6 +53,10 @@ class BlockPool {
   int32_t retired(BlockId block) const { return At(block).retired; }
   bool kept(BlockId block) const { return At(block).kept; }
   bool valued(BlockId block) const { return At(block).valued; }
+  // Kept and unreferenced blocks that are valued, or not: -1 behind the youngest.
+  BlockId oldest_cached(bool valued) const { return (valued ? valued_ : plain_).oldest; }
+  BlockId younger(BlockId block) const { return At(block).younger; }
+  int32_t num_cached(bool valued) const { return (valued ? valued_ : plain_).size; }
   BlockId next_to_take() const { return plain_.oldest >= 0 ? plain_.oldest : valued_.oldest; }  // kept; -1: none
 
   void CheckInvariants() const;

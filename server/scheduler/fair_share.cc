@@ -46,6 +46,11 @@ void FairShare::Leave(size_t index) {
   accounts_[index].busy = false;
 }
 
+void FairShare::Restore(size_t account, const Service& service, bool busy) {
+  static_cast<Service&>(accounts_[account]) = service;
+  accounts_[account].busy = busy;
+}
+
 std::span<const size_t> FairShare::Order() {
   for (Account& account : accounts_) Settle(&account);
   // Nearly in order already.

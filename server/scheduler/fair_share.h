@@ -25,12 +25,22 @@ class FairShare {
   std::span<const size_t> Order();
   int64_t Level(size_t account);  // in 1/1024 of service for a weight of 1
 
- private:
-  struct Account {
-    int64_t weight = 1;
+  // For checkpoints: what there is beside weights and who is busy.
+  struct Service {
     int64_t level = 0;
     int64_t pending = 0;    // service charged since level was worked out
     int64_t remainder = 0;  // of that division
+
+    bool operator==(const Service&) const = default;
+  };
+  const Service& service(size_t account) const { return accounts_[account]; }
+  int64_t floor() const { return floor_; }
+  void Restore(size_t account, const Service& service, bool busy);
+  void RestoreFloor(int64_t floor) { floor_ = floor; }
+
+ private:
+  struct Account : Service {
+    int64_t weight = 1;
     bool busy = false;
   };
   void Settle(Account* account);

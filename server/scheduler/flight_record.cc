@@ -1,7 +1,11 @@
 #include "server/scheduler/flight_record.h"
 
+#include <algorithm>
 #include <bit>
 #include <limits>
+#include <span>
+#include <type_traits>
+#include <utility>
 
 #include "server/base/sha256.h"
 #include "server/base/strings.h"
@@ -60,9 +64,9 @@ class Reader {
     Fail(StrCat(what, " is ", value, ", which has more than 32 bits"));
     return 0;
   }
-  Duration Span(const char* what) {
+  Duration Span(const char* what, int64_t most = kMostNanoseconds) {
     const int64_t value = Signed();
-    if (value >= -kMostNanoseconds && value <= kMostNanoseconds) return Duration(value);
+    if (value >= -most && value <= most) return Duration(value);
     Fail(StrCat(what, " is ", value, " ns, out of range"));
     return {};
   }
@@ -136,6 +140,16 @@ FlightArrival ReadArrival(Reader& in) {
   return arrival;
 }
 
+FlightCancel ReadCancel(Reader& in) {
+  const RequestKey key = in.Number();
+  return {key, static_cast<Code>(in.UpTo(static_cast<uint64_t>(Code::kUnauthenticated), "the code"))};
+}
+
+FlightStop ReadStop(Reader& in) {
+  const RequestKey key = in.Number();
+  return {key, static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"))};
+}
+
 FlightNames ReadNames(Reader& in) {
   FlightNames names;
   names.key = in.Number();
@@ -161,6 +175,23 @@ std::vector<FlightEnd> ReadEnds(Reader& in) {
   return ends;
 }
 
+std::vector<FlightPlanned> ReadPlanned(Reader& in) {
+  std::vector<FlightPlanned> list(in.Length(5, "planned sequences"));
+  RequestKey last = 0;
+  for (FlightPlanned& planned : list) {
+    planned.key = last += static_cast<RequestKey>(in.Signed());
+    const uint64_t flags = in.UpTo(uint64_t{UINT32_MAX} << 3 | 7, "the sequence");
+    planned.sequence = static_cast<uint32_t>(flags >> 3);
+    planned.scores = (flags & 4) != 0;
+    planned.admitted = (flags & 2) != 0;
+    planned.sample = (flags & 1) != 0;
+    planned.slot = in.Count("the slot");
+    planned.first_position = in.Count("the first position");
+    planned.num_tokens = in.Count("the number of tokens");
+  }
+  return list;
+}
+
 FlightPlan ReadPlan(Reader& in) {
   FlightPlan plan;
   plan.now = in.Time("now");
@@ -179,19 +210,7 @@ FlightPlan ReadPlan(Reader& in) {
     preempted.sequence = static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"));
   }
   plan.ends = ReadEnds(in);
-  plan.sequences.resize(in.Length(5, "planned sequences"));
-  RequestKey last = 0;
-  for (FlightPlanned& planned : plan.sequences) {
-    planned.key = last += static_cast<RequestKey>(in.Signed());
-    const uint64_t flags = in.UpTo(uint64_t{UINT32_MAX} << 3 | 7, "the sequence");
-    planned.sequence = static_cast<uint32_t>(flags >> 3);
-    planned.scores = (flags & 4) != 0;
-    planned.admitted = (flags & 2) != 0;
-    planned.sample = (flags & 1) != 0;
-    planned.slot = in.Count("the slot");
-    planned.first_position = in.Count("the first position");
-    planned.num_tokens = in.Count("the number of tokens");
-  }
+  plan.sequences = ReadPlanned(in);
   return plan;
 }
 
@@ -206,19 +225,181 @@ FlightResult ReadResult(Reader& in) {
   return result;
 }
 
+// --- Checkpoints, as in scheduler_checkpoint.cc
+// -----------------------------------------------------------------------
+
+std::vector<BlockId> ReadBlocks(Reader& in) {
+  std::vector<BlockId> blocks(in.Length(1, "blocks"));
+  int64_t last = 0;
+  for (BlockId& block : blocks) {
+    last += in.Small("the way to the next block");
+    if (last < 0 || last > INT32_MAX) in.Fail(StrCat("there is no block ", last));
+    if (!in.ok()) return {};
+    block = static_cast<BlockId>(last);
+  }
+  return blocks;
+}
+
+std::vector<uint64_t> ReadCachedNames(Reader& in) {
+  std::vector<uint64_t> names(in.Length(sizeof(uint64_t), "cached blocks"));
+  for (uint64_t& name : names) name = in.Fixed64("a block's name");
+  return names;
+}
+
+class CheckpointReader {
+ public:
+  explicit CheckpointReader(Reader& in) : in_(in) {}
+
+  FlightCheckpoint Read() {
+    checkpoint_.now = in_.Time("now");
+    checkpoint_.step = in_.Number();
+    checkpoint_.orders = in_.Number();
+    if (in_.Flag("whether the step cost is learned")) ReadLearner();
+    checkpoint_.floor = Level();
+    checkpoint_.accounts.resize(in_.Length(3, "accounts"));
+    for (FairShare::Service& service : checkpoint_.accounts) service = {Level(), Level(), Level()};
+    checkpoint_.free_slots.resize(in_.Length(1, "free slots"));
+    for (int32_t& slot : checkpoint_.free_slots) slot = in_.Count("a slot");
+    ReadHeld();
+    checkpoint_.cached = ReadCachedNames(in_);
+    checkpoint_.cached_valued = ReadCachedNames(in_);
+    checkpoint_.requests.resize(in_.Length(kLeastRequestBytes, "live requests"));
+    for (FlightCheckpoint::Request& request : checkpoint_.requests) ReadRequest(&request);
+    checkpoint_.sharing.resize(in_.Length(1, "requests that share"));
+    for (RequestKey& key : checkpoint_.sharing) key = in_.Number();
+    if (in_.Flag("whether the head is blocked")) {
+      checkpoint_.blocked = {
+          .key = in_.Number(), .sequence = Index(), .until_available = in_.Count("blocks"), .until_step = in_.Number()};
+    }
+    if (in_.Flag("whether a step is in flight")) {
+      checkpoint_.in_flight = ReadPlanned(in_);
+      checkpoint_.retired = ReadBlocks(in_);
+      if (checkpoint_.in_flight.empty()) in_.Fail("the step in flight is of no sequences");
+    }
+    checkpoint_.cancels.resize(in_.Length(2, "cancels"));
+    for (FlightCancel& cancel : checkpoint_.cancels) cancel = ReadCancel(in_);
+    checkpoint_.stops.resize(in_.Length(2, "stops"));
+    for (FlightStop& stop : checkpoint_.stops) stop = ReadStop(in_);
+    return std::move(checkpoint_);
+  }
+
+ private:
+  static constexpr int64_t kMostLevel = int64_t{1} << 50;
+  static constexpr int64_t kMostStart = int64_t{1} << 62;  // priorities that age move it by up to a century
+  static constexpr size_t kLeastRequestBytes = 16;
+
+  int64_t Level() {
+    const int64_t level = in_.Signed();
+    if (level < 0 || level > kMostLevel) in_.Fail(StrCat("an account's level is ", level));
+    return in_.ok() ? level : 0;
+  }
+  uint32_t Index() { return static_cast<uint32_t>(in_.UpTo(UINT32_MAX, "the sequence")); }
+
+  void ReadLearner() {
+    StepCostLearner& learner = checkpoint_.learner.emplace(StepCost{});
+    StepCostLearner::VisitNumbers(learner, [this](auto& number) {
+      if constexpr (std::is_floating_point_v<std::remove_reference_t<decltype(number)>>) {
+        number = std::bit_cast<double>(in_.Fixed64("what was learned"));
+      } else {
+        number = static_cast<std::remove_reference_t<decltype(number)>>(in_.Number());
+      }
+    });
+    if (!learner.plausible()) in_.Fail("the step cost that was learned is none");
+  }
+
+  void ReadHeld() {
+    checkpoint_.held.resize(in_.Length(1, "held blocks"));
+    int64_t last = 0;
+    for (FlightCheckpoint::Held& held : checkpoint_.held) {
+      const uint64_t way = in_.UpTo(uint64_t{INT32_MAX} << 2 | 3, "the way to the next held block");
+      last += static_cast<int64_t>(way >> 2);
+      if (last > INT32_MAX) in_.Fail(StrCat("there is no block ", last));
+      if (!in_.ok()) return;
+      held = {.block = static_cast<BlockId>(last), .valued = (way & 2) != 0, .name = {}};
+      if ((way & 1) != 0) held.name = in_.Fixed64("a block's name");
+    }
+  }
+
+  void ReadRequest(FlightCheckpoint::Request* request) {
+    request->arrival = ReadArrival(in_);
+    request->order = in_.Number();
+    const uint64_t flags = in_.UpTo(3, "a request's flags");
+    request->hurries = (flags & 2) != 0;
+    request->admitted = (flags & 1) != 0;
+    request->start_by = TimePoint(in_.Span("when to start", kMostStart));
+    request->hopeless_before = in_.Span("when it is hopeless");
+    if (request->hopeless_before < Duration(0)) in_.Fail("a prompt is said to take less than no time");
+    request->scored = in_.Count("scored positions");
+    request->leader = in_.Count("the leader") - 1;
+    request->shared = ReadBlocks(in_);
+    const auto sequences = static_cast<size_t>(request->arrival.num_sequences);
+    if (sequences > in_.left()) in_.Fail(StrCat("there is no room for ", sequences, " sequences"));
+    if (!in_.ok()) return;
+    request->sequences.resize(sequences);
+    const size_t in_prompt = static_cast<size_t>(in_.Count("full blocks of the prompt"));
+    for (FlightCheckpoint::Sequence& sequence : request->sequences) ReadSequence(in_prompt, &sequence);
+    auto running = [](const auto& sequence) { return sequence.state == FlightCheckpoint::State::kRunning; };
+    const auto it = std::ranges::find_if(request->sequences, running);
+    request->names = ReadNames(it != request->sequences.end() ? it->blocks : request->shared);
+  }
+
+  void ReadSequence(size_t in_prompt, FlightCheckpoint::Sequence* sequence) {
+    const uint64_t state = in_.UpTo(7, "a sequence's state");
+    sequence->state = static_cast<FlightCheckpoint::State>(state >> 1);
+    sequence->admitted = (state & 1) != 0;
+    if (sequence->state == FlightCheckpoint::State::kEnded) return;
+    for (int32_t* count : {&sequence->generated, &sequence->charged, &sequence->preempted}) {
+      *count = in_.Count("what a sequence has had");
+    }
+    std::span<const BlockId> behind_prompt;
+    if (sequence->state == FlightCheckpoint::State::kRunning) {
+      for (int32_t* count : {&sequence->slot, &sequence->scheduled, &sequence->computed, &sequence->published}) {
+        *count = in_.Count("how far a sequence has come");
+      }
+      sequence->blocks = ReadBlocks(in_);
+      behind_prompt = std::span(sequence->blocks).subspan(std::min(in_prompt, sequence->blocks.size()));
+    }
+    sequence->names = ReadNames(behind_prompt);
+  }
+
+  std::vector<uint64_t> ReadNames(std::span<const BlockId> blocks) {
+    const uint64_t count = in_.Number();
+    if (count > blocks.size() + in_.left() / sizeof(uint64_t))
+      in_.Fail(StrCat("there is no room for ", count, " names"));
+    std::vector<uint64_t> names;
+    while (in_.ok() && names.size() < count) {
+      const uint64_t left = count - names.size();
+      const uint64_t of_blocks = in_.UpTo(left, "how many names are those of blocks");
+      for (uint64_t i = 0; i < of_blocks && in_.ok(); ++i) names.push_back(NameOf(blocks, names.size()));
+      const uint64_t others = in_.UpTo(left - of_blocks, "how many names are no block's");
+      for (uint64_t i = 0; i < others && in_.ok(); ++i) names.push_back(in_.Fixed64("a name"));
+      if (of_blocks + others == 0) in_.Fail("names are missing");
+    }
+    return names;
+  }
+
+  uint64_t NameOf(std::span<const BlockId> blocks, size_t i) {
+    if (i < blocks.size()) {
+      const auto held = std::ranges::lower_bound(checkpoint_.held, blocks[i], {}, &FlightCheckpoint::Held::block);
+      if (held != checkpoint_.held.end() && held->block == blocks[i] && held->name) return *held->name;
+    }
+    in_.Fail("a block has no name where one is said to be");
+    return 0;
+  }
+
+  Reader& in_;
+  FlightCheckpoint checkpoint_;
+};
+
 FlightFrame ReadFrame(Reader& in) {
   const auto kind = static_cast<FlightKind>(in.UpTo(UINT8_MAX, "the kind"));
   switch (kind) {
     case FlightKind::kArrival:
       return ReadArrival(in);
-    case FlightKind::kCancel: {
-      const RequestKey key = in.Number();
-      return FlightCancel{key, static_cast<Code>(in.UpTo(static_cast<uint64_t>(Code::kUnauthenticated), "the code"))};
-    }
-    case FlightKind::kStop: {
-      const RequestKey key = in.Number();
-      return FlightStop{key, static_cast<uint32_t>(in.UpTo(UINT32_MAX, "the sequence"))};
-    }
+    case FlightKind::kCancel:
+      return ReadCancel(in);
+    case FlightKind::kStop:
+      return ReadStop(in);
     case FlightKind::kCacheReset:
       return FlightCacheReset{};
     case FlightKind::kAbort:
@@ -229,6 +410,8 @@ FlightFrame ReadFrame(Reader& in) {
       return ReadPlan(in);
     case FlightKind::kResult:
       return ReadResult(in);
+    case FlightKind::kCheckpoint:
+      return CheckpointReader(in).Read();
   }
   in.Fail(StrCat("there is no kind ", static_cast<int>(kind)));
   return FlightCacheReset{};

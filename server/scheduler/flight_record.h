@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -15,15 +16,28 @@
 #include "server/base/clock.h"
 #include "server/base/status.h"
 #include "server/base/types.h"
+#include "server/scheduler/block_pool.h"
+#include "server/scheduler/fair_share.h"
 #include "server/scheduler/request.h"
 #include "server/scheduler/scheduler.h"
+#include "server/scheduler/step_cost_learner.h"
 
 namespace altiplano {
 
 inline constexpr std::string_view kFlightMagic = "ALTIFLR\n";
-inline constexpr uint32_t kFlightVersion = 2;
+inline constexpr uint32_t kFlightVersion = 3;
 
-enum class FlightKind : uint8_t { kArrival = 1, kCancel, kStop, kCacheReset, kAbort, kNames, kPlan, kResult };
+enum class FlightKind : uint8_t {
+  kArrival = 1,
+  kCancel,
+  kStop,
+  kCacheReset,
+  kAbort,
+  kNames,
+  kPlan,
+  kResult,
+  kCheckpoint
+};
 
 struct FlightArrival {
   RequestKey key = 0;
@@ -119,8 +133,81 @@ struct FlightResult {
   bool operator==(const FlightResult&) const = default;
 };
 
+// The whole state of a scheduler that is about to plan, so far as it decides anything: a record can be replayed from
+// here. Blocks are by their ids at that time, names are their first 8 bytes.
+struct FlightCheckpoint {
+  enum class State : uint8_t { kHeld, kWaiting, kRunning, kEnded };  // live_request.h
+  struct Sequence {
+    State state = State::kHeld;
+    bool admitted = false;
+    int32_t generated = 0;
+    int32_t charged = 0;
+    int32_t preempted = 0;
+    // Of kRunning only:
+    int32_t slot = -1;
+    int32_t scheduled = 0;
+    int32_t computed = 0;
+    int32_t published = 0;
+    std::vector<BlockId> blocks;
+    std::vector<uint64_t> names;  // of blocks behind the prompt's, as far as they have been needed
+
+    bool operator==(const Sequence&) const = default;
+  };
+  struct Request {
+    FlightArrival arrival;
+    uint64_t order = 0;
+    bool admitted = false;
+    bool hurries = false;
+    TimePoint start_by{};
+    Duration hopeless_before{};  // the deadline, by so much
+    int32_t scored = 0;
+    int32_t leader = -1;  // among the sequences; -1: none
+    std::vector<BlockId> shared;
+    std::vector<uint64_t> names;  // of blocks within the prompt, as far as they have been needed
+    std::vector<Sequence> sequences;
+
+    bool operator==(const Request&) const = default;
+  };
+  struct Held {
+    BlockId block = 0;
+    bool valued = false;
+    std::optional<uint64_t> name;  // of a published block
+
+    bool operator==(const Held&) const = default;
+  };
+  struct Blocked {
+    RequestKey key = 0;
+    uint32_t sequence = 0;
+    int32_t until_available = 0;
+    uint64_t until_step = 0;
+
+    bool operator==(const Blocked&) const = default;
+  };
+
+  TimePoint now{};                         // of the plan that follows
+  uint64_t step = 0;                       // of the last plan; that of the step in flight, if there is one
+  uint64_t orders = 0;                     // of arrival that have been given
+  std::optional<StepCostLearner> learner;  // only where the cost is learned
+  int64_t floor = 0;
+  std::vector<FairShare::Service> accounts;
+  std::vector<int32_t> free_slots;              // the last one is taken first
+  std::vector<Held> held;                       // by block
+  std::vector<uint64_t> cached, cached_valued;  // unreferenced, oldest first
+  std::vector<Request> requests;                // live
+  std::vector<RequestKey> sharing;              // those with `shared`, oldest first
+  std::optional<Blocked> blocked;
+  // The step in flight: empty when there is none. Slots are not in it.
+  std::vector<FlightPlanned> in_flight;
+  std::vector<BlockId> retired;
+  // That came since the last call.
+  std::vector<FlightCancel> cancels;
+  std::vector<FlightStop> stops;
+
+  bool operator==(const FlightCheckpoint&) const = default;
+};
+
 using FlightFrame = std::variant<FlightArrival, FlightCancel, FlightStop, FlightCacheReset, FlightAbort, FlightNames,
-                                 FlightPlan, FlightResult>;
+                                 FlightPlan, FlightResult, FlightCheckpoint>;
 
 struct FlightRecord {
   SchedulerOptions options;   // without eos_ids

@@ -16,17 +16,7 @@ namespace altiplano {
 
 namespace {
 
-constexpr size_t kMostNumberBytes = 10;
 constexpr size_t kMostPlannedBytes = 5 * kMostNumberBytes;
-
-uint8_t* PutNumber(uint64_t value, uint8_t* at) {
-  for (; value >= 0x80; value >>= 7) *at++ = static_cast<uint8_t>(value | 0x80);
-  *at++ = static_cast<uint8_t>(value);
-  return at;
-}
-uint64_t ZigZag(int64_t value) {
-  return (static_cast<uint64_t>(value) << 1) ^ static_cast<uint64_t>(value >> 63);
-}
 
 void AppendNumber(uint64_t value, std::string* out) {
   uint8_t bytes[kMostNumberBytes];
@@ -67,41 +57,15 @@ std::string HeaderOf(const SchedulerOptions& options) {
 
 }  // namespace
 
-// --- Frames ----------------------------------------------------------------------------------------------------------
-
-void FlightRecorder::Frame::Signed(int64_t value) {
-  Number(ZigZag(value));
-}
-
-void FlightRecorder::Frame::Room(size_t more) {
-  if (buffer_.size() - size_ < more) buffer_.resize(std::max(2 * buffer_.size(), size_ + more));
-}
-
-void FlightRecorder::Frame::Begin(FlightKind kind) {
-  size_ = 0;
-  Room(1);
-  buffer_[size_++] = static_cast<uint8_t>(kind);
-}
-
-void FlightRecorder::Frame::Number(uint64_t value) {
-  Room(kMostNumberBytes);
-  End(PutNumber(value, End()));
-}
-
-void FlightRecorder::Frame::Bytes(const void* data, size_t size) {
-  Room(size);
-  if (size > 0) std::memcpy(buffer_.data() + size_, data, size);
-  size_ += size;
-}
-
 // --- The ring --------------------------------------------------------------------------------------------------------
 
-FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes)
-    : header_(HeaderOf(options)), ring_(bytes) {
+FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes, size_t between)
+    : header_(HeaderOf(options)), between_(between), ring_(bytes) {
   CHECK(bytes > 0);
   const auto most = static_cast<size_t>(std::max(0, options.max_running));  // nobody has checked the options yet
   frame_.Room(most * kMostPlannedBytes);
   names_.Room(1 << 16);
+  if (between < bytes) checkpoint_.Room(bytes / 4);
   preempted_.reserve(most);
 }
 
@@ -132,7 +96,7 @@ void FlightRecorder::DropOldest() {
   begin_ = at + length;
 }
 
-void FlightRecorder::Keep(Frame* frame) {
+void FlightRecorder::Keep(FlightFrameWriter* frame) {
   uint8_t length[kMostNumberBytes];
   const auto length_bytes = static_cast<size_t>(PutNumber(frame->bytes().size(), length) - length);
   const size_t size = length_bytes + frame->bytes().size();
@@ -221,23 +185,40 @@ void FlightRecorder::OnCrash(int signal) noexcept {
   }
 }
 
+// --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+FlightFrameWriter* FlightRecorder::BeginCheckpoint() {
+  FlushNames();
+  checkpoint_.Begin(FlightKind::kCheckpoint);
+  return &checkpoint_;
+}
+
+void FlightRecorder::EndCheckpoint(bool whole) {
+  if (whole) Keep(&checkpoint_);
+  checkpointed_ = end_;
+}
+
 // --- What happens ----------------------------------------------------------------------------------------------------
+
+void PutArrival(RequestKey key, const Request& request, FlightFrameWriter* out) {
+  out->Number(key);
+  out->Text(request.id);
+  out->Text(request.tenant);
+  out->Number(request.prompt.size());
+  out->Number(static_cast<uint64_t>(request.num_sequences));
+  out->Number(static_cast<uint64_t>(request.stop.max_new_tokens));
+  out->Signed(request.priority);
+  out->Number(request.bypass_prefix_cache);
+  out->Number(request.sampling.prompt_top_logprobs >= 0);
+  for (TimePoint time : {request.arrival, request.queue_deadline, request.deadline, request.time_limit}) {
+    out->Time(time);
+  }
+  out->Signed(request.ttft_target.count());
+}
 
 void FlightRecorder::OnArrival(RequestKey key, const Request& request) {
   frame_.Begin(FlightKind::kArrival);
-  frame_.Number(key);
-  frame_.Text(request.id);
-  frame_.Text(request.tenant);
-  frame_.Number(request.prompt.size());
-  frame_.Number(static_cast<uint64_t>(request.num_sequences));
-  frame_.Number(static_cast<uint64_t>(request.stop.max_new_tokens));
-  frame_.Signed(request.priority);
-  frame_.Number(request.bypass_prefix_cache);
-  frame_.Number(request.sampling.prompt_top_logprobs >= 0);
-  for (TimePoint time : {request.arrival, request.queue_deadline, request.deadline, request.time_limit}) {
-    frame_.Time(time);
-  }
-  frame_.Signed(request.ttft_target.count());
+  PutArrival(key, request, &frame_);
   Keep(&frame_);
 }
 
@@ -302,6 +283,29 @@ void FlightRecorder::AddEnds(std::span<const Event> events) {
   frame_.Number(0);
 }
 
+void PutPlanned(const StepPlan& plan, FlightFrameWriter* out) {
+  const size_t count = plan.sequences.size();
+  out->Number(count);
+  out->Room(count * kMostPlannedBytes);
+  uint8_t* at = out->End();
+  RequestKey last = 0;
+  size_t init = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const PlannedSequence& planned = plan.sequences[i];
+    const bool admitted = init < plan.slot_inits.size() && plan.slot_inits[init].slot == planned.slot;
+    init += admitted;
+    at = PutNumber(ZigZag(static_cast<int64_t>(planned.request - last)), at);  // small: the order is that of arrival
+    last = planned.request;
+    at = PutNumber(uint64_t{planned.sequence} << 3 | uint64_t{planned.num_prompt_scores > 0} << 2 |
+                       uint64_t{admitted} << 1 | uint64_t{planned.sample},
+                   at);
+    at = PutNumber(static_cast<uint64_t>(planned.slot), at);
+    at = PutNumber(static_cast<uint64_t>(planned.first_position), at);
+    at = PutNumber(static_cast<uint64_t>(planned.num_tokens), at);
+  }
+  out->End(at);
+}
+
 void FlightRecorder::OnPlan(TimePoint now, const StepPlan* plan, const PlanNotes& notes,
                             std::span<const Event> events) {
   FlushNames();
@@ -322,26 +326,11 @@ void FlightRecorder::OnPlan(TimePoint now, const StepPlan* plan, const PlanNotes
   }
   preempted_.clear();
   AddEnds(events);
-  const size_t count = plan == nullptr ? 0 : plan->sequences.size();
-  frame_.Number(count);
-  frame_.Room(count * kMostPlannedBytes);
-  uint8_t* at = frame_.End();
-  RequestKey last = 0;
-  size_t init = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const PlannedSequence& planned = plan->sequences[i];
-    const bool admitted = init < plan->slot_inits.size() && plan->slot_inits[init].slot == planned.slot;
-    init += admitted;
-    at = PutNumber(ZigZag(static_cast<int64_t>(planned.request - last)), at);  // small: the order is that of arrival
-    last = planned.request;
-    at = PutNumber(uint64_t{planned.sequence} << 3 | uint64_t{planned.num_prompt_scores > 0} << 2 |
-                       uint64_t{admitted} << 1 | uint64_t{planned.sample},
-                   at);
-    at = PutNumber(static_cast<uint64_t>(planned.slot), at);
-    at = PutNumber(static_cast<uint64_t>(planned.first_position), at);
-    at = PutNumber(static_cast<uint64_t>(planned.num_tokens), at);
+  if (plan != nullptr) {
+    PutPlanned(*plan, &frame_);
+  } else {
+    frame_.Number(0);
   }
-  frame_.End(at);
   Keep(&frame_);
 }
 

@@ -13,6 +13,7 @@
 #include "server/base/clock.h"
 #include "server/base/crash.h"
 #include "server/base/sha256.h"
+#include "server/scheduler/flight_frame_writer.h"
 #include "server/scheduler/flight_record.h"
 #include "server/scheduler/prefix_cache.h"
 #include "server/scheduler/request.h"
@@ -21,10 +22,19 @@
 
 namespace altiplano {
 
+// The fields of FlightArrival, and a list of FlightPlanned.
+void PutArrival(RequestKey key, const Request& request, FlightFrameWriter* out);
+void PutPlanned(const StepPlan& plan, FlightFrameWriter* out);
+
 class FlightRecorder : private crash::LastAct {
  public:
-  // Of one scheduler, made with these options; `bytes` of frames are kept.
-  FlightRecorder(const SchedulerOptions& options, size_t bytes);
+  static constexpr size_t kNoCheckpoints = SIZE_MAX;
+
+  // Of one scheduler, made with these options; `bytes` of frames are kept. A checkpoint comes after every `between`
+  // bytes of other frames: by default so often that a full ring always has one, if it takes no more than a quarter of
+  // the ring. One that takes more is not kept.
+  FlightRecorder(const SchedulerOptions& options, size_t bytes) : FlightRecorder(options, bytes, bytes / 4) {}
+  FlightRecorder(const SchedulerOptions& options, size_t bytes, size_t between);
 
   // When the process dies of a bug, the file is written to `path`, where nothing may be by then, and a line on stderr
   // says so. Once, before anything is recorded.
@@ -42,34 +52,17 @@ class FlightRecorder : private crash::LastAct {
   void OnPlan(TimePoint now, const StepPlan* plan, const PlanNotes& notes, std::span<const Event> events);
   void OnResult(TimePoint now, const StepPlan& plan, const StepResult& result, std::span<const Event> events);
 
+  // Before a plan: whether the scheduler is to write its state into BeginCheckpoint(), as far as there is room, and
+  // then to say whether it is whole.
+  bool checkpoint_due() const { return end_ - checkpointed_ >= between_; }
+  FlightFrameWriter* BeginCheckpoint();
+  void EndCheckpoint(bool whole);
+
   // Any thread: the file, as of now. The scheduler's thread waits while the ring is copied.
   std::string Write(TimePoint now, int64_t unix_ns) const;
 
  private:
-  // Appends numbers to a buffer that keeps its memory.
-  class Frame {
-   public:
-    void Begin(FlightKind kind);
-    void Number(uint64_t value);
-    void Signed(int64_t value);
-    void Time(TimePoint time) { Signed(time.time_since_epoch().count()); }
-    void Bytes(const void* data, size_t size);
-    void Text(std::string_view text) {
-      Number(text.size());
-      Bytes(text.data(), text.size());
-    }
-    void Room(size_t more);  // behind End(), for whoever writes there
-    uint8_t* End() { return buffer_.data() + size_; }
-    void End(const uint8_t* at) { size_ = static_cast<size_t>(at - buffer_.data()); }
-    std::span<const uint8_t> bytes() const { return {buffer_.data(), size_}; }
-    bool empty() const { return size_ == 0; }
-    void Clear() { size_ = 0; }
-
-   private:
-    std::vector<uint8_t> buffer_;
-    size_t size_ = 0;
-  };
-  void Keep(Frame* frame);  // moves it into the ring
+  void Keep(FlightFrameWriter* frame);  // moves it into the ring
   void FlushNames();
   void AddEnds(std::span<const Event> events);
   void DropOldest();
@@ -80,10 +73,13 @@ class FlightRecorder : private crash::LastAct {
   void OnCrash(int signal) noexcept override;
 
   const std::string header_;  // the options
+  const size_t between_;
 
   // The scheduler's thread.
-  Frame frame_;
-  Frame names_;  // of consecutive blocks of one sequence
+  FlightFrameWriter frame_;
+  FlightFrameWriter checkpoint_;
+  uint64_t checkpointed_ = 0;  // end_ after the last one
+  FlightFrameWriter names_;    // of consecutive blocks of one sequence
   RequestKey names_key_ = 0;
   uint32_t names_sequence_ = 0;
   int32_t names_next_ = 0;

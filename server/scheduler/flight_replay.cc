@@ -21,8 +21,8 @@ constexpr TokenId kAnyToken = 0, kEosToken = 1, kStopToken = 2;
 
 // What a replay is ready to hold in memory.
 constexpr int64_t kMostPoolTokens = int64_t{1} << 27;
-constexpr int64_t kMostPromptTokens = int64_t{1} << 30;  // of all requests
-constexpr double kMostCost = 1e9;                        // microseconds, as in files of step costs
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // of all prompts, and what a checkpoint has of answers
+constexpr double kMostCost = 1e9;                  // microseconds, as in files of step costs
 constexpr int32_t kMostRunning = 1 << 20, kMostBudget = 1 << 24, kMostSequences = 1 << 16;
 
 Status Invalid(std::string message) {
@@ -63,7 +63,7 @@ class Replay {
 
   StatusOr<ReplayResult> Run() {
     RETURN_IF_ERROR(Prepare());
-    for (at_ = 0; at_ < record_.frames.size() && !parted_; ++at_) {
+    for (at_ = begin_; at_ < record_.frames.size() && !parted_; ++at_) {
       Status status = std::visit([this](const auto& frame) { return Take(frame); }, record_.frames[at_]);
       if (!status.ok()) return Invalid(StrCat("frame ", at_, ": ", status.message()));
     }
@@ -73,11 +73,10 @@ class Replay {
 
  private:
   Status Prepare() {
+    const FlightCheckpoint* checkpoint = nullptr;
     if (record_.dropped_frames > 0) {
-      return Status(Code::kFailedPrecondition,
-                    StrCat("the record does not begin with its scheduler: ", record_.dropped_steps,
-                           " older steps have left the ring, and with them the state that the first recorded step "
-                           "began with"));
+      ASSIGN_OR_RETURN(checkpoint, FindCheckpoint());
+      result_.from = checkpoint->now;
     }
     SchedulerOptions options = record_.options;
     if (int64_t{options.num_blocks} * options.block_size > kMostPoolTokens || options.max_running > kMostRunning ||
@@ -92,26 +91,67 @@ class Replay {
       if (!(us >= 0 && us <= kMostCost))
         return Invalid(StrCat("a recorded step cost is ", us, ", must be in [0, 1e9]"));
     }
-    int64_t prompt_tokens = 0;
     for (const FlightFrame& frame : record_.frames) {
       if (const auto* names = std::get_if<FlightNames>(&frame)) names_.Add(*names);
-      if (const auto* arrival = std::get_if<FlightArrival>(&frame)) prompt_tokens += arrival->prompt_tokens;
     }
-    if (prompt_tokens > kMostPromptTokens) {
-      return Invalid(
-          StrCat("the recorded prompts have ", prompt_tokens, " tokens, a replay takes ", kMostPromptTokens));
-    }
-    recorder_ = std::make_unique<FlightRecorder>(options, 2 * record_.frame_bytes + (1 << 20));
+    RETURN_IF_ERROR(CheckTokens(checkpoint));
+    const size_t bytes = 2 * record_.frame_bytes + (1 << 20);
+    recorder_ = std::make_unique<FlightRecorder>(options, bytes, FlightRecorder::kNoCheckpoints);
     options.eos_ids = {kEosToken};
     options.recorder = recorder_.get();
     options.namer = &names_;
     auto scheduler = Scheduler::Create(options);
     if (!scheduler.ok()) return Invalid(StrCat("the recorded options: ", scheduler.status().message()));
     scheduler_ = std::move(*scheduler);
+    return checkpoint == nullptr ? OkStatus() : Restore(options, *checkpoint);
+  }
+
+  Status CheckTokens(const FlightCheckpoint* checkpoint) const {
+    int64_t tokens = 0;
+    for (const FlightFrame& frame : record_.frames) {
+      if (const auto* arrival = std::get_if<FlightArrival>(&frame)) tokens += arrival->prompt_tokens;
+    }
+    if (checkpoint != nullptr) {
+      for (const FlightCheckpoint::Request& request : checkpoint->requests) {
+        tokens += request.arrival.prompt_tokens;
+        for (const FlightCheckpoint::Sequence& sequence : request.sequences) tokens += sequence.generated;
+      }
+    }
+    if (tokens <= kMostTokens) return OkStatus();
+    return Invalid(StrCat("the recorded requests have ", tokens, " tokens, a replay takes ", kMostTokens));
+  }
+
+  // The first one: everything from there on can be replayed.
+  StatusOr<const FlightCheckpoint*> FindCheckpoint() {
+    for (size_t i = 0; i < record_.frames.size(); ++i) {
+      const auto* checkpoint = std::get_if<FlightCheckpoint>(&record_.frames[i]);
+      if (checkpoint == nullptr) continue;
+      begin_ = i + 1;
+      return checkpoint;
+    }
+    return Status(Code::kFailedPrecondition,
+                  StrCat("the record does not begin with its scheduler, ", record_.dropped_steps,
+                         " older steps have left the ring, and no checkpoint is in it: one takes more than a quarter "
+                         "of --flight-record-memory"));
+  }
+
+  Status Restore(const SchedulerOptions& options, const FlightCheckpoint& checkpoint) {
+    std::vector<std::shared_ptr<const Request>> requests;
+    for (const FlightCheckpoint::Request& live : checkpoint.requests) {
+      ASSIGN_OR_RETURN(requests.emplace_back(), Arrive(live.arrival));
+    }
+    std::shared_ptr<const StepPlan> in_flight;
+    ASSIGN_OR_RETURN(scheduler_, Scheduler::Restore(options, checkpoint, requests, &in_flight));
+    if (in_flight != nullptr) in_flight_.push_back(std::move(in_flight));
     return OkStatus();
   }
 
   Status Take(const FlightArrival& arrival) {
+    ASSIGN_OR_RETURN(std::shared_ptr<const Request> request, Arrive(arrival));
+    scheduler_->Add(arrival.key, std::move(request));
+    return OkStatus();
+  }
+  StatusOr<std::shared_ptr<const Request>> Arrive(const FlightArrival& arrival) {
     ids_[arrival.key] = arrival.id;
     if (!seen_.emplace(arrival.key, true).second) return Invalid(StrCat("request ", arrival.key, " arrives again"));
     if (arrival.prompt_tokens < 1 || arrival.prompt_tokens >= scheduler_->max_servable_tokens() ||
@@ -135,8 +175,7 @@ class Replay {
     request->deadline = arrival.deadline;
     request->time_limit = arrival.time_limit;
     request->ttft_target = arrival.ttft_target;
-    scheduler_->Add(arrival.key, std::move(request));
-    return OkStatus();
+    return std::shared_ptr<const Request>(std::move(request));
   }
   Status Take(const FlightCancel& cancel) {
     scheduler_->Cancel(cancel.key, Status(cancel.code, "recorded"));
@@ -156,6 +195,7 @@ class Replay {
     return OkStatus();
   }
   Status Take(const FlightNames&) { return OkStatus(); }
+  Status Take(const FlightCheckpoint&) { return OkStatus(); }  // the replay knows its own state
   Status Take(const FlightPlan& recorded) {
     if (in_flight_.size() > 1) return Invalid("a third plan before any result");
     std::shared_ptr<const StepPlan> plan = scheduler_->Plan(recorded.now, &events_);
@@ -205,9 +245,11 @@ class Replay {
   StatusOr<std::string> Compare() const {
     ASSIGN_OR_RETURN(FlightRecord again, ParseFlightRecord(recorder_->Write(record_.written, record_.written_at_ns)));
     // Names that nobody has needed yet stay with the recorder until the next plan.
-    const size_t count = std::min({at_, record_.frames.size(), again.frames.size()});
-    for (size_t i = 0; i < count; ++i) {
-      if (record_.frames[i] != again.frames[i]) return Describe(record_.frames[i], again.frames[i]);
+    auto it = again.frames.begin();
+    for (size_t i = begin_; i < std::min(at_, record_.frames.size()) && it != again.frames.end(); ++i) {
+      if (std::holds_alternative<FlightCheckpoint>(record_.frames[i])) continue;
+      if (record_.frames[i] != *it) return Describe(record_.frames[i], *it);
+      ++it;
     }
     return std::string();
   }
@@ -279,6 +321,7 @@ class Replay {
   std::vector<Event> events_;
   std::unordered_map<RequestKey, bool> seen_;
   std::unordered_map<RequestKey, std::string> ids_;
+  size_t begin_ = 0;     // of the frames, the first that is replayed
   size_t at_ = 0;        // of the frames
   bool parted_ = false;  // plans are of different sequences: going on would compare nothing
   ReplayResult result_;

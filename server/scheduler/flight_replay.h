@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "server/base/status.h"
@@ -11,12 +12,13 @@
 namespace altiplano {
 
 struct ReplayResult {
-  uint64_t steps = 0;      // replayed
-  std::string difference;  // the first one, with its step; empty: every decision was the same
+  uint64_t steps = 0;             // replayed
+  std::optional<TimePoint> from;  // of the checkpoint that it began with; none: the record begins with its scheduler
+  std::string difference;         // the first one, with its step; empty: every decision was the same
 };
 
-// FAILED_PRECONDITION for a record that does not begin with its scheduler: what had happened before is not in it.
-// INVALID_ARGUMENT when its frames are not what any scheduler could have been called with.
+// From the record's beginning if that is its scheduler's, else from the first checkpoint on. FAILED_PRECONDITION when
+// there is none either. INVALID_ARGUMENT when its frames are not what any scheduler could have been called with.
 StatusOr<ReplayResult> ReplayFlightRecord(const FlightRecord& record);
 
 // "kNoBlocks" and so on in words: "no blocks".

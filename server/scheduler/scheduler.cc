@@ -66,6 +66,14 @@ StatusOr<std::unique_ptr<Scheduler>> Scheduler::Create(SchedulerOptions options)
   return std::unique_ptr<Scheduler>(new Scheduler(std::make_unique<Impl>(std::move(options))));
 }
 
+StatusOr<std::unique_ptr<Scheduler>> Scheduler::Restore(SchedulerOptions options, const FlightCheckpoint& checkpoint,
+                                                        const std::vector<std::shared_ptr<const Request>>& requests,
+                                                        std::shared_ptr<const StepPlan>* in_flight) {
+  ASSIGN_OR_RETURN(std::unique_ptr<Scheduler> scheduler, Create(std::move(options)));
+  ASSIGN_OR_RETURN(*in_flight, scheduler->impl_->Restore(checkpoint, requests));
+  return scheduler;
+}
+
 Scheduler::Scheduler(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Scheduler::~Scheduler() = default;
 
@@ -86,6 +94,10 @@ void Scheduler::StopSequence(RequestKey key, uint32_t sequence) {
 }
 std::shared_ptr<const StepPlan> Scheduler::Plan(TimePoint now, std::vector<Event>* events) {
   const size_t before = events->size();
+  if (auto* recorder = impl_->recorder(); recorder != nullptr && recorder->checkpoint_due()) {
+    // Here, since the device computes the step before meanwhile.
+    recorder->EndCheckpoint(impl_->WriteCheckpoint(now, recorder->BeginCheckpoint()));
+  }
   std::shared_ptr<const StepPlan> plan = impl_->Plan(now, events);
   if (auto* recorder = impl_->recorder()) {
     recorder->OnPlan(now, plan.get(), impl_->Notes(plan.get()), std::span(*events).subspan(before));
@@ -166,9 +178,29 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
   CHECK(prompt_size >= 1 && prompt_size + 1 <= max_servable_tokens());
   CHECK(request->num_sequences >= 1 && request->stop.max_new_tokens >= 1);
 
+  std::unique_ptr<LiveRequest> live = MakeLive(key, ++arrivals_, std::move(request));
+  Account& account = accounts_[live->account];
+  if (++account.live == 1) share_.Join(live->account);
+  ++account.load.waiting_requests;
+  account.load.waiting_tokens += prompt_size;
+  SetOrder(live.get());
+  live->leader = &live->sequences[0];
+  MakeWaiting(live->leader);
+  ++waiting_requests_;
+  waiting_tokens_ += prompt_size;
+  next_expiry_ = std::min(next_expiry_, EarliestExpiry(*live));
+  const bool is_new = live_.emplace(key, std::move(live)).second;
+  CHECK(is_new);
+}
+
+// What follows from the request alone; where it stands in the queue is still open.
+std::unique_ptr<LiveRequest> Scheduler::Impl::MakeLive(RequestKey key, uint64_t order,
+                                                       std::shared_ptr<const Request> request) const {
+  const auto prompt_size = static_cast<int64_t>(request->prompt.size());
   auto live = std::make_unique<LiveRequest>();
   live->key = key;
-  live->order = ++arrivals_;
+  live->order = order;
+  live->level = options_.priority_ageing > Duration(0) ? 0 : -int64_t{request->priority};
   live->prompt_size = static_cast<int32_t>(prompt_size);
   live->limit =
       static_cast<int32_t>(std::min<int64_t>(prompt_size + request->stop.max_new_tokens, max_servable_tokens()));
@@ -182,24 +214,13 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
   live->has_stop_ids = !request->stop.token_ids.empty();
   live->scores_prompt = request->sampling.prompt_top_logprobs >= 0;
   live->account = static_cast<uint32_t>(TenantOf(options_.tenants, request->tenant));
-  Account& account = accounts_[live->account];
-  if (++account.live == 1) share_.Join(live->account);
-  ++account.load.waiting_requests;
-  account.load.waiting_tokens += prompt_size;
   live->request = std::move(request);
-  SetOrder(live.get());
   live->sequences.resize(static_cast<size_t>(live->num_live));
   for (size_t i = 0; i < live->sequences.size(); ++i) {
     live->sequences[i].request = live.get();
     live->sequences[i].index = static_cast<uint32_t>(i);
   }
-  live->leader = &live->sequences[0];
-  MakeWaiting(live->leader);
-  ++waiting_requests_;
-  waiting_tokens_ += prompt_size;
-  next_expiry_ = std::min(next_expiry_, EarliestExpiry(*live));
-  const bool is_new = live_.emplace(key, std::move(live)).second;
-  CHECK(is_new);
+  return live;
 }
 
 // Where the request stands in the queue, and from when on it is hopeless. The former is predicted beside what decodes
@@ -207,7 +228,6 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
 void Scheduler::Impl::SetOrder(LiveRequest* live) const {
   const Request& request = *live->request;
   const Duration prefill = PrefillTime(0, live->prompt_size, decodes_);
-  live->level = options_.priority_ageing > Duration(0) ? 0 : -int64_t{request.priority};
   live->start_by = request.arrival + options_.default_ttft_target;
   if (request.ttft_target > Duration(0)) {
     live->hurries = true;

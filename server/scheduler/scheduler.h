@@ -19,6 +19,7 @@ namespace altiplano {
 
 class BlockNamer;
 class FlightRecorder;
+struct FlightCheckpoint;
 
 struct SchedulerOptions {
   int32_t num_blocks = 0;       // KV blocks in the pool
@@ -100,6 +101,12 @@ class Scheduler {
  public:
   // INVALID_ARGUMENT when the options contradict each other, naming what to change.
   static StatusOr<std::unique_ptr<Scheduler>> Create(SchedulerOptions options);
+  // The scheduler that a checkpoint was made of, for a replay: options.namer is not null. requests: as the
+  // checkpoint's; *in_flight: the plan whose result comes next, null when there is none. INVALID_ARGUMENT for a state
+  // that no scheduler comes to.
+  static StatusOr<std::unique_ptr<Scheduler>> Restore(SchedulerOptions options, const FlightCheckpoint& checkpoint,
+                                                      const std::vector<std::shared_ptr<const Request>>& requests,
+                                                      std::shared_ptr<const StepPlan>* in_flight);
   ~Scheduler();
 
   // The most tokens (prompt and answer) that one sequence can ever hold here.

@@ -30,6 +30,7 @@ void Scheduler::Impl::Apply(const StepPlan& plan, const StepResult& result, Time
   }
   CHECK(sampled == result.sampled.size() && scored == result.prompt_scores.size());
 
+  in_flight.plan.reset();
   in_flight.sequences.clear();
   in_flight.retired.clear();
   spare_in_flight_ = std::move(in_flight);
@@ -189,6 +190,9 @@ const BlockHash& Scheduler::Impl::HashOf(Sequence* sequence, int32_t i) {
 }
 
 const BlockHash& Scheduler::Impl::ParentOf(Sequence* sequence, int32_t i) {
+  // A replay believes in recorded names: a checkpoint has none of parents, and no record has those of salts.
+  static constexpr BlockHash kAnyParent{};
+  if (options_.namer != nullptr) return kAnyParent;
   return i == 0 ? sequence->request->root : HashOf(sequence, i - 1);
 }
 

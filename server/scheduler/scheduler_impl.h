@@ -11,6 +11,7 @@
 
 #include "server/scheduler/block_pool.h"
 #include "server/scheduler/fair_share.h"
+#include "server/scheduler/flight_record.h"
 #include "server/scheduler/live_request.h"
 #include "server/scheduler/plan_pool.h"
 #include "server/scheduler/prefix_cache.h"
@@ -18,6 +19,8 @@
 #include "server/scheduler/step_cost_learner.h"
 
 namespace altiplano {
+
+class FlightFrameWriter;
 
 class Scheduler::Impl {
  public:
@@ -37,11 +40,17 @@ class Scheduler::Impl {
   void CheckInvariants() const;
   PlanNotes Notes(const StepPlan* plan);  // of the plan just made
   FlightRecorder* recorder() const { return options_.recorder; }
+  // Before a plan: the fields of FlightCheckpoint. False: this is no moment for one, or there is no room for it in
+  // *out.
+  bool WriteCheckpoint(TimePoint now, FlightFrameWriter* out) const;
+  StatusOr<std::shared_ptr<const StepPlan>> Restore(const FlightCheckpoint& checkpoint,
+                                                    const std::vector<std::shared_ptr<const Request>>& requests);
 
  private:
   // What a plan that has not been applied yet still touches.
   struct InFlight {
     uint64_t step = 0;
+    std::shared_ptr<const StepPlan> plan;
     StepWork work;
     std::vector<Sequence*> sequences;  // as planned
     std::vector<BlockId> retired;      // references that end with the step
@@ -62,6 +71,7 @@ class Scheduler::Impl {
   };
 
   // --- Life of requests (scheduler.cc)
+  std::unique_ptr<LiveRequest> MakeLive(RequestKey key, uint64_t order, std::shared_ptr<const Request> request) const;
   void TakeCommands(const Call& call);
   void Expire(const Call& call);
   void ExpireOne(const Call& call, LiveRequest& request);
@@ -128,10 +138,28 @@ class Scheduler::Impl {
   const BlockHash& ParentOf(Sequence* sequence, int32_t i);
   const BlockHash* KnownHash(const Sequence& sequence, int32_t i) const;  // null: not needed so far
 
-  // --- Checking (scheduler_check.cc)
-  void CheckSequence(const Sequence& sequence) const;
-  void CheckReferences() const;
-  void CheckQueues() const;
+  // --- Checking (scheduler_check.cc): the invariant that is broken, null if none is
+  const char* BrokenInvariant() const;
+  const char* BrokenIn(const Sequence& sequence) const;
+  const char* BrokenReferences() const;
+  const char* BrokenQueues() const;
+  const char* BrokenBeforePlan() const;
+  const char* BrokenBeforePlan(const Sequence& sequence) const;
+
+  // --- Checkpoints (scheduler_checkpoint.cc, scheduler_restore.cc)
+  bool HasRoomForBlocks(const FlightFrameWriter& out) const;
+  bool HasRoomForRest(const FlightFrameWriter& out) const;
+  void WriteBlocks(FlightFrameWriter* out) const;
+  void WriteRequest(const LiveRequest& request, FlightFrameWriter* out) const;
+  void WriteNames(std::span<const BlockHash> names, std::span<const BlockId> blocks, FlightFrameWriter* out) const;
+  Status RestoreBlocks(const FlightCheckpoint& checkpoint);
+  Status RestoreHeld(const std::vector<FlightCheckpoint::Held>& held, const std::vector<int32_t>& refs);
+  Status RestoreName(BlockId block, uint64_t name);
+  Status RestoreRequest(const FlightCheckpoint::Request& from, std::shared_ptr<const Request> request);
+  Status RestoreSequence(const FlightCheckpoint::Sequence& from, Sequence* sequence);
+  Status RestoreQueues(const FlightCheckpoint& checkpoint);
+  StatusOr<std::shared_ptr<const StepPlan>> RestoreInFlight(const FlightCheckpoint& checkpoint);
+  StatusOr<Sequence*> PlannedOf(const FlightPlanned& planned);
 
   int32_t BlocksFor(int32_t tokens) const { return (tokens + options_.block_size - 1) >> block_shift_; }
 

@@ -48,7 +48,10 @@ std::shared_ptr<const StepPlan> Scheduler::Impl::Plan(TimePoint now, std::vector
   // What waits must not take blocks that a running sequence went without, nor come back in the step that preempted it.
   if (!pressed_) AdmitWaiting(plan.get(), call);
 
-  if (!plan->sequences.empty()) return plan;
+  if (!plan->sequences.empty()) {
+    in_flight_.back().plan = plan;
+    return plan;
+  }
   CHECK(in_flight_.back().retired.empty());  // a plan retires only what earlier plans touch
   spare_in_flight_ = std::move(in_flight_.back());
   in_flight_.pop_back();

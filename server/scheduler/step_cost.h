@@ -32,6 +32,8 @@ struct StepCost {
   double sequence_us = 0;   // logits and sampling of one sequence
   double kv_token_us = 0;   // a decode's attention to one token: reading its keys and values
   double attention_us = 0;  // a prompt token's attention to one token: arithmetic
+
+  bool operator==(const StepCost&) const = default;
 };
 // For whoever fits the formula to measured steps. But for its max it is linear: the time is what each of five things
 // costs - a step, a token, a sequence, a token of a decode's and of a prompt's context - times how many a step has.

@@ -7,14 +7,14 @@ namespace altiplano {
 
 namespace {
 
-constexpr double kNoise = 0.05;        // of a step's time, as a part of it
-constexpr double kForgetting = 0.998;  // what was learned 500 steps ago counts a third
-constexpr double kCloseEnough = 1e-4;  // such an error is the clock's, not the formula's
-constexpr double kErrorMemory = 0.02;  // weight of the newest step in the mean error
-constexpr uint64_t kFirstSteps = 32;   // all of them are learned from: nobody knows yet what is strange
-constexpr double kStrange = 0.25;      // an error beyond this and several times the usual is the machine's
-constexpr int32_t kStrangeInARow = 8;  // then the machine is another one now
-constexpr double kBetterBy = 0.8;      // so much less must another guess err to be believed
+constexpr double kNoise = 0.05;         // of a step's time, as a part of it
+constexpr double kForgetting = 0.998;   // what was learned 500 steps ago counts a third
+constexpr double kCloseEnough = 1e-4;   // such an error is the clock's, not the formula's
+constexpr double kErrorMemory = 0.02;   // weight of the newest step in the mean error
+constexpr uint64_t kFirstSteps = 32;    // all of them are learned from: nobody knows yet what is strange
+constexpr double kStrange = 0.25;       // an error beyond this and several times the usual is the machine's
+constexpr uint32_t kStrangeInARow = 8;  // then the machine is another one now
+constexpr double kBetterBy = 0.8;       // so much less must another guess err to be believed
 
 // Where nothing is known: microseconds that each term may cost, on a laptop or on a node of GPUs.
 constexpr double kDoubt[] = {1e5, 1e4, 1e3, 10, 1};
@@ -53,7 +53,7 @@ void StepCostLearner::Learn(const StepWork& work, Duration measured) {
   bool changed = false;
   for (Fit& fit : fits_) changed |= LearnOne(&fit, work, us, weight);
 
-  const auto best = static_cast<size_t>(std::ranges::min_element(fits_, {}, &Fit::error) - fits_.begin());
+  const auto best = static_cast<uint32_t>(std::ranges::min_element(fits_, {}, &Fit::error) - fits_.begin());
   const bool another = best != best_ && fits_[best].error < kBetterBy * fits_[best_].error;
   if (another) best_ = best;
   if (changed || another) cost_ = CostOf(fits_[best_]);
@@ -101,6 +101,12 @@ bool StepCostLearner::LearnOne(Fit* fit, const StepWork& work, double measured_u
     for (size_t j = 0; j < kTerms; ++j) fit->covariance[i][j] *= scale, fit->covariance[j][i] *= scale;
   }
   return true;
+}
+
+bool StepCostLearner::plausible() const {
+  bool bounded = true;
+  VisitNumbers(*this, [&bounded](auto number) { bounded &= std::abs(static_cast<double>(number)) <= 1e18; });
+  return bounded && best_ < kKnees;  // and no NaN
 }
 
 StepCost StepCostLearner::CostOf(const Fit& fit) {

@@ -27,6 +27,33 @@ class StepCostLearner {
   // from.
   double error() const { return error_; }
 
+  // For whoever keeps it: visit(number) for every double and integer of a StepCostLearner, which is all there is to it.
+  template <typename Learner, typename Visit>
+  static void VisitNumbers(Learner& learner, const Visit& visit) {
+    for (auto& doubt : learner.doubt_) visit(doubt);
+    for (auto& fit : learner.fits_) {
+      visit(fit.knee);
+      for (auto& coefficient : fit.coefficients) visit(coefficient);
+      for (auto& row : fit.covariance) {
+        for (auto& covariance : row) visit(covariance);
+      }
+      visit(fit.error);
+      visit(fit.strange);
+    }
+    visit(learner.best_);
+    auto& cost = learner.cost_;
+    for (auto* us :
+         {&cost.step_us, &cost.weights_us, &cost.token_us, &cost.sequence_us, &cost.kv_token_us, &cost.attention_us}) {
+      visit(*us);
+    }
+    visit(learner.error_);
+    visit(learner.steps_);
+  }
+  // Numbers from outside: whether they can be a learner's.
+  bool plausible() const;
+
+  bool operator==(const StepCostLearner&) const = default;
+
  private:
   static constexpr size_t kTerms = std::tuple_size_v<StepTerms>;
   static constexpr size_t kKnees = 7;
@@ -38,7 +65,9 @@ class StepCostLearner {
     StepTerms coefficients{};  // a negative one speaks as zero
     std::array<StepTerms, kTerms> covariance{};
     double error = 0;
-    int32_t strange = 0;  // steps in a row that were too far off to learn from
+    uint32_t strange = 0;  // steps in a row that were too far off to learn from
+
+    bool operator==(const Fit&) const = default;
   };
   static StepCost CostOf(const Fit& fit);
   void Doubt(Fit* fit) const;  // takes the coefficients for no more than a start
@@ -46,7 +75,7 @@ class StepCostLearner {
 
   StepTerms doubt_{};  // standard deviation of each coefficient at the start
   std::array<Fit, kKnees> fits_;
-  size_t best_ = 0;
+  uint32_t best_ = 0;
   StepCost cost_;
   double error_ = 0;
   uint64_t steps_ = 0;

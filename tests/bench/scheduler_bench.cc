@@ -1,6 +1,6 @@
 // What the scheduler costs a step, in CPU time: Plan and Apply with many sequences that all decode, without and with
-// the flight recorder, and the memory they ask for; and the admission of a prompt that the prefix cache holds. The
-// executor is a loop that samples one token for each sequence.
+// the flight recorder, and the memory they ask for; its checkpoints; and the admission of a prompt that the prefix
+// cache holds. The executor is a loop that samples one token for each sequence.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "server/base/strings.h"
+#include "server/scheduler/flight_record.h"
 #include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/prefix_cache.h"
 #include "server/scheduler/scheduler.h"
@@ -206,6 +207,40 @@ void MeasureRecorder(Report& report, int32_t sequences) {
   ReportAllocations(report, StrCat(name, ", recorded"), costs[1]);
 }
 
+// Plans with a checkpoint before each, beside plans without.
+void MeasureCheckpoint(Report& report, int32_t sequences) {
+  constexpr size_t kBytes = 32 << 20;  // as --flight-record-memory
+  SchedulerOptions options = Options(sequences, /*prefix_cache=*/true);
+  FlightRecorder without(options, kBytes, FlightRecorder::kNoCheckpoints), with(options, kBytes, /*between=*/1);
+  options.recorder = &without;
+  Driver plain(options);
+  options.recorder = &with;
+  Driver checkpointing(options);
+  const std::vector<Costs> costs = Collect({&plain, &checkpointing}, sequences);
+  const auto read = [](const FlightRecorder& recorder) { return *ParseFlightRecord(recorder.Write({}, 0)); };
+  const auto frames = [](const FlightRecord& record, auto of) {
+    return static_cast<double>(std::ranges::count_if(
+        record.frames, [](const FlightFrame& frame) { return std::holds_alternative<decltype(of)>(frame); }));
+  };
+  const FlightRecord steps = read(without), both = read(with);
+  const double step_bytes = static_cast<double>(steps.frame_bytes) / frames(steps, FlightResult());
+  const double bytes = (static_cast<double>(both.frame_bytes) - step_bytes * frames(both, FlightResult())) /
+                       frames(both, FlightCheckpoint());
+  const double seconds = Quantile(costs[1].plan, 0.1) - Quantile(costs[0].plan, 0.1);
+  const double steps_between = static_cast<double>(kBytes) / 4 / step_bytes;
+  Result result;
+  result.name = StrCat("checkpoint, ", sequences, " sequences, prefix cache");
+  result.value = seconds * 1e6;
+  result.unit = "us";
+  result.limit = steps_between * Quantile(costs[0].both, 0.1) * 1e6;
+  result.limit_name = "the steps between two of them";
+  result.at_most = 0.05;
+  result.remark = StrCat(Number(bytes / 1024), " KiB, one in ", Number(steps_between),
+                         " steps: ", Number(seconds / steps_between * 1e6), " us a step");
+  result.extra = {{"bytes", bytes}, {"steps_between", steps_between}};
+  report.Add(result);
+}
+
 // The Plan that admits a prompt which the cache holds but for its last block, beside hashing alone. Returns best
 // seconds.
 double MeasureMatching(Report& report, int32_t tokens) {
@@ -278,6 +313,8 @@ int main(int argc, char** argv) {
     if (!prefix_cache) continue;
     altiplano::bench::MeasureRecorder(report, 512);
     altiplano::bench::MeasureRecorder(report, 4096);
+    altiplano::bench::MeasureCheckpoint(report, 512);
+    altiplano::bench::MeasureCheckpoint(report, 4096);
   }
   altiplano::bench::MeasureMatchings(report);
 }

@@ -373,7 +373,25 @@ TEST_F(FaultDrill, StayAnswersNotServingUntilStopped) {
   EXPECT_EQ(server_->process().Wait(), 0) << server_->process().Errors();
 }
 
-// Two replicas of one rank each; the second one's rank fails once.
+// As of a server that has lived longer than its ring.
+TEST(FlightRecordOfAServer, IsReplayedFromACheckpointOnceItsOldestStepsHaveLeft) {
+  Server server({"--admin-listen", "127.0.0.1:0", "--flight-record-memory", "64KiB"});
+  ASSERT_FALSE(server.address().empty()) << server.process().Errors();
+  std::smatch admin;
+  ASSERT_TRUE(std::regex_search(server.ready_line(), admin, std::regex("admin=(\\S+)"))) << server.ready_line();
+  const Finished load = RunToEnd({"bench", "serve", "--url", server.address(), "--num-prompts", "300", "--input-len",
+                                  "20", "--output-len", "8", "--max-concurrency", "4"});
+  ASSERT_EQ(load.code, 0) << load.err;
+  const std::string file = ::testing::TempDir() + "/long.flight";
+  const Finished dump = RunToEnd({"admin", "dump-flight-record", file, "--url", admin[1].str()});
+  ASSERT_EQ(dump.code, 0) << dump.err;
+  const Finished replay = RunToEnd({"replay", file});
+  EXPECT_EQ(replay.code, 0) << replay.err;
+  EXPECT_THAT(replay.out, HasSubstr("steps before them have left the ring"));
+  EXPECT_THAT(replay.out, HasSubstr("the first checkpoint, is shown as recorded and not replayed"));
+  EXPECT_THAT(replay.out, HasSubstr("every decision is as recorded"));
+}
+
 // What every fault that ends a process looks like from outside.
 TEST(Crash, LeavesARecordThatReplays) {
   const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "crash_records";
@@ -409,6 +427,7 @@ TEST(Crash, LeavesARecordThatReplays) {
   std::filesystem::remove_all(folder);
 }
 
+// Two replicas of one rank each; the second one's rank fails once.
 TEST(Replicas, OneIsLostTheOtherServesAndTheProgramDrains) {
   setenv("ALTIPLANO_FAULT", "1:40:throw", 1);
   Server server({"--replicas", "2"});

@@ -19,9 +19,14 @@ namespace {
 bool IsSmall(const altiplano::FlightRecord& record) {
   const altiplano::SchedulerOptions& options = record.options;
   int64_t work = 0;
+  auto add = [&work](const altiplano::FlightArrival& arrival) {
+    work += int64_t{arrival.prompt_tokens} + 1000 * int64_t{arrival.num_sequences};
+  };
   for (const auto& frame : record.frames) {
-    const auto* arrival = std::get_if<altiplano::FlightArrival>(&frame);
-    if (arrival != nullptr) work += int64_t{arrival->prompt_tokens} + 1000 * int64_t{arrival->num_sequences};
+    if (const auto* arrival = std::get_if<altiplano::FlightArrival>(&frame)) add(*arrival);
+    const auto* checkpoint = std::get_if<altiplano::FlightCheckpoint>(&frame);
+    if (checkpoint == nullptr) continue;
+    for (const auto& request : checkpoint->requests) add(request.arrival);
   }
   return work < 1 << 20 && int64_t{options.num_blocks} * options.block_size < 1 << 16 &&
          options.max_running < 1 << 10 && options.token_budget < 1 << 16 && options.tenants.size() < 100;

@@ -282,18 +282,42 @@ def frame(kind, *fields):
     return number(len(body)) + body
 
 
-def flight_header(blocks=8, tenants=b"\x00"):
+def flight_header(blocks=8, tenants=b"\x00", dropped=0):
     sizes = b"".join(signed(v) for v in (blocks, 4, 2, 16, 100))  # blocks of 4, slots, budget, context
     cost = struct.pack("<6d", 100, 1000, 10, 1, 0.1, 0.01)
     return (sizes + number(1) + signed(0) + cost + number(0) + signed(10**10) + signed(0) + tenants +
-            signed(1_700_000_000 * 10**9) + signed(10**9) + number(0) + number(0))
+            signed(1_700_000_000 * 10**9) + signed(10**9) + number(dropped) + number(dropped))
 
 
-def flight_arrival(key, prompt, new=4, sequences=1, tenant=b"a"):
+def flight_request(key, prompt, new=4, sequences=1, tenant=b"a"):
     name = b"r-%d" % key
-    return frame(1, number(key), number(len(name)), name, number(len(tenant)), tenant, number(prompt),
-                 number(sequences), number(new), signed(0), number(0), number(0), signed(1000), NEVER, NEVER, NEVER,
-                 signed(0))
+    return b"".join((number(key), number(len(name)), name, number(len(tenant)), tenant, number(prompt),
+                     number(sequences), number(new), signed(0), number(0), number(0), signed(1000), NEVER, NEVER, NEVER,
+                     signed(0)))
+
+
+def flight_arrival(key, *shape, **more):
+    return frame(1, flight_request(key, *shape, **more))
+
+
+def numbers(*values):
+    return b"".join(number(value) for value in values)
+
+
+def flight_checkpoint():
+    """Before plan 4 the first request decodes in slot 0, with a step in flight, and the second waits."""
+    before = signed(3500) + numbers(3, 2) + number(0)  # now, step, orders; nothing is learned
+    accounts = signed(0) + number(1) + signed(9000) + signed(2) + signed(0)
+    held = numbers(3, 1) + struct.pack("<Q", 7) + number(1 << 2 | 1) + struct.pack("<Q", 8) + number(1 << 2)
+    cached = number(1) + struct.pack("<Q", 9) + number(1) + struct.pack("<Q", 10)
+    place = lambda order, admitted: numbers(order, admitted) + signed(10**10) + signed(0)
+    table = number(3) + signed(0) + signed(1) + signed(1)
+    running = (flight_request(1, 8) + place(1, 1) + numbers(0, 0) + numbers(0, 2) + numbers(5, 1, 9, 0) +
+               numbers(0, 9, 8, 2) + table + number(0) + numbers(2, 2, 0))
+    waiting = flight_request(2, 20) + place(2, 0) + numbers(0, 1) + numbers(0, 5) + numbers(2, 0, 0, 0) + numbers(0, 0)
+    in_flight = numbers(1, 1) + signed(1) + numbers(1, 0, 8, 1) + number(0)
+    return frame(9, before, accounts, numbers(1, 1), held, cached, number(2), running, waiting, number(0), number(0),
+                 in_flight, numbers(1, 77, 1), numbers(1, 1, 5))
 
 
 def flight_plan(now, step, planned, waiting=0, why=0, head=0):
@@ -321,6 +345,8 @@ def make_flight_records():
     write("flight_record", "two_requests", begin + first + end)
     write("flight_record", "aborted", begin + first + frame(5, signed(2500)) + frame(4) + frame(3, number(1), number(0)))
     write("flight_record", "from_the_middle", flight_header() + first + end)
+    write("flight_record", "from_a_checkpoint", flight_header(dropped=1) + flight_checkpoint() +
+          flight_plan(3600, 4, [(1, 1, 0, 9, 1)]) + flight_result(4000, 3) + flight_result(5000, 4))
     write("flight_record", "siblings", flight_header() + flight_arrival(1, 9, sequences=3) +
           flight_plan(2000, 1, [(1, 3, 0, 0, 9)], 0) + flight_result(3000, 1))
     share = number(2) + b"".join(number(1) + name + signed(w) + signed(0) + signed(0) + signed(0)

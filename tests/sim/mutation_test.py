@@ -88,7 +88,7 @@ MUTATIONS = [
     ("ageing has the wrong sign", "scheduler.cc",
      "std::max(live->start_by, request.arrival) - Aged(request)",
      "std::max(live->start_by, request.arrival) + Aged(request)"),
-    ("priorities are the wrong way round", "scheduler.cc", "-int64_t{request.priority}", "int64_t{request.priority}"),
+    ("priorities are the wrong way round", "scheduler.cc", "-int64_t{request->priority}", "int64_t{request->priority}"),
     ("whoever has most time goes first", "scheduler.cc",
      "std::max(live->start_by, request.arrival) - Aged(request)",
      "request.arrival + (request.arrival - std::max(live->start_by, request.arrival)) - Aged(request)"),
@@ -171,6 +171,22 @@ MUTATIONS = [
     ("who gives up counts as drained", "queue_bounds.cc", "if (admitted) tenant.admissions.Add", "tenant.admissions.Add"),
     ("the hint is that of all tenants", "queue_bounds.cc", "tenant.requests / rate / 2", "requests_ / rate / 2"),
     ("one token too many", "scheduler_apply.cc", "sequence.known() + 1 >=", "sequence.known() >="),
+    ("a checkpoint forgets what accounts have had", "scheduler_restore.cc",
+     "share_.Restore(i, checkpoint.accounts[i], accounts_[i].live > 0);",
+     "share_.Restore(i, {}, accounts_[i].live > 0);"),
+    ("a checkpoint forgets what has been charged", "scheduler_restore.cc", "sequence->charged = from.charged;", ""),
+    ("a checkpoint forgets who is valued", "scheduler_restore.cc", "if (valued) pool_.SetValued(cached);", ""),
+    ("a checkpoint forgets which cached block is oldest", "scheduler_checkpoint.cc",
+     "BlockId block = pool_.oldest_cached(valued); block >= 0; block = pool_.younger(block)",
+     "BlockId block = 0; block < pool_.size(); ++block) if (pool_.refs(block) == 0 && cache_.published(block) && "
+     "pool_.valued(block) == valued"),
+    ("a checkpoint forgets victims", "scheduler_restore.cc", "sequence->preempted = from.preempted;", ""),
+    ("a checkpoint forgets what steps cost", "scheduler_restore.cc",
+     "if (checkpoint.learner) learner_ = *checkpoint.learner;", ""),
+    ("a checkpoint forgets targets that are missed already", "scheduler_restore.cc", "live->hurries = from.hurries;", ""),
+    ("a checkpoint forgets commands", "scheduler_restore.cc", "StopSequence(stop.key, stop.sequence);", "(void)stop;"),
+    ("a checkpoint forgets what a step retires", "scheduler_checkpoint.cc", "PutBlocks(in_flight.retired, out);",
+     "PutBlocks({}, out);"),
 ]
 
 

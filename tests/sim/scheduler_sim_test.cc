@@ -63,6 +63,7 @@ std::vector<std::pair<const char*, uint64_t>> HowOften(const Coverage& coverage)
                          {"non-finite", coverage.non_finite},
                          {"dropped results", coverage.dropped_results},
                          {"replayed steps", coverage.replayed},
+                         {"from checkpoints", coverage.restored},
                          {"targets met", coverage.targets_met},
                          {"targets missed", coverage.targets_missed},
                          {"late tokens", coverage.late_tokens},

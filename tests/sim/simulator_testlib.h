@@ -26,7 +26,7 @@ struct Coverage {
   uint64_t steps = 0, tokens = 0, requests = 0;
   uint64_t preemptions = 0, cached_tokens = 0, siblings = 0, prompt_scores = 0, from_slot = 0, chunked = 0;
   uint64_t cancelled = 0, stopped = 0, time_limits = 0, deadlines = 0, queue_timeouts = 0, non_finite = 0, aborts = 0;
-  uint64_t dropped_results = 0, replayed = 0;
+  uint64_t dropped_results = 0, replayed = 0, restored = 0;
   uint64_t targets_met = 0, targets_missed = 0, late_tokens = 0, overtaken = 0;
   PolicyOracle::Counts policies;
   QueueOracle::Counts queue;
@@ -101,6 +101,7 @@ class Simulator {
   void JudgePromises(bool after_plan);
   void JudgeProgress();
   void JudgeRecord();
+  void ForgetUpToACheckpoint(FlightRecord* record) const;
   void JudgeRest();
   void JudgeTotals(const SchedulerLoad& load);
   void Count(const StepPlan& plan);

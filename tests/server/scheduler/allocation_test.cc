@@ -23,7 +23,8 @@ TEST_P(Allocations, NoneInStepsOfDecodesThoughTheyTakeAndPublishBlocks) {
   options.max_context = 2048;
   options.num_blocks = kSequences * options.max_context / kBlockSize;
   options.prefix_cache = GetParam();
-  FlightRecorder recorder(options, 1 << 16);  // full long before the end
+  // Full long before the end, with a checkpoint in every few steps.
+  FlightRecorder recorder(options, /*bytes=*/1 << 18, /*between=*/1 << 10);
   options.recorder = &recorder;
   std::unique_ptr<Scheduler> scheduler = *Scheduler::Create(options);
   for (int32_t i = 0; i < kSequences; ++i) {

@@ -5,6 +5,7 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <string>
 #include <thread>
@@ -23,7 +24,9 @@ using testing::HasSubstr;
 // A scheduler with its recorder.
 struct Recorded {
   explicit Recorded(SchedulerOptions options = SmallOptions(), size_t bytes = 1 << 20)
-      : recorder(options, bytes), driver(With(options, &recorder)) {}
+      : Recorded(options, bytes, bytes / 4) {}
+  Recorded(SchedulerOptions options, size_t bytes, size_t between)
+      : recorder(options, bytes, between), driver(With(options, &recorder)) {}
   static SchedulerOptions With(SchedulerOptions options, FlightRecorder* recorder) {
     options.recorder = recorder;
     return options;
@@ -145,9 +148,12 @@ TEST(FlightRecord, TheOldestStepsLeaveAFullRing) {
   const auto results = All<FlightResult>(record);
   ASSERT_FALSE(results.empty());
   EXPECT_EQ(record.dropped_steps + results.size(), results.back().step);
+  EXPECT_TRUE(All<FlightCheckpoint>(record).empty())
+      << "names of 32 cached blocks are more than a quarter of 600 bytes";
   auto replay = ReplayFlightRecord(record);
   ASSERT_FALSE(replay.ok());
   EXPECT_EQ(replay.status().code(), Code::kFailedPrecondition);
+  EXPECT_THAT(replay.status().message(), HasSubstr("no checkpoint is in it"));
 }
 
 TEST(FlightReplay, DecidesAsRecorded) {
@@ -214,6 +220,171 @@ TEST(FlightReplay, RefusesWhatNoSchedulerCouldHaveBeenCalledWith) {
   EXPECT_THAT(error(bad), HasSubstr("block_size is 3"));
 }
 
+// --- Records whose oldest steps have left the ring -------------------------------------------------------------------
+
+SchedulerOptions BusyOptions() {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 24;
+  options.learn_step_cost = true;
+  options.max_itl = std::chrono::milliseconds(4);
+  options.priority_ageing = std::chrono::milliseconds(3);
+  options.tenants = {{.name = "gold", .weight = 3, .max_running = 4}, {.name = "free", .weight = 1}};
+  return options;
+}
+
+// So that a scheduler is in any state there is: prefixes shared and alone, siblings, preemptions, targets, deadlines,
+// cancels, stops, scores, NaN, and two steps in flight most of the time.
+void LiveThrough(
+    Driver& driver, int rounds, const std::function<void(int round)>& after = [](int) {}) {
+  driver.token = [](const PlannedSequence& planned) {
+    return (planned.request + static_cast<uint64_t>(planned.first_position)) % 37 == 0 ? 7 : 1000;  // 7: EOS
+  };
+  driver.finite = [](const PlannedSequence& planned) {
+    return planned.request % 19 != 5 || planned.first_position < 14;
+  };
+  driver.device_time = [](const StepPlan& plan) {
+    return std::chrono::microseconds(300 + 40 * static_cast<int64_t>(plan.tokens.size()) +
+                                     static_cast<int64_t>(plan.step % 7));
+  };
+  for (int round = 1; round <= rounds; ++round) {
+    const auto key = static_cast<RequestKey>(round);
+    if (round % 3 != 0 && driver->load().waiting_requests < 12) {
+      auto request = MakeRequest(5 + round * 7 % 23, 3 + round % 18, round % 4 == 0 ? 500 * round : 0);
+      request->tenant = round % 5 == 0 ? "other" : round % 2 == 0 ? "gold" : "free";
+      request->priority = round % 3;
+      request->num_sequences = round % 8 == 1 ? 3 : 1;
+      request->arrival = driver.now;
+      if (round % 4 == 1) request->ttft_target = std::chrono::milliseconds(5 + round % 20);
+      if (round % 16 == 2) request->deadline = driver.now + std::chrono::milliseconds(9);
+      if (round % 11 == 4) request->sampling.prompt_top_logprobs = 0;
+      request->bypass_prefix_cache = round % 13 == 6;
+      driver->Add(key, request);
+    }
+    if (round % 10 == 9) driver->Cancel(key - 4, Status(Code::kCancelled, ""));
+    if (round % 14 == 9) driver->StopSequence(key - 5, 0);
+    if (round % 90 == 80) driver->ResetPrefixCache();
+    driver.now += std::chrono::milliseconds(1);
+    if (driver.num_in_flight() < 2) driver.Plan();
+    if (driver.num_in_flight() > (round % 6 == 0 ? 0 : 1)) driver.Apply();
+    after(round);
+  }
+}
+
+TEST(FlightCheckpoint, ARecordIsReplayedFromAnyOfThem) {
+  Recorded recorded(BusyOptions(), 8 << 20, /*between=*/1);  // before every plan
+  LiveThrough(recorded.driver, 400);
+  EXPECT_GT(recorded.driver->load().preemptions, 10u);
+  EXPECT_GT(recorded.driver->load().cached_tokens, 100u);
+  FlightRecord record = recorded.Read();
+  ASSERT_EQ(record.dropped_frames, 0u);
+  const auto whole = ReplayFlightRecord(record);
+  ASSERT_TRUE(whole.ok()) << whole.status().ToString();
+  EXPECT_EQ(whole->difference, "");
+  EXPECT_FALSE(whole->from.has_value()) << "it begins with its scheduler";
+
+  record.dropped_frames = 1;
+  size_t with_a_step = 0, with_victims = 0, with_shares = 0, with_commands = 0, blocked = 0, ended = 0;
+  for (size_t left = whole->steps; !record.frames.empty();) {
+    const auto* checkpoint = std::get_if<FlightCheckpoint>(&record.frames.front());
+    if (checkpoint != nullptr) {
+      const auto replay = ReplayFlightRecord(record);
+      ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+      ASSERT_EQ(replay->difference, "") << "from step " << checkpoint->step;
+      EXPECT_EQ(replay->steps, left);
+      EXPECT_EQ(replay->from, checkpoint->now);
+      with_a_step += !checkpoint->in_flight.empty();
+      with_shares += !checkpoint->sharing.empty();
+      with_commands += !checkpoint->cancels.empty() || !checkpoint->stops.empty();
+      blocked += checkpoint->blocked.has_value();
+      ended += !checkpoint->retired.empty();
+      for (const auto& request : checkpoint->requests) {
+        for (const auto& sequence : request.sequences) {
+          with_victims += sequence.preempted > 0 && sequence.state == FlightCheckpoint::State::kWaiting;
+        }
+      }
+    }
+    left -= std::holds_alternative<FlightResult>(record.frames.front());
+    record.frames.erase(record.frames.begin());
+  }
+  for (size_t seen : {with_a_step, with_victims, with_shares, with_commands, blocked, ended}) EXPECT_GT(seen, 5u);
+}
+
+TEST(FlightCheckpoint, OneIsInTheRingAtEveryMomentOnceItIsFull) {
+  constexpr size_t kBytes = 1 << 16;
+  Recorded recorded(BusyOptions(), kBytes);
+  uint64_t replayed = 0;
+  LiveThrough(recorded.driver, 2000, [&](int round) {
+    if (round % 97 != 0) return;
+    const FlightRecord record = recorded.Read();
+    const auto replay = ReplayFlightRecord(record);
+    ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+    ASSERT_EQ(replay->difference, "");
+    ASSERT_EQ(replay->from.has_value(), record.dropped_frames > 0);
+    if (!replay->from) return;
+    EXPECT_GT(replay->steps, All<FlightResult>(record).size() / 2);
+    replayed += replay->steps;
+  });
+  EXPECT_GT(recorded.Read().dropped_frames, 1000u);
+  EXPECT_GT(replayed, 1000u);
+}
+
+TEST(FlightCheckpoint, AStateThatNoSchedulerComesToIsRefused) {
+  Recorded recorded(BusyOptions(), 1 << 20, /*between=*/1);
+  LiveThrough(recorded.driver, 60);
+  FlightRecord good = recorded.Read();
+  good.dropped_frames = 1;
+  // The last one that has everything which is broken below.
+  const FlightCheckpoint* last = nullptr;
+  for (const FlightFrame& frame : good.frames) {
+    const auto* checkpoint = std::get_if<FlightCheckpoint>(&frame);
+    if (checkpoint != nullptr && !checkpoint->in_flight.empty() && checkpoint->held.size() > 3) last = checkpoint;
+  }
+  ASSERT_NE(last, nullptr);
+  good.frames = {*last};
+  using State = FlightCheckpoint::State;
+  auto error = [&good](const auto& damage) {
+    FlightRecord bad = good;
+    auto& checkpoint = std::get<FlightCheckpoint>(bad.frames[0]);
+    FlightCheckpoint::Sequence* running = nullptr;
+    for (auto& request : checkpoint.requests) {
+      for (auto& sequence : request.sequences) {
+        if (sequence.state == State::kRunning) running = &sequence;
+      }
+    }
+    damage(checkpoint, *running);
+    const auto replay = ReplayFlightRecord(bad);
+    return replay.ok() ? "" : replay.status().message();
+  };
+  using C = FlightCheckpoint;
+  using S = FlightCheckpoint::Sequence;
+  EXPECT_EQ(error([](C&, S&) {}), "");
+  EXPECT_THAT(error([](C& c, S&) { c.learner.reset(); }), HasSubstr("is the step cost learned"));
+  EXPECT_THAT(error([](C& c, S&) { c.accounts.pop_back(); }), HasSubstr("accounts"));
+  EXPECT_THAT(error([](C& c, S&) { c.accounts[0].remainder = 3; }), HasSubstr("remainder"));
+  EXPECT_THAT(error([](C& c, S&) { c.free_slots.push_back(99); }), HasSubstr("there is no slot 99"));
+  EXPECT_THAT(error([](C& c, S&) { c.free_slots.clear(); }), HasSubstr("max_running"));
+  EXPECT_THAT(error([](C& c, S&) { c.held.pop_back(); }), HasSubstr("not all blocks that are held"));
+  EXPECT_THAT(error([](C& c, S&) { c.held.push_back({.block = 23, .valued = false, .name = 1}); }),
+              HasSubstr("block 23"));
+  EXPECT_THAT(error([](C& c, S&) { c.cached.assign(2, 5); }), HasSubstr("the same name"));
+  EXPECT_THAT(error([](C& c, S&) { c.cached.resize(24); }), HasSubstr("more blocks than the pool"));
+  EXPECT_THAT(error([](C& c, S&) { c.requests.push_back(c.requests[0]); }), HasSubstr("arrives again"));
+  EXPECT_THAT(error([](C& c, S&) { c.requests[0].order = c.requests[1].order; }), HasSubstr("orders"));
+  EXPECT_THAT(error([](C& c, S&) { c.requests[0].order = 1000; }), HasSubstr("order that has not been given"));
+  EXPECT_THAT(error([](C& c, S&) { c.requests[0].leader = 9; }), HasSubstr("there is no leader 9"));
+  EXPECT_THAT(error([](C& c, S&) { c.requests[0].arrival.prompt_tokens = 100; }), HasSubstr("could not be served"));
+  EXPECT_THAT(error([](C& c, S&) { c.sharing.push_back(12345); }), HasSubstr("request 12345 shares"));
+  EXPECT_THAT(error([](C& c, S&) { c.blocked = {.key = 12345}; }), HasSubstr("who is blocked"));
+  EXPECT_THAT(error([](C& c, S&) { c.in_flight.push_back(c.in_flight[0]); }), HasSubstr("the step in flight"));
+  EXPECT_THAT(error([](C& c, S&) { c.in_flight[0].num_tokens = 0; }), HasSubstr("a step that never was"));
+  EXPECT_THAT(error([](C&, S& s) { s.slot = 8; }), HasSubstr("there is no slot 8"));
+  EXPECT_THAT(error([](C&, S& s) { s.generated = 1000; }), HasSubstr("beyond its limit"));
+  EXPECT_THAT(error([](C&, S& s) { s.blocks[0] = 24; }), HasSubstr("blocks that the pool has not"));
+  EXPECT_THAT(error([](C&, S& s) { ++s.scheduled; }), testing::Not(""));
+  EXPECT_THAT(error([](C&, S& s) { s.published = 90; }), HasSubstr("published"));
+  EXPECT_THAT(error([](C&, S& s) { s.state = State::kWaiting; }), testing::Not(""));
+}
+
 TEST(FlightFile, DamageIsNamed) {
   Recorded recorded;
   recorded.driver->Add(1, MakeRequest(8, 2));
@@ -233,7 +404,7 @@ TEST(FlightFile, DamageIsNamed) {
   EXPECT_THAT(error(damaged), HasSubstr("truncated or damaged"));
   std::string other = file;
   other[8] = 9;
-  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 2"));
+  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 3"));
   // Whoever writes the checksum too is told which frame is wrong.
   const std::string body = file.substr(0, file.size() - sizeof(Sha256Digest));
   EXPECT_THAT(error(Seal(body + '\x01')), HasSubstr("a frame reaches beyond its end"));
@@ -300,6 +471,24 @@ TEST(FlightRecordDeathTest, IsWholeWhileTheRingIsBeingWritten) {
   ASSERT_GT(arrivals.size(), 50u);
   EXPECT_GE(arrivals.back().key, 1000u);
   for (size_t i = 1; i < arrivals.size(); ++i) EXPECT_EQ(arrivals[i].key, arrivals[i - 1].key + 1);
+}
+
+TEST(FlightRecordDeathTest, OneWhoseOldestStepsHaveLeftIsReplayedFromACheckpoint) {
+  const std::string path = NewPath("long.flight");
+  EXPECT_DEATH(
+      {
+        Recorded recorded(BusyOptions(), 1 << 16);
+        recorded.recorder.WriteAtCrash(path);
+        LiveThrough(recorded.driver, 2000);
+        raise(SIGSEGV);
+      },
+      "long.flight");
+  const FlightRecord record = ReadFile(path);
+  EXPECT_GT(record.dropped_steps, 100u);
+  auto replay = ReplayFlightRecord(record);
+  ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+  EXPECT_EQ(replay->difference, "");
+  EXPECT_GT(replay->steps, 100u);
 }
 
 TEST(FlightRecordDeathTest, NeverReplacesAFileAndSaysWhenItCannotBeWritten) {
