@@ -396,7 +396,8 @@ int Run(const ParsedFlags& flags) {
     return Fail(kName, "--without-all-reduces needs --tensor-parallel: one rank sums nothing", kExitUsage);
   }
   StepTimesLog log;
-  LoadHooks hooks{.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}};
+  LoadHooks hooks{
+      .progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}, .on_start_hang = EndHungStart(kName)};
   if (!with_dataset) hooks.on_step_times = [&log](const StepTimes& times) { log.Add(times); };
   hooks.without_all_reduces = without_all_reduces;
   auto model = LoadModel(config->values, hooks);

@@ -14,7 +14,7 @@ constexpr std::string_view kExitCodes =
     "configuration,\n"
     "65 something wrong with the model's files, 69 no device, memory, address or server, 70 a bug, 75 a device or a "
     "rank\n"
-    "failed while serving: start it again, 130 a load test was interrupted.\n";
+    "failed while serving, or the start hung: start it again, 130 a load test was interrupted.\n";
 
 std::string Overview() {
   std::string out =

@@ -12,7 +12,7 @@ enum ExitCode : int {
   kExitData = 65,          // the model's files
   kExitUnavailable = 69,   // no usable device, not enough memory, no server at the address, address taken
   kExitBug = 70,           // a broken invariant of ours
-  kExitRestart = 75,       // a device or a rank failed while serving: start the program again
+  kExitRestart = 75,       // a device or a rank failed while serving, or the start hung: start the program again
   kExitInterrupted = 130,  // SIGINT or SIGTERM ended a load test before its end
 };
 
@@ -27,6 +27,8 @@ inline ExitCode ExitCodeOfLoad(const Status& status) {
       return kExitUnavailable;
     case Code::kInternal:
       return kExitBug;
+    case Code::kDeadlineExceeded:  // of a node whose start hangs
+      return kExitRestart;
     default:
       return kExitData;
   }

@@ -13,12 +13,14 @@
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
+#include "server/cli/command.h"
 #include "server/cli/gpus.h"
 #include "server/cli/nodes.h"
 #include "server/cli/units.h"
 #include "server/cli/write_file.h"
 #include "server/engine/fault_drill.h"
 #include "server/engine/local_executor.h"
+#include "server/engine/start_watch.h"
 
 namespace altiplano::cli {
 
@@ -135,7 +137,7 @@ EngineOptions EngineOptionsOf(const config::v1::ServerConfig& config, const Load
   options.scheduler.priority_ageing = CheckedDuration(config.scheduler().priority_ageing());
   options.max_queued_requests = static_cast<int32_t>(config.scheduler().max_queued_requests());
   options.max_queued_tokens = static_cast<int64_t>(config.scheduler().max_queued_tokens());
-  options.step_deadline = CheckedDuration(config.scheduler().step_deadline());
+  options.health_deadline = CheckedDuration(config.scheduler().health_deadline());
   options.flight_record_bytes = CheckedBytes(config.log().flight_record_memory());
   options.on_failed_for_good = hooks.on_failed_for_good;
   return options;
@@ -188,6 +190,14 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
   return text;
 }
 
+std::function<void(const Status&)> EndHungStart(std::string_view command) {
+  return [command = std::string(command)](const Status& status) {
+    Fail(command, status.message(), kExitRestart);
+    log::Flush();
+    _exit(kExitRestart);  // nothing that hangs could be destroyed
+  };
+}
+
 StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks,
                                                  std::vector<std::vector<int>>* replica_gpus) {
   LocalExecutorOptions options;
@@ -215,11 +225,12 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.cuda_graphs = config.model().cuda_graphs() != "off";
   options.overlap_kernels = config.model().overlap_kernels();
   options.kv_bytes = CheckedBytes(config.kv().memory()) / static_cast<uint64_t>(replicas);
-  options.patience =
-      std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(config.scheduler().step_deadline()));
+  options.patience = CheckedMilliseconds(config.scheduler().step_deadline());
   options.progress = hooks.progress;
   options.cancelled = hooks.cancelled;
   options.on_step_times = hooks.on_step_times;
+  options.start_patience = CheckedMilliseconds(config.scheduler().start_timeout());
+  if (options.start_patience.count() > 0) options.on_start_hang = hooks.on_start_hang;
   ASSIGN_OR_RETURN(options.before_step, FaultDrillFromEnvironment());
   if (hooks.without_all_reduces) {
     options.wrap_communicator = [](int, std::unique_ptr<Communicator> rank) { return MakeUnsummed(std::move(rank)); };
@@ -238,8 +249,12 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
                    CheckedTenants(config.scheduler().tenants(), config.scheduler().max_num_seqs(),
                                   config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));
   LoadedModel model;
-  ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
-  ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
+  {
+    StartWatch watch(executor_options.start_patience, executor_options.on_start_hang);
+    watch.Begin("opening the model's files");
+    ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
+    ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
+  }
   model.name = config.model().name().empty() ? model.checkpoint->config().name : config.model().name();
   model.dtype = config.model().dtype();
 
@@ -279,7 +294,8 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     if (!on_gpus) executor_options.progress = {};
     if (config.scheduler().on_engine_failure() == "restart") {
       options.restart = [checkpoint = model.checkpoint.get(), leader = model.leader.get(), executor_options,
-                         num_blocks = options.scheduler.num_blocks]() {
+                         num_blocks = options.scheduler.num_blocks](const EngineOptions::Hung& hung) mutable {
+        if (executor_options.on_start_hang) executor_options.on_start_hang = hung;
         return MakeRanksAgain(*checkpoint, leader, executor_options, num_blocks);
       };
     }

@@ -49,6 +49,7 @@ struct LoadHooks {
   std::function<bool()> cancelled;                           // polled while weights are read; true: CANCELLED
   std::function<void()> on_step;                             // see Engine::Start
   std::function<void()> on_failed_for_good = {};             // see EngineOptions
+  std::function<void(const Status&)> on_start_hang = {};     // see LocalExecutorOptions; within --start-timeout
   std::function<void(const StepTimes&)> on_step_times = {};  // see LocalExecutorOptions; any engine's thread
   bool without_all_reduces = false;                          // ranks are those of MakeUnsummed: for measuring
 };
@@ -68,6 +69,9 @@ struct LoadedModel {
   std::unique_ptr<cluster::Leader> leader;  // null for one node; outlives the engine
   std::unique_ptr<ReplicaSet> engine;
 };
+
+// LoadHooks::on_start_hang of a command: says what hangs and ends the process with kExitRestart.
+std::function<void(const Status&)> EndHungStart(std::string_view command);
 
 // What an executor of this config is to be given, ALTIPLANO_FAULT included. UNAVAILABLE without a usable device.
 // replica_gpus: null, or where the GPUs of each replica's ranks on this node are put; with no GPU there are none.

@@ -52,7 +52,8 @@ Client& LocalServer::client() {
   return *impl_->client;
 }
 
-StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const config::v1::ServerConfig& config) {
+StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const config::v1::ServerConfig& config,
+                                                          std::string_view command) {
   auto impl = std::make_unique<Impl>();
   if (!impl->folder.ok()) return Status(Code::kUnavailable, "cannot make a folder in /tmp");
   config::v1::ServerConfig private_config = config;
@@ -60,7 +61,8 @@ StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const config::v1::Serv
   private_config.set_listen(address);
   private_config.set_admin_listen("");
   ASSIGN_OR_RETURN(impl->serving, Serving::Listen(private_config));
-  RETURN_IF_ERROR(impl->serving->Load({.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}}));
+  RETURN_IF_ERROR(impl->serving->Load(
+      {.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}, .on_start_hang = EndHungStart(command)}));
   ASSIGN_OR_RETURN(impl->client, Client::Connect(address, std::chrono::seconds(10)));
   return std::unique_ptr<LocalServer>(new LocalServer(std::move(impl)));
 }
@@ -103,7 +105,7 @@ int Connect(std::string_view command, const ParsedFlags& flags, Connection* conn
   }
   auto config = ResolveOffline(flags);
   if (!config.ok()) return Fail(command, config.status().message(), kExitUsage);
-  auto local = LocalServer::Start(config->values);
+  auto local = LocalServer::Start(config->values, command);
   if (!local.ok()) return Fail(command, local.status().message(), ExitCodeOfLoad(local.status()));
   connection->local = std::move(*local);
   return kExitOk;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <string_view>
 
 #include "server/base/status.h"
 #include "server/cli/client.h"
@@ -12,8 +13,8 @@ namespace altiplano::cli {
 
 class LocalServer {
  public:
-  // Prints progress on stderr. Errors as LoadModel's.
-  static StatusOr<std::unique_ptr<LocalServer>> Start(const config::v1::ServerConfig& config);
+  // Prints progress on stderr. Errors as LoadModel's. A start that hangs ends the process in the command's name.
+  static StatusOr<std::unique_ptr<LocalServer>> Start(const config::v1::ServerConfig& config, std::string_view command);
   ~LocalServer();
   Client& client();
 

@@ -19,10 +19,6 @@ namespace altiplano::cli {
 
 namespace {
 
-std::chrono::milliseconds Milliseconds(const std::string& text) {
-  return std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(text));
-}
-
 Status Refuse(std::string message) {
   return Status(Code::kInvalidArgument, std::move(message));
 }
@@ -64,8 +60,9 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   options.place.rank = static_cast<int>(config.nodes().rank());
   options.place.nodes = static_cast<int>(config.nodes().count());
   options.place.leader = config.nodes().leader();
-  options.join_patience = Milliseconds(config.nodes().join_timeout());
-  options.silence = Milliseconds(config.scheduler().step_deadline());
+  options.join_patience = CheckedMilliseconds(config.nodes().join_timeout());
+  options.silence = CheckedMilliseconds(config.scheduler().step_deadline());
+  options.health_deadline = CheckedMilliseconds(config.scheduler().health_deadline());
   options.cancelled = std::move(cancelled);
   if (const std::string& file = config.nodes().secret_file(); !file.empty()) {
     ASSIGN_OR_RETURN(options.secret, cluster::ReadSecret(file));
@@ -87,7 +84,12 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
 
 int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   const std::string& path = config.model().path();
-  auto checkpoint = Checkpoint::Open(path);
+  const auto on_start_hang = EndHungStart("serve");
+  auto checkpoint = [&] {
+    StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), on_start_hang);
+    watch.Begin("opening the model's files");
+    return Checkpoint::Open(path);
+  }();
   if (!checkpoint.ok()) return Fail("serve", checkpoint.status().message(), ExitCodeOfLoad(checkpoint.status()));
   // The signal comes to all nodes at once: this one stays until the leader has drained, or can have.
   std::atomic<bool> ready{false};
@@ -105,7 +107,8 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   };
   auto options = GroupOptionsOf(config, **checkpoint, cancelled);
   if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
-  LoadHooks hooks{.progress = LoadProgressPrinter(), .cancelled = cancelled, .on_step = {}};
+  LoadHooks hooks{
+      .progress = LoadProgressPrinter(), .cancelled = cancelled, .on_step = {}, .on_start_hang = EndHungStart("serve")};
   auto executor_options = ExecutorOptionsOf(config, hooks);
   if (!executor_options.ok()) {
     return Fail("serve", executor_options.status().message(), ExitCodeOfLoad(executor_options.status()));

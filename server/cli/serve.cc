@@ -102,7 +102,8 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
   Status loaded = (*serving)->Load({.progress = LoadProgressPrinter(),
                                     .cancelled = [&stop] { return stop.count() > 0; },
                                     .on_step = {},
-                                    .on_failed_for_good = [&stop] { stop.Wake(); }});
+                                    .on_failed_for_good = [&stop] { stop.Wake(); },
+                                    .on_start_hang = EndHungStart("serve")});
   if (stop.count() > 0) {
     log::Info("stopped while loading");
     return kExitOk;
@@ -118,6 +119,7 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
     return kExitRestart;
   }
   Drain(**serving, config.values.drain(), stop);
+  EndWithin(3 * kAtOnce, kExitOk);  // a replica that hangs while it is made again may be left
   (*serving)->Stop();
   log::Info("stopped");
   return kExitOk;
@@ -161,7 +163,8 @@ Subcommand ServeCommand() {
                "SIGTERM or SIGINT: health NOT_SERVING, --drain-delay, new requests refused, live ones finish within\n"
                "--drain-timeout, exit code 0. A second one ends live requests at once, exit code 0 too.\n"
                "With --nodes, the others than the leader print READY node=R of=N leader=HOST:PORT instead.\n"
-               "Exit code 75: a device or a rank failed while serving (--on-engine-failure); start it again.",
+               "Exit code 75: a device or a rank failed while serving (--on-engine-failure), or the start hung\n"
+               "(--start-timeout); start it again.",
            .flags = {{.name = "config",
                       .type = FlagType::kPath,
                       .meaning =

@@ -339,14 +339,31 @@ constexpr std::array kSettings = {
          .example = "gold:weight=4;free:weight=1,max-queued=20",
          .field = "scheduler.tenants",
          .group = kGroupScheduling},
+    Flag{.name = "health-deadline",
+         .type = FlagType::kDuration,
+         .default_value = "4s",
+         .meaning = "Health is NOT_SERVING while a step has got nowhere for longer, or for three times as long as it "
+                    "was predicted to take, and while another node has not been heard of for longer. A replica of "
+                    "several gets no new requests then. That ends nothing: see --step-deadline.",
+         .example = "2s",
+         .field = "scheduler.health_deadline",
+         .group = kGroupScheduling},
     Flag{.name = "step-deadline",
          .type = FlagType::kDuration,
          .default_value = "30s",
-         .meaning =
-             "A step that takes longer makes health NOT_SERVING; a rank that keeps the others waiting for longer "
-             "ends them all.",
+         .meaning = "A rank that keeps the others waiting for longer, or gets nowhere by itself, ends the engine, as "
+                    "does a node that is not heard of for longer: see --on-engine-failure.",
          .example = "10s",
          .field = "scheduler.step_deadline",
+         .group = kGroupScheduling},
+    Flag{.name = "start-timeout",
+         .type = FlagType::kDuration,
+         .default_value = "2m",
+         .meaning =
+             "When no rank gets any further with loading and warming up for this long, the program ends with code "
+             "75, however long the start may take. 0: it is waited for.",
+         .example = "10m",
+         .field = "scheduler.start_timeout",
          .group = kGroupScheduling},
     Flag{.name = "on-engine-failure",
          .type = FlagType::kChoice,

@@ -20,6 +20,9 @@ StatusOr<Duration> ParseDuration(std::string_view text);
 // Of a config, whose texts were checked when it was made.
 uint64_t CheckedBytes(std::string_view text);
 Duration CheckedDuration(std::string_view text);
+inline std::chrono::milliseconds CheckedMilliseconds(std::string_view text) {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(CheckedDuration(text));
+}
 
 // A decimal integer within [min, max], underscores and commas not allowed.
 StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max);

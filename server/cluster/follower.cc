@@ -1,5 +1,6 @@
 #include <grpcpp/grpcpp.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -25,6 +26,16 @@ using SteadyTime = std::chrono::steady_clock::time_point;
 
 SteadyTime Now() {
   return std::chrono::steady_clock::now();
+}
+
+constexpr auto kFarewell = std::chrono::seconds(3);
+
+v1::FollowerMessage FailureMessage(const Status& status) {
+  StepResult result;
+  result.status = status;
+  v1::FollowerMessage message;
+  ResultToProto(result, message.mutable_step_done());
+  return message;
 }
 
 // The call to the leader: one thread reads, one writes. What is sent waits in a queue, so that nobody but the writer
@@ -54,6 +65,16 @@ class Call {
       outbox_.push_back(std::move(message));
     }
     changed_.notify_all();
+  }
+
+  // The next heartbeat says so. Any thread.
+  void GotOn() { got_on_ = true; }
+
+  // The last that this node says: until the leader has hung up, or for kFarewell. Any thread.
+  void SendFarewell(const Status& status) {
+    Send(FailureMessage(status));
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, kFarewell, [this] { return closed_; });
   }
 
   // The last message was that the group has ended. The thread that calls Next.
@@ -103,19 +124,19 @@ class Call {
 
   // What is to be sent; heartbeats while there is nothing.
   void Write() {
-    v1::FollowerMessage heartbeat;
-    heartbeat.mutable_heartbeat();
-    const auto interval = HeartbeatInterval(options_.silence);
+    const auto interval = HeartbeatInterval(options_);
     bool greeted = false;
     std::unique_lock lock(mutex_);
     for (;;) {
       changed_.wait_for(lock, interval, [&] { return closed_ || !outbox_.empty(); });
       if (closed_) return;
-      v1::FollowerMessage message = heartbeat;
+      v1::FollowerMessage message;
       if (!outbox_.empty()) {
         message = std::move(outbox_.front());
         outbox_.pop_front();
         greeted = true;
+      } else {
+        message.mutable_heartbeat()->set_progress(got_on_.exchange(false));
       }
       if (!greeted) continue;
       lock.unlock();
@@ -133,6 +154,7 @@ class Call {
   std::deque<v1::FollowerMessage> outbox_;
   SteadyTime last_heard_;
   bool closed_ = false;
+  std::atomic<bool> got_on_{false};
   // Of the thread that calls Next.
   bool over_ = false;
   Status end_;  // how the call ended
@@ -140,12 +162,15 @@ class Call {
 };
 
 // Launches what the leader plans, and sends back what becomes of it.
-class Work {
+class Work : private ExecutorObserver {
  public:
   // samples: this node has the last stage.
   Work(Call* call, std::unique_ptr<LocalExecutor> executor, bool samples)
-      : call_(*call), samples_(samples), executor_(std::move(executor)), results_([this] { SendResults(); }) {}
-  ~Work() {
+      : call_(*call), samples_(samples), executor_(std::move(executor)) {
+    executor_->Watch(this);
+    results_ = std::thread([this] { SendResults(); });
+  }
+  ~Work() override {
     executor_->Abort("the group has ended");
     results_.join();
   }
@@ -163,6 +188,10 @@ class Work {
       if (!result.status.ok()) return;
     }
   }
+  void OnProgress() override { call_.GotOn(); }
+  // An executor of one process tells of these by the results of steps.
+  void OnFailure(Status) override {}
+  void OnSilence(bool) override {}
 
   Call& call_;
   const bool samples_;
@@ -201,6 +230,12 @@ Status Serve(const GroupOptions& options, Call& call, const DataListener& listen
     ASSIGN_OR_RETURN(const v1::LeaderMessage message, call.Next());
     return message.has_warm_up() ? OkStatus() : Unexpected(message);
   };
+  if (auto tell = executor_options.on_start_hang) {
+    executor_options.on_start_hang = [&call, tell](const Status& status) {
+      call.SendFarewell(status);
+      tell(status);
+    };
+  }
   const bool samples = place.rank == place.nodes - 1;
   ASSIGN_OR_RETURN(auto executor, LocalExecutor::Create(checkpoint, std::move(executor_options)));
   v1::FollowerMessage warmed_up;
@@ -272,9 +307,7 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
           Serve(options, call, *listener, formed->formed(), checkpoint, std::move(executor_options), on_ready);
       if (status.code() == Code::kAborted) return OkStatus();
       if (!status.ok() && !call.over()) {
-        v1::FollowerMessage failed;
-        failed.mutable_step_done()->set_error(status.message());
-        call.Send(failed);
+        call.Send(FailureMessage(status));
         while (!call.over() && call.Next().ok()) {
         }  // the leader hears it before the call goes
       }

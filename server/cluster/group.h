@@ -22,9 +22,10 @@ struct GroupOptions {
   Place place;
   std::map<std::string, std::string> terms;  // must be equal on all nodes; by name, for messages
   std::string secret;                        // of the group; empty: none, whoever comes may join
-  std::chrono::milliseconds join_patience = std::chrono::minutes(10);  // until all have joined
-  std::chrono::milliseconds silence = std::chrono::seconds(30);        // a node not heard of for this long is lost
-  std::function<bool()> cancelled;                                     // polled; true: give up with CANCELLED
+  std::chrono::milliseconds join_patience = std::chrono::minutes(10);   // until all have joined
+  std::chrono::milliseconds silence = std::chrono::seconds(30);         // a node not heard of for this long is lost
+  std::chrono::milliseconds health_deadline = std::chrono::seconds(4);  // and already for this long: not healthy
+  std::function<bool()> cancelled;                                      // polled; true: give up with CANCELLED
 };
 
 // The leader's side.
@@ -43,7 +44,7 @@ class Leader {
   };
   // Waits until all have joined, loads and warms up, on all nodes at once. options.stages is of the whole pipeline.
   // Again after the executor has gone: followers that failed must join again. UNAVAILABLE naming the node that did not
-  // come or was lost.
+  // come or was lost, DEADLINE_EXCEEDED naming one whose start hangs.
   StatusOr<Formed> Form(const Checkpoint& checkpoint, LocalExecutorOptions options);
 
  private:
@@ -54,7 +55,8 @@ class Leader {
 
 // A follower, from joining to the group's end. OK: the leader has stopped in order. FAILED_PRECONDITION: this node's
 // terms are not the leader's. UNAVAILABLE: the group or the leader failed, or there was none within join_patience.
-// CANCELLED: options.cancelled said so. on_ready: when the group serves.
+// CANCELLED: options.cancelled said so. on_ready: when the group serves. A start that hangs is told to the leader
+// before executor_options.on_start_hang hears of it.
 Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalExecutorOptions executor_options,
               const std::function<void()>& on_ready);
 

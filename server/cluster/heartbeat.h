@@ -4,14 +4,16 @@
 #include <algorithm>
 #include <chrono>
 
+#include "server/cluster/group.h"
+
 namespace altiplano::cluster {
 
 inline constexpr auto kPollInterval = std::chrono::milliseconds(50);  // for what may be cancelled
 
-// Several fit into the silence that ends a node.
-inline std::chrono::milliseconds HeartbeatInterval(std::chrono::milliseconds silence) {
+// Several fit into the silence that makes a group unhealthy or, where that is shorter, ends it.
+inline std::chrono::milliseconds HeartbeatInterval(const GroupOptions& options) {
   using std::chrono::milliseconds;
-  return std::clamp(silence / 5, milliseconds(20), milliseconds(1000));
+  return std::clamp(std::min(options.health_deadline, options.silence) / 5, milliseconds(20), milliseconds(1000));
 }
 
 }  // namespace altiplano::cluster

@@ -1,5 +1,6 @@
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <list>
@@ -33,6 +34,11 @@ constexpr auto kCausePatience = std::chrono::milliseconds(500);
 SteadyTime Now() {
   return std::chrono::steady_clock::now();
 }
+
+Status Lost(std::string why) {
+  return Status(Code::kUnavailable, std::move(why));
+}
+const Status kInOrder = Lost("");
 
 class Group;
 
@@ -75,31 +81,42 @@ class Group {
     }
     state_.changed.notify_all();
   }
-  // The first reason stays. Empty: in order.
-  void End(const std::string& reason) {
+  // The first reason stays. Without a message: in order.
+  void End(const Status& why) {
     if (ended) return;
     ended = true;
-    failure = reason;
-    if (on_end) on_end(Status(Code::kUnavailable, reason));
+    failure = why;
+    if (observer != nullptr) observer->OnFailure(why);
     auto message = std::make_shared<v1::LeaderMessage>();
-    message->mutable_ended()->set_reason(reason);
+    message->mutable_ended()->set_reason(why.message());
     PostToAll(message);
     for (const auto& member : members) {
       if (member != nullptr) member->hang_up_at = Now() + kFarewell;
     }
   }
 
+  // Tells of nodes that have not been heard of for `patience`, and when all have been again.
+  void LookForSilence(std::chrono::milliseconds patience) {
+    const bool found = std::any_of(members.begin(), members.end(), [&](const auto& member) {
+      return member != nullptr && Now() - member->last_heard > patience;
+    });
+    if (std::exchange(silent, found) != found && observer != nullptr) observer->OnSilence(found);
+  }
+
   // Of a rank of node `node`, under `lock`.
   void EndByFailure(std::unique_lock<std::mutex>& lock, int node, const Status& status) {
-    if (status.code() == Code::kUnavailable) state_.changed.wait_for(lock, kCausePatience, [this] { return ended; });
-    End(StrCat("node ", node, ": ", status.message()));
+    const bool follows = status.code() == Code::kUnavailable;  // as a rank says whose group has ended
+    if (follows) state_.changed.wait_for(lock, kCausePatience, [this] { return ended; });
+    const bool hangs = status.code() == Code::kDeadlineExceeded;
+    End(Status(hangs ? Code::kDeadlineExceeded : Code::kUnavailable, StrCat("node ", node, ": ", status.message())));
   }
 
   std::vector<std::shared_ptr<Member>> members;  // [nodes]; null: the leader itself, and who has not joined
   bool formed = false;                           // nobody joins any more; who leaves ends it
   bool ended = false;
-  std::string failure;  // once ended
-  std::function<void(Status)> on_end;
+  Status failure;                        // once ended
+  bool silent = false;                   // as LookForSilence last found
+  ExecutorObserver* observer = nullptr;  // of the executor made of it, while that lives
   std::deque<StepResult> results;
 
  private:
@@ -215,7 +232,8 @@ class Service final : public v1::LeaderService::Service {
         member.group->EndByFailure(lock, member.node, result.status);
       }
     }
-    if (!message.has_heartbeat()) state_.changed.notify_all();
+    if (!message.has_heartbeat()) return state_.changed.notify_all();
+    if (message.heartbeat().progress() && member.group->observer != nullptr) member.group->observer->OnProgress();
   }
 
   void Write(Member& member, Stream& stream) {
@@ -237,7 +255,7 @@ class Service final : public v1::LeaderService::Service {
     std::lock_guard lock(state_.mutex);
     member.context = nullptr;
     if (member.group != nullptr && member.group->formed) {
-      member.group->End(StrCat("the connection to node ", member.node, " was lost"));
+      member.group->End(Lost(StrCat("the connection to node ", member.node, " was lost")));
     } else if (member.group != nullptr) {
       member.group->members[static_cast<size_t>(member.node)].reset();
     }
@@ -257,8 +275,8 @@ class GroupExecutor : public Executor {
   ~GroupExecutor() override {
     {
       std::lock_guard lock(state_.mutex);
-      group_->on_end = {};
-      group_->End("");
+      group_->observer = nullptr;
+      group_->End(kInOrder);
     }
     local_->Abort("the executor ends");
     watch_.join();
@@ -272,10 +290,12 @@ class GroupExecutor : public Executor {
     group_->PostToAll(message);
   }
 
-  void OnFailure(std::function<void(Status)> failed) override {
+  void Watch(ExecutorObserver* observer) override {
+    local_->Watch(observer);
     std::lock_guard lock(state_.mutex);
-    if (group_->ended) return failed(Status(Code::kUnavailable, group_->failure));
-    group_->on_end = std::move(failed);
+    group_->observer = observer;
+    if (group_->ended) observer->OnFailure(group_->failure);
+    observer->OnSilence(group_->silent);
   }
 
   bool replaceable() const override { return local_->replaceable(); }
@@ -285,7 +305,7 @@ class GroupExecutor : public Executor {
     state_.changed.wait(lock, [&] { return group_->ended || !group_->results.empty(); });
     StepResult result;
     if (group_->ended) {
-      result.status = Status(Code::kUnavailable, group_->failure);
+      result.status = group_->failure;
       lock.unlock();
       local_->Abort(result.status.message());
       return result;
@@ -322,7 +342,7 @@ class Leader::Impl {
     {
       std::lock_guard lock(state_.mutex);
       state_.stop = true;
-      state_.forming->End("");
+      state_.forming->End(kInOrder);
       for (const auto& caller : state_.callers) {
         if (caller->group == nullptr) caller->hang_up_at = Now();
       }
@@ -360,7 +380,7 @@ class Leader::Impl {
     auto formed = Build(group, checkpoint, std::move(options));
     if (!formed.ok()) {
       std::lock_guard lock(state_.mutex);
-      group->End(formed.status().message());
+      group->End(formed.status());
     }
     return formed;
   }
@@ -392,7 +412,7 @@ class Leader::Impl {
   Status WaitFor(const Group& group, Done done) {
     std::unique_lock lock(state_.mutex);
     for (;;) {
-      if (group.ended) return Status(Code::kUnavailable, group.failure);
+      if (group.ended) return group.failure;
       if (options_.cancelled && options_.cancelled()) return Status(Code::kCancelled, "cancelled");
       bool all = true;
       for (size_t node = 1; node < group.members.size(); ++node) all = all && done(*group.members[node]);
@@ -452,7 +472,7 @@ class Leader::Impl {
   void Tick() {
     auto heartbeat = std::make_shared<v1::LeaderMessage>();
     heartbeat->mutable_heartbeat();
-    const std::chrono::milliseconds interval = HeartbeatInterval(options_.silence);
+    const std::chrono::milliseconds interval = HeartbeatInterval(options_);
     SteadyTime next_heartbeat;
     std::unique_lock lock(state_.mutex);
     while (!state_.stop || !state_.callers.empty()) {
@@ -462,9 +482,10 @@ class Leader::Impl {
         if (Now() >= member->hang_up_at) member->context->TryCancel();
         if (member->group == nullptr) continue;
         if (beat && !std::exchange(member->heartbeat_queued, true)) member->outbox.push_back(heartbeat);
+        member->group->LookForSilence(options_.health_deadline);
         if (Now() - member->last_heard > options_.silence) {
           const std::string why = StrCat("no word for ", options_.silence.count(), " ms from node ", member->node);
-          if (member->group->formed) member->group->End(why);
+          if (member->group->formed) member->group->End(Lost(why));
           member->hang_up_at = std::min(member->hang_up_at, Now());
         }
       }

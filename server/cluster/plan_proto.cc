@@ -140,7 +140,7 @@ void ResultToProto(const StepResult& result, v1::StepDone* out) {
   const auto& [step, status, sampled, prompt_scores, device_time] = result;
   out->set_step(step);
   if (!status.ok()) {
-    out->set_follows(status.code() == Code::kUnavailable);  // as a rank says whose group has ended
+    out->set_code(static_cast<int32_t>(status.code()));
     return out->set_error(status.message().empty() ? "failed" : status.message());
   }
   for (const TokenScore& score : sampled) ScoreToProto(score, out->add_sampled());
@@ -154,7 +154,7 @@ void ResultToProto(const StepResult& result, v1::StepDone* out) {
 StepResult ResultFromProto(const v1::StepDone& in) {
   StepResult result;
   result.step = in.step();
-  if (!in.error().empty()) result.status = Status(in.follows() ? Code::kUnavailable : Code::kInternal, in.error());
+  if (!in.error().empty()) result.status = Status(static_cast<Code>(in.code()), in.error());
   for (const v1::TokenScore& score : in.sampled()) result.sampled.push_back(ScoreFromProto(score));
   for (const v1::PromptScores& prompt : in.prompt_scores()) {
     std::vector<TokenScore>& scores = result.prompt_scores.emplace_back();

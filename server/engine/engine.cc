@@ -23,6 +23,9 @@ namespace altiplano {
 namespace {
 
 constexpr Duration kMaxNap = std::chrono::milliseconds(100);
+// A step that takes so many times as long as it was predicted to is overdue. Predictions are some ten per cent off, and
+// more for steps of a kind that was not seen before.
+constexpr int kPatienceFactor = 3;
 
 Status Unavailable(std::string reason, std::string message) {
   ErrorDetail detail;
@@ -33,7 +36,7 @@ Status Unavailable(std::string reason, std::string message) {
 
 }  // namespace
 
-class Engine::Impl {
+class Engine::Impl final : private ExecutorObserver {
  public:
   Impl(EngineOptions options, std::unique_ptr<FlightRecorder> recorder, std::unique_ptr<Scheduler> scheduler,
        std::unique_ptr<Executor> executor, std::function<void()> on_step)
@@ -54,13 +57,14 @@ class Engine::Impl {
     thread_ = std::thread([this] { Loop(); });
   }
 
-  ~Impl() {
+  ~Impl() override {
     {
       std::lock_guard lock(mutex_);
       stop_ = true;
     }
     wake_.notify_one();
     thread_.join();
+    executor_.reset();  // while what it may still call is there
   }
 
   // --- Any thread
@@ -114,11 +118,14 @@ class Engine::Impl {
   }
 
   bool healthy() const {
-    if (down_.load(std::memory_order_acquire)) return false;
-    Duration::rep started = step_started_.load(std::memory_order_acquire);
-    return started == 0 || clock_.Now().time_since_epoch() - Duration(started) < options_.step_deadline;
+    if (down_.load(std::memory_order_acquire) || silent_.load(std::memory_order_acquire)) return false;
+    const Duration::rep started = step_started_.load(std::memory_order_acquire);
+    if (started == 0) return true;
+    const Duration since(std::max(started, step_got_on_.load(std::memory_order_acquire)));
+    return clock_.Now().time_since_epoch() - since < Duration(step_patience_.load(std::memory_order_acquire));
   }
 
+  uint64_t failures() const { return failures_.load(std::memory_order_acquire); }
   bool failed_for_good() const { return dead_.load(std::memory_order_acquire); }
 
   EngineLoad load() const {
@@ -225,7 +232,7 @@ class Engine::Impl {
     // it.
     std::shared_ptr<const StepPlan> running;
     bool idle = true;  // nothing runs and nothing could be planned
-    WatchExecutor();
+    executor_->Watch(this);
     for (;;) {
       if (!TakeInbox(/*may_sleep=*/idle)) break;
       if (running == nullptr && !lost_.ok()) {
@@ -252,7 +259,7 @@ class Engine::Impl {
         continue;
       }
       restarted_ = false;
-      SetStepStarted(next != nullptr);
+      SetRunning(next.get());
       // Cancels that came while the step ran take effect now, not a step later.
       if (!TakeInbox(/*may_sleep=*/false)) {
         running = std::move(next);
@@ -266,24 +273,18 @@ class Engine::Impl {
     Stop(running != nullptr);
   }
 
-  void WatchExecutor() {
-    executor_->OnFailure([this](Status why) {
-      {
-        std::lock_guard lock(mutex_);
-        inbox_.lost = std::move(why);
-      }
-      wake_.notify_one();
-    });
-  }
-
   void Launch(std::shared_ptr<const StepPlan> plan) {
-    if (step_started_.load(std::memory_order_relaxed) == 0) SetStepStarted(true);
+    if (step_started_.load(std::memory_order_relaxed) == 0) SetRunning(plan.get());
     executor_->Launch(std::move(plan));
   }
 
-  void SetStepStarted(bool started) {
-    const Duration::rep now = std::max<Duration::rep>(1, clock_.Now().time_since_epoch().count());
-    step_started_.store(started ? now : 0, std::memory_order_release);
+  // The oldest step that has been launched and not ended, from now on; null: there is none.
+  void SetRunning(const StepPlan* plan) {
+    if (plan == nullptr) return step_started_.store(0, std::memory_order_release);
+    const Duration predicted = StepTime(load_.scheduler.step_cost, WorkOf(*plan));
+    const Duration patience = std::max(options_.health_deadline, kPatienceFactor * predicted);
+    step_patience_.store(patience.count(), std::memory_order_release);
+    step_started_.store(Now(), std::memory_order_release);
   }
 
   // Moves what other threads left into the scheduler. False: stop. may_sleep: no step runs, so wait for something to
@@ -375,6 +376,7 @@ class Engine::Impl {
   void Fail(const Status& status) {
     log::Error("engine failed", {{"error", status.ToString()}});
     down_.store(true, std::memory_order_release);
+    failures_.fetch_add(1, std::memory_order_release);
     if (options_.on_failure) options_.on_failure(recorder_ == nullptr ? "" : FlightRecord().value());
     scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat("the engine failed: ", status.message())), clock_.Now(),
                       &events_);
@@ -386,26 +388,34 @@ class Engine::Impl {
     if (options_.restart && !restarted_ && executor_->replaceable()) {
       log::Warn("the engine starts again");
       executor_.reset();  // first: there may be no room for two
-      StatusOr<std::unique_ptr<Executor>> executor = options_.restart();
-      if (executor.ok()) {
+      StatusOr<std::unique_ptr<Executor>> executor = options_.restart([this](const Status& why) {
+        log::Error("the engine cannot start again", {{"error", why.ToString()}});
+        GiveUp();
+      });
+      if (executor.ok() && !failed_for_good()) {
         executor_ = std::move(executor).value();
         {
           std::lock_guard lock(mutex_);
           inbox_.lost = OkStatus();  // of the one that is gone
         }
         lost_ = OkStatus();
-        WatchExecutor();
+        silent_.store(false, std::memory_order_release);
+        executor_->Watch(this);
         restarted_ = true;
-        step_started_.store(0, std::memory_order_release);
+        SetRunning(nullptr);
         down_.store(false, std::memory_order_release);
         log::Info("the engine serves again");
         return true;
       }
-      log::Error("the engine cannot start again", {{"error", executor.status().ToString()}});
+      if (!executor.ok()) log::Error("the engine cannot start again", {{"error", executor.status().ToString()}});
     }
-    dead_.store(true, std::memory_order_release);
-    if (options_.on_failed_for_good) options_.on_failed_for_good();
+    GiveUp();
     return false;
+  }
+
+  // Any thread.
+  void GiveUp() {
+    if (!dead_.exchange(true) && options_.on_failed_for_good) options_.on_failed_for_good();
   }
 
   // Ends what is live and whatever still comes in until the destructor is called.
@@ -432,6 +442,28 @@ class Engine::Impl {
     scheduler_->Abort(why, clock_.Now(), &events_);
     Deliver();
     CHECK(live_.empty());
+  }
+
+  // --- ExecutorObserver: any thread
+  // -----------------------------------------------------------------------------------
+
+  void OnFailure(Status why) override {
+    {
+      std::lock_guard lock(mutex_);
+      inbox_.lost = std::move(why);
+    }
+    wake_.notify_one();
+  }
+  void OnProgress() override {
+    step_got_on_.store(Now(), std::memory_order_release);
+  }
+  void OnSilence(bool silent) override {
+    silent_.store(silent, std::memory_order_release);
+  }
+
+  // Never 0.
+  Duration::rep Now() const {
+    return std::max<Duration::rep>(1, clock_.Now().time_since_epoch().count());
   }
 
   // Constant after construction.
@@ -466,9 +498,15 @@ class Engine::Impl {
   RateMeter tokens_;
   TimePoint last_step_end_{};
 
-  std::atomic<Duration::rep> step_started_{0};  // the oldest one; 0: no step runs
+  // Engine thread writes.
+  std::atomic<Duration::rep> step_started_{0};   // the oldest one; 0: no step runs
+  std::atomic<Duration::rep> step_patience_{0};  // with it: how long it may get nowhere
+  std::atomic<uint64_t> failures_{0};
   std::atomic<bool> down_{false};
   std::atomic<bool> dead_{false};  // down for good
+  // The executor's threads write.
+  std::atomic<Duration::rep> step_got_on_{0};  // when last, this step or one before it
+  std::atomic<bool> silent_{false};            // a part of the executor
 
   std::thread thread_;
 };
@@ -485,8 +523,9 @@ void RequestHandle::StopSequence(uint32_t sequence) {
 
 StatusOr<std::unique_ptr<Engine>> Engine::Start(EngineOptions options, std::unique_ptr<Executor> executor,
                                                 std::function<void()> on_step) {
-  if (options.max_queued_requests < 1 || options.max_queued_tokens < 1 || options.step_deadline <= Duration(0)) {
-    return Status(Code::kInvalidArgument, "max_queued_requests, max_queued_tokens and step_deadline must be positive");
+  if (options.max_queued_requests < 1 || options.max_queued_tokens < 1 || options.health_deadline <= Duration(0)) {
+    return Status(Code::kInvalidArgument,
+                  "max_queued_requests, max_queued_tokens and health_deadline must be positive");
   }
   std::unique_ptr<FlightRecorder> recorder;
   if (options.flight_record_bytes > 0) {
@@ -519,6 +558,9 @@ void Engine::CancelAll(Status why) {
 }
 bool Engine::healthy() const {
   return impl_->healthy();
+}
+uint64_t Engine::failures() const {
+  return impl_->failures();
 }
 bool Engine::failed_for_good() const {
   return impl_->failed_for_good();

@@ -25,18 +25,22 @@ class RequestSink {
 struct EngineOptions {
   SchedulerOptions scheduler;
   int32_t max_queued_requests = 512;
-  int64_t max_queued_tokens = 4 << 20;                // prompt tokens waiting
-  Duration step_deadline = std::chrono::seconds(30);  // a step that takes longer: the engine is unhealthy
-  size_t flight_record_bytes = 0;                     // of the scheduler's last steps, kept for people; 0: none
-  std::string crash_record_path;                      // the new file they go to if the process dies; empty: none
+  int64_t max_queued_tokens = 4 << 20;  // prompt tokens waiting
+  // The engine is unhealthy while a step has got nowhere for this long, or for some times as long as it was predicted
+  // to take, where that is longer.
+  Duration health_deadline = std::chrono::seconds(4);
+  size_t flight_record_bytes = 0;  // of the scheduler's last steps, kept for people; 0: none
+  std::string crash_record_path;   // the new file they go to if the process dies; empty: none
   // A step failed: with the flight record, "" when none is kept. Engine thread, before live requests end.
   std::function<void(const std::string& flight_record)> on_failure;
-  // failed_for_good() has become true. Engine thread.
+  // failed_for_good() has become true. Any thread, once.
   std::function<void()> on_failed_for_good;
   const Clock* clock = &Clock::Real();
   // After a failure: makes the ranks again, with as many KV blocks as before. Engine thread, after the old executor has
-  // gone; new requests are refused meanwhile. Null: the engine stays down.
-  std::function<StatusOr<std::unique_ptr<Executor>>()> restart;
+  // gone; new requests are refused meanwhile. hung: to be called, from any thread, when this will not return. Null: the
+  // engine stays down.
+  using Hung = std::function<void(const Status&)>;
+  std::function<StatusOr<std::unique_ptr<Executor>>(const Hung& hung)> restart;
 };
 
 struct EngineLoad {
@@ -111,8 +115,10 @@ class Engine final : public InferenceEngine {
   // Ends what is live with `why`. Any thread.
   void CancelAll(Status why);
 
-  // False when a step is overdue or the device failed.
+  // False when a step is overdue, the device failed or a part of it is silent.
   bool healthy() const override;
+  // How often it has failed: each time what it had cached is lost. Any thread.
+  uint64_t failures() const;
   // It failed and will not come back: there is no `restart`, or that failed, or the first step after it did. Any
   // thread.
   bool failed_for_good() const;

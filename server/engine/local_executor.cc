@@ -1,9 +1,12 @@
 #include "server/engine/local_executor.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <map>
+#include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -104,7 +107,14 @@ StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const std::ve
   return static_cast<int32_t>(std::min<uint64_t>(pages, INT32_MAX / static_cast<uint64_t>(options.page_size)));
 }
 
-StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const LocalExecutorOptions& options) {
+std::vector<int> RankNumbers(const LocalExecutorOptions& options) {
+  std::vector<int> numbers(static_cast<size_t>(LocalStages(options) * options.ranks));
+  std::iota(numbers.begin(), numbers.end(), options.first_stage * options.ranks);
+  return numbers;
+}
+
+StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const LocalExecutorOptions& options,
+                                         StartWatch* watch) {
   LoadOptions load;
   load.dtype = options.dtype;
   load.device = options.device;
@@ -114,7 +124,32 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(checkpoint.config(), options));
   std::vector<int> gpus;
   for (size_t rank = 0; rank < shards.size(); ++rank) gpus.push_back(GpuOf(options, rank));
-  return LoadAllRanks(checkpoint, load, shards, gpus);
+  struct Bytes {
+    std::atomic<uint64_t> done{0}, total{0};
+  };
+  std::vector<Bytes> bytes(shards.size());
+  load.progress_of_shard = [&](size_t rank, const LoadProgress& progress) {
+    bytes[rank].total = progress.bytes_total;
+    bytes[rank].done = progress.bytes_done;
+  };
+  watch->Begin("loading the weights", RankNumbers(options), [&](size_t rank) -> std::optional<uint64_t> {
+    const uint64_t done = bytes[rank].done;
+    if (done > 0 && done == bytes[rank].total) return std::nullopt;
+    return done;
+  });
+  auto weights = LoadAllRanks(checkpoint, load, shards, gpus);
+  watch->End();
+  return weights;
+}
+
+// Nothing of ours throws but an allocation, and drills.
+template <typename Work>
+Status OrWhatItThrows(int rank, Work&& work) {
+  try {
+    return work();
+  } catch (const std::exception& error) {
+    return Status(Code::kInternal, StrCat("rank ", rank, ": ", error.what()));
+  }
 }
 
 // Of what decides which tokens are computed and where they go.
@@ -212,7 +247,8 @@ StatusOr<OuterLinks> LinkNodes(const ModelConfig& config, const LocalExecutorOpt
 
 StatusOr<std::shared_ptr<const RankWeights>> LocalExecutor::LoadShared(const Checkpoint& checkpoint,
                                                                        const LocalExecutorOptions& options) {
-  ASSIGN_OR_RETURN(std::vector<LlamaWeights> loaded, Load(checkpoint, options));
+  StartWatch watch(options.start_patience, options.on_start_hang);
+  ASSIGN_OR_RETURN(std::vector<LlamaWeights> loaded, Load(checkpoint, options, &watch));
   auto weights = std::make_shared<RankWeights>();
   for (LlamaWeights& rank : loaded) weights->push_back(std::make_shared<const LlamaWeights>(std::move(rank)));
   return std::shared_ptr<const RankWeights>(std::move(weights));
@@ -230,13 +266,16 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
 
   cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
+  StartWatch watch(options.start_patience, options.on_start_hang);
+  watch.Begin("connecting the ranks");
   ASSIGN_OR_RETURN(Ranks ranks, Connect(config, options));  // before weights are read for GPUs that are not there
   std::vector<LlamaWeights> weights;
   if (options.weights != nullptr) {
     for (const auto& rank : *options.weights) weights.push_back(Share(rank));
   } else {
-    ASSIGN_OR_RETURN(weights, Load(checkpoint, options));
+    ASSIGN_OR_RETURN(weights, Load(checkpoint, options, &watch));
   }
+  watch.Begin("making the ranks");
 
   Llama::Limits limits;
   limits.max_tokens = options.token_budget;
@@ -276,14 +315,19 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
                     StrCat("no memory for the logits and the sampling of ", options.max_running, " sequences"));
     }
   }
+  watch.End();  // other nodes watch themselves
   if (options.meet) RETURN_IF_ERROR(options.meet());
   const auto warm_up = [&](int32_t tokens) {
-    return OnAllRanks(ranks, [&](size_t i, RankWorker& worker) { return worker.WarmUp(tokens, shapes[i]); });
+    return OnAllRanks(ranks, &watch, "the warm-up", [&](size_t i, RankWorker& worker) {
+      if (options.before_step) options.before_step(ranks[i]->number, 0);
+      return worker.WarmUp(tokens, shapes[i]);
+    });
   };
   RETURN_IF_ERROR(warm_up(1));
   // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
   const int64_t largest = std::min<int64_t>(options.token_budget, int64_t{max_context} * options.max_running);
   if (options.device == Device::kCuda) RETURN_IF_ERROR(warm_up(static_cast<int32_t>(largest)));
+  watch.Begin("allocating the KV cache");
   ASSIGN_OR_RETURN(int32_t pages, ChoosePages(options, shapes, max_context));
   for (size_t i = 0; i < ranks.size(); ++i) {
     shapes[i].pages = pages;
@@ -295,7 +339,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
     }
     ranks[i]->worker->SetCache(std::move(*cache));
   }
-  if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, options));
+  if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, &watch, options));
 
   SchedulerOptions scheduler;
   scheduler.num_blocks = pages;
@@ -315,10 +359,11 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const ModelConfig& config,
       ASSIGN_OR_RETURN(group, MakeGroup(options, stage));
     }
     for (auto& communicator : group) {
+      const int rank = options.first_stage * options.ranks + static_cast<int>(ranks.size());
       ranks.push_back(std::make_shared<Rank>());
+      ranks.back()->number = rank;
       ranks.back()->checked = communicator != nullptr && options.check_ranks;
       if (ranks.back()->checked) communicator = MakeChecked(std::move(communicator));
-      const int rank = options.first_stage * options.ranks + static_cast<int>(ranks.size()) - 1;
       if (communicator != nullptr && options.wrap_communicator) {
         communicator = options.wrap_communicator(rank, std::move(communicator));
       }
@@ -345,7 +390,7 @@ StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const ModelConfig& config,
   }
   for (size_t i = 0; options.wrap_link && i < ranks.size(); ++i) {
     for (auto* link : {&ranks[i]->previous, &ranks[i]->next}) {
-      *link = options.wrap_link(static_cast<int>(first_rank + i), std::move(*link));
+      *link = options.wrap_link(ranks[i]->number, std::move(*link));
     }
   }
   return ranks;
@@ -365,18 +410,31 @@ std::string LocalExecutor::Rank::Error() const {
   return error;
 }
 
-Status LocalExecutor::OnAllRanks(const Ranks& ranks, const std::function<Status(size_t, RankWorker&)>& work) {
+Status LocalExecutor::OnAllRanks(const Ranks& ranks, StartWatch* watch, std::string what,
+                                 const std::function<Status(size_t, RankWorker&)>& work) {
   std::vector<Status> statuses(ranks.size());
+  std::vector<std::atomic<bool>> done(ranks.size());
+  std::vector<int> numbers;
+  for (const auto& rank : ranks) numbers.push_back(rank->number);
+  watch->Begin(std::move(what), std::move(numbers), [&](size_t i) -> std::optional<uint64_t> {
+    if (done[i]) return std::nullopt;
+    return ranks[i]->worker->progress();
+  });
   std::vector<std::thread> threads;
   for (size_t i = 0; i < ranks.size(); ++i) {
     threads.emplace_back([&, i] {
       RankWorker& worker = *ranks[i]->worker;
       worker.stream().UseFromThisThread();
-      statuses[i] = work(i, worker);
-      if (!statuses[i].ok()) ranks[i]->Abort(statuses[i].message());  // nobody waits for it
+      statuses[i] = OrWhatItThrows(ranks[i]->number, [&] { return work(i, worker); });
+      if (!statuses[i].ok()) {
+        ranks[i]->Abort(statuses[i].message());  // nobody waits for it
+        watch->GiveUp(statuses[i]);
+      }
+      done[i] = true;
     });
   }
   for (std::thread& thread : threads) thread.join();
+  watch->End();
   // That a group has ended is the consequence of another rank's error.
   std::stable_partition(statuses.begin(), statuses.end(),
                         [](const Status& status) { return status.code() != Code::kUnavailable; });
@@ -384,10 +442,11 @@ Status LocalExecutor::OnAllRanks(const Ranks& ranks, const std::function<Status(
   return OkStatus();
 }
 
-Status LocalExecutor::CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options) {
+Status LocalExecutor::CaptureGraphs(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options) {
   const auto begin = std::chrono::steady_clock::now();
   const uint64_t free_before = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;
-  RETURN_IF_ERROR(OnAllRanks(ranks, [](size_t, RankWorker& worker) { return worker.CaptureDecodeGraphs(); }));
+  RETURN_IF_ERROR(OnAllRanks(ranks, watch, "capturing the graphs of decode steps",
+                             [](size_t, RankWorker& worker) { return worker.CaptureDecodeGraphs(); }));
   const uint64_t free_after = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   log::Info("captured the graphs of decode steps",
@@ -399,7 +458,6 @@ Status LocalExecutor::CaptureGraphs(const Ranks& ranks, const LocalExecutorOptio
 
 LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options)
     : device_(options.device),
-      first_rank_(options.first_stage * options.ranks),
       patience_(options.patience),
       on_step_times_(options.on_step_times),
       scheduler_options_(std::move(scheduler_options)),
@@ -408,8 +466,8 @@ LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, co
   shared_->plans.resize(ranks_.size());
   shared_->enqueued.resize(ranks_.size());
   shared_->running = this->ranks();
-  for (int i = 0; i < this->ranks(); ++i) {
-    threads_.emplace_back(Loop, shared_, ranks_, i, first_rank_, options.before_step);
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    threads_.emplace_back(Loop, shared_, ranks_, i, options.before_step);
   }
 }
 
@@ -470,11 +528,9 @@ void LocalExecutor::Launch(std::shared_ptr<const StepPlan> plan) {
 }
 
 uint64_t LocalExecutor::Progress() const {
-  uint64_t ops = 0;
-  for (const auto& rank : ranks_) {
-    if (device_ == Device::kCpu) ops += rank->worker->stream().team().runs();
-  }
-  return ops;
+  uint64_t progress = 0;
+  for (const auto& rank : ranks_) progress += rank->worker->progress();
+  return progress;
 }
 
 // Of all ranks in a step. A slow step is none, however slow; where ranks wait for one that hangs, they end the group
@@ -490,7 +546,10 @@ class LocalExecutor::Standstill {
   void Reset() { since_ = std::chrono::steady_clock::now(); }
   bool TooLong() {
     const uint64_t progress = executor_.Progress();
-    if (progress != std::exchange(progress_, progress)) Reset();
+    if (progress != std::exchange(progress_, progress)) {
+      Reset();
+      if (ExecutorObserver* observer = executor_.observer_) observer->OnProgress();
+    }
     return std::chrono::steady_clock::now() - since_ > limit_;
   }
   Status Of(std::string_view ranks) const {
@@ -517,10 +576,10 @@ StepResult LocalExecutor::Wait() {
     while (!shared_->changed.wait_for(lock, kLook, over)) {
       if (shared_->launched == 0) standstill.Reset();
       if (!standstill.TooLong()) continue;
-      const auto late = std::find(enqueued.begin(), enqueued.end(), 0) - enqueued.begin();
+      const auto late = static_cast<size_t>(std::find(enqueued.begin(), enqueued.end(), 0) - enqueued.begin());
       lock.unlock();
       stalled_ = true;
-      Fail(standstill.Of(StrCat("rank ", first_rank_ + late)));
+      Fail(standstill.Of(StrCat("rank ", ranks_[late]->number)));
       lock.lock();
     }
   }
@@ -535,7 +594,7 @@ StepResult LocalExecutor::Wait() {
       look();
       if (!standstill.TooLong()) continue;
       stalled_ = true;
-      Fail(standstill.Of(StrCat("the GPU of rank ", first_rank_ + static_cast<int>(i))));
+      Fail(standstill.Of(StrCat("the GPU of rank ", rank->number)));
     }
     look();
     // A rank may have ended the step before another one failed in it: the next one cannot run then.
@@ -569,36 +628,32 @@ void LocalExecutor::Fail(const Status& status) {
   for (const auto& rank : ranks_) rank->Abort(status.message());
 }
 
-void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
+void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t index,
                          std::function<void(int, uint64_t)> before_step) {
-  const Rank& rank = *ranks[static_cast<size_t>(index)];
+  const Rank& rank = *ranks[index];
   RankWorker& worker = *rank.worker;
   worker.stream().UseFromThisThread();
   auto enqueue = [&](const StepPlan& plan) {
-    try {
-      if (before_step) before_step(first_rank + index, plan.step);
-      // Ranks that differ end the group, and so the step.
-      if (rank.checked) rank.communicator->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
-      return worker.Enqueue(plan);
-    } catch (const std::exception& error) {  // nothing of ours throws but an allocation
-      return Status(Code::kInternal, StrCat("rank ", first_rank + index, ": ", error.what()));
-    }
+    if (before_step) before_step(rank.number, plan.step);
+    // Ranks that differ end the group, and so the step.
+    if (rank.checked) rank.communicator->CheckSame(StrCat("the plan of step ", plan.step), HashOf(plan));
+    return worker.Enqueue(plan);
   };
   std::unique_lock lock(shared->mutex);
-  auto& plans = shared->plans[static_cast<size_t>(index)];
+  auto& plans = shared->plans[index];
   for (;;) {
     // A rank has room for two steps: a process without the last stage may be asked for a third before Wait has the
     // first.
-    const int& enqueued = shared->enqueued[static_cast<size_t>(index)];
+    const int& enqueued = shared->enqueued[index];
     shared->changed.wait(lock, [&] { return shared->stop || (!plans.empty() && enqueued < 2); });
     if (shared->stop) break;
     const std::shared_ptr<const StepPlan> plan = std::move(plans.front());
     plans.pop_front();
     if (!shared->failure.ok()) continue;  // its inputs are gone
     lock.unlock();
-    const Status status = enqueue(*plan);
+    const Status status = OrWhatItThrows(rank.number, [&] { return enqueue(*plan); });
     lock.lock();
-    if (status.ok()) ++shared->enqueued[static_cast<size_t>(index)];
+    if (status.ok()) ++shared->enqueued[index];
     if (!status.ok()) {
       if (shared->failure.ok()) shared->failure = status;
       for (const auto& each : ranks) each->Abort(status.message());

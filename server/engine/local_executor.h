@@ -7,6 +7,7 @@
 // little longer than `patience`, be the rank the only one or its GPU what hangs.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -23,6 +24,7 @@
 #include "server/base/status.h"
 #include "server/engine/executor.h"
 #include "server/engine/rank_worker.h"
+#include "server/engine/start_watch.h"
 #include "server/model/checkpoint.h"
 #include "server/model/weights.h"
 #include "server/scheduler/scheduler.h"
@@ -65,7 +67,11 @@ struct LocalExecutorOptions {
   std::function<void(const StepTimes&)> on_step_times;
   bool check_ranks = false;  // compare what ranks hold that should be the same, after each call between them
   std::chrono::milliseconds patience = std::chrono::seconds(30);  // how long ranks wait for one another
-  // For tests. Ranks are numbered through the stages. before_step: rank's thread; may throw, or never return.
+  // Told when loading and warming up have got nowhere for start_patience (StartWatch). Null: they are waited for.
+  std::function<void(const Status&)> on_start_hang;
+  std::chrono::milliseconds start_patience = std::chrono::minutes(2);
+  // For tests. Ranks are numbered through the stages. before_step: rank's thread; may throw, or never return. A warm-up
+  // is step 0.
   std::function<void(int rank, uint64_t step)> before_step;
   std::function<std::unique_ptr<Communicator>(int rank, std::unique_ptr<Communicator>)> wrap_communicator;
   std::function<std::shared_ptr<Link>(int rank, std::shared_ptr<Link>)> wrap_link;
@@ -83,6 +89,8 @@ class LocalExecutor : public Executor {
   // Ends the group as a failed rank does. Any thread.
   void Abort(std::string_view reason) { Fail(Status(Code::kUnavailable, std::string(reason))); }
 
+  // Tells of progress only, of ranks on the CPU, while somebody waits for the step.
+  void Watch(ExecutorObserver* observer) override { observer_ = observer; }
   // A process without the last stage gets results without tokens.
   void Launch(std::shared_ptr<const StepPlan> plan) override;
   StepResult Wait() override;
@@ -109,6 +117,7 @@ class LocalExecutor : public Executor {
     bool stop = false;
   };
   struct Rank {
+    int number = 0;                              // through all stages, those of other processes too
     std::unique_ptr<Communicator> communicator;  // null for one rank
     bool checked = false;                        // it is one of MakeChecked
     std::shared_ptr<Link> previous, next;        // null for one stage
@@ -122,25 +131,25 @@ class LocalExecutor : public Executor {
 
   LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options);
   static StatusOr<Ranks> Connect(const ModelConfig& config, const LocalExecutorOptions& options);  // without workers
-  // The work of each rank, all at once: they meet in it. The first error ends the group.
-  static Status OnAllRanks(const Ranks& ranks, const std::function<Status(size_t index, RankWorker& worker)>& work);
-  static Status CaptureGraphs(const Ranks& ranks, const LocalExecutorOptions& options);
-  static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, int index, int first_rank,
+  // The work of each rank, all at once: they meet in it. The first error ends the group. what: for the watch.
+  static Status OnAllRanks(const Ranks& ranks, StartWatch* watch, std::string what,
+                           const std::function<Status(size_t index, RankWorker& worker)>& work);
+  static Status CaptureGraphs(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options);
+  static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t index,
                    std::function<void(int, uint64_t)> before_step);
   class Standstill;
-  // Grows with each op of a rank on the CPU.
-  uint64_t Progress() const;
+  uint64_t Progress() const;  // of all ranks
   Status failure() const;
   void Fail(const Status& status);
 
   const Device device_;
-  const int first_rank_;  // through all stages, those of other processes too
   const std::chrono::milliseconds patience_;
   const std::function<void(const StepTimes&)> on_step_times_;
   const SchedulerOptions scheduler_options_;
   const Ranks ranks_;
   const std::shared_ptr<Shared> shared_;
   bool stalled_ = false;  // of the thread that calls Wait
+  std::atomic<ExecutorObserver*> observer_{nullptr};
   std::vector<std::thread> threads_;
 };
 

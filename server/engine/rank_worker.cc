@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/cpu/thread_team.h"
 #include "kernels/trace.h"
 #include "server/base/check.h"
 #include "server/base/strings.h"
@@ -114,6 +115,7 @@ Status RankWorker::CaptureDecodeGraphs() {
     if (std::exchange(ran, shape.sequences) == shape.sequences) continue;
     if (!compute(BuildInputs(StepPlan(), &shape))) return Aborted();
     if (const std::string error = stream_->Synchronize(); !error.empty()) return Status(Code::kInternal, error);
+    ++prepared_;
   }
   std::vector<std::unique_ptr<StepGraph>> graphs;
   for (const DecodeShape& shape : shapes) {
@@ -122,7 +124,10 @@ Status RankWorker::CaptureDecodeGraphs() {
     if (!error.empty()) return Status(Code::kInternal, error);
     graphs.push_back(StepGraph::Capture(
         *stream_, [&] { return compute(step); }, &error));
-    if (graphs.back() != nullptr) continue;
+    if (graphs.back() != nullptr) {
+      ++prepared_;
+      continue;
+    }
     if (error.empty()) return Aborted();
     return Status(Code::kInternal, StrCat("capturing the graph of a step that decodes ", shape.sequences,
                                           " sequences: ", error, "; --cuda-graphs off does without"));
@@ -130,6 +135,10 @@ Status RankWorker::CaptureDecodeGraphs() {
   graph_shapes_ = std::move(shapes);
   graphs_ = std::move(graphs);
   return OkStatus();
+}
+
+uint64_t RankWorker::progress() const {
+  return stream_->device() == Device::kCpu ? stream_->team().runs() : prepared_.load();
 }
 
 StepInputBuilder::Step RankWorker::BuildInputs(const StepPlan& plan, const DecodeShape* padded) {

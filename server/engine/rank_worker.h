@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <deque>
@@ -57,6 +58,8 @@ class RankWorker {
   // ranks at once: each shape runs before it is captured. Sampling is not captured, its parameters are arguments.
   Status CaptureDecodeGraphs();
   size_t decode_graphs() const { return graphs_.size(); }
+  // Grows with each op on the CPU, and with each step and graph of CaptureDecodeGraphs. Any thread.
+  uint64_t progress() const;
 
   // Of one thread, which has called stream().UseFromThisThread(). UNAVAILABLE when the group was aborted, INTERNAL when
   // the device failed.
@@ -114,6 +117,7 @@ class RankWorker {
   Buffer gathered_;                    // [R, V' * ranks] f32, of the one that samples of several
   std::vector<DecodeShape> graph_shapes_;
   std::vector<std::unique_ptr<StepGraph>> graphs_;  // of each shape
+  std::atomic<uint64_t> prepared_{0};               // steps and graphs, by CaptureDecodeGraphs
   std::vector<SampleParams> params_;                // reused between steps
   std::vector<int32_t> num_top_;                    // likewise
   std::unique_ptr<StepTimer> timer_;                // null: steps are not timed

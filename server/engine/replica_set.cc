@@ -17,10 +17,17 @@ class ReplicaSet::Routing {
   // By the smallest pool, where they differ: a router that forgets early costs less than one that remembers too long.
   Routing(const std::vector<std::unique_ptr<Engine>>& replicas, bool prefix_cache)
       : router(static_cast<int>(replicas.size()), replicas.front()->load().block_size,
-               prefix_cache ? FewestBlocks(replicas) : 0) {}
+               prefix_cache ? FewestBlocks(replicas) : 0),
+        failures_(replicas.size()) {}
 
   std::mutex mutex;
   ReplicaRouter router;  // guarded by mutex
+
+  // Under mutex: a replica that has failed, `failures` times by now, has an empty cache from then on. One that is only
+  // overdue keeps what it has.
+  void ForgetIfFailed(size_t replica, uint64_t failures) {
+    if (std::exchange(failures_[replica], failures) != failures) router.Forget(static_cast<int>(replica));
+  }
 
  private:
   static int32_t FewestBlocks(const std::vector<std::unique_ptr<Engine>>& replicas) {
@@ -28,6 +35,8 @@ class ReplicaSet::Routing {
     for (const auto& replica : replicas) fewest = std::min(fewest, replica->load().scheduler.blocks_total);
     return fewest;
   }
+
+  std::vector<uint64_t> failures_;  // guarded by mutex: of each replica, as last seen
 };
 
 // Tells the router how far a request is, before its owner learns of it.
@@ -70,9 +79,7 @@ StatusOr<RequestHandle> ReplicaSet::Submit(std::shared_ptr<const Request> reques
   for (const auto& replica : replicas_) healthy.push_back(replica->healthy());
   // Held until the request is counted: its first events, and the next Submit, wait for that.
   std::lock_guard lock(routing_->mutex);
-  for (size_t i = 0; i < replicas_.size(); ++i) {
-    if (!healthy[i]) routing_->router.Forget(static_cast<int>(i));
-  }
+  for (size_t i = 0; i < replicas_.size(); ++i) routing_->ForgetIfFailed(i, replicas_[i]->failures());
   const ReplicaRouter::Route route = routing_->router.Find(*request);
   Status refused;
   for (const int index : route.order) {

@@ -374,6 +374,7 @@ StatusOr<std::vector<LlamaWeights>> LoadAllRanks(const Checkpoint& checkpoint, c
   std::vector<std::thread> threads;
   for (size_t rank = 0; rank < each.size(); ++rank) {
     each[rank].progress = [&, rank](const LoadProgress& of_rank) {
+      if (options.progress_of_shard) options.progress_of_shard(rank, of_rank);
       std::lock_guard lock(mutex);
       progress[rank] = of_rank;
     };

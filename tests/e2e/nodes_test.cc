@@ -24,11 +24,11 @@ using ::testing::StartsWith;
 
 const std::string kTiny = ALTIPLANO_SOURCE_DIR "/tests/data/tiny";
 
-// A leader and one follower, two ranks each; the deadline is short.
+// A leader and one follower, two ranks each; the deadline is short unless the test says otherwise.
 class Nodes : public ::testing::Test {
  protected:
-  void Start(std::vector<std::string> more = {}) {
-    group_ = {"--nodes", "2", "--leader", FreeAddress(), "--tp", "2", "--step-deadline", "2s"};
+  void Start(std::vector<std::string> more = {}, const std::string& step_deadline = "2s") {
+    group_ = {"--nodes", "2", "--leader", FreeAddress(), "--tp", "2", "--step-deadline", step_deadline};
     group_.insert(group_.end(), more.begin(), more.end());
     leader_ = std::make_unique<Server>(group_);
     StartFollower();
@@ -119,6 +119,21 @@ TEST_F(Nodes, APausedFollowerIsNoticedWhileNothingRuns) {
   EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
 }
 
+// Health follows what is heard of the follower, while something runs and while nothing does; nothing is given up.
+TEST_F(Nodes, AFollowerPausedForLessThanTheStepDeadlineOnlyTurnsHealth) {
+  Start({"--health-deadline", "500ms"}, "10m");
+  StartStream(400);
+  for (bool idle : {false, true}) {
+    SCOPED_TRACE(idle ? "idle" : "busy");
+    follower_->Signal(SIGSTOP);
+    EXPECT_TRUE(Eventually([&] { return Health() == "NOT_SERVING"; })) << leader_->process().Errors();
+    follower_->Signal(SIGCONT);
+    EXPECT_TRUE(Eventually([&] { return Health() == "SERVING"; })) << leader_->process().Errors();
+    EXPECT_TRUE(EndOfStream().ok()) << EndOfStream().ToString();
+    EXPECT_EQ(stream_->tokens(), 400u);
+  }
+}
+
 TEST_F(Nodes, AFollowerEndsWhenTheLeaderIsKilledOrPaused) {
   Start();
   leader_->process().Signal(SIGKILL);
@@ -147,6 +162,20 @@ TEST_F(Nodes, WithRestartTheGroupIsFormedAgainWhenTheFollowerIs) {
   leader_->process().Signal(SIGTERM);
   EXPECT_EQ(leader_->process().Wait(), 0) << leader_->process().Errors();
   EXPECT_EQ(follower_->Wait(), 0) << follower_->Errors();
+}
+
+// The follower's rank 3 hangs before anything serves.
+TEST_F(Nodes, AFollowerThatHangsInItsWarmUpEndsAllWithExit75) {
+  group_ = {"--nodes", "2", "--leader", FreeAddress(), "--tp", "2", "--step-deadline", "1s", "--start-timeout", "2s"};
+  leader_ = std::make_unique<Server>(group_);
+  setenv("ALTIPLANO_FAULT", "3:0:hang", 1);
+  StartFollower();
+  unsetenv("ALTIPLANO_FAULT");
+  EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
+  EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
+  EXPECT_EQ(leader_->process().output(), "") << "not READY";
+  EXPECT_THAT(leader_->process().Errors(), HasSubstr("altiplano serve: node 1: rank 3 hangs in the warm-up"));
+  EXPECT_THAT(follower_->Errors(), HasSubstr("altiplano serve: rank 3 hangs in the warm-up"));
 }
 
 TEST_F(Nodes, OneWithAnotherModelOrFlagIsRefused) {

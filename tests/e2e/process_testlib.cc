@@ -167,13 +167,11 @@ std::string Process::Errors() {
   return ReadAll(errors_path_);
 }
 
-Server::Server(std::vector<std::string> more_flags)
-    : process_([&more_flags] {
-        std::vector<std::string> arguments = {"serve",    "--model",     ALTIPLANO_SOURCE_DIR "/tests/data/tiny",
-                                              "--listen", "127.0.0.1:0", "--served-model-name",
-                                              "tiny",     "--threads",   "1",
-                                              "--dtype",  "f32",         "--kv-memory",
-                                              "64MiB"};
+Server::Server(std::vector<std::string> more_flags, const std::string& model)
+    : process_([&] {
+        std::vector<std::string> arguments = {
+            "serve", "--model", model, "--listen",    "127.0.0.1:0", "--served-model-name", "tiny", "--threads",
+            "1",     "--dtype", "f32", "--kv-memory", "64MiB"};
         arguments.insert(arguments.end(), more_flags.begin(), more_flags.end());
         return arguments;
       }()) {}

@@ -48,10 +48,11 @@ class Process {
   std::string errors_path_;
 };
 
-// `altiplano serve` with the tiny model on a free port.
+// `altiplano serve` with the tiny model, or a copy of it, on a free port.
 class Server {
  public:
-  explicit Server(std::vector<std::string> more_flags = {});
+  explicit Server(std::vector<std::string> more_flags = {},
+                  const std::string& model = ALTIPLANO_SOURCE_DIR "/tests/data/tiny");
   Process& process() { return process_; }
   // Waits for READY. "" when it did not come.
   const std::string& address();

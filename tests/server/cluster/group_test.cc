@@ -48,7 +48,7 @@ class GroupTest : public ::testing::Test {
     });
   }
   std::unique_ptr<Engine> StartEngine(Leader& leader, const LocalExecutorOptions& options,
-                                      std::function<StatusOr<std::unique_ptr<Executor>>()> restart = {}) {
+                                      decltype(EngineOptions::restart) restart = {}) {
     auto formed = leader.Form(*checkpoint_, options);
     EXPECT_TRUE(formed.ok()) << formed.status().ToString();
     if (!formed.ok()) return nullptr;
@@ -218,7 +218,7 @@ TEST_F(GroupTest, AFailureEndsTheGroupEverywhereAndItIsFormedAgain) {
         first_end.set_value(Follow(Options(1, 2), *checkpoint_, options, [] {}));
         EXPECT_TRUE(Follow(Options(1, 2), *checkpoint_, options, [] {}).ok());
       });
-      auto engine = StartEngine(*leader, options, [&]() -> StatusOr<std::unique_ptr<Executor>> {
+      auto engine = StartEngine(*leader, options, [&](const auto&) -> StatusOr<std::unique_ptr<Executor>> {
         auto formed = leader->Form(*checkpoint_, options);
         if (!formed.ok()) return formed.status();
         return std::move(formed->executor);
@@ -241,6 +241,27 @@ TEST_F(GroupTest, AFailureEndsTheGroupEverywhereAndItIsFormedAgain) {
       follower.join();
     }
   }
+}
+
+// Whoever hangs before the group serves is not waited for: its process is to be ended, and the leader knows why.
+TEST_F(GroupTest, AFollowerThatHangsInItsWarmUpIsNamed) {
+  std::promise<void> release;
+  LocalExecutorOptions options = Stages(2, 2);
+  options.patience = milliseconds(1000);  // then the rank beside it gives up
+  options.start_patience = milliseconds(2000);
+  options.before_step = [released = release.get_future().share()](int rank, uint64_t step) {
+    if (rank == 3 && step == 0) released.wait();
+  };
+  options.on_start_hang = [&](const Status& status) {
+    EXPECT_THAT(status.message(), HasSubstr("rank 3 hangs in the warm-up"));
+    release.set_value();
+  };
+  auto leader = std::move(*Leader::Start(Options(0, 2)));
+  auto follower = StartFollower(Options(1, 2), options);
+  const Status formed = leader->Form(*checkpoint_, Stages(2, 2)).status();
+  EXPECT_EQ(formed.code(), Code::kDeadlineExceeded);
+  EXPECT_THAT(formed.message(), HasSubstr("node 1: rank 3 hangs in the warm-up"));
+  EXPECT_FALSE(follower.get().ok());
 }
 
 // While nothing runs: the follower's node stops without a word. Its executor goes, its call is cancelled.

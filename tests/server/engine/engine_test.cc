@@ -257,22 +257,93 @@ TEST(Engine, FailedStepEndsEverythingAndTurnsHealth) {
   EXPECT_EQ((*engine)->Submit(MakeRequest(1, 1), std::make_shared<CollectingSink>()).status().reason(), "ENGINE_DOWN");
 }
 
-TEST(Engine, OverdueStepIsUnhealthy) {
-  Gate gate;
-  FakeClock clock;
-  EngineOptions options = SmallOptions();
-  options.clock = &clock;
-  options.step_deadline = std::chrono::seconds(30);
-  auto engine = Engine::Start(options, std::make_unique<CountingExecutor>(gate.Hook()));
-  ASSERT_TRUE(engine.ok());
-  Submitted call = MustSubmit(**engine, MakeRequest(3, 5));
-  gate.WaitForArrivals(1);
-  EXPECT_TRUE((*engine)->healthy());
-  clock.Advance(std::chrono::seconds(31));
-  EXPECT_FALSE((*engine)->healthy());
-  gate.Open();
-  call.sink->WaitForEnd();
-  EXPECT_TRUE((*engine)->healthy());
+// Tells what it is told to.
+class TellingExecutor : public CountingExecutor {
+ public:
+  using CountingExecutor::CountingExecutor;
+  void Watch(ExecutorObserver* observer) override { observer_ = observer; }
+  ExecutorObserver& observer() { return *observer_; }  // once a step has been launched
+
+ private:
+  ExecutorObserver* observer_ = nullptr;
+};
+
+// An engine whose first step waits at a gate, and whose time stands still.
+class OverdueStep : public ::testing::Test {
+ protected:
+  void Begin() {
+    options_.clock = &clock_;
+    clock_.Advance(std::chrono::hours(1));  // 0 is no time to begin at
+    auto executor = std::make_unique<TellingExecutor>(gate_.Hook());
+    executor_ = executor.get();
+    engine_ = std::move(*Engine::Start(options_, std::move(executor)));
+    call_ = MustSubmit(*engine_, MakeRequest(3, 5));
+    gate_.WaitForArrivals(1);
+    EXPECT_TRUE(engine_->healthy());
+  }
+  bool HealthyAfter(Duration more) {
+    clock_.Advance(more);
+    EXPECT_EQ(engine_->load().healthy, engine_->healthy());
+    return engine_->healthy();
+  }
+  void Finish() {
+    gate_.Open();
+    EXPECT_TRUE(call_.sink->WaitForEnd().back().status.ok());
+    EXPECT_TRUE(engine_->healthy()) << "the step has ended";
+  }
+
+  Gate gate_;
+  FakeClock clock_;
+  EngineOptions options_ = SmallOptions();
+  TellingExecutor* executor_ = nullptr;
+  std::unique_ptr<Engine> engine_;
+  Submitted call_;
+};
+
+TEST_F(OverdueStep, IsUnhealthyUntilItEnds) {
+  Begin();
+  EXPECT_TRUE(HealthyAfter(milliseconds(3999)));
+  EXPECT_FALSE(HealthyAfter(milliseconds(1))) << "so that a prober hears of it within five seconds";
+  Finish();
+}
+
+TEST_F(OverdueStep, HasTheTimeThatItWasPredictedToTakeThreeTimes) {
+  options_.scheduler.step_cost.step_us = 10e6;
+  Begin();
+  EXPECT_TRUE(HealthyAfter(milliseconds(29'999)));
+  EXPECT_FALSE(HealthyAfter(milliseconds(1)));
+  Finish();
+}
+
+TEST_F(OverdueStep, PredictedToBeShortHasTheDeadlineAllTheSame) {
+  options_.scheduler.step_cost.step_us = 10;
+  Begin();
+  EXPECT_TRUE(HealthyAfter(milliseconds(3999)));
+  EXPECT_FALSE(HealthyAfter(milliseconds(1)));
+  Finish();
+}
+
+TEST_F(OverdueStep, IsNoneWhileItGetsOn) {
+  Begin();
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_TRUE(HealthyAfter(std::chrono::seconds(3)));
+    executor_->observer().OnProgress();
+  }
+  EXPECT_FALSE(HealthyAfter(std::chrono::seconds(4)));
+  executor_->observer().OnProgress();
+  EXPECT_TRUE(engine_->healthy());
+  Finish();
+  EXPECT_TRUE(HealthyAfter(std::chrono::hours(1))) << "progress in a step that has ended is no step";
+}
+
+TEST_F(OverdueStep, APartOfTheExecutorThatIsSilentIsUnhealthyUntilItIsHeardOf) {
+  Begin();
+  executor_->observer().OnSilence(true);
+  EXPECT_FALSE(engine_->healthy());
+  EXPECT_TRUE(engine_->Submit(MakeRequest(3, 1), std::make_shared<CollectingSink>()).ok()) << "nothing has failed";
+  executor_->observer().OnSilence(false);
+  EXPECT_TRUE(engine_->healthy());
+  Finish();
 }
 
 TEST(Engine, QueueDeadlineFiresWhileNothingElseHappens) {
@@ -316,7 +387,7 @@ TEST(Engine, DestructionEndsLiveRequests) {
 TEST(Engine, StartsAgainButNotForEver) {
   int started = 0;
   EngineOptions options = SmallOptions();
-  options.restart = [&]() -> StatusOr<std::unique_ptr<Executor>> {
+  options.restart = [&](const auto&) -> StatusOr<std::unique_ptr<Executor>> {
     ++started;
     auto hook = [n = 0, bad = started == 2](const StepPlan&) mutable {
       return bad || ++n == 3 ? Broken() : OkStatus();
@@ -339,12 +410,33 @@ TEST(Engine, StartsAgainButNotForEver) {
 
 TEST(Engine, ARestartThatFailsIsFinal) {
   EngineOptions options = SmallOptions();
-  options.restart = []() -> StatusOr<std::unique_ptr<Executor>> { return Broken(); };
+  options.restart = [](const auto&) -> StatusOr<std::unique_ptr<Executor>> { return Broken(); };
   auto engine = Engine::Start(options, std::make_unique<CountingExecutor>([](const StepPlan&) { return Broken(); }));
   ASSERT_TRUE(engine.ok());
   MustSubmit(**engine, MakeRequest(3, 20)).sink->WaitForEnd();
   while (!(*engine)->failed_for_good()) std::this_thread::sleep_for(milliseconds(1));
   EXPECT_FALSE((*engine)->healthy());
+}
+
+// It may come to an end after all: that is too late.
+TEST(Engine, ARestartThatHangsIsFinal) {
+  std::promise<void> given_up, release;
+  EngineOptions options = SmallOptions();
+  options.on_failed_for_good = [&] { given_up.set_value(); };  // once
+  options.restart = [&](const EngineOptions::Hung& hung) -> StatusOr<std::unique_ptr<Executor>> {
+    hung(Status(Code::kDeadlineExceeded, "rank 1 hangs"));
+    release.get_future().wait();
+    return std::unique_ptr<Executor>(new CountingExecutor());
+  };
+  auto engine = Engine::Start(options, std::make_unique<CountingExecutor>([](const StepPlan&) { return Broken(); }));
+  ASSERT_TRUE(engine.ok());
+  MustSubmit(**engine, MakeRequest(3, 20)).sink->WaitForEnd();
+  given_up.get_future().wait();
+  EXPECT_TRUE((*engine)->failed_for_good());
+  release.set_value();
+  EXPECT_EQ((*engine)->ResetPrefixCache(), 0);
+  EXPECT_FALSE((*engine)->healthy());
+  engine->reset();
 }
 
 TEST(Engine, RandomCancelsLeaveThePoolFull) {

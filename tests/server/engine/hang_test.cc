@@ -4,9 +4,11 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <future>
 #include <memory>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "server/base/strings.h"
@@ -40,25 +42,27 @@ class Trap {
   const std::shared_future<void> released_ = release_.get_future().share();
 };
 
+// Calls `before` in each of its rank's calls.
 class TrappedCommunicator : public Communicator {
  public:
-  TrappedCommunicator(std::unique_ptr<Communicator> member, Trap* trap) : member_(std::move(member)), trap_(*trap) {}
+  TrappedCommunicator(std::unique_ptr<Communicator> member, std::function<void()> before)
+      : member_(std::move(member)), before_(std::move(before)) {}
   int rank() const override { return member_->rank(); }
   int size() const override { return member_->size(); }
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
-    trap_.Call();
+    before_();
     return member_->AllReduceSum(stream, x);
   }
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
-    trap_.Call();
+    before_();
     return member_->AllReduceAddRmsNorm(stream, args);
   }
   bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
-    trap_.Call();
+    before_();
     return member_->AllGather(stream, out, x);
   }
   bool Broadcast(Stream& stream, const TensorView& x) override {
-    trap_.Call();
+    before_();
     return member_->Broadcast(stream, x);
   }
   void Abort(std::string_view reason) override { member_->Abort(reason); }
@@ -66,18 +70,19 @@ class TrappedCommunicator : public Communicator {
 
  private:
   const std::unique_ptr<Communicator> member_;
-  Trap& trap_;
+  const std::function<void()> before_;
 };
 
 class TrappedLink : public Link {
  public:
-  TrappedLink(std::shared_ptr<Link> end, Trap* trap) : end_(std::move(end)), trap_(*trap) {}
+  TrappedLink(std::shared_ptr<Link> end, std::function<void()> before)
+      : end_(std::move(end)), before_(std::move(before)) {}
   bool Send(Stream& stream, const TensorView& x) override {
-    trap_.Call();
+    before_();
     return end_->Send(stream, x);
   }
   bool Receive(Stream& stream, const TensorView& x) override {
-    trap_.Call();
+    before_();
     return end_->Receive(stream, x);
   }
   void Abort(std::string_view reason) override { end_->Abort(reason); }
@@ -85,7 +90,7 @@ class TrappedLink : public Link {
 
  private:
   const std::shared_ptr<Link> end_;
-  Trap& trap_;
+  const std::function<void()> before_;
 };
 
 // Lets `victim` hang in its first call to others, in its second and so on, each time in a new engine, until a request
@@ -97,11 +102,11 @@ int HangInEachCall(const Checkpoint& checkpoint, LocalExecutorOptions options, i
     Trap trap(call);
     options.wrap_communicator = [&](int rank, std::unique_ptr<Communicator> member) -> std::unique_ptr<Communicator> {
       if (rank != victim) return member;
-      return std::make_unique<TrappedCommunicator>(std::move(member), &trap);
+      return std::make_unique<TrappedCommunicator>(std::move(member), [&] { trap.Call(); });
     };
     options.wrap_link = [&](int rank, std::shared_ptr<Link> end) -> std::shared_ptr<Link> {
       if (rank != victim || end == nullptr) return end;
-      return std::make_shared<TrappedLink>(std::move(end), &trap);
+      return std::make_shared<TrappedLink>(std::move(end), [&] { trap.Call(); });
     };
     auto engine = StartModel(checkpoint, options);
     trap.Arm();
@@ -149,6 +154,164 @@ TEST_F(Hangs, InEachCallOfAStageToTheOthers) {
   EXPECT_GE(HangInEachCall(*checkpoint_, options, 1), 4);
 }
 
+// A LocalExecutor that counts how often it tells of progress.
+class Listening : public Executor, private ExecutorObserver {
+ public:
+  Listening(std::unique_ptr<LocalExecutor> executor, std::atomic<int>* told)
+      : executor_(std::move(executor)), told_(*told) {}
+  void Launch(std::shared_ptr<const StepPlan> plan) override { executor_->Launch(std::move(plan)); }
+  StepResult Wait() override { return executor_->Wait(); }
+  void Watch(ExecutorObserver* observer) override {
+    observer_ = observer;
+    executor_->Watch(this);
+  }
+
+ private:
+  void OnFailure(Status why) override { observer_->OnFailure(std::move(why)); }
+  void OnProgress() override {
+    observer_->OnProgress();
+    ++told_;
+  }
+  void OnSilence(bool silent) override { observer_->OnSilence(silent); }
+
+  ExecutorObserver* observer_ = nullptr;
+  const std::unique_ptr<LocalExecutor> executor_;
+  std::atomic<int>& told_;
+};
+
+// Between any two of the calls in its layers three seconds pass.
+TEST_F(Hangs, ASlowStepInWhichRanksGetOnIsHealthy) {
+  FakeClock clock;
+  std::unique_ptr<Engine> engine;
+  std::atomic<bool> armed{false};
+  std::atomic<int> told{0}, calls{0};
+  const auto calls_in_layers = static_cast<int>(2 * checkpoint_->config().layers);
+  const auto take_time = [&, seen = 0]() mutable {
+    if (!armed || calls == calls_in_layers) return;
+    while (told == seen) std::this_thread::sleep_for(milliseconds(1));  // of what was computed since the last call
+    clock.Advance(std::chrono::seconds(3));
+    EXPECT_TRUE(engine->healthy()) << "call " << calls;
+    seen = told;
+    ++calls;
+  };
+  LocalExecutorOptions options = TinyOptions(2);
+  options.wrap_communicator = [&](int rank, std::unique_ptr<Communicator> member) -> std::unique_ptr<Communicator> {
+    if (rank == 0) return member;
+    return std::make_unique<TrappedCommunicator>(std::move(member), take_time);
+  };
+  auto executor = LocalExecutor::Create(*checkpoint_, options);
+  ASSERT_TRUE(executor.ok()) << executor.status().ToString();
+  EngineOptions engine_options;
+  engine_options.scheduler = (*executor)->scheduler_options();
+  engine_options.clock = &clock;
+  engine = std::move(*Engine::Start(engine_options, std::make_unique<Listening>(std::move(*executor), &told)));
+  armed = true;
+  auto sink = std::make_shared<CollectingSink>();
+  auto handle = engine->Submit(MakeRequest(0, 5, 1), sink);
+  ASSERT_TRUE(handle.ok());
+  EXPECT_TRUE(sink->WaitForEnd().back().status.ok());
+  EXPECT_EQ(calls, calls_in_layers);
+}
+
+// A rank that hangs is seen in health long before the step is given up, and not any more when it has come after all.
+TEST_F(Hangs, AreUnhealthyBeforeTheyEndAnything) {
+  for (const auto& [ranks, stages] : {std::pair{1, 1}, {2, 1}, {1, 2}}) {
+    SCOPED_TRACE(StrCat(ranks, " ranks, ", stages, " stages"));
+    std::promise<void> release;
+    LocalExecutorOptions options = TinyOptions(ranks);
+    options.stages = stages;
+    options.before_step = [released = release.get_future().share(), last = ranks * stages - 1](int rank,
+                                                                                               uint64_t step) {
+      if (rank == last && step == 3) released.wait();
+    };
+    auto executor = LocalExecutor::Create(*checkpoint_, options);
+    ASSERT_TRUE(executor.ok()) << executor.status().ToString();
+    EngineOptions engine_options;
+    engine_options.scheduler = (*executor)->scheduler_options();
+    engine_options.health_deadline = milliseconds(100);
+    auto engine = std::move(*Engine::Start(engine_options, std::move(*executor)));
+    auto sink = std::make_shared<CollectingSink>();
+    auto handle = engine->Submit(MakeRequest(0, 10, 20), sink);
+    ASSERT_TRUE(handle.ok());
+    while (engine->healthy()) std::this_thread::sleep_for(milliseconds(1));
+    release.set_value();
+    EXPECT_TRUE(sink->WaitForEnd().back().status.ok());
+    EXPECT_TRUE(engine->healthy());
+  }
+}
+
+// Makes an executor whose start hangs until what hangs in it has been told of. Returns what was told.
+Status StartThatHangs(const Checkpoint& checkpoint, LocalExecutorOptions options, std::promise<void>* release) {
+  Status told = OkStatus();
+  options.start_patience = milliseconds(200);
+  options.on_start_hang = [&](const Status& status) {
+    told = status;
+    release->set_value();
+  };
+  (void)LocalExecutor::Create(checkpoint, options);
+  return told;
+}
+
+TEST_F(Hangs, InTheWarmUpAreToldOfByRank) {
+  for (const auto& [ranks, stages, victim] : {std::tuple{1, 1, 0}, {2, 1, 1}, {2, 2, 0}, {2, 2, 3}}) {
+    SCOPED_TRACE(StrCat("rank ", victim, " of ", ranks, " ranks, ", stages, " stages"));
+    std::promise<void> release;
+    LocalExecutorOptions options = TinyOptions(ranks);
+    options.stages = stages;
+    options.patience = milliseconds(100);  // the others give up first
+    options.before_step = [released = release.get_future().share(), victim = victim](int rank, uint64_t step) {
+      if (rank == victim && step == 0) released.wait();
+    };
+    const Status told = StartThatHangs(*checkpoint_, options, &release);
+    EXPECT_EQ(told.code(), Code::kDeadlineExceeded);
+    EXPECT_THAT(told.message(), HasSubstr(StrCat("rank ", victim, " hangs in the warm-up")));
+  }
+}
+
+// A checkpoint, one tensor of which is in a file system that does not answer.
+class StuckCheckpoint : public Checkpoint {
+ public:
+  StuckCheckpoint(const Checkpoint& checkpoint, std::string tensor, std::shared_future<void> released)
+      : checkpoint_(checkpoint), tensor_(std::move(tensor)), released_(std::move(released)) {}
+  const std::string& path() const override { return checkpoint_.path(); }
+  std::string_view format() const override { return checkpoint_.format(); }
+  const ModelConfig& config() const override { return checkpoint_.config(); }
+  const GenerationDefaults& generation_defaults() const override { return checkpoint_.generation_defaults(); }
+  const TextAssets& text_assets() const override { return checkpoint_.text_assets(); }
+  const std::vector<TensorInfo>& tensors() const override { return checkpoint_.tensors(); }
+  uint64_t total_bytes() const override { return checkpoint_.total_bytes(); }
+  Status Read(std::string_view tensor, int64_t row_begin, int64_t rows, int64_t col_begin, int64_t cols, DType dtype,
+              void* out, int64_t out_stride, uint64_t* bytes_read) const override {
+    if (tensor == tensor_) released_.wait();
+    return checkpoint_.Read(tensor, row_begin, rows, col_begin, cols, dtype, out, out_stride, bytes_read);
+  }
+
+ private:
+  const Checkpoint& checkpoint_;
+  const std::string tensor_;
+  const std::shared_future<void> released_;
+};
+
+TEST_F(Hangs, OfTheFileSystemAreToldOfByRank) {
+  LocalExecutorOptions options = TinyOptions(1);
+  options.stages = 2;
+  std::promise<void> release;
+  // Of the last layer, which the second stage has.
+  const StuckCheckpoint stuck(*checkpoint_, "model.layers.3.mlp.down_proj.weight", release.get_future().share());
+  EXPECT_THAT(StartThatHangs(stuck, options, &release).message(), HasSubstr("rank 1 hangs in loading the weights"));
+
+  std::promise<void> release_shared;
+  const StuckCheckpoint again(*checkpoint_, "model.norm.weight", release_shared.get_future().share());
+  options.start_patience = milliseconds(200);
+  Status told = OkStatus();
+  options.on_start_hang = [&](const Status& status) {
+    told = status;
+    release_shared.set_value();
+  };
+  EXPECT_TRUE(LocalExecutor::LoadShared(again, options).ok()) << "it answers after all";
+  EXPECT_THAT(told.message(), HasSubstr("rank 1 hangs in loading the weights"));
+}
+
 // There is nobody who could miss the only rank but the executor.
 TEST_F(Hangs, OfTheOnlyRankAreNoticedAndAnotherTakesItsPlace) {
   std::promise<void> release;
@@ -162,7 +325,7 @@ TEST_F(Hangs, OfTheOnlyRankAreNoticedAndAnotherTakesItsPlace) {
   ASSERT_TRUE(executor.ok());
   EngineOptions engine_options;
   engine_options.scheduler = (*executor)->scheduler_options();
-  engine_options.restart = [&]() -> StatusOr<std::unique_ptr<Executor>> {
+  engine_options.restart = [&](const auto&) -> StatusOr<std::unique_ptr<Executor>> {
     return std::unique_ptr<Executor>(std::move(*LocalExecutor::Create(*checkpoint_, options)));
   };
   auto engine = Engine::Start(engine_options, std::move(*executor));

@@ -4,7 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
+#include <future>
 #include <memory>
 #include <string>
 #include <utility>
@@ -117,6 +119,36 @@ inline void ExpectEngineDown(Engine& engine, CollectingSink& sink, const std::st
   EXPECT_FALSE(engine.healthy());
   auto refused = engine.Submit(MakeRequest(9, 4, 4), std::make_shared<CollectingSink>());
   EXPECT_EQ(refused.status().code(), Code::kUnavailable);
+}
+
+// Lets `victim` hang in its third step, with a short patience. On a loaded machine ranks that do not hang may be late
+// for it as well: then the same is tried with twice the patience. why: in the message, after the patience.
+inline void ExpectHangIsNoticed(LocalExecutorOptions options, int victim, const std::string& why) {
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  ASSERT_TRUE(checkpoint.ok());
+  std::string last;
+  for (options.patience = std::chrono::milliseconds(200); options.patience < std::chrono::seconds(10);
+       options.patience *= 2) {
+    std::promise<void> release;
+    options.before_step = [victim, released = release.get_future().share()](int rank, uint64_t step) {
+      if (rank == victim && step == 3) released.wait();
+    };
+    auto executor = LocalExecutor::Create(**checkpoint, options);
+    last = executor.status().message();
+    if (!executor.ok()) continue;
+    EngineOptions engine_options;
+    engine_options.scheduler = (*executor)->scheduler_options();
+    auto engine = std::move(*Engine::Start(engine_options, std::move(*executor)));
+    auto sink = std::make_shared<CollectingSink>();
+    auto handle = engine->Submit(MakeRequest(0, 10, 100), sink);
+    last = sink->WaitForEnd().back().status.message();
+    const std::string expected = StrCat("no word for ", options.patience.count(), " ms from ", why);
+    const bool noticed = last.find(expected) != std::string::npos;
+    if (noticed) ExpectEngineDown(*engine, *sink, expected);
+    release.set_value();
+    if (noticed) return;
+  }
+  ADD_FAILURE() << "no patience was long enough to hear of " << why << ": " << last;
 }
 
 }  // namespace altiplano

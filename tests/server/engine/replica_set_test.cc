@@ -266,10 +266,40 @@ TEST(ReplicaSet, ALostReplicaIsLeftOutAndTheOthersServe) {
   EXPECT_EQ(refused.status().reason(), "ENGINE_DOWN");
 }
 
+TEST(ReplicaSet, AnOverdueReplicaGetsNothingNewUntilItGetsOn) {
+  std::vector<Control> controls(2);
+  FakeClock clock;
+  EngineOptions options = SmallOptions();
+  options.clock = &clock;
+  auto set = MakeSet(options, controls);
+  controls[0].held = true;
+  Call first = MustSubmit(*set, MakeRequest(0));
+  for (int kind : {1, 20}) EXPECT_TRUE(MustSubmit(*set, MakeRequest(kind)).sink->WaitForEnd().back().status.ok());
+  controls[0].held = false;
+  EXPECT_TRUE(first.sink->WaitForEnd().back().status.ok());
+
+  controls[1].held = true;
+  Call overdue = MustSubmit(*set, MakeRequest(1));
+  Eventually([&] { return Live(*set)[1] == 1; });
+  Eventually([&] {
+    clock.Advance(options.health_deadline);
+    return !set->loads()[1].healthy;
+  });
+  EXPECT_TRUE(set->healthy());
+  for (int kind = 1; kind < 9; ++kind) {
+    EXPECT_TRUE(MustSubmit(*set, MakeRequest(kind)).sink->WaitForEnd().back().status.ok());
+    EXPECT_THAT(Live(*set), ElementsAre(0, 1));
+  }
+  controls[1].held = false;
+  EXPECT_TRUE(overdue.sink->WaitForEnd().back().status.ok());
+  EXPECT_TRUE(set->loads()[1].healthy);
+  EXPECT_EQ(MustSubmit(*set, MakeRequest(20)).sink->WaitForEnd().front().cached_tokens, 36u) << "it forgot nothing";
+}
+
 TEST(ReplicaSet, AReplicaThatIsMadeAgainServesWithAnEmptyCache) {
   std::vector<Control> controls(2);
   EngineOptions options = SmallOptions();
-  options.restart = [&]() -> StatusOr<std::unique_ptr<Executor>> {
+  options.restart = [&](const auto&) -> StatusOr<std::unique_ptr<Executor>> {
     for (Control& control : controls) control.fails = false;
     return std::unique_ptr<Executor>(new CountingExecutor());
   };

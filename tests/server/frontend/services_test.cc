@@ -357,7 +357,7 @@ TEST(HealthTest, FollowsModelDrainAndOwner) {
 
 TEST(HealthTest, AStuckStepIsNotServingThoughEverythingLives) {
   TestServer::Options options;
-  options.engine.step_deadline = std::chrono::milliseconds(50);
+  options.engine.health_deadline = std::chrono::milliseconds(50);
   TestServer server(options);
   EXPECT_EQ(Health(server), HealthCheckResponse::SERVING);
   server.Hold();
