@@ -24,18 +24,20 @@ TEST(DataLinks, ARingOfThreeNodesAndTwoRanks) {
   constexpr int kNodes = 3, kRanks = 2;
   std::vector<std::unique_ptr<DataListener>> listeners;
   for (int i = 0; i < kNodes; ++i) listeners.push_back(std::move(*DataListener::Start("127.0.0.1")));
-  // Strangers come first: one that says nothing, one that says something else.
+  // Strangers come first: one that says something else, one that says nothing, and one of another group that says where
+  // it belongs there.
   sockaddr_in to{};
   to.sin_family = AF_INET;
   to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   to.sin_port = htons(static_cast<uint16_t>(std::stoi(listeners[1]->address().substr(10))));
-  int strangers[2];
+  int strangers[3];
   for (int& stranger : strangers) {
     stranger = socket(AF_INET, SOCK_STREAM, 0);
     ASSERT_EQ(connect(stranger, reinterpret_cast<sockaddr*>(&to), sizeof to), 0);
   }
   ASSERT_EQ(write(strangers[0], "token/9/9\n", 10), 10);
   close(strangers[1]);
+  ASSERT_EQ(write(strangers[2], "stale/0/0\n", 10), 10);
   std::vector<std::future<StatusOr<DataLinks>>> nodes;
   for (int node = 0; node < kNodes; ++node) {
     nodes.push_back(std::async(std::launch::async, [&, node] {
@@ -67,6 +69,7 @@ TEST(DataLinks, ARingOfThreeNodesAndTwoRanks) {
     }
   }
   close(strangers[0]);
+  close(strangers[2]);
 }
 
 TEST(DataLinks, ANodeThatDoesNotComeIsNamed) {

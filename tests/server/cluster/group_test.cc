@@ -125,7 +125,7 @@ TEST_F(GroupTest, OnlyWhoKnowsTheSecretJoins) {
   stranger.secret = "a guess at the secret";
   const Status refused = Follow(stranger, *checkpoint_, Stages(2, 1), [] {});
   EXPECT_EQ(refused.code(), Code::kFailedPrecondition);
-  EXPECT_THAT(refused.message(), HasSubstr("does not know the secret"));
+  EXPECT_THAT(refused.message(), HasSubstr(StrCat("the leader at ", address_, " does not know the secret")));
   options.place.rank = 1;
   auto follower = StartFollower(options, Stages(2, 1));
   auto engine = StartEngine(*leader, Stages(2, 1));
