@@ -92,8 +92,9 @@ struct LoadOptions {
   int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place, or into pinned memory
                     // from where it is copied to the GPU
   std::function<void(const LoadProgress&)> progress;  // calling thread, about ten times a second and once at the end
-  std::function<void(size_t, const LoadProgress&)> progress_of_shard;  // LoadAllRanks, by index; threads of its own
-  std::function<bool()> cancelled;                                     // polled as often; true: stop with CANCELLED
+  std::function<void(size_t, const LoadProgress&)> progress_of_shard =
+      {};                           // LoadAllRanks, by index; threads of its own
+  std::function<bool()> cancelled;  // polled as often; true: stop with CANCELLED
 };
 
 // Reads this rank's slices of every tensor. RESOURCE_EXHAUSTED when the memory cannot be had, UNAVAILABLE without the
