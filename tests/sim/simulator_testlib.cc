@@ -122,8 +122,11 @@ void Simulator::MakeOptions() {
 void Simulator::MakeCosts() {
   if (random_.Chance(0.3)) {
     options_.step_cost = {.step_us = 500, .token_us = 100.0 * random_.Below(20), .kv_token_us = 10, .attention_us = 5};
-    if (random_.Chance(0.3)) options_.step_cost.kv_token_us = 300;
     options_.max_itl = milliseconds(random_.Between(3, 20));
+    if (random_.Chance(0.3)) {  // one token may cost more than many of a prompt
+      options_.step_cost.kv_token_us = 3000;
+      options_.max_itl += milliseconds(3);
+    }
   } else if (random_.Chance(0.4)) {
     options_.step_cost = {.step_us = 1000.0 * random_.Below(10), .token_us = 1000.0 * random_.Below(4)};
   }
