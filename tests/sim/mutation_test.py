@@ -3,16 +3,14 @@
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 
-Needs a built sim_test: its objects are linked with one scheduler source compiled from a broken copy.
+Needs a built sim_test.
 """
-import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
 
-SEEDS = "3000"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from mutation_testlib import Mutation, Tree, run  # noqa: E402
+
 # name, file in server/scheduler, text, replacement
 MUTATIONS = [
     ("blocks return while a step in flight touches them", "scheduler.cc",
@@ -190,60 +188,8 @@ MUTATIONS = [
 ]
 
 
-def library_line(build):
-    """Compiler, flags and libraries with which sim_test was made."""
-    commands = subprocess.run(["ninja", "-C", build, "-t", "commands", "sim_test"], check=True, capture_output=True,
-                              text=True).stdout.splitlines()
-    link = next(c for c in reversed(commands) if " -o tests/sim_test" in c)
-    compile_ = next(c for c in commands if "scheduler.dir/scheduler/scheduler.cc.o -c" in c)
-    link = re.sub(r"^: && | && :$", "", link)
-    return link.removeprefix("ccache "), compile_
-
-
-def caught(source, build, scratch, name, file, old, new):
-    text = (source / "server/scheduler" / file).read_text()
-    # Formatting may have moved the text's line breaks.
-    pattern = r"\s+".join(re.escape(word) for word in old.split())
-    broken, count = re.subn(pattern, lambda _: new, text, count=1)
-    if count != 1:
-        return f"the text to break is no longer in {file}: {old}"
-    copy = scratch / "server/scheduler" / file
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(broken)
-    link, compile_ = library_line(build)
-    original = str(source / "server/scheduler" / file)
-    compile_ = compile_.replace("scheduler.dir/scheduler/scheduler.cc.o", f"scheduler.dir/scheduler/{file}.o")
-    compile_ = compile_.replace(str(source / "server/scheduler/scheduler.cc"), original)
-    compile_ = re.sub(r" -MD| -M[TF] \S+", "", compile_.replace(original, str(copy)))
-    compile_ = re.sub(r" -o \S+", f" -o {scratch}/broken.o", compile_).replace("-Werror", "-w")
-    subprocess.run(compile_, shell=True, cwd=build, check=True)
-    link = re.sub(r" -o tests/sim_test", f" {scratch}/broken.o -o {scratch}/sim", link)
-    subprocess.run(link, shell=True, cwd=build, check=True)
-    env = dict(os.environ, ALTIPLANO_SIM_SEEDS=SEEDS)
-    run = subprocess.run([scratch / "sim", "--gtest_filter=Simulator.Seeds"], env=env, capture_output=True, text=True,
-                         timeout=120)
-    if run.returncode == 0:
-        return "NOT caught"
-    said = [line for line in (run.stdout + run.stderr).splitlines()
-            if re.search(r"broken invariant|tick \d+|replay|ERROR: Addr|signal", line)]
-    print(f"caught: {name}: {said[0].strip() if said else run.returncode}", flush=True)
-    return None
-
-
-def main():
-    source, build = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
-    wanted = sys.argv[3:]
-    survivors = []
-    for mutation in MUTATIONS:
-        if wanted and not any(w in mutation[0] for w in wanted):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            problem = caught(source, build, pathlib.Path(scratch), *mutation)
-        if problem:
-            survivors.append(f"{mutation[0]}: {problem}")
-            print(survivors[-1], flush=True)
-    sys.exit("\n" + "\n".join(survivors) if survivors else 0)
-
-
 if __name__ == "__main__":
-    main()
+    run(Tree.of_arguments(),
+        [Mutation(name, f"server/scheduler/{file}", old, new, "Simulator.Seeds", "sim_test")
+         for name, file, old, new in MUTATIONS],
+        environment={"ALTIPLANO_SIM_SEEDS": "3000"}, timeout=120)

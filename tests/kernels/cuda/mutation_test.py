@@ -3,15 +3,14 @@
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 
-Needs a built cuda_kernels_test: its objects are linked with one kernel compiled from a broken copy. Mutations of RACES
-leave values right in most orders; they are tried where BUILD_DIR was configured with ThreadSanitizer, and only they.
+Needs a built cuda_kernels_test. Mutations of RACES leave values right in most orders; they are tried where BUILD_DIR was
+configured with ThreadSanitizer, and only they.
 """
-import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from mutation_testlib import Mutation, Tree, run  # noqa: E402
 
 SYNC = "__syncthreads();"
 LONG = "CudaPagedAttention*LongParts*"
@@ -296,71 +295,10 @@ RACES = [
 ]
 
 
-def commands_of(build):
-    """How one kernel is compiled for the simulator, and how the test is linked."""
-    commands = subprocess.run(["ninja", "-C", build, "-t", "commands", "cuda_kernels_test"], check=True,
-                              capture_output=True, text=True).stdout.splitlines()
-    compile_ = next(c for c in commands if "cuda_simulator.dir/__/embed.cu.o -c" in c)
-    link = next(c for c in reversed(commands) if " -o tests/cuda_kernels_test" in c)
-    return compile_, re.sub(r"^: && | && :$", "", link).removeprefix("ccache ")
-
-
-def nth(text, pattern, n):
-    matches = list(re.finditer(pattern, text))
-    return matches[n] if n < len(matches) else None
-
-
-def caught(source, build, scratch, name, file, old, new, which, tests):
-    folder = source / "kernels/cuda"
-    text = (folder / file).read_text()
-    # Formatting may have moved the text's line breaks.
-    match = nth(text, r"\s+".join(re.escape(word) for word in old.split()), which)
-    if match is None:
-        return f"the text to break is no longer in {file}: {old}"
-    copy = scratch / "kernels/cuda" / file
-    copy.parent.mkdir(parents=True)
-    copy.write_text(text[:match.start()] + new + text[match.end():])
-    compile_, link = commands_of(build)
-    # A header is broken for all kernels that include it.
-    kernels = [file] if file.endswith(".cu") else [
-        path.name for path in folder.glob("*.cu") if f'"kernels/cuda/{file}"' in path.read_text()]
-    objects = []
-    for kernel in kernels:
-        origin = copy if kernel == file else folder / kernel
-        objects.append(f"{scratch}/{kernel}.o")
-        line = re.sub(r" -MD| -M[TF] \S+", "", compile_.replace(str(folder / "embed.cu"), str(origin)))
-        line = re.sub(r" -o \S+", f" -o {objects[-1]}", line).replace("-Werror", "-w")
-        line = line.replace(f"-I{source}", f"-I{scratch} -I{source}", 1)
-        subprocess.run(line, shell=True, cwd=build, check=True)
-    link = link.replace(" -o tests/cuda_kernels_test", f" {' '.join(objects)} -o {scratch}/test")
-    subprocess.run(link, shell=True, cwd=build, check=True)
-    env = dict(os.environ, TSAN_OPTIONS="halt_on_error=1")
-    run = subprocess.run([scratch / "test", f"--gtest_filter={tests}", "--gtest_fail_fast"], env=env,
-                         capture_output=True, text=True, errors="replace", timeout=300)
-    if run.returncode == 0:
-        return "NOT caught"
-    output = run.stdout + run.stderr
-    said = next((match for pattern in (r"deadlock in .*", r"kernel \w+, block .*", r"SUMMARY: .*", r"The difference .*",
-                                       r"\S+: Failure") if (match := re.search(pattern, output))), None)
-    print(f"caught: {name}: {said.group(0)[:160] if said else run.returncode}", flush=True)
-    return None
-
-
-def main():
-    source, build = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
-    wanted = sys.argv[3:]
-    tsan = "ALTIPLANO_SANITIZE:STRING=thread" in (build / "CMakeCache.txt").read_text()
-    survivors = []
-    for mutation in RACES if tsan else MUTATIONS:
-        if wanted and not any(w in mutation[0] for w in wanted):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            problem = caught(source, build, pathlib.Path(scratch), *mutation)
-        if problem:
-            survivors.append(f"{mutation[0]}: {problem}")
-            print(survivors[-1], flush=True)
-    sys.exit("\n" + "\n".join(survivors) if survivors else 0)
-
-
 if __name__ == "__main__":
-    main()
+    tree = Tree.of_arguments()
+    tsan = "ALTIPLANO_SANITIZE:STRING=thread" in (tree.build / "CMakeCache.txt").read_text()
+    run(tree,
+        [Mutation(name, f"kernels/cuda/{file}", old, new, tests, "cuda_kernels_test", which)
+         for name, file, old, new, which, tests in (RACES if tsan else MUTATIONS)],
+        environment={"TSAN_OPTIONS": "halt_on_error=1"})

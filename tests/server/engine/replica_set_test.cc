@@ -271,10 +271,14 @@ TEST(ReplicaSet, AnOverdueReplicaGetsNothingNewUntilItGetsOn) {
   FakeClock clock;
   EngineOptions options = SmallOptions();
   options.clock = &clock;
+  options.scheduler.num_blocks = 128;
   auto set = MakeSet(options, controls);
   controls[0].held = true;
   Call first = MustSubmit(*set, MakeRequest(0));
-  for (int kind : {1, 20}) EXPECT_TRUE(MustSubmit(*set, MakeRequest(kind)).sink->WaitForEnd().back().status.ok());
+  // Of the last one the second replica holds so much that it would go there although a request runs there.
+  for (const auto& request : {MakeRequest(1), MakeRequest(20), MakeRequest(9, 190)}) {
+    EXPECT_TRUE(MustSubmit(*set, request).sink->WaitForEnd().back().status.ok());
+  }
   controls[0].held = false;
   EXPECT_TRUE(first.sink->WaitForEnd().back().status.ok());
 
@@ -286,8 +290,8 @@ TEST(ReplicaSet, AnOverdueReplicaGetsNothingNewUntilItGetsOn) {
     return !set->loads()[1].healthy;
   });
   EXPECT_TRUE(set->healthy());
-  for (int kind = 1; kind < 9; ++kind) {
-    EXPECT_TRUE(MustSubmit(*set, MakeRequest(kind)).sink->WaitForEnd().back().status.ok());
+  for (const auto& request : {MakeRequest(9, 190), MakeRequest(1), MakeRequest(2), MakeRequest(3)}) {
+    EXPECT_TRUE(MustSubmit(*set, request).sink->WaitForEnd().back().status.ok());
     EXPECT_THAT(Live(*set), ElementsAre(0, 1));
   }
   controls[1].held = false;

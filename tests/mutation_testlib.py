@@ -1,0 +1,133 @@
+"""What mutation tests share: breaks the sources on purpose, one way at a time, and demands that tests notice each.
+
+A mutation's file is compiled from a broken copy, and linked with the objects of a program that has been built. Of a
+script that uses this:
+
+    mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
+"""
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import typing
+
+
+class Mutation(typing.NamedTuple):
+    name: str
+    file: str  # in SOURCE_DIR: a source, or a header, which is then broken for all that include it themselves
+    old: str  # white space stands for any, as formatting may have moved line breaks
+    new: str
+    tests: str  # --gtest_filter
+    program: str  # to be linked with the broken objects
+    which: int = 0  # of several places in which `old` is found
+
+
+class Tree(typing.NamedTuple):
+    source: pathlib.Path
+    build: pathlib.Path
+
+    @staticmethod
+    def of_arguments():
+        return Tree(pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve())
+
+    @functools.lru_cache(maxsize=None)
+    def commands(self, program):
+        return subprocess.run(["ninja", "-C", self.build, "-t", "commands", program], check=True, capture_output=True,
+                              text=True).stdout.splitlines()
+
+    def compile_commands(self, program, file):
+        """Of `file` or, when it is a header, of all sources of the program that include it: {source: command}."""
+        found = {}
+        is_header = file.endswith((".h", ".cuh"))
+        for command in self.commands(program):
+            match = re.search(rf" -c {re.escape(str(self.source))}/(\S+)$", command)
+            if match is None:
+                continue
+            source = match.group(1)
+            if source == file or is_header and f'#include "{file}"' in (self.source / source).read_text():
+                found[source] = command
+        return found
+
+    def link_command(self, program):
+        command = next(c for c in reversed(self.commands(program)) if re.search(rf" -o \S*\b{program} ", c))
+        return re.sub(r"^: && | && :$", "", command).removeprefix("ccache ")
+
+
+def broken_text(text, mutation):
+    """None when there is nothing to break."""
+    pattern = r"\s+".join(re.escape(word) for word in mutation.old.split())
+    matches = list(re.finditer(pattern, text))
+    if len(matches) <= mutation.which:
+        return None
+    match = matches[mutation.which]
+    return text[:match.start()] + mutation.new + text[match.end():]
+
+
+def build_broken(tree, scratch, mutation, text):
+    """The path of the program."""
+    copy = scratch / mutation.file
+    copy.parent.mkdir(parents=True)
+    copy.write_text(text)
+    objects = []
+    for index, (source, command) in enumerate(tree.compile_commands(mutation.program, mutation.file).items()):
+        objects.append(f"{scratch}/{index}.o")
+        command = re.sub(r" -MD| -M[TF] \S+", "", command).replace("-Werror", "-w")
+        command = re.sub(r" -o \S+", f" -o {objects[-1]}", command)
+        command = command.replace(f"-I{tree.source}", f"-I{scratch} -I{tree.source}", 1)
+        if source == mutation.file:
+            command = re.sub(r" -c \S+$", f" -c {copy}", command)
+        subprocess.run(command, shell=True, cwd=tree.build, check=True)
+    program = scratch / mutation.program
+    # Before the libraries, from which the linker takes only what is still missing.
+    link = re.sub(r" -o \S+", f" {' '.join(objects)} -o {program}", tree.link_command(mutation.program))
+    subprocess.run(link, shell=True, cwd=tree.build, check=True)
+    return program
+
+
+def notice(output):
+    """The line of a failed run that says most."""
+    for pattern in (r".*broken invariant.*", r"deadlock in .*", r"kernel \w+, block .*", r"SUMMARY: .*",
+                    r".*tick \d+.*", r"The difference .*", r"\[  FAILED  \] .*", r"\S+: Failure"):
+        if match := re.search(pattern, output):
+            return match.group(0).strip()[:160]
+    return None
+
+
+def caught(tree, mutation, environment, timeout):
+    text = broken_text((tree.source / mutation.file).read_text(), mutation)
+    if text is None:
+        return f"the text to break is no longer in {mutation.file}: {mutation.old}"
+    with tempfile.TemporaryDirectory() as folder:
+        program = build_broken(tree, pathlib.Path(folder), mutation, text)
+        environment = dict(os.environ, **environment)
+        if not mutation.program.endswith("_test"):  # the product itself: the tests of whole processes run it
+            environment["ALTIPLANO_PROGRAM"] = str(program)
+            program = next(tree.build.glob("tests/**/e2e_test"))
+        try:
+            run = subprocess.run([program, f"--gtest_filter={mutation.tests}", "--gtest_fail_fast"], cwd=tree.build,
+                                 env=environment, capture_output=True, text=True, errors="replace", timeout=timeout)
+        except subprocess.TimeoutExpired:
+            print(f"caught: {mutation.name}: the test has no end", flush=True)
+            return None
+    output = run.stdout + run.stderr
+    if run.returncode == 0:
+        return "NOT caught" if re.search(r"\[  PASSED  \] [1-9]", output) else f"no test ran: {mutation.tests}"
+    print(f"caught: {mutation.name}: {notice(output) or run.returncode}", flush=True)
+    return None
+
+
+def run(tree, mutations, environment=None, timeout=300):
+    """Exits with what was not caught."""
+    wanted = sys.argv[3:]
+    survivors = []
+    for mutation in mutations:
+        if wanted and not any(w in mutation.name for w in wanted):
+            continue
+        problem = caught(tree, mutation, environment or {}, timeout)
+        if problem:
+            survivors.append(f"{mutation.name}: {problem}")
+            print(survivors[-1], flush=True)
+    sys.exit("\n" + "\n".join(survivors) if survivors else 0)
