@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/comm/communicator.h"
+#include "kernels/comm/forwarding.h"
 
 namespace altiplano {
 
@@ -52,37 +52,33 @@ std::string Sentence(std::string_view what, const std::vector<uint64_t>& hashes)
          " from the others in " + std::string(what);
 }
 
-class Checked : public Communicator {
+class Checked : public ForwardingCommunicator {
  public:
-  explicit Checked(std::unique_ptr<Communicator> member) : member_(std::move(member)), cpu_(Stream::Cpu(1)) {}
-
-  int rank() const override { return member_->rank(); }
-  int size() const override { return member_->size(); }
-  void Abort(std::string_view reason) override { member_->Abort(reason); }
-  std::string error() const override { return member_->error(); }
+  explicit Checked(std::unique_ptr<Communicator> member)
+      : ForwardingCommunicator(std::move(member)), cpu_(Stream::Cpu(1)) {}
 
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     ++calls_;
-    return member_->AllReduceSum(stream, x) && CheckTensor("the sum", stream, x);
+    return member().AllReduceSum(stream, x) && CheckTensor("the sum", stream, x);
   }
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
     ++calls_;
-    return member_->AllReduceAddRmsNorm(stream, args) && CheckTensor("the residual stream", stream, args.residual) &&
+    return member().AllReduceAddRmsNorm(stream, args) && CheckTensor("the residual stream", stream, args.residual) &&
            CheckTensor("the norm", stream, args.out);
   }
   bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
     ++calls_;
-    return member_->AllGather(stream, out, x);
+    return member().AllGather(stream, out, x);
   }
   bool Broadcast(Stream& stream, const TensorView& x) override {
     ++calls_;
-    return member_->Broadcast(stream, x) && CheckTensor("what was broadcast", stream, x);
+    return member().Broadcast(stream, x) && CheckTensor("what was broadcast", stream, x);
   }
 
   bool CheckSame(std::string_view what, uint64_t hash) override {
     std::vector<uint64_t> hashes(static_cast<size_t>(size()));
     const TensorView all = TensorView::Make(hashes.data(), DType::kI64, {1, size()});
-    if (!member_->AllGather(*cpu_, all, TensorView::Make(&hash, DType::kI64, {1, 1}))) return false;
+    if (!member().AllGather(*cpu_, all, TensorView::Make(&hash, DType::kI64, {1, 1}))) return false;
     if (std::all_of(hashes.begin(), hashes.end(), [&](uint64_t other) { return other == hash; })) return true;
     Abort(Sentence(what, hashes));
     return false;
@@ -111,7 +107,6 @@ class Checked : public Communicator {
     return CheckSame(std::string(what) + " of call " + std::to_string(calls_), hash);
   }
 
-  const std::unique_ptr<Communicator> member_;
   const std::unique_ptr<Stream> cpu_;
   // The rank's thread's.
   uint64_t calls_ = 0;

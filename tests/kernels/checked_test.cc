@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/comm/communicator.h"
+#include "kernels/comm/forwarding.h"
 #include "tests/kernels/kernels_testlib.h"
 
 namespace altiplano {
@@ -18,25 +19,16 @@ using Members = std::vector<std::unique_ptr<Communicator>>;
 constexpr auto kPatient = std::chrono::minutes(10);
 
 // A member in whose memory sums come out wrong in the last bit, from its third call on.
-class Wrong : public Communicator {
+class Wrong : public ForwardingCommunicator {
  public:
-  explicit Wrong(std::unique_ptr<Communicator> member) : member_(std::move(member)) {}
-  int rank() const override { return member_->rank(); }
-  int size() const override { return member_->size(); }
+  explicit Wrong(std::unique_ptr<Communicator> member) : ForwardingCommunicator(std::move(member)) {}
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
-    const bool together = member_->AllReduceSum(stream, x);
+    const bool together = member().AllReduceSum(stream, x);
     if (++calls_ >= 3) x.row<uint16_t>(x.dim(0) - 1)[0] ^= 1;
     return together;
   }
-  bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
-    return member_->AllGather(stream, out, x);
-  }
-  bool Broadcast(Stream& stream, const TensorView& x) override { return member_->Broadcast(stream, x); }
-  void Abort(std::string_view reason) override { member_->Abort(reason); }
-  std::string error() const override { return member_->error(); }
 
  private:
-  const std::unique_ptr<Communicator> member_;
   int calls_ = 0;
 };
 

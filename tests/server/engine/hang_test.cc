@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "kernels/comm/forwarding.h"
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
@@ -43,33 +44,28 @@ class Trap {
 };
 
 // Calls `before` in each of its rank's calls.
-class TrappedCommunicator : public Communicator {
+class TrappedCommunicator : public ForwardingCommunicator {
  public:
   TrappedCommunicator(std::unique_ptr<Communicator> member, std::function<void()> before)
-      : member_(std::move(member)), before_(std::move(before)) {}
-  int rank() const override { return member_->rank(); }
-  int size() const override { return member_->size(); }
+      : ForwardingCommunicator(std::move(member)), before_(std::move(before)) {}
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     before_();
-    return member_->AllReduceSum(stream, x);
+    return member().AllReduceSum(stream, x);
   }
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
     before_();
-    return member_->AllReduceAddRmsNorm(stream, args);
+    return member().AllReduceAddRmsNorm(stream, args);
   }
   bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
     before_();
-    return member_->AllGather(stream, out, x);
+    return member().AllGather(stream, out, x);
   }
   bool Broadcast(Stream& stream, const TensorView& x) override {
     before_();
-    return member_->Broadcast(stream, x);
+    return member().Broadcast(stream, x);
   }
-  void Abort(std::string_view reason) override { member_->Abort(reason); }
-  std::string error() const override { return member_->error(); }
 
  private:
-  const std::unique_ptr<Communicator> member_;
   const std::function<void()> before_;
 };
 

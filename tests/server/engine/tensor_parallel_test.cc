@@ -8,6 +8,7 @@
 #include <thread>
 #include <utility>
 
+#include "kernels/comm/forwarding.h"
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
@@ -45,7 +46,7 @@ TEST(TensorParallel, SameLayoutSameBits) {
 }
 
 // Counts what a rank sums with the others once it is armed.
-class MeteredCommunicator : public Communicator {
+class MeteredCommunicator : public ForwardingCommunicator {
  public:
   struct Meter {
     std::atomic<bool> armed{false};
@@ -58,26 +59,17 @@ class MeteredCommunicator : public Communicator {
     }
   };
   MeteredCommunicator(std::unique_ptr<Communicator> member, Meter* meter)
-      : member_(std::move(member)), meter_(*meter) {}
-  int rank() const override { return member_->rank(); }
-  int size() const override { return member_->size(); }
+      : ForwardingCommunicator(std::move(member)), meter_(*meter) {}
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     meter_.Count(x);
-    return member_->AllReduceSum(stream, x);
+    return member().AllReduceSum(stream, x);
   }
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
     meter_.Count(args.x);
-    return member_->AllReduceAddRmsNorm(stream, args);
+    return member().AllReduceAddRmsNorm(stream, args);
   }
-  bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
-    return member_->AllGather(stream, out, x);
-  }
-  bool Broadcast(Stream& stream, const TensorView& x) override { return member_->Broadcast(stream, x); }
-  void Abort(std::string_view reason) override { member_->Abort(reason); }
-  std::string error() const override { return member_->error(); }
 
  private:
-  const std::unique_ptr<Communicator> member_;
   Meter& meter_;
 };
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/comm/forwarding.h"
 #include "kernels/cuda/sim/sim.h"
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
@@ -450,29 +451,20 @@ TEST(EngineOnGpu, GraphsOfTwoRanksChangeNoBit) {
 }
 
 // Notes the rows of each tensor that is summed alone: in each pass, the embedding's and the last block's.
-class NotingCommunicator : public Communicator {
+class NotingCommunicator : public ForwardingCommunicator {
  public:
   NotingCommunicator(std::unique_ptr<Communicator> member, std::vector<int64_t>* rows)
-      : member_(std::move(member)), rows_(*rows) {}
-  int rank() const override { return member_->rank(); }
-  int size() const override { return member_->size(); }
+      : ForwardingCommunicator(std::move(member)), rows_(*rows) {}
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     rows_.push_back(x.dim(0));
-    return member_->AllReduceSum(stream, x);
+    return member().AllReduceSum(stream, x);
   }
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
-    return member_->AllReduceAddRmsNorm(stream, args);
+    return member().AllReduceAddRmsNorm(stream, args);
   }
-  bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
-    return member_->AllGather(stream, out, x);
-  }
-  bool Broadcast(Stream& stream, const TensorView& x) override { return member_->Broadcast(stream, x); }
-  size_t most_captured_bytes() const override { return member_->most_captured_bytes(); }
-  void Abort(std::string_view reason) override { member_->Abort(reason); }
-  std::string error() const override { return member_->error(); }
+  size_t most_captured_bytes() const override { return member().most_captured_bytes(); }
 
  private:
-  const std::unique_ptr<Communicator> member_;
   std::vector<int64_t>& rows_;
 };
 
