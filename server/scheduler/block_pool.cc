@@ -4,7 +4,12 @@
 
 namespace altiplano {
 
-BlockPool::BlockPool(int32_t num_blocks) : blocks_(static_cast<size_t>(num_blocks)) {
+BlockPool::BlockPool(int32_t num_blocks)
+    : blocks_(static_cast<size_t>(num_blocks)),
+      is_kept_(num_blocks),
+      is_valued_(num_blocks),
+      is_cached_(num_blocks),
+      cached_at_(static_cast<size_t>(num_blocks)) {
   free_.reserve(blocks_.size());
   for (BlockId block = num_blocks - 1; block >= 0; --block) free_.push_back(block);
 }
@@ -17,7 +22,8 @@ std::optional<BlockPool::Taken> BlockPool::Take() {
   } else if (next_to_take() >= 0) {
     taken = {next_to_take(), true};
     Unlink(taken.block);
-    At(taken.block).kept = At(taken.block).valued = false;
+    is_kept_.Set(taken.block, false);
+    is_valued_.Set(taken.block, false);
   } else {
     return std::nullopt;
   }
@@ -27,7 +33,7 @@ std::optional<BlockPool::Taken> BlockPool::Take() {
 
 void BlockPool::Ref(BlockId id) {
   Block& block = At(id);
-  CHECK(block.refs > 0 || block.kept);
+  CHECK(block.refs > 0 || kept(id));
   if (block.refs == 0) Unlink(id);
   if (block.refs > 0 && block.refs == block.retired) --num_retiring_;
   ++block.refs;
@@ -39,34 +45,34 @@ void BlockPool::Unref(BlockId id) {
   --block.refs;
   if (block.refs > 0) {
     if (block.refs == block.retired) ++num_retiring_;
-  } else if (block.kept) {
+  } else if (kept(id)) {
     LinkYoungest(id);
     if (valued_.size <= size() / 2) return;
     const BlockId one_too_many = valued_.oldest;
     Unlink(one_too_many);
-    At(one_too_many).valued = false;
+    is_valued_.Set(one_too_many, false);
     LinkYoungest(one_too_many);
   } else {
-    block.valued = false;
+    is_valued_.Set(id, false);
     free_.push_back(id);
   }
 }
 
 void BlockPool::SetValued(BlockId id) {
-  CHECK(At(id).refs > 0 && At(id).kept);
-  At(id).valued = true;
+  CHECK(At(id).refs > 0 && kept(id));
+  is_valued_.Set(id, true);
 }
 
 void BlockPool::SetKept(BlockId id, bool kept) {
   CHECK(At(id).refs > 0);
-  At(id).kept = kept;
+  is_kept_.Set(id, kept);
 }
 
 void BlockPool::Forget(BlockId id) {
-  Block& block = At(id);
-  CHECK(block.refs == 0 && block.kept);
+  CHECK(At(id).refs == 0 && kept(id));
   Unlink(id);
-  block.kept = block.valued = false;
+  is_kept_.Set(id, false);
+  is_valued_.Set(id, false);
   free_.push_back(id);
 }
 
@@ -86,7 +92,9 @@ void BlockPool::Unretire(BlockId id) {
 
 void BlockPool::LinkYoungest(BlockId id) {
   Block& block = At(id);
-  List& list = ListOf(block);
+  List& list = ListOf(id);
+  is_cached_.Set(id, true);
+  cached_at_[static_cast<size_t>(id)] = ++times_cached_;
   block.older = list.youngest;
   block.younger = -1;
   (list.youngest >= 0 ? At(list.youngest).younger : list.oldest) = id;
@@ -96,7 +104,8 @@ void BlockPool::LinkYoungest(BlockId id) {
 
 void BlockPool::Unlink(BlockId id) {
   Block& block = At(id);
-  List& list = ListOf(block);
+  List& list = ListOf(id);
+  is_cached_.Set(id, false);
   (block.older >= 0 ? At(block.older).younger : list.oldest) = block.younger;
   (block.younger >= 0 ? At(block.younger).older : list.youngest) = block.older;
   block.older = block.younger = -1;
@@ -111,7 +120,8 @@ void BlockPool::CheckList(const List& list, bool valued, std::vector<uint8_t>* s
   int32_t count = 0;
   for (BlockId id = list.oldest, before = -1; id >= 0; before = id, id = At(id).younger, ++count) {
     CHECK((*seen)[static_cast<size_t>(id)] == kUnseen && At(id).older == before);
-    CHECK(At(id).refs == 0 && At(id).kept && At(id).valued == valued);
+    CHECK(At(id).refs == 0 && kept(id) && this->valued(id) == valued && is_cached_[id]);
+    CHECK(before < 0 || cached_at(before) < cached_at(id));
     CHECK(At(id).younger >= 0 || list.youngest == id);
     (*seen)[static_cast<size_t>(id)] = kCached;
   }
@@ -122,7 +132,7 @@ void BlockPool::CheckInvariants() const {
   std::vector<uint8_t> seen(blocks_.size(), kUnseen);
   for (BlockId id : free_) {
     CHECK(id >= 0 && id < size() && seen[static_cast<size_t>(id)] == kUnseen);
-    CHECK(At(id).refs == 0 && !At(id).kept && !At(id).valued);
+    CHECK(At(id).refs == 0 && !kept(id) && !valued(id) && !is_cached_[id]);
     seen[static_cast<size_t>(id)] = kFree;
   }
   CheckList(plain_, false, &seen);
@@ -133,6 +143,7 @@ void BlockPool::CheckInvariants() const {
     const Block& block = blocks_[i];
     CHECK(block.refs >= block.retired && block.retired >= 0);
     CHECK((block.refs == 0) == (seen[i] != kUnseen));  // free + held + cached == total, each block in one place
+    CHECK(block.refs == 0 || !is_cached_[static_cast<BlockId>(i)]);
     retiring += block.refs > 0 && block.refs == block.retired;
   }
   CHECK(retiring == num_retiring_);

@@ -10,13 +10,34 @@
 // A reference that passes to a step in flight (Retire) still counts: the block comes back when the step has ended.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 namespace altiplano {
 
 using BlockId = int32_t;
+
+// A bit for each block, 64 to a word.
+class BlockBits {
+ public:
+  explicit BlockBits(int32_t num_blocks) : words_((static_cast<size_t>(num_blocks) + 63) / 64) {}
+
+  bool operator[](BlockId block) const { return (words_[WordOf(block)] >> (block & 63) & 1) != 0; }
+  void Set(BlockId block, bool value) {
+    uint64_t& word = words_[WordOf(block)];
+    const uint64_t bit = uint64_t{1} << (block & 63);
+    word = value ? word | bit : word & ~bit;
+  }
+  std::span<const uint64_t> words() const { return words_; }
+
+ private:
+  static size_t WordOf(BlockId block) { return static_cast<size_t>(block) >> 6; }
+
+  std::vector<uint64_t> words_;
+};
 
 class BlockPool {
  public:
@@ -51,12 +72,14 @@ class BlockPool {
   int32_t num_retiring() const { return num_retiring_; }
   int32_t refs(BlockId block) const { return At(block).refs; }
   int32_t retired(BlockId block) const { return At(block).retired; }
-  bool kept(BlockId block) const { return At(block).kept; }
-  bool valued(BlockId block) const { return At(block).valued; }
-  // Kept and unreferenced blocks that are valued, or not: -1 behind the youngest.
-  BlockId oldest_cached(bool valued) const { return (valued ? valued_ : plain_).oldest; }
-  BlockId younger(BlockId block) const { return At(block).younger; }
-  int32_t num_cached(bool valued) const { return (valued ? valued_ : plain_).size; }
+  bool kept(BlockId block) const { return is_kept_[block]; }
+  bool valued(BlockId block) const { return is_valued_[block]; }
+  // For checkpoints, which have no time to follow the lists.
+  const BlockBits& all_kept() const { return is_kept_; }
+  const BlockBits& all_valued() const { return is_valued_; }
+  const BlockBits& all_cached() const { return is_cached_; }
+  // Of a cached block: the larger, the later it came into its list.
+  uint64_t cached_at(BlockId block) const { return cached_at_[static_cast<size_t>(block)]; }
   BlockId next_to_take() const { return plain_.oldest >= 0 ? plain_.oldest : valued_.oldest; }  // kept; -1: none
 
   void CheckInvariants() const;
@@ -64,9 +87,7 @@ class BlockPool {
  private:
   struct Block {
     int32_t refs = 0;
-    int32_t retired = 0;  // of refs
-    bool kept = false;
-    bool valued = false;
+    int32_t retired = 0;               // of refs
     BlockId older = -1, younger = -1;  // neighbours in the list of cached blocks
   };
   Block& At(BlockId block) { return blocks_[static_cast<size_t>(block)]; }
@@ -76,12 +97,15 @@ class BlockPool {
     BlockId oldest = -1, youngest = -1;
     int32_t size = 0;
   };
-  List& ListOf(const Block& block) { return block.valued ? valued_ : plain_; }
+  List& ListOf(BlockId block) { return is_valued_[block] ? valued_ : plain_; }
   void CheckList(const List& list, bool valued, std::vector<uint8_t>* seen) const;
   void LinkYoungest(BlockId block);
   void Unlink(BlockId block);
 
   std::vector<Block> blocks_;
+  BlockBits is_kept_, is_valued_, is_cached_;
+  std::vector<uint64_t> cached_at_;  // by block
+  uint64_t times_cached_ = 0;
   std::vector<BlockId> free_;  // a stack: the block used last is the warmest
   List plain_, valued_;
   int32_t num_retiring_ = 0;

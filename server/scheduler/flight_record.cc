@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <optional>
 #include <span>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 
 #include "server/base/sha256.h"
@@ -84,12 +86,8 @@ class Reader {
     return bytes;
   }
   std::string Text(const char* what) { return std::string(Bytes(Number(), what)); }
-  uint64_t Fixed64(const char* what) {
-    uint64_t value = 0;
-    const std::string_view bytes = Bytes(8, what);
-    for (size_t i = 0; i < bytes.size(); ++i) value |= uint64_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
-    return value;
-  }
+  uint64_t Fixed64(const char* what) { return Fixed(sizeof(uint64_t), what); }
+  uint32_t Fixed32(const char* what) { return static_cast<uint32_t>(Fixed(sizeof(uint32_t), what)); }
   // Of things that take at least `least` bytes each: more than fit are wrong before memory is asked for.
   size_t Length(size_t least, const char* what) {
     const uint64_t count = Number();
@@ -99,6 +97,13 @@ class Reader {
   }
 
  private:
+  uint64_t Fixed(size_t size, const char* what) {
+    uint64_t value = 0;
+    const std::string_view bytes = Bytes(size, what);
+    for (size_t i = 0; i < bytes.size(); ++i) value |= uint64_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
+    return value;
+  }
+
   std::string_view left_;
   std::string error_;
 };
@@ -225,30 +230,34 @@ FlightResult ReadResult(Reader& in) {
   return result;
 }
 
-// --- Checkpoints, as in scheduler_checkpoint.cc
-// -----------------------------------------------------------------------
+// --- Checkpoints, as in scheduler_checkpoint.cc ----------------------------------------------------------------------
+
+// Of blocks, as far as the record says them: the last one of each.
+using BlockNames = std::unordered_map<BlockId, uint64_t>;
+
+void ReadBlockNames(Reader& in, BlockNames* names) {
+  int64_t last = 0;
+  while (!in.done()) {
+    last += in.Small("the way to the next block");
+    for (size_t left = in.Length(sizeof(uint64_t), "names"); left > 0; --left, ++last) {
+      if (last < 0 || last > INT32_MAX) return in.Fail(StrCat("there is no block ", last));
+      (*names)[static_cast<BlockId>(last)] = in.Fixed64("a block's name");
+    }
+  }
+}
 
 std::vector<BlockId> ReadBlocks(Reader& in) {
-  std::vector<BlockId> blocks(in.Length(1, "blocks"));
-  int64_t last = 0;
+  std::vector<BlockId> blocks(in.Length(sizeof(BlockId), "blocks"));
   for (BlockId& block : blocks) {
-    last += in.Small("the way to the next block");
-    if (last < 0 || last > INT32_MAX) in.Fail(StrCat("there is no block ", last));
-    if (!in.ok()) return {};
-    block = static_cast<BlockId>(last);
+    block = static_cast<BlockId>(in.Fixed32("a block"));
+    if (block < 0) in.Fail(StrCat("there is no block ", block));
   }
   return blocks;
 }
 
-std::vector<uint64_t> ReadCachedNames(Reader& in) {
-  std::vector<uint64_t> names(in.Length(sizeof(uint64_t), "cached blocks"));
-  for (uint64_t& name : names) name = in.Fixed64("a block's name");
-  return names;
-}
-
 class CheckpointReader {
  public:
-  explicit CheckpointReader(Reader& in) : in_(in) {}
+  CheckpointReader(Reader& in, const BlockNames& names) : in_(in), block_names_(names) {}
 
   FlightCheckpoint Read() {
     checkpoint_.now = in_.Time("now");
@@ -260,9 +269,7 @@ class CheckpointReader {
     for (FairShare::Service& service : checkpoint_.accounts) service = {Level(), Level(), Level()};
     checkpoint_.free_slots.resize(in_.Length(1, "free slots"));
     for (int32_t& slot : checkpoint_.free_slots) slot = in_.Count("a slot");
-    ReadHeld();
-    checkpoint_.cached = ReadCachedNames(in_);
-    checkpoint_.cached_valued = ReadCachedNames(in_);
+    ReadBits();
     checkpoint_.requests.resize(in_.Length(kLeastRequestBytes, "live requests"));
     for (FlightCheckpoint::Request& request : checkpoint_.requests) ReadRequest(&request);
     checkpoint_.sharing.resize(in_.Length(1, "requests that share"));
@@ -280,6 +287,7 @@ class CheckpointReader {
     for (FlightCancel& cancel : checkpoint_.cancels) cancel = ReadCancel(in_);
     checkpoint_.stops.resize(in_.Length(2, "stops"));
     for (FlightStop& stop : checkpoint_.stops) stop = ReadStop(in_);
+    SortBlocks();
     return std::move(checkpoint_);
   }
 
@@ -307,16 +315,50 @@ class CheckpointReader {
     if (!learner.plausible()) in_.Fail("the step cost that was learned is none");
   }
 
-  void ReadHeld() {
-    checkpoint_.held.resize(in_.Length(1, "held blocks"));
-    int64_t last = 0;
-    for (FlightCheckpoint::Held& held : checkpoint_.held) {
-      const uint64_t way = in_.UpTo(uint64_t{INT32_MAX} << 2 | 3, "the way to the next held block");
-      last += static_cast<int64_t>(way >> 2);
-      if (last > INT32_MAX) in_.Fail(StrCat("there is no block ", last));
-      if (!in_.ok()) return;
-      held = {.block = static_cast<BlockId>(last), .valued = (way & 2) != 0, .name = {}};
-      if ((way & 1) != 0) held.name = in_.Fixed64("a block's name");
+  // Which blocks are published and which valued; of the cached ones, when they became that.
+  void ReadBits() {
+    const size_t words = in_.Length(2 * sizeof(uint64_t), "blocks");
+    for (std::vector<uint64_t>* bits : {&kept_, &valued_}) {
+      bits->resize(words);
+      for (uint64_t& word : *bits) word = in_.Fixed64("blocks");
+    }
+    cached_at_.resize(in_.Length(sizeof(uint64_t), "cached blocks"));
+    for (uint64_t& at : cached_at_) at = in_.Fixed64("when a block was cached");
+  }
+  static bool IsIn(const std::vector<uint64_t>& bits, BlockId block) {
+    const auto word = static_cast<size_t>(block) / 64;
+    return word < bits.size() && (bits[word] >> (block % 64) & 1) != 0;
+  }
+
+  // The held ones are those that somebody has, the cached ones the other published ones.
+  void SortBlocks() {
+    std::vector<BlockId> held = checkpoint_.retired;
+    for (const FlightCheckpoint::Request& request : checkpoint_.requests) {
+      held.insert(held.end(), request.shared.begin(), request.shared.end());
+      for (const FlightCheckpoint::Sequence& sequence : request.sequences) {
+        held.insert(held.end(), sequence.blocks.begin(), sequence.blocks.end());
+      }
+    }
+    std::ranges::sort(held);
+    held.erase(std::ranges::unique(held).begin(), held.end());
+    for (BlockId block : held) {
+      auto& one = checkpoint_.held.emplace_back(block, IsIn(valued_, block), std::nullopt);
+      if (IsIn(kept_, block)) one.name = NameOf(block);
+    }
+    std::vector<std::pair<uint64_t, BlockId>> cached;
+    for (size_t i = 0; i < kept_.size(); ++i) {
+      for (uint64_t word = kept_[i]; word != 0; word &= word - 1) {
+        const BlockId block = static_cast<BlockId>(64 * i) + std::countr_zero(word);
+        if (std::ranges::binary_search(held, block)) continue;
+        cached.emplace_back(cached.size() < cached_at_.size() ? cached_at_[cached.size()] : 0, block);
+      }
+    }
+    if (cached.size() != cached_at_.size()) {
+      in_.Fail(StrCat(cached.size(), " blocks are cached, and of ", cached_at_.size(), " it is said since when"));
+    }
+    std::ranges::sort(cached);
+    for (const auto& [at, block] : cached) {
+      (IsIn(valued_, block) ? checkpoint_.cached_valued : checkpoint_.cached).push_back(NameOf(block));
     }
   }
 
@@ -379,19 +421,26 @@ class CheckpointReader {
   }
 
   uint64_t NameOf(std::span<const BlockId> blocks, size_t i) {
-    if (i < blocks.size()) {
-      const auto held = std::ranges::lower_bound(checkpoint_.held, blocks[i], {}, &FlightCheckpoint::Held::block);
-      if (held != checkpoint_.held.end() && held->block == blocks[i] && held->name) return *held->name;
-    }
+    if (i < blocks.size() && IsIn(kept_, blocks[i])) return NameOf(blocks[i]);
     in_.Fail("a block has no name where one is said to be");
+    return 0;
+  }
+  uint64_t NameOf(BlockId block) {
+    const auto name = block_names_.find(block);
+    if (name != block_names_.end()) return name->second;
+    checkpoint_.whole = false;
     return 0;
   }
 
   Reader& in_;
+  const BlockNames& block_names_;
+  std::vector<uint64_t> kept_, valued_;  // a bit for each block
+  std::vector<uint64_t> cached_at_;      // of cached blocks, in their order
   FlightCheckpoint checkpoint_;
 };
 
-FlightFrame ReadFrame(Reader& in) {
+// None: it only says names.
+std::optional<FlightFrame> ReadFrame(Reader& in, BlockNames* names) {
   const auto kind = static_cast<FlightKind>(in.UpTo(UINT8_MAX, "the kind"));
   switch (kind) {
     case FlightKind::kArrival:
@@ -411,7 +460,10 @@ FlightFrame ReadFrame(Reader& in) {
     case FlightKind::kResult:
       return ReadResult(in);
     case FlightKind::kCheckpoint:
-      return CheckpointReader(in).Read();
+      return CheckpointReader(in, *names).Read();
+    case FlightKind::kBlockNames:
+      ReadBlockNames(in, names);
+      return std::nullopt;
   }
   in.Fail(StrCat("there is no kind ", static_cast<int>(kind)));
   return FlightCacheReset{};
@@ -452,12 +504,14 @@ StatusOr<FlightRecord> ParseFlightRecord(std::string_view file) {
   record.dropped_steps = in.Number();
   if (!in.ok()) return Invalid(StrCat("has a bad header: ", in.error()));
   record.frame_bytes = in.left();
+  BlockNames names;
   while (!in.done()) {
     Reader frame(in.Bytes(in.Number(), "a frame"));
     if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
-    record.frames.push_back(ReadFrame(frame));
+    std::optional<FlightFrame> read = ReadFrame(frame, &names);
     if (frame.ok() && !frame.done()) frame.Fail(StrCat(frame.left(), " bytes are left over"));
-    if (!frame.ok()) return Invalid(StrCat("frame ", record.frames.size() - 1, ": ", frame.error()));
+    if (!frame.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", frame.error()));
+    if (read) record.frames.push_back(*std::move(read));
   }
   if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
   return record;

@@ -17,6 +17,7 @@ namespace altiplano {
 namespace {
 
 constexpr size_t kMostPlannedBytes = 5 * kMostNumberBytes;
+constexpr size_t kBlockNamesBytes = 1 << 16;  // in one frame
 
 void AppendNumber(uint64_t value, std::string* out) {
   uint8_t bytes[kMostNumberBytes];
@@ -65,7 +66,10 @@ FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes, si
   const auto most = static_cast<size_t>(std::max(0, options.max_running));  // nobody has checked the options yet
   frame_.Room(most * kMostPlannedBytes);
   names_.Room(1 << 16);
-  if (between < bytes) checkpoint_.Room(bytes / 4);
+  if (between < bytes) {
+    checkpoint_.Room(bytes / 4);
+    block_names_.Room(kBlockNamesBytes);
+  }
   preempted_.reserve(most);
 }
 
@@ -187,8 +191,18 @@ void FlightRecorder::OnCrash(int signal) noexcept {
 
 // --- Checkpoints -----------------------------------------------------------------------------------------------------
 
+// Twice as fast as the steps fill what lies between two checkpoints; all that is left when one is due.
+FlightRecorder::Blocks FlightRecorder::NextToName(int32_t num_blocks) {
+  if (between_ == kNoCheckpoints) return {};
+  const double part = std::min(1.0, 2 * static_cast<double>(end_ - checkpointed_) / static_cast<double>(between_));
+  const Blocks blocks = {next_to_name_, std::max(next_to_name_, static_cast<BlockId>(part * num_blocks))};
+  next_to_name_ = blocks.end;
+  return blocks;
+}
+
 FlightFrameWriter* FlightRecorder::BeginCheckpoint() {
   FlushNames();
+  FlushBlockNames();
   checkpoint_.Begin(FlightKind::kCheckpoint);
   return &checkpoint_;
 }
@@ -196,6 +210,7 @@ FlightFrameWriter* FlightRecorder::BeginCheckpoint() {
 void FlightRecorder::EndCheckpoint(bool whole) {
   if (whole) Keep(&checkpoint_);
   checkpointed_ = end_;
+  next_to_name_ = 0;
 }
 
 // --- What happens ----------------------------------------------------------------------------------------------------
@@ -266,6 +281,24 @@ void FlightRecorder::FlushNames() {
   if (!names_.empty()) Keep(&names_);
 }
 
+// Where the names go.
+uint8_t* FlightRecorder::BeginBlockNames(BlockId first, int32_t count) {
+  const size_t bytes = 2 * kMostNumberBytes + sizeof(uint64_t) * static_cast<size_t>(count);
+  if (!block_names_.HasRoom(bytes)) FlushBlockNames();
+  if (block_names_.empty()) {
+    block_names_.Begin(FlightKind::kBlockNames);
+    block_named_ = 0;
+  }
+  block_names_.Room(bytes);
+  uint8_t* at = PutNumber(ZigZag(int64_t{first} - block_named_), block_names_.End());
+  block_named_ = first + count;
+  return PutNumber(static_cast<uint64_t>(count), at);
+}
+
+void FlightRecorder::FlushBlockNames() {
+  if (!block_names_.empty()) Keep(&block_names_);
+}
+
 void FlightRecorder::OnPreempt(RequestKey key, uint32_t sequence) {
   preempted_.push_back({key, sequence});
 }
@@ -309,6 +342,7 @@ void PutPlanned(const StepPlan& plan, FlightFrameWriter* out) {
 void FlightRecorder::OnPlan(TimePoint now, const StepPlan* plan, const PlanNotes& notes,
                             std::span<const Event> events) {
   FlushNames();
+  FlushBlockNames();
   frame_.Begin(FlightKind::kPlan);
   frame_.Time(now);
   frame_.Number(plan == nullptr ? 0 : plan->step);

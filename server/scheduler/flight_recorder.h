@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -52,8 +53,25 @@ class FlightRecorder : private crash::LastAct {
   void OnPlan(TimePoint now, const StepPlan* plan, const PlanNotes& notes, std::span<const Event> events);
   void OnResult(TimePoint now, const StepPlan& plan, const StepResult& result, std::span<const Event> events);
 
-  // Before a plan: whether the scheduler is to write its state into BeginCheckpoint(), as far as there is room, and
-  // then to say whether it is whole.
+  // The names of consecutive blocks, valid until they get others: name(block), of at most kMostNames.
+  static constexpr int32_t kMostNames = 1024;
+  template <typename Name>
+  void OnPublish(BlockId first, int32_t count, const Name& name) {
+    if (between_ == kNoCheckpoints) return;
+    uint8_t* at = BeginBlockNames(first, count);
+    for (BlockId block = first; block < first + count; ++block, at += sizeof(uint64_t)) {
+      std::memcpy(at, name(block).data(), sizeof(uint64_t));
+    }
+    block_names_.End(at);
+  }
+  // Before a plan: the blocks whose names are to be said again (OnPublish), so that those of all are in the ring when
+  // the next checkpoint comes, and a few in each step.
+  struct Blocks {
+    BlockId begin = 0, end = 0;
+  };
+  Blocks NextToName(int32_t num_blocks);
+  // Then: whether the scheduler is to write its state into BeginCheckpoint(), as far as there is room, and then to say
+  // whether it is whole.
   bool checkpoint_due() const { return end_ - checkpointed_ >= between_; }
   FlightFrameWriter* BeginCheckpoint();
   void EndCheckpoint(bool whole);
@@ -64,6 +82,8 @@ class FlightRecorder : private crash::LastAct {
  private:
   void Keep(FlightFrameWriter* frame);  // moves it into the ring
   void FlushNames();
+  uint8_t* BeginBlockNames(BlockId first, int32_t count);
+  void FlushBlockNames();
   void AddEnds(std::span<const Event> events);
   void DropOldest();
   void Put(std::span<const uint8_t> bytes, uint64_t at);
@@ -79,7 +99,10 @@ class FlightRecorder : private crash::LastAct {
   FlightFrameWriter frame_;
   FlightFrameWriter checkpoint_;
   uint64_t checkpointed_ = 0;  // end_ after the last one
-  FlightFrameWriter names_;    // of consecutive blocks of one sequence
+  FlightFrameWriter block_names_;
+  BlockId block_named_ = 0;  // behind the last one in block_names_
+  BlockId next_to_name_ = 0;
+  FlightFrameWriter names_;  // of consecutive blocks of one sequence
   RequestKey names_key_ = 0;
   uint32_t names_sequence_ = 0;
   int32_t names_next_ = 0;

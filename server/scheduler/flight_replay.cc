@@ -125,14 +125,14 @@ class Replay {
   StatusOr<const FlightCheckpoint*> FindCheckpoint() {
     for (size_t i = 0; i < record_.frames.size(); ++i) {
       const auto* checkpoint = std::get_if<FlightCheckpoint>(&record_.frames[i]);
-      if (checkpoint == nullptr) continue;
+      if (checkpoint == nullptr || !checkpoint->whole) continue;
       begin_ = i + 1;
       return checkpoint;
     }
     return Status(Code::kFailedPrecondition,
                   StrCat("the record does not begin with its scheduler, ", record_.dropped_steps,
-                         " older steps have left the ring, and no checkpoint is in it: one takes more than a quarter "
-                         "of --flight-record-memory"));
+                         " older steps have left the ring, and no checkpoint with all that it needs is in it: one "
+                         "takes more than a quarter of --flight-record-memory"));
   }
 
   Status Restore(const SchedulerOptions& options, const FlightCheckpoint& checkpoint) {

@@ -74,25 +74,29 @@ struct alignas(64) LiveRequest {
   bool scores_prompt = false;
   bool uses_cache = false;  // the prefix cache, for writing at least
   bool admitted = false;
+  bool hurries = false;  // start_by is that of a target of its own, which has not been missed yet
   bool ended = false;
   std::optional<TimePoint> first_token_at;
 
-  std::shared_ptr<const Request> request;
-  uint64_t order = 0;  // of arrival
-  // The place in the queue: see ComesBefore.
-  int64_t level = 0;
+  // These two lines a checkpoint reads.
+  uint64_t order = 0;               // of arrival
   TimePoint start_by{};             // to meet its target; changes in the queue only
-  bool hurries = false;             // start_by is that of a target of its own, which has not been missed yet
   TimePoint hopeless_at{};          // until its first admission: from then on the deadline cannot be met
+  size_t at = 0;                    // of all live requests
   std::vector<Sequence> sequences;  // never resized: steps in flight point into it
-  int32_t num_live = 0;             // sequences that have not ended
-  int32_t num_running = 0;          // of these, kRunning
-  int32_t num_unadmitted = 0;       // live and never admitted
   // The prompt's full blocks, referenced here for siblings that have not been admitted yet.
   std::vector<BlockId> shared;
   std::vector<BlockHash> prompt_hashes;  // of full blocks within the prompt, as far as needed
-  BlockHash root{};
+  std::vector<uint8_t> arrival;          // as it is written into flight records, where one is
+
+  std::shared_ptr<const Request> request;
+  // The place in the queue: see ComesBefore.
+  int64_t level = 0;
+  int32_t num_live = 0;        // sequences that have not ended
+  int32_t num_running = 0;     // of these, kRunning
+  int32_t num_unadmitted = 0;  // live and never admitted
   uint32_t preemptions = 0;
+  BlockHash root{};
   std::optional<TimePoint> admitted_at;
 
   bool scoring_complete() const { return !scores_prompt || scored >= prompt_size - 1; }

@@ -94,9 +94,12 @@ void Scheduler::StopSequence(RequestKey key, uint32_t sequence) {
 }
 std::shared_ptr<const StepPlan> Scheduler::Plan(TimePoint now, std::vector<Event>* events) {
   const size_t before = events->size();
-  if (auto* recorder = impl_->recorder(); recorder != nullptr && recorder->checkpoint_due()) {
+  if (auto* recorder = impl_->recorder()) {
     // Here, since the device computes the step before meanwhile.
-    recorder->EndCheckpoint(impl_->WriteCheckpoint(now, recorder->BeginCheckpoint()));
+    impl_->NameBlocks(recorder->NextToName(impl_->num_blocks()));
+    if (recorder->checkpoint_due() && impl_->CanCheckpoint()) {
+      recorder->EndCheckpoint(impl_->WriteCheckpoint(now, recorder->BeginCheckpoint()));
+    }
   }
   std::shared_ptr<const StepPlan> plan = impl_->Plan(now, events);
   if (auto* recorder = impl_->recorder()) {
@@ -189,8 +192,14 @@ void Scheduler::Impl::Add(RequestKey key, std::shared_ptr<const Request> request
   ++waiting_requests_;
   waiting_tokens_ += prompt_size;
   next_expiry_ = std::min(next_expiry_, EarliestExpiry(*live));
-  const bool is_new = live_.emplace(key, std::move(live)).second;
-  CHECK(is_new);
+  CHECK(Insert(std::move(live)));
+}
+
+bool Scheduler::Impl::Insert(std::unique_ptr<LiveRequest> request) {
+  request->at = all_live_.size();
+  all_live_.push_back(request.get());
+  const RequestKey key = request->key;
+  return live_.emplace(key, std::move(request)).second;
 }
 
 // What follows from the request alone; where it stands in the queue is still open.
@@ -214,6 +223,11 @@ std::unique_ptr<LiveRequest> Scheduler::Impl::MakeLive(RequestKey key, uint64_t 
   live->has_stop_ids = !request->stop.token_ids.empty();
   live->scores_prompt = request->sampling.prompt_top_logprobs >= 0;
   live->account = static_cast<uint32_t>(TenantOf(options_.tenants, request->tenant));
+  if (options_.recorder != nullptr) {
+    FlightFrameWriter arrival;
+    PutArrival(key, *request, &arrival);
+    live->arrival.assign(arrival.bytes().begin(), arrival.bytes().end());
+  }
   live->request = std::move(request);
   live->sequences.resize(static_cast<size_t>(live->num_live));
   for (size_t i = 0; i < live->sequences.size(); ++i) {
@@ -407,6 +421,9 @@ void Scheduler::Impl::EndRequest(const Call& call, LiveRequest& request, Status 
   const bool due = call.now - arrival > request.request->ttft_target;
   if (!request.first_token_at && due) CountTarget(request, call.now);
 
+  all_live_.back()->at = request.at;
+  std::swap(all_live_[request.at], all_live_.back());
+  all_live_.pop_back();
   ended_.push_back(std::move(live_.extract(request.key).mapped()));
 }
 

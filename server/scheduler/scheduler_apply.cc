@@ -133,7 +133,10 @@ void Scheduler::Impl::Publish(Sequence* sequence) {
     const int32_t i = sequence->published;
     const BlockId block = sequence->blocks[static_cast<size_t>(i)];
     const BlockHash hash = HashOf(sequence, i);
-    cache_.Publish(block, hash, ParentOf(sequence, i), BlockTokens(*sequence, i, &token_scratch_));
+    const bool published =
+        cache_.Publish(block, hash, ParentOf(sequence, i), BlockTokens(*sequence, i, &token_scratch_));
+    if (!published || options_.recorder == nullptr) continue;
+    options_.recorder->OnPublish(block, 1, [&](BlockId) -> const BlockHash& { return hash; });
   }
 }
 

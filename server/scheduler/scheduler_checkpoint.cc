@@ -1,6 +1,8 @@
 // The scheduler's state as a frame of a flight record: what FlightCheckpoint says, in its order. Linear in the state.
 #include <algorithm>
+#include <bit>
 #include <concepts>
+#include <cstring>
 
 #include "server/scheduler/flight_frame_writer.h"
 #include "server/scheduler/flight_recorder.h"
@@ -10,27 +12,25 @@ namespace altiplano {
 
 namespace {
 
-// Neighbours in a table were often taken one after the other.
-void PutBlocks(std::span<const BlockId> blocks, FlightFrameWriter* out) {
-  out->Number(blocks.size());
-  BlockId last = 0;
-  for (BlockId block : blocks) {
-    out->Signed(block - last);
-    last = block;
-  }
+uint8_t* PutSigned(int64_t value, uint8_t* at) {
+  return PutNumber(ZigZag(value), at);
 }
 
-void PutName(const BlockHash& name, FlightFrameWriter* out) {
-  out->Bytes(name.data(), sizeof(uint64_t));
+// How many there are, then they themselves, four bytes each.
+uint8_t* PutBlocks(std::span<const BlockId> blocks, uint8_t* at) {
+  static_assert(std::endian::native == std::endian::little);
+  at = PutNumber(blocks.size(), at);
+  if (!blocks.empty()) std::memcpy(at, blocks.data(), blocks.size_bytes());
+  return at + blocks.size_bytes();
 }
 
 // Of what WriteRequest writes.
 size_t MostBytes(const LiveRequest& request) {
-  constexpr size_t kBlock = 5, kName = 16, kSequence = 160, kRequest = 300;
-  size_t bytes = kRequest + request.request->id.size() + request.request->tenant.size() +
-                 kBlock * request.shared.size() + kName * request.prompt_hashes.size();
+  constexpr size_t kName = 16, kSequence = 160, kRequest = 160;
+  size_t bytes = kRequest + request.arrival.size() + sizeof(BlockId) * request.shared.size() +
+                 kName * request.prompt_hashes.size();
   for (const Sequence& sequence : request.sequences) {
-    bytes += kSequence + kBlock * sequence.blocks.size() + kName * sequence.hashes.size();
+    bytes += kSequence + sizeof(BlockId) * sequence.blocks.size() + kName * sequence.hashes.size();
   }
   return bytes;
 }
@@ -45,14 +45,45 @@ void PutLearner(const StepCostLearner& learner, FlightFrameWriter* out) {
   });
 }
 
+// Thousands of requests fit no cache between two checkpoints: in turns, what the next ones will be asked for.
+void PrefetchRequests(std::span<const LiveRequest* const> requests, size_t i) {
+  constexpr size_t kRequestsAhead = 12, kSequencesAhead = 8, kListsAhead = 4, kLine = 64;
+  auto fetch = [](const void* from, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(from) + at);
+  };
+  if (i + kRequestsAhead < requests.size()) fetch(requests[i + kRequestsAhead], 3 * kLine);
+  if (i + kSequencesAhead < requests.size()) {
+    const LiveRequest& request = *requests[i + kSequencesAhead];
+    fetch(request.sequences.data(), sizeof(Sequence));
+    fetch(request.arrival.data(), request.arrival.size());
+  }
+  if (i + kListsAhead < requests.size()) {
+    const std::vector<BlockId>& blocks = requests[i + kListsAhead]->sequences.front().blocks;
+    fetch(blocks.data(), sizeof(BlockId) * blocks.size());
+  }
+}
+
 }  // namespace
 
-bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) const {
-  // A victim of a plan that planned nothing may wait while it is still part of the step before: soon it will not be.
-  for (const Account& account : accounts_) {
-    auto in_flight = [&](const Sequence* s) { return !in_flight_.empty() && s->last_step == in_flight_.back().step; };
-    if (std::ranges::any_of(account.waiting, in_flight)) return false;
+void Scheduler::Impl::NameBlocks(FlightRecorder::Blocks blocks) const {
+  auto name = [this](BlockId block) -> const BlockHash& { return cache_.hash(block); };
+  for (BlockId block = blocks.begin; block < blocks.end;) {
+    const BlockId first = block;
+    const BlockId most = std::min(blocks.end, first + FlightRecorder::kMostNames);
+    while (block < most && cache_.published(block)) ++block;
+    if (block > first) options_.recorder->OnPublish(first, block - first, name);
+    while (block < blocks.end && !cache_.published(block)) ++block;
   }
+}
+
+// A victim of a plan that planned nothing may wait while it is still part of the step before: soon it will not be.
+bool Scheduler::Impl::CanCheckpoint() const {
+  auto in_flight = [&](const Sequence* s) { return !in_flight_.empty() && s->last_step == in_flight_.back().step; };
+  return std::ranges::none_of(accounts_,
+                              [&](const Account& account) { return std::ranges::any_of(account.waiting, in_flight); });
+}
+
+bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) const {
   if (!HasRoomForBlocks(*out)) return false;
   out->Time(now);
   out->Number(step_);
@@ -69,10 +100,11 @@ bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) con
   for (int32_t slot : free_slots_) out->Number(static_cast<uint64_t>(slot));
   WriteBlocks(out);
 
-  out->Number(live_.size());
-  for (const auto& [key, request] : live_) {
-    if (!out->HasRoom(MostBytes(*request))) return false;
-    WriteRequest(*request, out);
+  out->Number(all_live_.size());
+  for (size_t i = 0; i < all_live_.size(); ++i) {
+    PrefetchRequests(all_live_, i);
+    if (!out->HasRoom(MostBytes(*all_live_[i]))) return false;
+    WriteRequest(*all_live_[i], out);
   }
   if (!HasRoomForRest(*out)) return false;
   out->Number(sharing_.size());
@@ -87,7 +119,7 @@ bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) con
   out->Number(in_flight_.size());
   for (const InFlight& in_flight : in_flight_) {
     PutPlanned(*in_flight.plan, out);
-    PutBlocks(in_flight.retired, out);
+    out->End(PutBlocks(in_flight.retired, out->End()));
   }
   out->Number(cancels_.size());
   for (const auto& [key, why] : cancels_) {
@@ -104,88 +136,97 @@ bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) con
 
 // For the step in flight and the other things behind the requests.
 bool Scheduler::Impl::HasRoomForRest(const FlightFrameWriter& out) const {
-  constexpr size_t kNumbers = 100, kPlanned = 50, kRetired = 5, kKey = 20;
+  constexpr size_t kNumbers = 100, kPlanned = 50, kKey = 20;
   size_t bytes = kNumbers + kKey * (sharing_.size() + cancels_.size() + stops_.size());
   for (const InFlight& in_flight : in_flight_) {
-    bytes += kPlanned * in_flight.sequences.size() + kRetired * in_flight.retired.size();
+    bytes += kPlanned * in_flight.sequences.size() + sizeof(BlockId) * in_flight.retired.size();
   }
   return out.HasRoom(bytes);
 }
 
 // For them and for what comes before them.
 bool Scheduler::Impl::HasRoomForBlocks(const FlightFrameWriter& out) const {
-  constexpr size_t kHeader = 4096, kAccount = 30, kSlot = 5, kHeld = 13, kCached = sizeof(uint64_t);
+  constexpr size_t kHeader = 4096, kAccount = 30, kSlot = 5;
   return out.HasRoom(kHeader + kAccount * accounts_.size() + kSlot * free_slots_.size() +
-                     kHeld * static_cast<size_t>(pool_.num_held()) + kCached * static_cast<size_t>(pool_.num_cached()));
+                     2 * pool_.all_kept().words().size_bytes() +
+                     sizeof(uint64_t) * static_cast<size_t>(pool_.num_cached()));
 }
 
+// Who is held follows from whose they are, and their names have been said (NameBlocks).
 void Scheduler::Impl::WriteBlocks(FlightFrameWriter* out) const {
-  out->Number(static_cast<uint64_t>(pool_.num_held()));
-  BlockId last = 0;
-  for (BlockId block = 0; block < pool_.size(); ++block) {
-    if (pool_.refs(block) == 0) continue;
-    const bool published = cache_.published(block);
-    out->Number(static_cast<uint64_t>(block - last) << 2 | uint64_t{pool_.valued(block)} << 1 | uint64_t{published});
-    if (published) PutName(cache_.hash(block), out);
-    last = block;
+  out->Number(pool_.all_kept().words().size());
+  for (const BlockBits* bits : {&pool_.all_kept(), &pool_.all_valued()}) {
+    out->Bytes(bits->words().data(), bits->words().size_bytes());
   }
-  for (bool valued : {false, true}) {
-    out->Number(static_cast<uint64_t>(pool_.num_cached(valued)));
-    for (BlockId block = pool_.oldest_cached(valued); block >= 0; block = pool_.younger(block)) {
-      PutName(cache_.hash(block), out);
+  out->Number(static_cast<uint64_t>(pool_.num_cached()));
+  uint8_t* at = out->End();
+  const std::span<const uint64_t> words = pool_.all_cached().words();
+  for (size_t i = 0; i < words.size(); ++i) {
+    for (uint64_t word = words[i]; word != 0; word &= word - 1) {
+      const uint64_t cached_at = pool_.cached_at(static_cast<BlockId>(64 * i) + std::countr_zero(word));
+      std::memcpy(at, &cached_at, sizeof cached_at);
+      at += sizeof cached_at;
     }
   }
+  out->End(at);
 }
 
+// Where there is room for MostBytes.
 void Scheduler::Impl::WriteRequest(const LiveRequest& request, FlightFrameWriter* out) const {
-  PutArrival(request.key, *request.request, out);
-  out->Number(request.order);
-  out->Number(uint64_t{request.hurries} << 1 | uint64_t{request.admitted});
-  out->Time(request.start_by);
-  out->Signed((request.request->deadline - request.hopeless_at).count());
-  out->Number(static_cast<uint64_t>(request.scored));
-  out->Number(request.leader == nullptr ? 0 : request.leader->index + uint64_t{1});
-  PutBlocks(request.shared, out);
-  auto running = [](const Sequence& sequence) { return sequence.state == Sequence::State::kRunning; };
-  const auto in_prompt = static_cast<size_t>(request.prompt_size / options_.block_size);
-  out->Number(in_prompt);
+  uint8_t* at = out->End();
+  std::memcpy(at, request.arrival.data(), request.arrival.size());
+  at += request.arrival.size();
+  at = PutNumber(request.order, at);
+  at = PutNumber(uint64_t{request.hurries} << 1 | uint64_t{request.admitted}, at);
+  at = PutSigned(request.start_by.time_since_epoch().count(), at);
+  // Nobody is asked once it was admitted.
+  at = PutSigned(request.admitted ? 0 : (request.request->deadline - request.hopeless_at).count(), at);
+  at = PutNumber(static_cast<uint64_t>(request.scored), at);
+  at = PutNumber(request.leader == nullptr ? 0 : request.leader->index + uint64_t{1}, at);
+  at = PutBlocks(request.shared, at);
+  const auto in_prompt = static_cast<size_t>(request.prompt_size >> block_shift_);
+  at = PutNumber(in_prompt, at);
+  std::span<const BlockId> of_prompt = request.shared;
+  bool running_before = false;
   for (const Sequence& sequence : request.sequences) {
-    out->Number(static_cast<uint64_t>(sequence.state) << 1 | uint64_t{sequence.admitted});
+    at = PutNumber(static_cast<uint64_t>(sequence.state) << 1 | uint64_t{sequence.admitted}, at);
     if (sequence.state == Sequence::State::kEnded) continue;
     for (int32_t count : {static_cast<int32_t>(sequence.generated.size()), sequence.charged, sequence.preempted}) {
-      out->Number(static_cast<uint64_t>(count));
+      at = PutNumber(static_cast<uint64_t>(count), at);
     }
     std::span<const BlockId> behind_prompt;
-    if (running(sequence)) {
+    if (sequence.state == Sequence::State::kRunning) {
       for (int32_t count : {sequence.slot, sequence.scheduled, sequence.computed, sequence.published}) {
-        out->Number(static_cast<uint64_t>(count));
+        at = PutNumber(static_cast<uint64_t>(count), at);
       }
-      PutBlocks(sequence.blocks, out);
+      at = PutBlocks(sequence.blocks, at);
       behind_prompt = std::span(sequence.blocks).subspan(std::min(in_prompt, sequence.blocks.size()));
+      if (!running_before) of_prompt = sequence.blocks;
+      running_before = true;
     }
-    WriteNames(sequence.hashes, behind_prompt, out);
+    at = PutNames(sequence.hashes, behind_prompt, at);
   }
-  const auto it = std::ranges::find_if(request.sequences, running);
-  WriteNames(request.prompt_hashes, it != request.sequences.end() ? it->blocks : request.shared, out);
+  out->End(PutNames(request.prompt_hashes, of_prompt, at));
 }
 
 // How many there are; then in turns, so many that are the names of `blocks` at the same places, and so many others with
-// these.
-void Scheduler::Impl::WriteNames(std::span<const BlockHash> names, std::span<const BlockId> blocks,
-                                 FlightFrameWriter* out) const {
-  out->Number(names.size());
-  auto is_of_block = [&](size_t i) {
-    return i < blocks.size() && cache_.published(blocks[i]) && cache_.hash(blocks[i]) == names[i];
-  };
+// these. A block of a sequence that has a name has the one that the sequence knows there.
+uint8_t* Scheduler::Impl::PutNames(std::span<const BlockHash> names, std::span<const BlockId> blocks,
+                                   uint8_t* at) const {
+  at = PutNumber(names.size(), at);
+  auto is_of_block = [&](size_t i) { return i < blocks.size() && cache_.published(blocks[i]); };
   for (size_t i = 0; i < names.size();) {
     const size_t begin = i;
     while (i < names.size() && is_of_block(i)) ++i;
     const size_t others = i;
     while (i < names.size() && !is_of_block(i)) ++i;
-    out->Number(others - begin);
-    out->Number(i - others);
-    for (size_t other = others; other < i; ++other) PutName(names[other], out);
+    at = PutNumber(others - begin, at);
+    at = PutNumber(i - others, at);
+    for (size_t other = others; other < i; ++other, at += sizeof(uint64_t)) {
+      std::memcpy(at, names[other].data(), sizeof(uint64_t));
+    }
   }
+  return at;
 }
 
 }  // namespace altiplano

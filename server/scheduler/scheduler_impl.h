@@ -12,6 +12,7 @@
 #include "server/scheduler/block_pool.h"
 #include "server/scheduler/fair_share.h"
 #include "server/scheduler/flight_record.h"
+#include "server/scheduler/flight_recorder.h"
 #include "server/scheduler/live_request.h"
 #include "server/scheduler/plan_pool.h"
 #include "server/scheduler/prefix_cache.h"
@@ -19,8 +20,6 @@
 #include "server/scheduler/step_cost_learner.h"
 
 namespace altiplano {
-
-class FlightFrameWriter;
 
 class Scheduler::Impl {
  public:
@@ -40,8 +39,12 @@ class Scheduler::Impl {
   void CheckInvariants() const;
   PlanNotes Notes(const StepPlan* plan);  // of the plan just made
   FlightRecorder* recorder() const { return options_.recorder; }
-  // Before a plan: the fields of FlightCheckpoint. False: this is no moment for one, or there is no room for it in
-  // *out.
+  int32_t num_blocks() const { return pool_.size(); }
+  // Before a plan: tells the recorder the names of these blocks.
+  void NameBlocks(FlightRecorder::Blocks blocks) const;
+  // Before a plan: whether this is a moment for a checkpoint.
+  bool CanCheckpoint() const;
+  // Then: the fields of FlightCheckpoint. False: there is no room for it in *out.
   bool WriteCheckpoint(TimePoint now, FlightFrameWriter* out) const;
   StatusOr<std::shared_ptr<const StepPlan>> Restore(const FlightCheckpoint& checkpoint,
                                                     const std::vector<std::shared_ptr<const Request>>& requests);
@@ -72,6 +75,7 @@ class Scheduler::Impl {
 
   // --- Life of requests (scheduler.cc)
   std::unique_ptr<LiveRequest> MakeLive(RequestKey key, uint64_t order, std::shared_ptr<const Request> request) const;
+  bool Insert(std::unique_ptr<LiveRequest> request);  // false: its key is taken
   void TakeCommands(const Call& call);
   void Expire(const Call& call);
   void ExpireOne(const Call& call, LiveRequest& request);
@@ -151,7 +155,7 @@ class Scheduler::Impl {
   bool HasRoomForRest(const FlightFrameWriter& out) const;
   void WriteBlocks(FlightFrameWriter* out) const;
   void WriteRequest(const LiveRequest& request, FlightFrameWriter* out) const;
-  void WriteNames(std::span<const BlockHash> names, std::span<const BlockId> blocks, FlightFrameWriter* out) const;
+  uint8_t* PutNames(std::span<const BlockHash> names, std::span<const BlockId> blocks, uint8_t* at) const;
   Status RestoreBlocks(const FlightCheckpoint& checkpoint);
   Status RestoreHeld(const std::vector<FlightCheckpoint::Held>& held, const std::vector<int32_t>& refs);
   Status RestoreName(BlockId block, uint64_t name);
@@ -173,6 +177,7 @@ class Scheduler::Impl {
   StepCostLearner learner_;
 
   std::unordered_map<RequestKey, std::unique_ptr<LiveRequest>> live_;
+  std::vector<LiveRequest*> all_live_;               // of these, for who has no time to look for them; in any order
   std::vector<std::unique_ptr<LiveRequest>> ended_;  // ended, but steps in flight still point at them
   std::vector<Account> accounts_;                    // as options_.tenants
   FairShare share_;                                  // of these

@@ -157,8 +157,7 @@ Status Scheduler::Impl::RestoreRequest(const FlightCheckpoint::Request& from, st
     ++account.load.waiting_requests;
     account.load.waiting_tokens += live->prompt_size;
   }
-  if (!live_.emplace(live->key, std::move(live)).second) return Bad("a request is live twice");
-  return OkStatus();
+  return Insert(std::move(live)) ? OkStatus() : Bad("a request is live twice");
 }
 
 Status Scheduler::Impl::RestoreSequence(const FlightCheckpoint::Sequence& from, Sequence* sequence) {

@@ -308,16 +308,18 @@ def flight_checkpoint():
     """Before plan 4 the first request decodes in slot 0, with a step in flight, and the second waits."""
     before = signed(3500) + numbers(3, 2) + number(0)  # now, step, orders; nothing is learned
     accounts = signed(0) + number(1) + signed(9000) + signed(2) + signed(0)
-    held = numbers(3, 1) + struct.pack("<Q", 7) + number(1 << 2 | 1) + struct.pack("<Q", 8) + number(1 << 2)
-    cached = number(1) + struct.pack("<Q", 9) + number(1) + struct.pack("<Q", 10)
+    # Blocks 0 to 2 are held, 3 and 4 cached, the last one valued; all but 2 have names.
+    names = frame(10, signed(0), number(2), struct.pack("<2Q", 7, 8), signed(1), number(2), struct.pack("<2Q", 9, 10))
+    bits = number(1) + struct.pack("<2Q", 0b11011, 0b10000)
+    cached = number(2) + struct.pack("<2Q", 5, 6)
     place = lambda order, admitted: numbers(order, admitted) + signed(10**10) + signed(0)
-    table = number(3) + signed(0) + signed(1) + signed(1)
+    table = number(3) + struct.pack("<3i", 0, 1, 2)
     running = (flight_request(1, 8) + place(1, 1) + numbers(0, 0) + numbers(0, 2) + numbers(5, 1, 9, 0) +
                numbers(0, 9, 8, 2) + table + number(0) + numbers(2, 2, 0))
     waiting = flight_request(2, 20) + place(2, 0) + numbers(0, 1) + numbers(0, 5) + numbers(2, 0, 0, 0) + numbers(0, 0)
     in_flight = numbers(1, 1) + signed(1) + numbers(1, 0, 8, 1) + number(0)
-    return frame(9, before, accounts, numbers(1, 1), held, cached, number(2), running, waiting, number(0), number(0),
-                 in_flight, numbers(1, 77, 1), numbers(1, 1, 5))
+    return names + frame(9, before, accounts, numbers(1, 1), bits, cached, number(2), running, waiting, number(0),
+                         number(0), in_flight, numbers(1, 77, 1), numbers(1, 1, 5))
 
 
 def flight_plan(now, step, planned, waiting=0, why=0, head=0):

@@ -174,17 +174,17 @@ MUTATIONS = [
      "share_.Restore(i, {}, accounts_[i].live > 0);"),
     ("a checkpoint forgets what has been charged", "scheduler_restore.cc", "sequence->charged = from.charged;", ""),
     ("a checkpoint forgets who is valued", "scheduler_restore.cc", "if (valued) pool_.SetValued(cached);", ""),
-    ("a checkpoint forgets which cached block is oldest", "scheduler_checkpoint.cc",
-     "BlockId block = pool_.oldest_cached(valued); block >= 0; block = pool_.younger(block)",
-     "BlockId block = 0; block < pool_.size(); ++block) if (pool_.refs(block) == 0 && cache_.published(block) && "
-     "pool_.valued(block) == valued"),
+    ("a checkpoint forgets which cached block is oldest", "flight_record.cc", "std::ranges::sort(cached);", ""),
     ("a checkpoint forgets victims", "scheduler_restore.cc", "sequence->preempted = from.preempted;", ""),
     ("a checkpoint forgets what steps cost", "scheduler_restore.cc",
      "if (checkpoint.learner) learner_ = *checkpoint.learner;", ""),
     ("a checkpoint forgets targets that are missed already", "scheduler_restore.cc", "live->hurries = from.hurries;", ""),
     ("a checkpoint forgets commands", "scheduler_restore.cc", "StopSequence(stop.key, stop.sequence);", "(void)stop;"),
-    ("a checkpoint forgets what a step retires", "scheduler_checkpoint.cc", "PutBlocks(in_flight.retired, out);",
-     "PutBlocks({}, out);"),
+    ("a checkpoint forgets what a step retires", "scheduler_checkpoint.cc", "PutBlocks(in_flight.retired, out->End())",
+     "PutBlocks({}, out->End())"),
+    ("a block that gets another name keeps the old one in the record", "scheduler_apply.cc",
+     "if (!published || options_.recorder == nullptr) continue;",
+     "if (!published || options_.recorder == nullptr || step_ > 20) continue;"),
 ]
 
 

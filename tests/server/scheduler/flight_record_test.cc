@@ -153,7 +153,7 @@ TEST(FlightRecord, TheOldestStepsLeaveAFullRing) {
   auto replay = ReplayFlightRecord(record);
   ASSERT_FALSE(replay.ok());
   EXPECT_EQ(replay.status().code(), Code::kFailedPrecondition);
-  EXPECT_THAT(replay.status().message(), HasSubstr("no checkpoint is in it"));
+  EXPECT_THAT(replay.status().message(), HasSubstr("no checkpoint with all that it needs is in it"));
 }
 
 TEST(FlightReplay, DecidesAsRecorded) {
@@ -404,7 +404,7 @@ TEST(FlightFile, DamageIsNamed) {
   EXPECT_THAT(error(damaged), HasSubstr("truncated or damaged"));
   std::string other = file;
   other[8] = 9;
-  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 3"));
+  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 4"));
   // Whoever writes the checksum too is told which frame is wrong.
   const std::string body = file.substr(0, file.size() - sizeof(Sha256Digest));
   EXPECT_THAT(error(Seal(body + '\x01')), HasSubstr("a frame reaches beyond its end"));
