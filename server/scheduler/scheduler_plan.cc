@@ -81,7 +81,7 @@ PlanNotes Scheduler::Impl::Notes(const StepPlan* plan) {
     notes.why = PlanNotes::Why::kNoSlot;
   } else if (next == nullptr) {
     notes.why = PlanNotes::Why::kTenant;
-  } else if (head == blocked_) {
+  } else if (head == blocked_ && pool_.available() < blocked_until_available_) {
     notes.why = PlanNotes::Why::kNoBlocks;
   } else if (plan != nullptr && static_cast<int32_t>(plan->tokens.size()) >= options_.token_budget) {
     notes.why = PlanNotes::Why::kBudget;

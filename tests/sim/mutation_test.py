@@ -182,9 +182,24 @@ MUTATIONS = [
     ("a checkpoint forgets commands", "scheduler_restore.cc", "StopSequence(stop.key, stop.sequence);", "(void)stop;"),
     ("a checkpoint forgets what a step retires", "scheduler_checkpoint.cc", "PutBlocks(in_flight.retired, out->End())",
      "PutBlocks({}, out->End())"),
+    ("a checkpoint forgets who is blocked", "scheduler_restore.cc",
+     "blocked_ = &head->sequences[checkpoint.blocked->sequence];", ""),
     ("a block that gets another name keeps the old one in the record", "scheduler_apply.cc",
      "if (!published || options_.recorder == nullptr) continue;",
      "if (!published || options_.recorder == nullptr || step_ > 20) continue;"),
+    ("who waits for blocks that running sequences need is said to wait for a slot", "scheduler_plan.cc",
+     "if (pressed_) { notes.why", "if (pressed_ && !free_slots_.empty()) { notes.why"),
+    ("who waits for a slot is said to wait for its tenant", "scheduler_plan.cc",
+     "} else if (free_slots_.empty()) { notes.why", "} else if (free_slots_.empty() && next != nullptr) { notes.why"),
+    ("who waits for blocks is said to wait for tokens", "scheduler_plan.cc",
+     "} else if (head == blocked_ && pool_.available() < blocked_until_available_) {"
+     " notes.why = PlanNotes::Why::kNoBlocks;", ""),
+    ("who waits for tokens is said to wait for blocks that are there", "scheduler_plan.cc",
+     "head == blocked_ && pool_.available() < blocked_until_available_) { notes.why", "head == blocked_) { notes.why"),
+    ("who waits for the ceiling is said to wait for tokens", "scheduler_plan.cc",
+     "static_cast<int32_t>(plan->tokens.size()) >= options_.token_budget", "budget_left_ == 0"),
+    ("the head that is named may not run", "scheduler_plan.cc",
+     "const Sequence* head = next;", "const Sequence* head = nullptr;"),
 ]
 
 
@@ -192,4 +207,4 @@ if __name__ == "__main__":
     run(Tree.of_arguments(),
         [Mutation(name, f"server/scheduler/{file}", old, new, "Simulator.Seeds", "sim_test")
          for name, file, old, new in MUTATIONS],
-        environment={"ALTIPLANO_SIM_SEEDS": "3000"}, timeout=120)
+        environment={"ALTIPLANO_SIM_SEEDS": "4000"}, timeout=120)

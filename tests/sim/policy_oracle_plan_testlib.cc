@@ -47,7 +47,45 @@ std::string PolicyOracle::JudgePlan(const StepPlan* plan, TimePoint now, std::sp
   if (preemptions_ != load.preemptions) return StrCat("preemptions: ", load.preemptions, " for ", preemptions_);
   JudgeShares();
   JudgeLoad(load);
+  TakeNotes(walk);
   return error_;
+}
+
+// The head of the queue is the next of the lowest account that may run one more; where none may, of the lowest account.
+void PolicyOracle::TakeNotes(const Walk& walk) {
+  PlanNotes& notes = notes_.emplace_back();
+  notes.blocks_held = pool_.held();
+  notes.blocks_cached = pool_.cached();
+  const std::vector<Tally> tallies = Tallies();
+  const std::vector<size_t> order = AccountsByLevel();
+  auto waits = [&](size_t account) { return tallies[account].waiting > 0; };
+  auto may_run = [&](size_t account) { return MayAdmit(account, tallies); };
+  for (const Tally& tally : tallies) notes.waiting += tally.waiting;
+  if (notes.waiting > 0) {
+    const bool somebody_may = std::ranges::any_of(order, may_run);
+    const size_t account = somebody_may ? *std::ranges::find_if(order, may_run) : *std::ranges::find_if(order, waits);
+    const Sequence& head = *InOrder(Sequence::State::kWaiting, account).front();
+    notes.head = head.of->key;
+    notes.head_sequence = head.index;
+    notes.why = WhyWaits(walk, head, somebody_may);
+  }
+  ++counts_.why[static_cast<size_t>(notes.why)];
+}
+
+// The first reason that holds, in the order of docs/flight_records.md. That one does is a rule of its own.
+PlanNotes::Why PolicyOracle::WhyWaits(const Walk& walk, const Sequence& head, bool may_run) {
+  using Why = PlanNotes::Why;
+  if (walk.pressed) return Why::kRunningFirst;
+  if (NumRunning() == options_.max_running) return Why::kNoSlot;
+  if (!may_run) return Why::kTenant;
+  if (blocked_.head == &head && pool_.available() < blocked_.until_available) return Why::kNoBlocks;
+  int64_t tokens = 0;
+  for (const PlannedSequence& planned : walk.plan->sequences) tokens += planned.num_tokens;
+  if (tokens == options_.token_budget) return Why::kBudget;
+  if (options_.max_itl == Duration(0) || walk.streams == 0 || PrefillRoom(walk, 0) > 0) {
+    Fail(StrCat(Who(head), " waits for no reason"));
+  }
+  return Why::kCeiling;
 }
 
 // The oldest running request's, then the others' in order.

@@ -31,7 +31,13 @@ std::vector<std::pair<const char*, uint64_t>> PolicyOracle::Counts::All() const 
           {"held back by headroom", headroom_kept},
           {"cut by the ceiling", ceiling_cut},
           {"evicted", evicted},
-          {"hopeless", hopeless}};
+          {"hopeless", hopeless},
+          {"wait for a slot", why[static_cast<size_t>(PlanNotes::Why::kNoSlot)]},
+          {"wait for blocks", why[static_cast<size_t>(PlanNotes::Why::kNoBlocks)]},
+          {"wait for those that run", why[static_cast<size_t>(PlanNotes::Why::kRunningFirst)]},
+          {"wait for tokens", why[static_cast<size_t>(PlanNotes::Why::kBudget)]},
+          {"wait under the ceiling", why[static_cast<size_t>(PlanNotes::Why::kCeiling)]},
+          {"wait for their tenant", why[static_cast<size_t>(PlanNotes::Why::kTenant)]}};
 }
 
 int32_t PolicyOracle::Sequence::remaining() const {

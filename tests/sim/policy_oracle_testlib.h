@@ -5,6 +5,7 @@
 // All that it takes from the scheduler are the ids of blocks that were free and the learned step cost.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -31,6 +32,7 @@ class PolicyOracle {
     uint64_t headroom_kept = 0;  // a head that would fit but for the headroom
     uint64_t ceiling_cut = 0;    // chunks cut by the ceiling
     uint64_t evicted = 0, hopeless = 0;
+    std::array<uint64_t, 7> why{};  // by PlanNotes::Why
 
     // Each of them, by name.
     std::vector<std::pair<const char*, uint64_t>> All() const;
@@ -44,6 +46,8 @@ class PolicyOracle {
   std::string JudgeApply(const StepPlan& plan, std::span<const Event> events, const SchedulerLoad& load);
   void Abort();
   void ResetPrefixCache() { pool_.ResetCache(); }
+  // What each plan so far must have left behind for people.
+  const std::vector<PlanNotes>& notes() const { return notes_; }
 
  private:
   struct Entry;
@@ -164,6 +168,8 @@ class PolicyOracle {
   void JudgeAdmission(Walk* walk, const Sequence& head, const PlannedSequence& planned);
   bool LeftAlone(const Walk& walk, const Sequence& head) const;
   void JudgeRefused(const Walk& walk, Sequence* head);
+  void TakeNotes(const Walk& walk);
+  PlanNotes::Why WhyWaits(const Walk& walk, const Sequence& head, bool may_run);
   int32_t Needed(const Sequence& head, const std::vector<int32_t>& match);
   void Take(Walk* walk, Sequence* sequence, int32_t tokens, bool fresh);
   int32_t Chunk(const Sequence& sequence, int32_t room) const;
@@ -204,6 +210,7 @@ class PolicyOracle {
   std::deque<InFlight> in_flight_;
   PoolOracle pool_;
   uint64_t preemptions_ = 0, plans_ = 0, last_step_ = 0;
+  std::vector<PlanNotes> notes_;
   struct Blocked {
     const Sequence* head = nullptr;
     int32_t until_available = 0;

@@ -667,27 +667,64 @@ void Simulator::JudgeProgress() {
   if (plans_without_progress_ > 64 + 4 * tokens / options_.token_budget) Fail("many steps, and not one token");
 }
 
-// As a ring does that is too short for the world.
-void Simulator::ForgetUpToACheckpoint(FlightRecord* record) const {
-  std::vector<size_t> checkpoints;
-  for (size_t i = 0; i < record->frames.size(); ++i) {
-    if (std::holds_alternative<FlightCheckpoint>(record->frames[i])) checkpoints.push_back(i);
-  }
-  if (checkpoints.empty()) return;
-  record->dropped_frames = checkpoints[seed_ / 8 % checkpoints.size()];
-  record->frames.erase(record->frames.begin(), record->frames.begin() + static_cast<ptrdiff_t>(record->dropped_frames));
+namespace {
+
+// From the checkpoint at that place on, as a ring does that is too short for the world.
+FlightRecord EndOf(const FlightRecord& record, size_t checkpoint) {
+  FlightRecord end = record;
+  end.dropped_frames = checkpoint;
+  end.frames.erase(end.frames.begin(), end.frames.begin() + static_cast<ptrdiff_t>(checkpoint));
+  return end;
 }
 
-// Whoever replays the record decides as the scheduler did, without having seen a token.
+}  // namespace
+
+// Whoever replays the record decides as the scheduler did, without having seen a token. So does who begins at some
+// checkpoint, and at any with a head that is not tried yet: that it is forgotten shows within a few steps or never.
 void Simulator::JudgeRecord() {
-  auto record = ParseFlightRecord(recorder_->Write(now_, 0));
+  const auto record = ParseFlightRecord(recorder_->Write(now_, 0));
   if (!record.ok()) return Fail(StrCat("the flight record ", record.status().message()));
-  if (seed_ % 8 == 0) ForgetUpToACheckpoint(&*record);
-  auto replay = ReplayFlightRecord(*record);
+  JudgeNotes(*record);
+  if (seed_ % 8 != 0) return JudgeReplay(*record);
+  std::vector<size_t> checkpoints, blocked;
+  for (size_t i = 0; i < record->frames.size(); ++i) {
+    const auto* checkpoint = std::get_if<FlightCheckpoint>(&record->frames[i]);
+    if (checkpoint == nullptr) continue;
+    checkpoints.push_back(i);
+    if (checkpoint->blocked) blocked.push_back(i);
+  }
+  if (checkpoints.empty()) return JudgeReplay(*record);
+  JudgeReplay(EndOf(*record, checkpoints[seed_ / 8 % checkpoints.size()]));
+  for (size_t checkpoint : blocked) JudgeReplay(EndOf(*record, checkpoint));
+}
+
+void Simulator::JudgeReplay(const FlightRecord& record) {
+  const auto replay = ReplayFlightRecord(record);
   if (!replay.ok()) return Fail(StrCat("the flight record cannot be replayed: ", replay.status().message()));
   coverage_.restored += replay->from.has_value();
   if (!replay->difference.empty()) return Fail(StrCat("the replay parts: ", replay->difference));
   coverage_.replayed += replay->steps;
+}
+
+// What is said of each plan: who is next and why it waits.
+void Simulator::JudgeNotes(const FlightRecord& record) {
+  if (record.dropped_frames > 0) return Fail("the world is too long for its flight record");
+  size_t plans = 0;
+  for (const FlightFrame& frame : record.frames) {
+    const auto* plan = std::get_if<FlightPlan>(&frame);
+    if (plan == nullptr) continue;
+    if (plans == policies_->notes().size()) return Fail("a plan was recorded that nobody made");
+    const PlanNotes& said = plan->notes;
+    const PlanNotes& true_ones = policies_->notes()[plans++];
+    if (said == true_ones) continue;
+    auto describe = [](const PlanNotes& notes) {
+      return StrCat(notes.waiting, " wait, ", notes.head, ".", notes.head_sequence, " first: ", WhyWaits(notes.why),
+                    "; ", notes.blocks_held, " blocks held, ", notes.blocks_cached, " cached");
+    };
+    return Fail(StrCat("plan ", plans, " of step ", plan->step, " says that ", describe(said), "; true is that ",
+                       describe(true_ones)));
+  }
+  if (plans != policies_->notes().size()) Fail("a plan was not recorded");
 }
 
 // Of all requests and of each tenant's.

@@ -101,7 +101,8 @@ class Simulator {
   void JudgePromises(bool after_plan);
   void JudgeProgress();
   void JudgeRecord();
-  void ForgetUpToACheckpoint(FlightRecord* record) const;
+  void JudgeNotes(const FlightRecord& record);
+  void JudgeReplay(const FlightRecord& record);
   void JudgeRest();
   void JudgeTotals(const SchedulerLoad& load);
   void Count(const StepPlan& plan);

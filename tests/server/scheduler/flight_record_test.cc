@@ -309,6 +309,31 @@ TEST(FlightCheckpoint, ARecordIsReplayedFromAnyOfThem) {
   for (size_t seen : {with_a_step, with_victims, with_shares, with_commands, blocked, ended}) EXPECT_GT(seen, 5u);
 }
 
+// The first request holds most of the pool; the second does not fit until the cache holds enough of it, which is looked
+// at some steps later only. Whoever forgot that it is blocked would admit it at once.
+TEST(FlightCheckpoint, KnowsThatTheHeadOfTheQueueIsNotTriedYet) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 9;
+  options.token_budget = 32;
+  Recorded recorded(options, 1 << 20, /*between=*/1);
+  recorded.driver->Add(1, MakeRequest(17, 50));
+  recorded.driver->Add(2, MakeRequest(17, 1));
+  recorded.driver.RunAll();
+  FlightRecord record = recorded.Read();
+  record.dropped_frames = 1;
+  int blocked = 0;
+  for (; !record.frames.empty(); record.frames.erase(record.frames.begin())) {
+    const auto* checkpoint = std::get_if<FlightCheckpoint>(&record.frames.front());
+    if (checkpoint == nullptr || !checkpoint->blocked) continue;
+    EXPECT_EQ(checkpoint->blocked->key, 2u);
+    const auto replay = ReplayFlightRecord(record);
+    ASSERT_TRUE(replay.ok()) << replay.status().ToString();
+    EXPECT_EQ(replay->difference, "") << "from step " << checkpoint->step;
+    ++blocked;
+  }
+  EXPECT_GE(blocked, 6);
+}
+
 TEST(FlightCheckpoint, OneIsInTheRingAtEveryMomentOnceItIsFull) {
   constexpr size_t kBytes = 1 << 16;
   Recorded recorded(BusyOptions(), kBytes);
