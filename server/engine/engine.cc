@@ -314,6 +314,11 @@ class Engine::Impl final : private ExecutorObserver {
       live_.emplace(arrival.key, Live{std::move(arrival.sink), TenantOf(*tenants_, arrival.request->tenant), tokens});
       scheduler_->Add(arrival.key, std::move(arrival.request));
     }
+    if (!inbox.arrivals.empty()) {
+      // A step may take long, or never end: whoever asks meanwhile finds them among those that wait.
+      std::lock_guard lock(load_mutex_);
+      load_.scheduler = scheduler_->load();
+    }
     for (auto& [key, sequence] : inbox.stops) scheduler_->StopSequence(key, sequence);
     for (auto& [key, why] : inbox.cancels) scheduler_->Cancel(key, std::move(why));
     if (!inbox.cancel_all.ok()) {

@@ -199,6 +199,46 @@ TEST(Engine, FullQueueRefusesWithARetryHint) {
   EXPECT_TRUE((*engine)->Submit(MakeRequest(3, 2), std::make_shared<CollectingSink>()).ok());
 }
 
+// What the engine thread has taken from its inbox while a step runs that does not end.
+TEST(Engine, LoadCountsWhatWaitsBehindARunningStep) {
+  Gate gate;
+  EngineOptions options = SmallOptions();
+  options.scheduler.max_running = 1;
+  auto engine = Engine::Start(options, std::make_unique<CountingExecutor>(gate.Hook()));
+  ASSERT_TRUE(engine.ok());
+  auto behind = std::make_shared<CollectingSink>();
+  // Comes between the first plan and the second, for which the inbox is emptied.
+  struct SubmitAtAdmission : RequestSink {
+    std::function<void()> submit;
+    void OnEvent(Event event) override {
+      if (event.kind == Event::Kind::kAdmitted) submit();
+    }
+  };
+  auto first = std::make_shared<SubmitAtAdmission>();
+  RequestHandle second_handle;
+  std::promise<void> submitted;
+  first->submit = [&] {
+    auto handle = (*engine)->Submit(MakeRequest(5, 2), behind);
+    ASSERT_TRUE(handle.ok());
+    second_handle = *std::move(handle);
+    submitted.set_value();
+  };
+  auto first_handle = (*engine)->Submit(MakeRequest(3, 20), first);
+  ASSERT_TRUE(first_handle.ok());
+  submitted.get_future().wait();
+  gate.WaitForArrivals(1);
+  std::this_thread::sleep_for(milliseconds(50));  // until the engine thread waits for the step, the inbox empty
+  SchedulerLoad load = (*engine)->load().scheduler;
+  for (int i = 0; i < 2000 && load.waiting_requests != 1; ++i) {
+    std::this_thread::sleep_for(milliseconds(5));
+    load = (*engine)->load().scheduler;
+  }
+  EXPECT_EQ(load.waiting_requests, 1);
+  EXPECT_EQ(load.waiting_tokens, 5);
+  gate.Open();
+  EXPECT_TRUE(behind->WaitForEnd().back().status.ok());
+}
+
 TEST(Engine, QueueIsBoundedByTokensToo) {
   Gate gate;
   EngineOptions options = SmallOptions();

@@ -158,6 +158,7 @@ TEST(ErrorTest, DuplicateOfALiveIdAndReuseAfterItsEnd) {
 TEST(ErrorTest, FullQueueSaysWhenToComeBack) {
   TestServer::Options options;
   options.engine.max_queued_requests = 1;
+  options.engine.scheduler.max_running = 1;
   TestServer server(options);
   server.Hold();
   LiveStream running(server, Endless());
@@ -276,6 +277,7 @@ TEST(ErrorTest, ATenantsFullQueueIsNobodyElses) {
   TestServer::Options options;
   options.engine.scheduler.tenants = {{.name = "a", .max_running = 1, .max_queued_requests = 1}};
   TestServer server(options);
+  server.SetStepTime(std::chrono::milliseconds(1));
   auto endless = Endless();
   endless.mutable_scheduling()->set_tenant("a");
   LiveStream running(server, endless);
@@ -506,7 +508,6 @@ TEST(ShutdownTest, LiveCallsEndUnavailable) {
   EXPECT_EQ(stream.End().error_code(), grpc::StatusCode::UNAVAILABLE);
   caller.join();
   EXPECT_EQ(unary.error_code(), grpc::StatusCode::UNAVAILABLE);
-  EXPECT_EQ(server->server().live_objects().calls, 0);
 }
 
 TEST(ShutdownTest, DrainEndsWhatIsLeftAfterTheGrace) {
