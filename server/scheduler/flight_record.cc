@@ -7,6 +7,7 @@
 #include <span>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "server/base/sha256.h"
@@ -86,8 +87,12 @@ class Reader {
     return bytes;
   }
   std::string Text(const char* what) { return std::string(Bytes(Number(), what)); }
-  uint64_t Fixed64(const char* what) { return Fixed(sizeof(uint64_t), what); }
-  uint32_t Fixed32(const char* what) { return static_cast<uint32_t>(Fixed(sizeof(uint32_t), what)); }
+  uint64_t Fixed64(const char* what) {
+    uint64_t value = 0;
+    const std::string_view bytes = Bytes(8, what);
+    for (size_t i = 0; i < bytes.size(); ++i) value |= uint64_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
+    return value;
+  }
   // Of things that take at least `least` bytes each: more than fit are wrong before memory is asked for.
   size_t Length(size_t least, const char* what) {
     const uint64_t count = Number();
@@ -97,13 +102,6 @@ class Reader {
   }
 
  private:
-  uint64_t Fixed(size_t size, const char* what) {
-    uint64_t value = 0;
-    const std::string_view bytes = Bytes(size, what);
-    for (size_t i = 0; i < bytes.size(); ++i) value |= uint64_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
-    return value;
-  }
-
   std::string_view left_;
   std::string error_;
 };
@@ -235,6 +233,12 @@ FlightResult ReadResult(Reader& in) {
 // Of blocks, as far as the record says them: the last one of each.
 using BlockNames = std::unordered_map<BlockId, uint64_t>;
 
+// What frames before a checkpoint have said for it.
+struct Said {
+  BlockNames names;
+  std::unordered_map<RequestKey, std::string_view> requests;  // as they were written
+};
+
 void ReadBlockNames(Reader& in, BlockNames* names) {
   int64_t last = 0;
   while (!in.done()) {
@@ -247,17 +251,25 @@ void ReadBlockNames(Reader& in, BlockNames* names) {
 }
 
 std::vector<BlockId> ReadBlocks(Reader& in) {
-  std::vector<BlockId> blocks(in.Length(sizeof(BlockId), "blocks"));
+  std::vector<BlockId> blocks(in.Length(1, "blocks"));
+  int64_t last = 0;
   for (BlockId& block : blocks) {
-    block = static_cast<BlockId>(in.Fixed32("a block"));
-    if (block < 0) in.Fail(StrCat("there is no block ", block));
+    last += in.Small("the way to the next block");
+    if (last < 0 || last > INT32_MAX) in.Fail(StrCat("there is no block ", last));
+    if (!in.ok()) return {};
+    block = static_cast<BlockId>(last);
   }
   return blocks;
 }
 
+void ReadSaidRequest(Reader& in, Said* said) {
+  const std::string_view request = in.Bytes(in.left(), "a request");
+  said->requests[Reader(request).Number()] = request;
+}
+
 class CheckpointReader {
  public:
-  CheckpointReader(Reader& in, const BlockNames& names) : in_(in), block_names_(names) {}
+  CheckpointReader(Reader& in, const Said& said) : in_(in), said_(said) {}
 
   FlightCheckpoint Read() {
     checkpoint_.now = in_.Time("now");
@@ -271,7 +283,9 @@ class CheckpointReader {
     for (int32_t& slot : checkpoint_.free_slots) slot = in_.Count("a slot");
     ReadBits();
     checkpoint_.requests.resize(in_.Length(kLeastRequestBytes, "live requests"));
-    for (FlightCheckpoint::Request& request : checkpoint_.requests) ReadRequest(&request);
+    for (FlightCheckpoint::Request& request : checkpoint_.requests) {
+      in_.Flag("whether a request has been said") ? ReadSaidRequest(&request) : ReadRequest(&request);
+    }
     checkpoint_.sharing.resize(in_.Length(1, "requests that share"));
     for (RequestKey& key : checkpoint_.sharing) key = in_.Number();
     if (in_.Flag("whether the head is blocked")) {
@@ -287,14 +301,19 @@ class CheckpointReader {
     for (FlightCancel& cancel : checkpoint_.cancels) cancel = ReadCancel(in_);
     checkpoint_.stops.resize(in_.Length(2, "stops"));
     for (FlightStop& stop : checkpoint_.stops) stop = ReadStop(in_);
-    SortBlocks();
+    if (checkpoint_.whole) {
+      SortBlocks();
+    } else {
+      std::erase_if(checkpoint_.requests,
+                    [this](const auto& request) { return unknown_.contains(request.arrival.key); });
+    }
     return std::move(checkpoint_);
   }
 
  private:
   static constexpr int64_t kMostLevel = int64_t{1} << 50;
   static constexpr int64_t kMostStart = int64_t{1} << 62;  // priorities that age move it by up to a century
-  static constexpr size_t kLeastRequestBytes = 16;
+  static constexpr size_t kLeastRequestBytes = 10;
 
   int64_t Level() {
     const int64_t level = in_.Signed();
@@ -362,6 +381,39 @@ class CheckpointReader {
     }
   }
 
+  // One that decodes: as it was said, and what has changed since.
+  void ReadSaidRequest(FlightCheckpoint::Request* request) {
+    const RequestKey key = in_.Number();
+    size_t in_prompt = 0;
+    if (const auto said = said_.requests.find(key); said != said_.requests.end()) {
+      Reader in(said->second);
+      CheckpointReader reader(in, said_);
+      reader.all_kept_ = true;
+      reader.ReadRequest(request);
+      in_prompt = reader.in_prompt_;
+      checkpoint_.whole &= reader.checkpoint_.whole;
+      if (!in.ok()) return in_.Fail(StrCat("what was said of request ", key, ": ", in.error()));
+      if (request->arrival.key != key || request->sequences.size() != 1) {
+        return in_.Fail(StrCat("what was said of request ", key, " is not of one that decodes"));
+      }
+    } else {
+      checkpoint_.whole = false;
+      unknown_.insert(key);
+      request->arrival.key = key;
+      request->sequences.resize(1);
+    }
+    FlightCheckpoint::Sequence& sequence = request->sequences.front();
+    for (int32_t* count : {&sequence.generated, &sequence.charged, &sequence.slot, &sequence.scheduled,
+                           &sequence.computed, &sequence.published}) {
+      *count = in_.Count("how far a sequence has come");
+    }
+    const std::vector<BlockId> blocks = ReadBlocks(in_);
+    sequence.blocks.insert(sequence.blocks.end(), blocks.begin(), blocks.end());
+    const size_t named = std::min(in_prompt + sequence.names.size(), sequence.blocks.size());
+    const std::vector<uint64_t> names = ReadNames(std::span(sequence.blocks).subspan(named));
+    sequence.names.insert(sequence.names.end(), names.begin(), names.end());
+  }
+
   void ReadRequest(FlightCheckpoint::Request* request) {
     request->arrival = ReadArrival(in_);
     request->order = in_.Number();
@@ -378,8 +430,8 @@ class CheckpointReader {
     if (sequences > in_.left()) in_.Fail(StrCat("there is no room for ", sequences, " sequences"));
     if (!in_.ok()) return;
     request->sequences.resize(sequences);
-    const size_t in_prompt = static_cast<size_t>(in_.Count("full blocks of the prompt"));
-    for (FlightCheckpoint::Sequence& sequence : request->sequences) ReadSequence(in_prompt, &sequence);
+    in_prompt_ = static_cast<size_t>(in_.Count("full blocks of the prompt"));
+    for (FlightCheckpoint::Sequence& sequence : request->sequences) ReadSequence(in_prompt_, &sequence);
     auto running = [](const auto& sequence) { return sequence.state == FlightCheckpoint::State::kRunning; };
     const auto it = std::ranges::find_if(request->sequences, running);
     request->names = ReadNames(it != request->sequences.end() ? it->blocks : request->shared);
@@ -421,26 +473,30 @@ class CheckpointReader {
   }
 
   uint64_t NameOf(std::span<const BlockId> blocks, size_t i) {
-    if (i < blocks.size() && IsIn(kept_, blocks[i])) return NameOf(blocks[i]);
+    if (i < blocks.size() && (all_kept_ || IsIn(kept_, blocks[i]))) return NameOf(blocks[i]);
+    if (!checkpoint_.whole) return 0;  // of a request that is not known
     in_.Fail("a block has no name where one is said to be");
     return 0;
   }
   uint64_t NameOf(BlockId block) {
-    const auto name = block_names_.find(block);
-    if (name != block_names_.end()) return name->second;
+    const auto name = said_.names.find(block);
+    if (name != said_.names.end()) return name->second;
     checkpoint_.whole = false;
     return 0;
   }
 
   Reader& in_;
-  const BlockNames& block_names_;
+  const Said& said_;
+  size_t in_prompt_ = 0;                 // full blocks, of the request that was read last
+  bool all_kept_ = false;                // a block that is said to have a name had one then
   std::vector<uint64_t> kept_, valued_;  // a bit for each block
   std::vector<uint64_t> cached_at_;      // of cached blocks, in their order
+  std::unordered_set<RequestKey> unknown_;
   FlightCheckpoint checkpoint_;
 };
 
-// None: it only says names.
-std::optional<FlightFrame> ReadFrame(Reader& in, BlockNames* names) {
+// None: it only says something for the checkpoints behind it.
+std::optional<FlightFrame> ReadFrame(Reader& in, Said* said) {
   const auto kind = static_cast<FlightKind>(in.UpTo(UINT8_MAX, "the kind"));
   switch (kind) {
     case FlightKind::kArrival:
@@ -460,9 +516,12 @@ std::optional<FlightFrame> ReadFrame(Reader& in, BlockNames* names) {
     case FlightKind::kResult:
       return ReadResult(in);
     case FlightKind::kCheckpoint:
-      return CheckpointReader(in, *names).Read();
+      return CheckpointReader(in, *said).Read();
     case FlightKind::kBlockNames:
-      ReadBlockNames(in, names);
+      ReadBlockNames(in, &said->names);
+      return std::nullopt;
+    case FlightKind::kSaidRequest:
+      ReadSaidRequest(in, said);
       return std::nullopt;
   }
   in.Fail(StrCat("there is no kind ", static_cast<int>(kind)));
@@ -504,11 +563,11 @@ StatusOr<FlightRecord> ParseFlightRecord(std::string_view file) {
   record.dropped_steps = in.Number();
   if (!in.ok()) return Invalid(StrCat("has a bad header: ", in.error()));
   record.frame_bytes = in.left();
-  BlockNames names;
+  Said said;
   while (!in.done()) {
     Reader frame(in.Bytes(in.Number(), "a frame"));
     if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
-    std::optional<FlightFrame> read = ReadFrame(frame, &names);
+    std::optional<FlightFrame> read = ReadFrame(frame, &said);
     if (frame.ok() && !frame.done()) frame.Fail(StrCat(frame.left(), " bytes are left over"));
     if (!frame.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", frame.error()));
     if (read) record.frames.push_back(*std::move(read));

@@ -25,7 +25,7 @@
 namespace altiplano {
 
 inline constexpr std::string_view kFlightMagic = "ALTIFLR\n";
-inline constexpr uint32_t kFlightVersion = 4;
+inline constexpr uint32_t kFlightVersion = 5;
 
 enum class FlightKind : uint8_t {
   kArrival = 1,
@@ -37,7 +37,8 @@ enum class FlightKind : uint8_t {
   kPlan,
   kResult,
   kCheckpoint,
-  kBlockNames
+  kBlockNames,
+  kSaidRequest
 };
 
 struct FlightArrival {
@@ -136,7 +137,8 @@ struct FlightResult {
 
 // The whole state of a scheduler that is about to plan, so far as it decides anything: a record can be replayed from
 // here. Blocks are by their ids at that time, names are their first 8 bytes. In the file the names of published blocks
-// are in frames before it (kBlockNames): of each block when it is published, and again between any two checkpoints.
+// are in frames before it (kBlockNames): of each block when it is published, and again between any two checkpoints. So
+// is what does not change any more of a request that decodes (kSaidRequest): all of it but how far it has come.
 struct FlightCheckpoint {
   enum class State : uint8_t { kHeld, kWaiting, kRunning, kEnded };  // live_request.h
   struct Sequence {
@@ -186,7 +188,7 @@ struct FlightCheckpoint {
     bool operator==(const Blocked&) const = default;
   };
 
-  bool whole = true;                       // no name of a block has left the ring
+  bool whole = true;                       // nothing that was said before it has left the ring
   TimePoint now{};                         // of the plan that follows
   uint64_t step = 0;                       // of the last plan; that of the step in flight, if there is one
   uint64_t orders = 0;                     // of arrival that have been given

@@ -66,9 +66,10 @@ FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes, si
   const auto most = static_cast<size_t>(std::max(0, options.max_running));  // nobody has checked the options yet
   frame_.Room(most * kMostPlannedBytes);
   names_.Room(1 << 16);
-  if (between < bytes) {
+  if (makes_checkpoints()) {
     checkpoint_.Room(bytes / 4);
     block_names_.Room(kBlockNamesBytes);
+    request_.Room(1 << 16);
   }
   preempted_.reserve(most);
 }
@@ -120,6 +121,12 @@ void FlightRecorder::Keep(FlightFrameWriter* frame) {
   }
   keeping_ = false;
   frame->Clear();
+}
+
+void FlightRecorder::KeepSaid(FlightFrameWriter* frame) {
+  const uint64_t before = end_;
+  Keep(frame);
+  said_ += end_ - before;
 }
 
 template <typename Sink>
@@ -191,13 +198,19 @@ void FlightRecorder::OnCrash(int signal) noexcept {
 
 // --- Checkpoints -----------------------------------------------------------------------------------------------------
 
-// Twice as fast as the steps fill what lies between two checkpoints; all that is left when one is due.
-FlightRecorder::Blocks FlightRecorder::NextToName(int32_t num_blocks) {
-  if (between_ == kNoCheckpoints) return {};
-  const double part = std::min(1.0, 2 * static_cast<double>(end_ - checkpointed_) / static_cast<double>(between_));
-  const Blocks blocks = {next_to_name_, std::max(next_to_name_, static_cast<BlockId>(part * num_blocks))};
-  next_to_name_ = blocks.end;
-  return blocks;
+// A little faster than other frames fill what lies between two checkpoints; all that is left when one is due.
+FlightRecorder::Part FlightRecorder::Next(size_t total, size_t* next) const {
+  if (!makes_checkpoints()) return {};
+  const double share = std::min(1.0, 1.25 * static_cast<double>(others()) / static_cast<double>(between_));
+  const size_t begin = std::min(*next, total);
+  *next = std::max(begin, static_cast<size_t>(share * static_cast<double>(total)));
+  return {begin, *next};
+}
+
+FlightFrameWriter* FlightRecorder::BeginRequest() {
+  FlushNames();
+  request_.Begin(FlightKind::kSaidRequest);
+  return &request_;
 }
 
 FlightFrameWriter* FlightRecorder::BeginCheckpoint() {
@@ -210,7 +223,8 @@ FlightFrameWriter* FlightRecorder::BeginCheckpoint() {
 void FlightRecorder::EndCheckpoint(bool whole) {
   if (whole) Keep(&checkpoint_);
   checkpointed_ = end_;
-  next_to_name_ = 0;
+  said_ = 0;
+  next_to_name_ = next_to_say_ = 0;
 }
 
 // --- What happens ----------------------------------------------------------------------------------------------------
@@ -296,7 +310,7 @@ uint8_t* FlightRecorder::BeginBlockNames(BlockId first, int32_t count) {
 }
 
 void FlightRecorder::FlushBlockNames() {
-  if (!block_names_.empty()) Keep(&block_names_);
+  if (!block_names_.empty()) KeepSaid(&block_names_);
 }
 
 void FlightRecorder::OnPreempt(RequestKey key, uint32_t sequence) {

@@ -32,9 +32,9 @@ class FlightRecorder : private crash::LastAct {
   static constexpr size_t kNoCheckpoints = SIZE_MAX;
 
   // Of one scheduler, made with these options; `bytes` of frames are kept. A checkpoint comes after every `between`
-  // bytes of other frames: by default so often that a full ring always has one, if it takes no more than a quarter of
-  // the ring. One that takes more is not kept.
-  FlightRecorder(const SchedulerOptions& options, size_t bytes) : FlightRecorder(options, bytes, bytes / 4) {}
+  // bytes of other frames: by default so often that a full ring always has one with what was said for it, if both
+  // together take no more than a quarter of the ring. A checkpoint that alone takes more is not kept.
+  FlightRecorder(const SchedulerOptions& options, size_t bytes) : FlightRecorder(options, bytes, bytes / 5) {}
   FlightRecorder(const SchedulerOptions& options, size_t bytes, size_t between);
 
   // When the process dies of a bug, the file is written to `path`, where nothing may be by then, and a line on stderr
@@ -57,22 +57,27 @@ class FlightRecorder : private crash::LastAct {
   static constexpr int32_t kMostNames = 1024;
   template <typename Name>
   void OnPublish(BlockId first, int32_t count, const Name& name) {
-    if (between_ == kNoCheckpoints) return;
+    if (!makes_checkpoints()) return;
     uint8_t* at = BeginBlockNames(first, count);
     for (BlockId block = first; block < first + count; ++block, at += sizeof(uint64_t)) {
       std::memcpy(at, name(block).data(), sizeof(uint64_t));
     }
     block_names_.End(at);
   }
-  // Before a plan: the blocks whose names are to be said again (OnPublish), so that those of all are in the ring when
-  // the next checkpoint comes, and a few in each step.
-  struct Blocks {
-    BlockId begin = 0, end = 0;
+  bool makes_checkpoints() const { return between_ != kNoCheckpoints; }
+  // A request as of now (kSaidRequest), for the scheduler to write.
+  FlightFrameWriter* BeginRequest();
+  void EndRequest() { KeepSaid(&request_); }
+  // Before a plan: which of the pool's blocks are to be named again (OnPublish), and which live requests to be said, so
+  // that all are in the ring when the next checkpoint comes, and a few in each step.
+  struct Part {
+    size_t begin = 0, end = 0;
   };
-  Blocks NextToName(int32_t num_blocks);
+  Part NextToName(size_t num_blocks) { return Next(num_blocks, &next_to_name_); }
+  Part NextToSay(size_t num_live) { return Next(num_live, &next_to_say_); }
   // Then: whether the scheduler is to write its state into BeginCheckpoint(), as far as there is room, and then to say
   // whether it is whole.
-  bool checkpoint_due() const { return end_ - checkpointed_ >= between_; }
+  bool checkpoint_due() const { return others() >= between_; }
   FlightFrameWriter* BeginCheckpoint();
   void EndCheckpoint(bool whole);
 
@@ -81,6 +86,9 @@ class FlightRecorder : private crash::LastAct {
 
  private:
   void Keep(FlightFrameWriter* frame);  // moves it into the ring
+  void KeepSaid(FlightFrameWriter* frame);
+  uint64_t others() const { return end_ - checkpointed_ - said_; }  // bytes of other frames since the last checkpoint
+  Part Next(size_t total, size_t* next) const;
   void FlushNames();
   uint8_t* BeginBlockNames(BlockId first, int32_t count);
   void FlushBlockNames();
@@ -99,9 +107,11 @@ class FlightRecorder : private crash::LastAct {
   FlightFrameWriter frame_;
   FlightFrameWriter checkpoint_;
   uint64_t checkpointed_ = 0;  // end_ after the last one
+  uint64_t said_ = 0;          // bytes since then that the next one relies on
   FlightFrameWriter block_names_;
   BlockId block_named_ = 0;  // behind the last one in block_names_
-  BlockId next_to_name_ = 0;
+  size_t next_to_name_ = 0, next_to_say_ = 0;
+  FlightFrameWriter request_;
   FlightFrameWriter names_;  // of consecutive blocks of one sequence
   RequestKey names_key_ = 0;
   uint32_t names_sequence_ = 0;

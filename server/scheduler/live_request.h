@@ -78,11 +78,13 @@ struct alignas(64) LiveRequest {
   bool ended = false;
   std::optional<TimePoint> first_token_at;
 
-  // These two lines a checkpoint reads.
+  // This line and the one before a checkpoint reads, and what lies up to the request where they are not enough.
   uint64_t order = 0;               // of arrival
   TimePoint start_by{};             // to meet its target; changes in the queue only
   TimePoint hopeless_at{};          // until its first admission: from then on the deadline cannot be met
-  size_t at = 0;                    // of all live requests
+  uint32_t said_in = 0;             // before that checkpoint the request has been said: see Scheduler::Impl::Say
+  int32_t said_blocks = 0;          // with so many blocks
+  int32_t said_names = 0;           // and so many names behind the prompt
   std::vector<Sequence> sequences;  // never resized: steps in flight point into it
   // The prompt's full blocks, referenced here for siblings that have not been admitted yet.
   std::vector<BlockId> shared;
@@ -92,6 +94,7 @@ struct alignas(64) LiveRequest {
   std::shared_ptr<const Request> request;
   // The place in the queue: see ComesBefore.
   int64_t level = 0;
+  size_t at = 0;               // in Scheduler::Impl::all_live_
   int32_t num_live = 0;        // sequences that have not ended
   int32_t num_running = 0;     // of these, kRunning
   int32_t num_unadmitted = 0;  // live and never admitted

@@ -96,7 +96,7 @@ std::shared_ptr<const StepPlan> Scheduler::Plan(TimePoint now, std::vector<Event
   const size_t before = events->size();
   if (auto* recorder = impl_->recorder()) {
     // Here, since the device computes the step before meanwhile.
-    impl_->NameBlocks(recorder->NextToName(impl_->num_blocks()));
+    impl_->SayBeforeCheckpoint();
     if (recorder->checkpoint_due() && impl_->CanCheckpoint()) {
       recorder->EndCheckpoint(impl_->WriteCheckpoint(now, recorder->BeginCheckpoint()));
     }
@@ -444,6 +444,7 @@ void Scheduler::Impl::LeaveQueueOrSlot(Sequence* sequence) {
 // Blocks that a step in flight may still read or write go to that step; it gives them back when it has been applied.
 // From the end backwards, so that the cache forgets the ends of prefixes before their beginnings.
 void Scheduler::Impl::ReleaseBlocks(Sequence* sequence) {
+  sequence->request->said_in = 0;
   InFlight* in_flight = FindInFlight(sequence->last_step);
   for (auto block = sequence->blocks.rbegin(); block != sequence->blocks.rend(); ++block) {
     if (in_flight != nullptr) {

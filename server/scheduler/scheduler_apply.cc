@@ -51,7 +51,10 @@ void Scheduler::Impl::ApplyOne(const Call& call, Sequence* sequence, const Plann
   if (sequence->state == Sequence::State::kRunning) {
     sequence->computed = planned.first_position + planned.num_tokens;
     Publish(sequence);
-    if (request.leader == sequence && sequence->computed >= request.prompt_size) ShareWithSiblings(sequence);
+    if (request.leader == sequence && sequence->computed >= request.prompt_size) {
+      ShareWithSiblings(sequence);
+      if (options_.recorder != nullptr) Say(&request);
+    }
   }
   if (sampled != nullptr) AppendToken(call, sequence, *sampled);
 }

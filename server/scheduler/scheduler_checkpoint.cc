@@ -16,23 +16,36 @@ uint8_t* PutSigned(int64_t value, uint8_t* at) {
   return PutNumber(ZigZag(value), at);
 }
 
-// How many there are, then they themselves, four bytes each.
+// Neighbours in a table were often taken one after the other.
 uint8_t* PutBlocks(std::span<const BlockId> blocks, uint8_t* at) {
-  static_assert(std::endian::native == std::endian::little);
   at = PutNumber(blocks.size(), at);
-  if (!blocks.empty()) std::memcpy(at, blocks.data(), blocks.size_bytes());
-  return at + blocks.size_bytes();
+  BlockId last = 0;
+  for (BlockId block : blocks) {
+    at = PutSigned(block - last, at);
+    last = block;
+  }
+  return at;
 }
+
+constexpr size_t kMostBlockBytes = 5;
+constexpr size_t kMostNameBytes = 16;       // in a list of names
+constexpr size_t kMostSequenceBytes = 160;  // without blocks and names
 
 // Of what WriteRequest writes.
 size_t MostBytes(const LiveRequest& request) {
-  constexpr size_t kName = 16, kSequence = 160, kRequest = 160;
-  size_t bytes = kRequest + request.arrival.size() + sizeof(BlockId) * request.shared.size() +
-                 kName * request.prompt_hashes.size();
+  constexpr size_t kRequest = 160;
+  size_t bytes = kRequest + request.arrival.size() + kMostBlockBytes * request.shared.size() +
+                 kMostNameBytes * request.prompt_hashes.size();
   for (const Sequence& sequence : request.sequences) {
-    bytes += kSequence + sizeof(BlockId) * sequence.blocks.size() + kName * sequence.hashes.size();
+    bytes += kMostSequenceBytes + kMostBlockBytes * sequence.blocks.size() + kMostNameBytes * sequence.hashes.size();
   }
   return bytes;
+}
+
+// Of what WriteSaidRequest writes.
+size_t MostSaidBytes(const LiveRequest& request) {
+  const Sequence& sequence = request.sequences.front();
+  return kMostSequenceBytes + kMostBlockBytes * sequence.blocks.size() + kMostNameBytes * sequence.hashes.size();
 }
 
 void PutLearner(const StepCostLearner& learner, FlightFrameWriter* out) {
@@ -46,34 +59,52 @@ void PutLearner(const StepCostLearner& learner, FlightFrameWriter* out) {
 }
 
 // Thousands of requests fit no cache between two checkpoints: in turns, what the next ones will be asked for.
-void PrefetchRequests(std::span<const LiveRequest* const> requests, size_t i) {
-  constexpr size_t kRequestsAhead = 12, kSequencesAhead = 8, kListsAhead = 4, kLine = 64;
-  auto fetch = [](const void* from, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(from) + at);
+void PrefetchRequests(std::span<LiveRequest* const> requests, size_t i) {
+  constexpr size_t kRequestsAhead = 12, kSequencesAhead = 8, kBlocksAhead = 4, kLine = 64;
+  auto fetch = [](const void* from, size_t lines) {
+    for (size_t at = 0; at < lines; ++at) __builtin_prefetch(static_cast<const char*>(from) + at * kLine);
   };
-  if (i + kRequestsAhead < requests.size()) fetch(requests[i + kRequestsAhead], 3 * kLine);
-  if (i + kSequencesAhead < requests.size()) {
-    const LiveRequest& request = *requests[i + kSequencesAhead];
-    fetch(request.sequences.data(), sizeof(Sequence));
-    fetch(request.arrival.data(), request.arrival.size());
-  }
-  if (i + kListsAhead < requests.size()) {
-    const std::vector<BlockId>& blocks = requests[i + kListsAhead]->sequences.front().blocks;
-    fetch(blocks.data(), sizeof(BlockId) * blocks.size());
+  if (i + kRequestsAhead < requests.size()) fetch(requests[i + kRequestsAhead], 2);
+  if (i + kSequencesAhead < requests.size()) fetch(requests[i + kSequencesAhead]->sequences.data(), 2);
+  if (i + kBlocksAhead < requests.size()) {
+    const LiveRequest& request = *requests[i + kBlocksAhead];
+    fetch(request.sequences.front().blocks.data() + request.said_blocks, 1);
   }
 }
 
 }  // namespace
 
-void Scheduler::Impl::NameBlocks(FlightRecorder::Blocks blocks) const {
+void Scheduler::Impl::SayBeforeCheckpoint() {
+  FlightRecorder& recorder = *options_.recorder;
   auto name = [this](BlockId block) -> const BlockHash& { return cache_.hash(block); };
-  for (BlockId block = blocks.begin; block < blocks.end;) {
-    const BlockId first = block;
-    const BlockId most = std::min(blocks.end, first + FlightRecorder::kMostNames);
+  const FlightRecorder::Part part = recorder.NextToName(static_cast<size_t>(pool_.size()));
+  const auto end = static_cast<BlockId>(part.end);
+  for (auto block = static_cast<BlockId>(part.begin); block < end;) {
+    const BlockId first = block, most = std::min(end, first + FlightRecorder::kMostNames);
     while (block < most && cache_.published(block)) ++block;
-    if (block > first) options_.recorder->OnPublish(first, block - first, name);
-    while (block < blocks.end && !cache_.published(block)) ++block;
+    if (block > first) recorder.OnPublish(first, block - first, name);
+    while (block < end && !cache_.published(block)) ++block;
   }
+  const FlightRecorder::Part requests = recorder.NextToSay(all_live_.size());
+  for (size_t i = requests.begin; i < requests.end; ++i) Say(all_live_[i]);
+}
+
+// A request that decodes, of one sequence: until its blocks are released all of it stays so but for how far it has come
+// and for further blocks and their names.
+void Scheduler::Impl::Say(LiveRequest* request) const {
+  const Sequence& sequence = request->sequences.front();
+  if (request->sequences.size() > 1 || request->leader != nullptr || !request->scoring_complete() ||
+      sequence.state != Sequence::State::kRunning || request->said_in == checkpoint_ ||
+      !options_.recorder->makes_checkpoints()) {
+    return;
+  }
+  FlightFrameWriter* out = options_.recorder->BeginRequest();
+  out->Room(MostBytes(*request));
+  WriteRequest(*request, out);
+  options_.recorder->EndRequest();
+  request->said_in = checkpoint_;
+  request->said_blocks = static_cast<int32_t>(sequence.blocks.size());
+  request->said_names = static_cast<int32_t>(sequence.hashes.size());
 }
 
 // A victim of a plan that planned nothing may wait while it is still part of the step before: soon it will not be.
@@ -83,7 +114,8 @@ bool Scheduler::Impl::CanCheckpoint() const {
                               [&](const Account& account) { return std::ranges::any_of(account.waiting, in_flight); });
 }
 
-bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) const {
+bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) {
+  const uint32_t checkpoint = checkpoint_++;
   if (!HasRoomForBlocks(*out)) return false;
   out->Time(now);
   out->Number(step_);
@@ -103,8 +135,11 @@ bool Scheduler::Impl::WriteCheckpoint(TimePoint now, FlightFrameWriter* out) con
   out->Number(all_live_.size());
   for (size_t i = 0; i < all_live_.size(); ++i) {
     PrefetchRequests(all_live_, i);
-    if (!out->HasRoom(MostBytes(*all_live_[i]))) return false;
-    WriteRequest(*all_live_[i], out);
+    const LiveRequest& request = *all_live_[i];
+    const bool said = request.said_in == checkpoint;
+    if (!out->HasRoom(1 + (said ? MostSaidBytes(request) : MostBytes(request)))) return false;
+    out->Number(said);
+    said ? WriteSaidRequest(request, out) : WriteRequest(request, out);
   }
   if (!HasRoomForRest(*out)) return false;
   out->Number(sharing_.size());
@@ -139,7 +174,7 @@ bool Scheduler::Impl::HasRoomForRest(const FlightFrameWriter& out) const {
   constexpr size_t kNumbers = 100, kPlanned = 50, kKey = 20;
   size_t bytes = kNumbers + kKey * (sharing_.size() + cancels_.size() + stops_.size());
   for (const InFlight& in_flight : in_flight_) {
-    bytes += kPlanned * in_flight.sequences.size() + sizeof(BlockId) * in_flight.retired.size();
+    bytes += kPlanned * in_flight.sequences.size() + kMostBlockBytes * in_flight.retired.size();
   }
   return out.HasRoom(bytes);
 }
@@ -207,6 +242,22 @@ void Scheduler::Impl::WriteRequest(const LiveRequest& request, FlightFrameWriter
     at = PutNames(sequence.hashes, behind_prompt, at);
   }
   out->End(PutNames(request.prompt_hashes, of_prompt, at));
+}
+
+// What has changed since it was said.
+void Scheduler::Impl::WriteSaidRequest(const LiveRequest& request, FlightFrameWriter* out) const {
+  const Sequence& sequence = request.sequences.front();
+  uint8_t* at = PutNumber(request.key, out->End());
+  for (int32_t count : {static_cast<int32_t>(sequence.generated.size()), sequence.charged, sequence.slot,
+                        sequence.scheduled, sequence.computed, sequence.published}) {
+    at = PutNumber(static_cast<uint64_t>(count), at);
+  }
+  const std::span<const BlockId> blocks = sequence.blocks;
+  at = PutBlocks(blocks.subspan(static_cast<size_t>(request.said_blocks)), at);
+  const auto said_names = static_cast<size_t>(request.said_names);
+  const size_t named = static_cast<size_t>(request.prompt_size >> block_shift_) + said_names;
+  out->End(
+      PutNames(std::span(sequence.hashes).subspan(said_names), blocks.subspan(std::min(named, blocks.size())), at));
 }
 
 // How many there are; then in turns, so many that are the names of `blocks` at the same places, and so many others with

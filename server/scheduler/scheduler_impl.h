@@ -39,13 +39,12 @@ class Scheduler::Impl {
   void CheckInvariants() const;
   PlanNotes Notes(const StepPlan* plan);  // of the plan just made
   FlightRecorder* recorder() const { return options_.recorder; }
-  int32_t num_blocks() const { return pool_.size(); }
-  // Before a plan: tells the recorder the names of these blocks.
-  void NameBlocks(FlightRecorder::Blocks blocks) const;
+  // Before a plan: tells the recorder a part of what the next checkpoint relies on.
+  void SayBeforeCheckpoint();
   // Before a plan: whether this is a moment for a checkpoint.
   bool CanCheckpoint() const;
   // Then: the fields of FlightCheckpoint. False: there is no room for it in *out.
-  bool WriteCheckpoint(TimePoint now, FlightFrameWriter* out) const;
+  bool WriteCheckpoint(TimePoint now, FlightFrameWriter* out);
   StatusOr<std::shared_ptr<const StepPlan>> Restore(const FlightCheckpoint& checkpoint,
                                                     const std::vector<std::shared_ptr<const Request>>& requests);
 
@@ -155,6 +154,8 @@ class Scheduler::Impl {
   bool HasRoomForRest(const FlightFrameWriter& out) const;
   void WriteBlocks(FlightFrameWriter* out) const;
   void WriteRequest(const LiveRequest& request, FlightFrameWriter* out) const;
+  void Say(LiveRequest* request) const;
+  void WriteSaidRequest(const LiveRequest& request, FlightFrameWriter* out) const;
   uint8_t* PutNames(std::span<const BlockHash> names, std::span<const BlockId> blocks, uint8_t* at) const;
   Status RestoreBlocks(const FlightCheckpoint& checkpoint);
   Status RestoreHeld(const std::vector<FlightCheckpoint::Held>& held, const std::vector<int32_t>& refs);
@@ -192,7 +193,8 @@ class Scheduler::Impl {
   std::vector<std::pair<RequestKey, Status>> cancels_;
   std::vector<std::pair<RequestKey, uint32_t>> stops_;
 
-  uint64_t step_ = 0;  // of the last plan
+  uint32_t checkpoint_ = 1;  // the next one
+  uint64_t step_ = 0;        // of the last plan
   uint64_t arrivals_ = 0;
   // Of the plan being made:
   int32_t budget_left_ = 0;   // its work is in_flight_.back().work

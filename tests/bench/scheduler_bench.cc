@@ -78,8 +78,8 @@ class Driver {
   std::minstd_rand random_{1};
 };
 
-constexpr size_t kRecordBytes = 8 << 20;  // full before the clock starts, so that old steps leave it
-constexpr size_t kQuarter = 8 << 20;      // of what --flight-record-memory is: lies between two checkpoints
+constexpr size_t kRecordBytes = 8 << 20;     // full before the clock starts, so that old steps leave it
+constexpr size_t kBetween = (32 << 20) / 5;  // two checkpoints, of other frames, with --flight-record-memory 32MiB
 
 double Quantile(std::vector<double> values, double at) {
   std::sort(values.begin(), values.end());
@@ -186,7 +186,7 @@ void Measure(Report& report, int32_t sequences, bool prefix_cache, double goal_u
 // Beside a scheduler without it.
 void MeasureRecorder(Report& report, int32_t sequences) {
   SchedulerOptions options = Options(sequences, /*prefix_cache=*/true);
-  FlightRecorder recorder(options, kRecordBytes, kQuarter);
+  FlightRecorder recorder(options, kRecordBytes, kBetween);
   Driver plain(options);
   options.recorder = &recorder;
   Driver recorded(options);
@@ -212,8 +212,8 @@ void MeasureRecorder(Report& report, int32_t sequences) {
 // between them, in which the names of blocks are said again, and the worst of all.
 void MeasureCheckpoint(Report& report, int32_t sequences) {
   constexpr double kAllowedUs = 1000;
-  constexpr size_t kBytes = 4 * kQuarter;
-  const size_t between = kQuarter * static_cast<size_t>(sequences) / 8192;  // here, so that several are measured
+  constexpr size_t kBytes = 5 * kBetween;
+  const size_t between = kBetween * static_cast<size_t>(sequences) / 8192;  // here, so that several are measured
   SchedulerOptions options = Options(sequences, /*prefix_cache=*/true);
   FlightRecorder without(options, kBytes, FlightRecorder::kNoCheckpoints), with(options, kBytes, between);
   options.recorder = &without;
@@ -229,14 +229,19 @@ void MeasureCheckpoint(Report& report, int32_t sequences) {
     worst_plain.push_back(one.plan + one.apply);
     worst.push_back(other.plan + other.apply);
   }
-  const auto read = [](const FlightRecorder& recorder) { return *ParseFlightRecord(recorder.Write({}, 0)); };
+  const auto read = [](const FlightRecorder& recorder) {
+    auto record = ParseFlightRecord(recorder.Write({}, 0));
+    if (record.ok()) return *std::move(record);
+    std::fprintf(stderr, "scheduler_bench: the record %s\n", record.status().ToString().c_str());
+    std::exit(1);
+  };
   const FlightRecord steps = read(without), both = read(with);
   const auto count = [](const FlightRecord& record, auto of) {
     return static_cast<double>(std::ranges::count_if(
         record.frames, [](const FlightFrame& frame) { return std::holds_alternative<decltype(of)>(frame); }));
   };
   const double step_bytes = static_cast<double>(steps.frame_bytes) / count(steps, FlightResult());
-  const double steps_between = static_cast<double>(kQuarter) / step_bytes;
+  const double steps_between = static_cast<double>(kBetween) / step_bytes;
   const auto whole = std::ranges::count_if(both.frames, [](const FlightFrame& frame) {
     const auto* checkpoint = std::get_if<FlightCheckpoint>(&frame);
     return checkpoint != nullptr && checkpoint->whole;
@@ -254,8 +259,8 @@ void MeasureCheckpoint(Report& report, int32_t sequences) {
   result.limit_name = "the allowed us";
   result.median_ratio = Quantile(at_checkpoints, 0.5) * 1e6 / kAllowedUs;
   result.at_most = 1;
-  result.remark = StrCat("one in at most ", Number(steps_between), " steps; ",
-                         Number(Quantile(at_checkpoints, 1) * 1e6), " us at worst of ", at_checkpoints.size());
+  result.remark = StrCat("one in ", Number(steps_between), " steps; ", Number(Quantile(at_checkpoints, 1) * 1e6),
+                         " us at worst of ", at_checkpoints.size());
   result.extra = {{"steps_between", steps_between}, {"worst_us", Quantile(at_checkpoints, 1) * 1e6}};
   report.Add(result);
   Result all;

@@ -304,7 +304,7 @@ def numbers(*values):
     return b"".join(number(value) for value in values)
 
 
-def flight_checkpoint():
+def flight_checkpoint(said):
     """Before plan 4 the first request decodes in slot 0, with a step in flight, and the second waits."""
     before = signed(3500) + numbers(3, 2) + number(0)  # now, step, orders; nothing is learned
     accounts = signed(0) + number(1) + signed(9000) + signed(2) + signed(0)
@@ -313,13 +313,19 @@ def flight_checkpoint():
     bits = number(1) + struct.pack("<2Q", 0b11011, 0b10000)
     cached = number(2) + struct.pack("<2Q", 5, 6)
     place = lambda order, admitted: numbers(order, admitted) + signed(10**10) + signed(0)
-    table = number(3) + struct.pack("<3i", 0, 1, 2)
+    table = number(3) + signed(0) + signed(1) + signed(1)
     running = (flight_request(1, 8) + place(1, 1) + numbers(0, 0) + numbers(0, 2) + numbers(5, 1, 9, 0) +
                numbers(0, 9, 8, 2) + table + number(0) + numbers(2, 2, 0))
     waiting = flight_request(2, 20) + place(2, 0) + numbers(0, 1) + numbers(0, 5) + numbers(2, 0, 0, 0) + numbers(0, 0)
     in_flight = numbers(1, 1) + signed(1) + numbers(1, 0, 8, 1) + number(0)
-    return names + frame(9, before, accounts, numbers(1, 1), bits, cached, number(2), running, waiting, number(0),
-                         number(0), in_flight, numbers(1, 77, 1), numbers(1, 1, 5))
+    if said:  # with two blocks, before it came so far
+        names += frame(11, flight_request(1, 8) + place(1, 1) + numbers(0, 0) + numbers(0, 2) + numbers(5, 1, 8, 0) +
+                       numbers(0, 8, 8, 2) + number(2) + signed(0) + signed(1) + number(0) + numbers(2, 2, 0))
+        running = numbers(1, 1) + numbers(1, 9, 0, 9, 8, 2) + number(1) + signed(2) + number(0)
+    else:
+        running = number(0) + running
+    return names + frame(9, before, accounts, numbers(1, 1), bits, cached, number(2), running, number(0), waiting,
+                         number(0), number(0), in_flight, numbers(1, 77, 1), numbers(1, 1, 5))
 
 
 def flight_plan(now, step, planned, waiting=0, why=0, head=0):
@@ -347,8 +353,9 @@ def make_flight_records():
     write("flight_record", "two_requests", begin + first + end)
     write("flight_record", "aborted", begin + first + frame(5, signed(2500)) + frame(4) + frame(3, number(1), number(0)))
     write("flight_record", "from_the_middle", flight_header() + first + end)
-    write("flight_record", "from_a_checkpoint", flight_header(dropped=1) + flight_checkpoint() +
-          flight_plan(3600, 4, [(1, 1, 0, 9, 1)]) + flight_result(4000, 3) + flight_result(5000, 4))
+    for name, said in (("from_a_checkpoint", False), ("from_a_checkpoint_with_said_requests", True)):
+        write("flight_record", name, flight_header(dropped=1) + flight_checkpoint(said) +
+              flight_plan(3600, 4, [(1, 1, 0, 9, 1)]) + flight_result(4000, 3) + flight_result(5000, 4))
     write("flight_record", "siblings", flight_header() + flight_arrival(1, 9, sequences=3) +
           flight_plan(2000, 1, [(1, 3, 0, 0, 9)], 0) + flight_result(3000, 1))
     share = number(2) + b"".join(number(1) + name + signed(w) + signed(0) + signed(0) + signed(0)

@@ -184,6 +184,8 @@ MUTATIONS = [
      "PutBlocks({}, out->End())"),
     ("a checkpoint forgets who is blocked", "scheduler_restore.cc",
      "blocked_ = &head->sequences[checkpoint.blocked->sequence];", ""),
+    ("a request that came back is taken for what was said of it before", "scheduler.cc",
+     "sequence->request->said_in = 0;", ""),
     ("a block that gets another name keeps the old one in the record", "scheduler_apply.cc",
      "if (!published || options_.recorder == nullptr) continue;",
      "if (!published || options_.recorder == nullptr || step_ > 20) continue;"),

@@ -132,7 +132,7 @@ TEST(FlightRecord, PromptsAreNotInIt) {
   Recorded recorded(options);
   recorded.driver->Add(1, MakeRequest(9000, 2));
   recorded.driver.RunAll();
-  EXPECT_LT(recorded.Write().size(), 400u);
+  EXPECT_LT(recorded.Write().size(), 4000u) << "and of its 2250 blocks hardly more than one byte each";
 }
 
 TEST(FlightRecord, TheOldestStepsLeaveAFullRing) {
@@ -149,7 +149,7 @@ TEST(FlightRecord, TheOldestStepsLeaveAFullRing) {
   ASSERT_FALSE(results.empty());
   EXPECT_EQ(record.dropped_steps + results.size(), results.back().step);
   EXPECT_TRUE(All<FlightCheckpoint>(record).empty())
-      << "names of 32 cached blocks are more than a quarter of 600 bytes";
+      << "what is said and it itself are more than a quarter of 600 bytes";
   auto replay = ReplayFlightRecord(record);
   ASSERT_FALSE(replay.ok());
   EXPECT_EQ(replay.status().code(), Code::kFailedPrecondition);
@@ -346,7 +346,7 @@ TEST(FlightCheckpoint, OneIsInTheRingAtEveryMomentOnceItIsFull) {
     ASSERT_EQ(replay->difference, "");
     ASSERT_EQ(replay->from.has_value(), record.dropped_frames > 0);
     if (!replay->from) return;
-    EXPECT_GT(replay->steps, All<FlightResult>(record).size() / 2);
+    EXPECT_GT(replay->steps, All<FlightResult>(record).size() / 3);
     replayed += replay->steps;
   });
   EXPECT_GT(recorded.Read().dropped_frames, 1000u);
@@ -429,7 +429,7 @@ TEST(FlightFile, DamageIsNamed) {
   EXPECT_THAT(error(damaged), HasSubstr("truncated or damaged"));
   std::string other = file;
   other[8] = 9;
-  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 4"));
+  EXPECT_THAT(error(other), HasSubstr("is a flight record of version 9; this program reads version 5"));
   // Whoever writes the checksum too is told which frame is wrong.
   const std::string body = file.substr(0, file.size() - sizeof(Sha256Digest));
   EXPECT_THAT(error(Seal(body + '\x01')), HasSubstr("a frame reaches beyond its end"));
