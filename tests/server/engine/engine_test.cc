@@ -460,23 +460,27 @@ TEST(Engine, ARestartThatFailsIsFinal) {
 
 // It may come to an end after all: that is too late.
 TEST(Engine, ARestartThatHangsIsFinal) {
-  std::promise<void> given_up, release;
+  std::promise<void> told, release;
+  std::atomic<int> given_up{0};
   EngineOptions options = SmallOptions();
-  options.on_failed_for_good = [&] { given_up.set_value(); };  // once
+  options.on_failed_for_good = [&] { ++given_up; };
   options.restart = [&](const EngineOptions::Hung& hung) -> StatusOr<std::unique_ptr<Executor>> {
     hung(Status(Code::kDeadlineExceeded, "rank 1 hangs"));
+    told.set_value();
     release.get_future().wait();
     return std::unique_ptr<Executor>(new CountingExecutor());
   };
   auto engine = Engine::Start(options, std::make_unique<CountingExecutor>([](const StepPlan&) { return Broken(); }));
   ASSERT_TRUE(engine.ok());
   MustSubmit(**engine, MakeRequest(3, 20)).sink->WaitForEnd();
-  given_up.get_future().wait();
+  told.get_future().wait();
+  EXPECT_EQ(given_up, 1);
   EXPECT_TRUE((*engine)->failed_for_good());
   release.set_value();
   EXPECT_EQ((*engine)->ResetPrefixCache(), 0);
   EXPECT_FALSE((*engine)->healthy());
   engine->reset();
+  EXPECT_EQ(given_up, 1) << "it was told once";
 }
 
 TEST(Engine, RandomCancelsLeaveThePoolFull) {

@@ -29,6 +29,10 @@ class CollectingSink : public RequestSink {
     changed_.wait(lock, [&] { return ended_; });
     return events_;
   }
+  bool ended() {
+    std::lock_guard lock(mutex_);
+    return ended_;
+  }
   // Until `count` events of `kind` (or the end) have come.
   void WaitFor(Event::Kind kind, size_t count) {
     std::unique_lock lock(mutex_);
