@@ -201,6 +201,10 @@ std::function<void(const Status&)> EndHungStart(std::string_view command) {
 StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig& config, const LoadHooks& hooks,
                                                  std::vector<std::vector<int>>* replica_gpus) {
   LocalExecutorOptions options;
+  options.start_patience = CheckedMilliseconds(config.scheduler().start_timeout());
+  options.on_start_hang = hooks.on_start_hang;
+  StartWatch watch(options.start_patience, options.on_start_hang);
+  watch.Begin("looking for devices");  // which is to ask a driver
   if (config.model().device() != "cpu" && CountGpus() > 0) {
     ASSIGN_OR_RETURN(auto gpus, GpusOf(config));
     options.gpus = gpus.front();
@@ -229,8 +233,6 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.progress = hooks.progress;
   options.cancelled = hooks.cancelled;
   options.on_step_times = hooks.on_step_times;
-  options.start_patience = CheckedMilliseconds(config.scheduler().start_timeout());
-  if (options.start_patience.count() > 0) options.on_start_hang = hooks.on_start_hang;
   ASSIGN_OR_RETURN(options.before_step, FaultDrillFromEnvironment());
   if (hooks.without_all_reduces) {
     options.wrap_communicator = [](int, std::unique_ptr<Communicator> rank) { return MakeUnsummed(std::move(rank)); };
@@ -259,7 +261,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   model.dtype = config.model().dtype();
 
   if (config.nodes().count() > 1) {
-    ASSIGN_OR_RETURN(auto group, GroupOptionsOf(config, *model.checkpoint, hooks.cancelled));
+    ASSIGN_OR_RETURN(auto group, GroupOptionsOf(config, *model.checkpoint, hooks));
     ASSIGN_OR_RETURN(model.leader, cluster::Leader::Start(std::move(group)));
   }
   const auto drill = executor_options.before_step;

@@ -13,6 +13,7 @@
 #include "server/cli/units.h"
 #include "server/cli/version.h"
 #include "server/cluster/secret.h"
+#include "server/engine/start_watch.h"
 #include "server/model/fingerprint.h"
 
 namespace altiplano::cli {
@@ -55,7 +56,7 @@ Status ResolveNodes(config::v1::ServerConfig* config) {
 }
 
 StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& config, const Checkpoint& checkpoint,
-                                               std::function<bool()> cancelled) {
+                                               const LoadHooks& hooks) {
   cluster::GroupOptions options;
   options.place.rank = static_cast<int>(config.nodes().rank());
   options.place.nodes = static_cast<int>(config.nodes().count());
@@ -63,7 +64,9 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   options.join_patience = CheckedMilliseconds(config.nodes().join_timeout());
   options.silence = CheckedMilliseconds(config.scheduler().step_deadline());
   options.health_deadline = CheckedMilliseconds(config.scheduler().health_deadline());
-  options.cancelled = std::move(cancelled);
+  options.cancelled = hooks.cancelled;
+  StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), hooks.on_start_hang);
+  watch.Begin("reading the model's fingerprint");
   if (const std::string& file = config.nodes().secret_file(); !file.empty()) {
     ASSIGN_OR_RETURN(options.secret, cluster::ReadSecret(file));
   }
@@ -84,9 +87,10 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
 
 int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   const std::string& path = config.model().path();
-  const auto on_start_hang = EndHungStart("serve");
+  LoadHooks hooks{
+      .progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}, .on_start_hang = EndHungStart("serve")};
   auto checkpoint = [&] {
-    StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), on_start_hang);
+    StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), hooks.on_start_hang);
     watch.Begin("opening the model's files");
     return Checkpoint::Open(path);
   }();
@@ -96,7 +100,7 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   const Duration drain =
       CheckedDuration(config.drain().delay()) + CheckedDuration(config.drain().timeout()) + std::chrono::seconds(5);
   TimePoint give_up = kNever;
-  const auto cancelled = [&] {
+  hooks.cancelled = [&] {
     if (stop.count() == 0) return false;
     if (!ready || stop.count() > 1) return true;
     if (give_up == kNever) {
@@ -105,10 +109,8 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
     }
     return Clock::Real().Now() > give_up;
   };
-  auto options = GroupOptionsOf(config, **checkpoint, cancelled);
+  auto options = GroupOptionsOf(config, **checkpoint, hooks);
   if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
-  LoadHooks hooks{
-      .progress = LoadProgressPrinter(), .cancelled = cancelled, .on_step = {}, .on_start_hang = EndHungStart("serve")};
   auto executor_options = ExecutorOptionsOf(config, hooks);
   if (!executor_options.ok()) {
     return Fail("serve", executor_options.status().message(), ExitCodeOfLoad(executor_options.status()));

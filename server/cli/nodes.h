@@ -1,10 +1,9 @@
 // Several nodes: from flags to a place in a group, and what a node does that does not lead.
 #pragma once
 
-#include <functional>
-
 #include "altiplano/config/v1/server_config.pb.h"
 #include "server/base/status.h"
+#include "server/cli/load_model.h"
 #include "server/cli/stop_signal.h"
 #include "server/cluster/group.h"
 #include "server/model/checkpoint.h"
@@ -18,9 +17,9 @@ uint32_t PipelineStages(const config::v1::ServerConfig& config);
 // FAILED_PRECONDITION naming the flag to change.
 Status ResolveNodes(config::v1::ServerConfig* config);
 
-// Of a config that ResolveNodes has seen.
+// Of a config that ResolveNodes has seen. Reads a row of each of the checkpoint's matrices.
 StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& config, const Checkpoint& checkpoint,
-                                               std::function<bool()> cancelled);
+                                               const LoadHooks& hooks);
 
 // Until the group ends, or stop asks for it. Returns the exit code.
 int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop);

@@ -203,7 +203,7 @@ class Work : private ExecutorObserver {
 Status Unexpected(const v1::LeaderMessage& message) {
   if (!message.has_ended()) return Status(Code::kInternal, "the leader sent what was not expected");
   if (message.ended().reason().empty()) return Status(Code::kAborted, "the leader has stopped");
-  return Status(Code::kUnavailable, message.ended().reason());
+  return Status(message.ended().start_hung() ? Code::kDeadlineExceeded : Code::kUnavailable, message.ended().reason());
 }
 
 Status Serve(const GroupOptions& options, Call& call, const DataListener& listener, const v1::Formed& formed,
@@ -305,13 +305,14 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
       log::Info("the group is complete: loading", {{"node", options.place.rank}});
       Status status =
           Serve(options, call, *listener, formed->formed(), checkpoint, std::move(executor_options), on_ready);
-      if (status.code() == Code::kAborted) return OkStatus();
-      if (!status.ok() && !call.over()) {
+      if (!status.ok() && status.code() != Code::kAborted && !call.over()) {
         call.Send(FailureMessage(status));
-        while (!call.over() && call.Next().ok()) {
-        }  // the leader hears it before the call goes
+        auto last = call.Next();  // the leader hears it before the call goes
+        while (last.ok() && !call.over()) last = call.Next();
+        // It may know a cause of what this node has only suffered from.
+        if (last.ok() && status.code() == Code::kUnavailable) status = Unexpected(*last);
       }
-      return status;
+      return status.code() == Code::kAborted ? OkStatus() : status;
     }
     const Status why = formed.ok() ? Unexpected(*formed) : formed.status();
     const bool may_come = why.code() == Code::kUnavailable || why.code() == Code::kAlreadyExists;

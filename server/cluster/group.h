@@ -44,7 +44,8 @@ class Leader {
   };
   // Waits until all have joined, loads and warms up, on all nodes at once. options.stages is of the whole pipeline.
   // Again after the executor has gone: followers that failed must join again. UNAVAILABLE naming the node that did not
-  // come or was lost, DEADLINE_EXCEEDED naming one whose start hangs.
+  // come or was lost, DEADLINE_EXCEEDED naming one whose start hangs. options.on_start_hang hears of this node's when
+  // followers have been told.
   StatusOr<Formed> Form(const Checkpoint& checkpoint, LocalExecutorOptions options);
 
  private:
@@ -55,8 +56,8 @@ class Leader {
 
 // A follower, from joining to the group's end. OK: the leader has stopped in order. FAILED_PRECONDITION: this node's
 // terms are not the leader's. UNAVAILABLE: the group or the leader failed, or there was none within join_patience.
-// CANCELLED: options.cancelled said so. on_ready: when the group serves. A start that hangs is told to the leader
-// before executor_options.on_start_hang hears of it.
+// DEADLINE_EXCEEDED: the start of another node hung. CANCELLED: options.cancelled said so. on_ready: when the group
+// serves. A start that hangs is told to the leader before executor_options.on_start_hang hears of it.
 Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalExecutorOptions executor_options,
               const std::function<void()>& on_ready);
 

@@ -30,6 +30,8 @@ constexpr auto kFarewell = std::chrono::seconds(1);       // for a follower to h
 constexpr auto kIntroduction = std::chrono::seconds(10);  // from a caller's first byte until it has joined
 // A failure shows on other nodes as a link that closes, which may be heard of first: so long the cause is waited for.
 constexpr auto kCausePatience = std::chrono::milliseconds(500);
+// Beyond the time after which a node says by itself that its start hangs.
+constexpr auto kStartMargin = std::chrono::seconds(5);
 
 SteadyTime Now() {
   return std::chrono::steady_clock::now();
@@ -54,6 +56,7 @@ struct Member {
   SteadyTime hang_up_at = SteadyTime::max();
   bool loaded = false;
   uint32_t num_blocks = 0;  // 0: has not warmed up
+  bool failed = false;      // has said so
 };
 
 struct State {
@@ -89,6 +92,7 @@ class Group {
     if (observer != nullptr) observer->OnFailure(why);
     auto message = std::make_shared<v1::LeaderMessage>();
     message->mutable_ended()->set_reason(why.message());
+    message->mutable_ended()->set_start_hung(why.code() == Code::kDeadlineExceeded);
     PostToAll(message);
     for (const auto& member : members) {
       if (member != nullptr) member->hang_up_at = Now() + kFarewell;
@@ -103,16 +107,31 @@ class Group {
     if (std::exchange(silent, found) != found && observer != nullptr) observer->OnSilence(found);
   }
 
-  // Of a rank of node `node`, under `lock`.
-  void EndByFailure(std::unique_lock<std::mutex>& lock, int node, const Status& status) {
-    const bool follows = status.code() == Code::kUnavailable;  // as a rank says whose group has ended
-    if (follows) state_.changed.wait_for(lock, kCausePatience, [this] { return ended; });
+  // A node says that a rank of it has failed. UNAVAILABLE is what ranks say whose group has ended, or who wait for one
+  // that hangs: the cause may be told of later.
+  void Failed(int node, const Status& status) {
+    if (const auto& member = members[static_cast<size_t>(node)]; member != nullptr) member->failed = true;
     const bool hangs = status.code() == Code::kDeadlineExceeded;
-    End(Status(hangs ? Code::kDeadlineExceeded : Code::kUnavailable, StrCat("node ", node, ": ", status.message())));
+    const Status why(hangs ? Code::kDeadlineExceeded : Code::kUnavailable,
+                     StrCat("node ", node, ": ", status.message()));
+    if (status.code() != Code::kUnavailable) return End(why);
+    if (!consequence_.ok()) return;
+    consequence_ = why;
+    consequence_since_ = Now();
+  }
+  // Ends what has failed, when no cause comes.
+  void LookForCause() {
+    if (ended || consequence_.ok()) return;
+    const bool starts = starting || std::any_of(members.begin(), members.end(), [](const auto& member) {
+                          return member != nullptr && member->num_blocks == 0 && !member->failed;
+                        });
+    if (Now() - consequence_since_ >= (starts ? start_patience : kCausePatience)) End(consequence_);
   }
 
   std::vector<std::shared_ptr<Member>> members;  // [nodes]; null: the leader itself, and who has not joined
   bool formed = false;                           // nobody joins any more; who leaves ends it
+  bool starting = true;                          // the leader's own ranks are not made
+  std::chrono::milliseconds start_patience = kCausePatience;  // within this a node whose start hangs says so
   bool ended = false;
   Status failure;                        // once ended
   bool silent = false;                   // as LookForSilence last found
@@ -121,6 +140,8 @@ class Group {
 
  private:
   State& state_;
+  Status consequence_;  // the first that Failed was told and that may have a cause
+  SteadyTime consequence_since_;
 };
 
 class Service final : public v1::LeaderService::Service {
@@ -220,7 +241,7 @@ class Service final : public v1::LeaderService::Service {
   }
 
   void Read(Member& member, const v1::FollowerMessage& message) {
-    std::unique_lock lock(state_.mutex);
+    std::lock_guard lock(state_.mutex);
     member.last_heard = Now();
     if (message.has_loaded()) member.loaded = true;
     if (message.has_warmed_up()) member.num_blocks = message.warmed_up().num_blocks();
@@ -229,7 +250,7 @@ class Service final : public v1::LeaderService::Service {
       if (result.status.ok()) {
         member.group->results.push_back(std::move(result));
       } else {
-        member.group->EndByFailure(lock, member.node, result.status);
+        member.group->Failed(member.node, result.status);
       }
     }
     if (!message.has_heartbeat()) return state_.changed.notify_all();
@@ -320,8 +341,8 @@ class GroupExecutor : public Executor {
   void WatchLocal() {
     StepResult result = local_->Wait();
     while (result.status.ok()) result = local_->Wait();
-    std::unique_lock lock(state_.mutex);
-    group_->EndByFailure(lock, 0, result.status);
+    std::lock_guard lock(state_.mutex);
+    group_->Failed(0, result.status);
   }
 
   State& state_;
@@ -377,12 +398,24 @@ class Leader::Impl {
 
   StatusOr<Formed> Form(const Checkpoint& checkpoint, LocalExecutorOptions options) {
     ASSIGN_OR_RETURN(const std::shared_ptr<Group> group, WaitForAll());
-    auto formed = Build(group, checkpoint, std::move(options));
-    if (!formed.ok()) {
+    if (options.on_start_hang) {
       std::lock_guard lock(state_.mutex);
-      group->End(formed.status());
+      group->start_patience = options.start_patience + kStartMargin;
     }
-    return formed;
+    auto formed = Build(group, checkpoint, std::move(options));
+    std::unique_lock lock(state_.mutex);
+    group->starting = false;
+    if (formed.ok()) return formed;
+    if (formed.status().code() != Code::kUnavailable) {
+      group->End(formed.status());
+      return formed;
+    }
+    group->Failed(0, formed.status());
+    while (!group->ended) {
+      if (options_.cancelled && options_.cancelled()) group->End(Status(Code::kCancelled, "cancelled"));
+      state_.changed.wait_for(lock, kPollInterval);
+    }
+    return group->failure;
   }
 
  private:
@@ -445,6 +478,12 @@ class Leader::Impl {
     options.local_stages = options.stages / nodes;
     options.outer_previous = std::move(links.previous);
     options.outer_next = std::move(links.next);
+    if (auto tell = options.on_start_hang) {
+      options.on_start_hang = [this, group, tell](const Status& status) {
+        EndByHang(*group, status);
+        tell(status);
+      };
+    }
     options.meet = [this, group]() -> Status {
       RETURN_IF_ERROR(WaitFor(*group, [](const Member& member) { return member.loaded; }));
       auto warm_up = std::make_shared<v1::LeaderMessage>();
@@ -468,6 +507,16 @@ class Leader::Impl {
     return formed;
   }
 
+  // This node's start hangs, and its process may be ended: followers are told before that.
+  void EndByHang(Group& group, const Status& status) {
+    std::unique_lock lock(state_.mutex);
+    group.Failed(0, status);
+    state_.changed.wait_for(lock, 2 * kFarewell, [&] {
+      return std::all_of(group.members.begin(), group.members.end(),
+                         [](const auto& member) { return member == nullptr || member->context == nullptr; });
+    });
+  }
+
   // Sends heartbeats, and ends what is silent.
   void Tick() {
     auto heartbeat = std::make_shared<v1::LeaderMessage>();
@@ -483,6 +532,7 @@ class Leader::Impl {
         if (member->group == nullptr) continue;
         if (beat && !std::exchange(member->heartbeat_queued, true)) member->outbox.push_back(heartbeat);
         member->group->LookForSilence(options_.health_deadline);
+        member->group->LookForCause();
         if (Now() - member->last_heard > options_.silence) {
           const std::string why = StrCat("no word for ", options_.silence.count(), " ms from node ", member->node);
           if (member->group->formed) member->group->End(Lost(why));

@@ -50,7 +50,7 @@ Status StartPhase::Look(TimePoint now, std::chrono::milliseconds patience) {
 
 StartWatch::StartWatch(std::chrono::milliseconds patience, std::function<void(const Status&)> hung)
     : patience_(patience), hung_(std::move(hung)) {
-  if (hung_) thread_ = std::thread([this] { Loop(); });
+  if (hung_ && patience_.count() > 0) thread_ = std::thread([this] { Loop(); });
 }
 
 StartWatch::~StartWatch() {

@@ -45,7 +45,7 @@ class StartPhase {
 
 class StartWatch {
  public:
-  // hung: gets what StartPhase::Look says, once, on the watch's thread. Null: nobody looks.
+  // hung: gets what StartPhase::Look says, once, on the watch's thread. Null, or no patience: nobody looks.
   StartWatch(std::chrono::milliseconds patience, std::function<void(const Status&)> hung);
   ~StartWatch();
 

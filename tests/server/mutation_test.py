@@ -3,7 +3,7 @@
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 
-Needs a built engine_test and cluster_test.
+Needs a built engine_test, cluster_test and cli_test.
 """
 import pathlib
 import sys
@@ -71,6 +71,17 @@ MUTATIONS = [
      "std::max(formed.scheduler.num_blocks", "GroupTest.TheSmallest*", "cluster_test"),
     ("nodes: a start that hangs is not told to the leader", "server/cluster/follower.cc",
      "call.SendFarewell(status);", "", "GroupTest.AFollowerThatHangs*", "cluster_test"),
+    ("nodes: who gives up first is the cause of a start that hangs", "server/cluster/leader.cc",
+     "(starts ? start_patience : kCausePatience)", "kCausePatience", "GroupTest.AStartThatHangs*", "cluster_test"),
+    ("nodes: a leader whose start hangs leaves without a word", "server/cluster/leader.cc",
+     "EndByHang(*group, status);", "", "GroupTest.AStartThatHangs*", "cluster_test"),
+    ("nodes: a start that hung is a node that was lost", "server/cluster/follower.cc",
+     "message.ended().start_hung() ? Code::kDeadlineExceeded : Code::kUnavailable", "Code::kUnavailable",
+     "GroupTest.AStartThatHangs*", "cluster_test"),
+    ("nodes: what a node suffers from is its end", "server/cluster/follower.cc",
+     "status = Unexpected(*last);", ";", "GroupTest.AStartThatHangs*", "cluster_test"),
+    ("start: nobody looks while the fingerprint is read", "server/cli/nodes.cc",
+     "watch.Begin(\"reading the model's fingerprint\");", "", "Nodes.AFileSystem*", "cli_test"),
 ]
 
 if __name__ == "__main__":

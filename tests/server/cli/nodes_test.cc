@@ -4,8 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <future>
+#include <utility>
 
 #include "server/cli/config.h"
+#include "tests/server/model/stuck_checkpoint.h"
 
 namespace altiplano::cli {
 namespace {
@@ -58,6 +61,25 @@ TEST(Nodes, TheLauncherFillsInWhatFlagsDoNotSay) {
   EXPECT_EQ(config.nodes().leader(), "a:1");
   unsetenv("OMPI_COMM_WORLD_RANK");
   unsetenv("OMPI_COMM_WORLD_SIZE");
+}
+
+TEST(Nodes, AFileSystemThatHangsUnderTheFingerprintIsToldOf) {
+  auto config = Parse("nodes { count: 2 leader: \"a:1\" } scheduler { start_timeout: \"100ms\" }");
+  const auto checkpoint = std::move(*Checkpoint::Open(ALTIPLANO_SOURCE_DIR "/tests/data/tiny"));
+  std::promise<void> release;
+  const StuckCheckpoint stuck(*checkpoint, "model.norm.weight", release.get_future().share());
+  LoadHooks hooks;
+  Status told;
+  hooks.on_start_hang = [&](const Status& status) {
+    told = status;
+    release.set_value();
+  };
+  auto options = GroupOptionsOf(config, stuck, hooks);
+  ASSERT_TRUE(options.ok()) << "it answers after all: " << options.status().ToString();
+  EXPECT_EQ(told.code(), Code::kDeadlineExceeded);
+  EXPECT_THAT(told.message(), HasSubstr("the start hangs in reading the model's fingerprint"));
+  hooks.on_start_hang = {};
+  EXPECT_EQ(options->terms["model"], GroupOptionsOf(config, *checkpoint, hooks)->terms["model"]);
 }
 
 }  // namespace

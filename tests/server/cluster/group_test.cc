@@ -35,6 +35,9 @@ class GroupTest : public ::testing::Test {
     options.place = {rank, nodes, address_};
     options.terms = {{"dtype", "f32"}, {"model", "tiny"}};
     options.join_patience = std::chrono::seconds(60);
+    options.cancelled = [end = std::chrono::steady_clock::now() + std::chrono::minutes(1)] {
+      return std::chrono::steady_clock::now() > end;  // a node that waits for ever is a failure, not a test without end
+    };
     return options;
   }
   LocalExecutorOptions Stages(int stages, int ranks) const {
@@ -104,7 +107,7 @@ TEST_F(GroupTest, ANodeWithOtherTermsIsRefusedByNameAndTheRightOneMayCome) {
   GroupOptions wrong = Options(1, 2);
   wrong.terms["dtype"] = "bf16";
   const Status refused = Follow(wrong, *checkpoint_, Stages(2, 1), [] {});
-  EXPECT_EQ(refused.code(), Code::kFailedPrecondition);
+  ASSERT_EQ(refused.code(), Code::kFailedPrecondition) << refused.ToString();
   EXPECT_THAT(refused.message(), HasSubstr("node 1 has dtype bf16, the leader has f32"));
   GroupOptions stranger = Options(2, 2);
   EXPECT_THAT(Follow(stranger, *checkpoint_, Stages(2, 1), [] {}).message(), HasSubstr("there is no node 2"));
@@ -262,6 +265,42 @@ TEST_F(GroupTest, AFollowerThatHangsInItsWarmUpIsNamed) {
   EXPECT_EQ(formed.code(), Code::kDeadlineExceeded);
   EXPECT_THAT(formed.message(), HasSubstr("node 1: rank 3 hangs in the warm-up"));
   EXPECT_FALSE(follower.get().ok());
+}
+
+// The nodes beside it give up first, and have only lost a neighbour: that is not what all end with.
+TEST_F(GroupTest, AStartThatHangsEndsAllNodesWithThatCauseWhoeverSpeaksFirst) {
+  for (int victim : {0, 1}) {
+    SCOPED_TRACE(StrCat("node ", victim, " of 3 hangs"));
+    std::promise<void> release;
+    std::vector<std::future<Status>> followers;
+    std::vector<LocalExecutorOptions> options(3, Stages(3, 1));
+    for (LocalExecutorOptions& each : options) {
+      each.patience = milliseconds(200);
+      each.start_patience = std::chrono::minutes(10);
+      each.on_start_hang = [](const Status& status) { ADD_FAILURE() << status.ToString(); };
+    }
+    LocalExecutorOptions& hangs = options[static_cast<size_t>(victim)];
+    hangs.start_patience = milliseconds(1500);
+    hangs.before_step = [released = release.get_future().share()](int, uint64_t step) {
+      if (step == 0) released.wait();
+    };
+    hangs.on_start_hang = [&](const Status& status) {
+      EXPECT_THAT(status.message(), HasSubstr(StrCat("rank ", victim, " hangs in the warm-up")));
+      // Here its process would end, from which the others would learn that it is lost and no more.
+      for (size_t i = 0; victim == 0 && i < followers.size(); ++i) followers[i].wait();
+      release.set_value();
+    };
+    auto leader = std::move(*Leader::Start(Options(0, 3)));
+    for (int node : {1, 2}) followers.push_back(StartFollower(Options(node, 3), options[static_cast<size_t>(node)]));
+    const Status formed = leader->Form(*checkpoint_, options[0]).status();
+    EXPECT_EQ(formed.code(), Code::kDeadlineExceeded);
+    EXPECT_THAT(formed.message(), HasSubstr(StrCat("node ", victim, ": rank ", victim, " hangs in the warm-up")));
+    for (auto& follower : followers) {
+      const Status status = follower.get();
+      EXPECT_EQ(status.code(), Code::kDeadlineExceeded) << status.ToString();
+      EXPECT_THAT(status.message(), HasSubstr(StrCat("rank ", victim, " hangs in the warm-up")));
+    }
+  }
 }
 
 // While nothing runs: the follower's node stops without a word. Its executor goes, its call is cancelled.

@@ -17,6 +17,7 @@
 #include "server/engine/local_executor.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/engine/parallel_testlib.h"
+#include "tests/server/model/stuck_checkpoint.h"
 
 namespace altiplano {
 namespace {
@@ -263,30 +264,6 @@ TEST_F(Hangs, InTheWarmUpAreToldOfByRank) {
     EXPECT_THAT(told.message(), HasSubstr(StrCat("rank ", victim, " hangs in the warm-up")));
   }
 }
-
-// A checkpoint, one tensor of which is in a file system that does not answer.
-class StuckCheckpoint : public Checkpoint {
- public:
-  StuckCheckpoint(const Checkpoint& checkpoint, std::string tensor, std::shared_future<void> released)
-      : checkpoint_(checkpoint), tensor_(std::move(tensor)), released_(std::move(released)) {}
-  const std::string& path() const override { return checkpoint_.path(); }
-  std::string_view format() const override { return checkpoint_.format(); }
-  const ModelConfig& config() const override { return checkpoint_.config(); }
-  const GenerationDefaults& generation_defaults() const override { return checkpoint_.generation_defaults(); }
-  const TextAssets& text_assets() const override { return checkpoint_.text_assets(); }
-  const std::vector<TensorInfo>& tensors() const override { return checkpoint_.tensors(); }
-  uint64_t total_bytes() const override { return checkpoint_.total_bytes(); }
-  Status Read(std::string_view tensor, int64_t row_begin, int64_t rows, int64_t col_begin, int64_t cols, DType dtype,
-              void* out, int64_t out_stride, uint64_t* bytes_read) const override {
-    if (tensor == tensor_) released_.wait();
-    return checkpoint_.Read(tensor, row_begin, rows, col_begin, cols, dtype, out, out_stride, bytes_read);
-  }
-
- private:
-  const Checkpoint& checkpoint_;
-  const std::string tensor_;
-  const std::shared_future<void> released_;
-};
 
 TEST_F(Hangs, OfTheFileSystemAreToldOfByRank) {
   LocalExecutorOptions options = TinyOptions(1);

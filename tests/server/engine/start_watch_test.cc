@@ -72,7 +72,9 @@ TEST(StartWatch, TellsOnceOfThePhaseThatHangs) {
 }
 
 TEST(StartWatch, BetweenPhasesNobodyLooks) {
-  StartWatch watch(milliseconds(0), [&](const Status& status) { ADD_FAILURE() << status.ToString(); });
+  StartWatch watch(milliseconds(1), [&](const Status& status) { ADD_FAILURE() << status.ToString(); });
+  StartWatch idle(milliseconds(0), [&](const Status& status) { ADD_FAILURE() << status.ToString(); });
+  idle.Begin("what is waited for");
   std::atomic<int> looks{0};
   StartWatch other(std::chrono::hours(1), [](const Status&) {});
   other.Begin("something else", {0}, [&](size_t) { return looks++; });
