@@ -380,7 +380,7 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
 int Run(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench offline";
   LoadInterrupt interrupt;
-  InterruptOnSignal on_signal(&interrupt);
+  InterruptOnSignal on_signal(kName, &interrupt);
   auto streams = ParseCounts(flags.text("streams"), 1, 65536);
   if (!streams.ok()) return Fail(kName, StrCat("--streams: ", streams.status().message()), kExitUsage);
   auto plan = PlanLoad(flags);

@@ -122,7 +122,7 @@ StatusOr<std::vector<std::unique_ptr<Client>>> ConnectAll(const ParsedFlags& fla
 int Run(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench serve";
   LoadInterrupt interrupt;
-  InterruptOnSignal on_signal(&interrupt);
+  InterruptOnSignal on_signal(kName, &interrupt);
   auto plan = PlanLoad(flags);
   if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
   bench::BenchReport& report = plan->report;

@@ -151,6 +151,13 @@ int ReplicasToCome(const std::vector<std::vector<int>>& gpus, int replica) {
   }));
 }
 
+StatusOr<StepCost> StepCostOf(const config::v1::ServerConfig& config) {
+  if (config.scheduler().step_cost().empty()) return StepCost{};
+  auto machine = bench::FindMachine(config.scheduler().step_cost());
+  if (machine.ok()) return machine->cost;
+  return Status(machine.status().code(), StrCat("--step-cost: ", machine.status().message()));
+}
+
 // What the executor says of itself.
 void SetSize(const SchedulerOptions& executor, SchedulerOptions* scheduler) {
   scheduler->num_blocks = executor.num_blocks;
@@ -176,6 +183,28 @@ StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64
                          "max-queued or max-queued-tokens, or raise --max-queued-requests or --max-queued-tokens"));
   }
   return tenants;
+}
+
+Status CheckBudget(int64_t max_num_batched_tokens, int64_t block_size) {
+  if (max_num_batched_tokens >= block_size) return OkStatus();
+  return Status(Code::kInvalidArgument,
+                StrCat("--max-num-batched-tokens is ", max_num_batched_tokens, ", less than a block of ", block_size,
+                       " tokens; raise it or lower --block-size"));
+}
+
+Status CheckScheduling(const config::v1::ServerConfig& config) {
+  ASSIGN_OR_RETURN(const StepCost cost, StepCostOf(config));
+  SchedulerOptions options = EngineOptionsOf(config, {}, cost).scheduler;
+  options.num_blocks = 1;
+  options.block_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), Device::kCpu));
+  options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
+  options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
+  options.max_context = 2;
+  RETURN_IF_ERROR(CheckBudget(options.token_budget, options.block_size));
+  ASSIGN_OR_RETURN(options.tenants,
+                   CheckedTenants(config.scheduler().tenants(), options.max_running,
+                                  config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));
+  return Scheduler::Create(std::move(options)).status();
 }
 
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
@@ -224,6 +253,7 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.page_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), device));
   options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
+  RETURN_IF_ERROR(CheckBudget(options.token_budget, options.page_size));
   options.max_context = static_cast<int32_t>(config.model().max_context());
   options.batch_invariant = config.model().batch_invariant();
   options.cuda_graphs = config.model().cuda_graphs() != "off";
@@ -243,10 +273,7 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
 StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const LoadHooks& hooks) {
   std::vector<std::vector<int>> gpus;
   ASSIGN_OR_RETURN(LocalExecutorOptions executor_options, ExecutorOptionsOf(config, hooks, &gpus));
-  bench::Machine machine;
-  if (!config.scheduler().step_cost().empty()) {
-    ASSIGN_OR_RETURN(machine, bench::FindMachine(config.scheduler().step_cost()));
-  }
+  ASSIGN_OR_RETURN(const StepCost cost, StepCostOf(config));
   ASSIGN_OR_RETURN(std::vector<TenantOptions> tenants,
                    CheckedTenants(config.scheduler().tenants(), config.scheduler().max_num_seqs(),
                                   config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));
@@ -271,7 +298,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     ASSIGN_OR_RETURN(executor_options.weights, LocalExecutor::LoadShared(*model.checkpoint, executor_options));
   }
   const uint64_t kv_bytes = executor_options.kv_bytes;
-  EngineOptions options = EngineOptionsOf(config, hooks, machine.cost);
+  EngineOptions options = EngineOptionsOf(config, hooks, cost);
   options.scheduler.tenants = std::move(tenants);
   if (const std::string& folder = config.log().flight_record_dir();
       !folder.empty() && access(folder.c_str(), W_OK | X_OK) != 0) {

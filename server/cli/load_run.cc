@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "server/base/strings.h"
+#include "server/cli/command.h"
 #include "server/cli/exit_code.h"
 #include "server/cli/terminal.h"
 
@@ -60,10 +61,12 @@ LoadInterrupt::Watch::~Watch() {
   interrupt_.on_interrupt_ = nullptr;
 }
 
-InterruptOnSignal::InterruptOnSignal(LoadInterrupt* interrupt)
-    : signal_([this, interrupt](int count) {
-        if (count > 1 || !armed_) _exit(kExitInterrupted);
-        interrupt->Interrupt();
+InterruptOnSignal::InterruptOnSignal(std::string_view command, LoadInterrupt* interrupt)
+    : signal_([this, command, interrupt](int count) {
+        if (count == 1 && armed_) return interrupt->Interrupt();
+        Fail(command, count > 1 ? "interrupted again: ends without a report" : "interrupted before anything was sent",
+             kExitInterrupted);
+        _exit(kExitInterrupted);
       }) {}
 
 namespace {

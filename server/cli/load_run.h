@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <functional>
 #include <mutex>
+#include <string_view>
 
 #include "server/bench/report.h"
 #include "server/cli/load_flags.h"
@@ -82,7 +83,7 @@ class LoadInterrupt {
 // once. Made before there is a thread that could take them.
 class InterruptOnSignal {
  public:
-  explicit InterruptOnSignal(LoadInterrupt* interrupt);
+  InterruptOnSignal(std::string_view command, LoadInterrupt* interrupt);
   void Arm() { armed_ = true; }
 
  private:

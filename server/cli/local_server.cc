@@ -86,6 +86,7 @@ StatusOr<EffectiveConfig> ResolveOffline(const ParsedFlags& flags) {
   if (config.values.model().path().empty()) {
     return Status(Code::kInvalidArgument, "needs --model (or model.path in the config file)");
   }
+  RETURN_IF_ERROR(CheckScheduling(config.values));
   config.values.mutable_nodes()->set_count(1);  // these commands run here alone
   if (config.origins["log.level"] == "default") config.values.mutable_log()->set_level(flags.text("log-level"));
   InitLog(config.values.log());

@@ -140,6 +140,7 @@ int Run(const ParsedFlags& flags) {
     return Fail("serve", "needs --model (or model.path in the config file)", kExitUsage);
   }
   if (Status status = ResolveNodes(&config->values); !status.ok()) return Fail("serve", status.message(), kExitUsage);
+  if (Status status = CheckScheduling(config->values); !status.ok()) return Fail("serve", status.message(), kExitUsage);
   if (flags.boolean("check")) {
     std::printf("configuration ok\n");
     return kExitOk;

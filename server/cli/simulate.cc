@@ -51,6 +51,7 @@ StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const ben
   scheduler.priority_ageing = flags.duration("priority-ageing");
   ASSIGN_OR_RETURN(scheduler.tenants, CheckedTenants(flags.text("tenants"), scheduler.max_running,
                                                      options.max_queued_requests, options.max_queued_tokens));
+  RETURN_IF_ERROR(CheckBudget(scheduler.token_budget, scheduler.block_size));
   RETURN_IF_ERROR(Scheduler::Create(scheduler).status());
   return options;
 }

@@ -39,8 +39,8 @@ Status CheckOptions(const SchedulerOptions& options) {
     return invalid("max_itl needs a step_cost to predict with, or learn_step_cost");
   }
   if (options.max_itl > Duration(0) && options.max_itl < least) {
-    return invalid("max_itl is ", Seconds(options.max_itl) * 1e3, " ms, but by step_cost a step of one token takes ",
-                   Seconds(least) * 1e3, " ms");
+    return invalid(StrFormat("max_itl is %.4g ms, but by step_cost a step of one token takes %.4g ms; raise max_itl",
+                             Seconds(options.max_itl) * 1e3, Seconds(least) * 1e3));
   }
   if (options.default_ttft_target < Duration(0)) return invalid("default_ttft_target is negative");
   if (options.priority_ageing < Duration(0)) return invalid("priority_ageing is negative");

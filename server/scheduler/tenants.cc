@@ -59,7 +59,11 @@ Status ParseOne(std::string_view text, TenantOptions* tenant) {
 
 StatusOr<std::vector<TenantOptions>> ParseTenants(std::string_view text) {
   std::vector<TenantOptions> tenants;
-  while (!text.empty()) RETURN_IF_ERROR(ParseOne(Next(&text, ';'), &tenants.emplace_back()));
+  if (text.empty()) return tenants;
+  for (std::string_view one : Split(text, ';')) {
+    if (one.empty()) return Invalid("there is a semicolon too many");
+    RETURN_IF_ERROR(ParseOne(one, &tenants.emplace_back()));
+  }
   return tenants;
 }
 

@@ -2,7 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/stat.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -289,6 +291,19 @@ TEST(BenchInterrupt, InTheWarmUpNothingWasMeasured) {
   EXPECT_THAT((*json)["notes"].back(), HasSubstr("nothing was measured"));
 }
 
+TEST(BenchInterrupt, WhileTheDatasetIsReadItSaysSo) {
+  Server server;
+  ASSERT_FALSE(server.address().empty()) << server.process().Errors();
+  const std::string pipe = testing::TempDir() + "/dataset.pipe";  // that nobody writes to
+  ASSERT_TRUE(mkfifo(pipe.c_str(), 0600) == 0 || errno == EEXIST);
+  Process bench({"bench", "serve", "--url", server.address(), "--dataset-name", "sharegpt", "--dataset-path", pipe});
+  ASSERT_TRUE(bench.WaitUntilTermIsHandled());
+  bench.Signal(SIGINT);
+  EXPECT_EQ(bench.Wait(), 130);
+  EXPECT_THAT(bench.Errors(), HasSubstr("altiplano bench serve: interrupted before anything was sent"));
+  EXPECT_EQ(bench.output(), "");
+}
+
 TEST(BenchInterrupt, OfflineReportsWhatHasFinished) {
   Process bench({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--num-prompts", "100000",
                  "--max-concurrency", "2", "--input-len", "4", "--output-len", "4", "--kv-memory", "16MiB", "--json"});
@@ -320,6 +335,7 @@ TEST(BenchInterrupt, TheSecondSignalEndsItAtOnceWhateverHangs) {
   bench.Signal(SIGTERM);
   EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
   EXPECT_EQ(bench.output(), "") << "no report";
+  EXPECT_THAT(bench.Errors(), HasSubstr("interrupted again: ends without a report"));
 }
 
 TEST(Offline, BenchLoadsTheEngineWithADataset) {

@@ -224,6 +224,28 @@ TEST(Commands, CheckAndPrintConfigLoadNothing) {
   EXPECT_THAT(output.out, HasSubstr("# --max-num-seqs"));
 }
 
+TEST(Commands, WhatTheSchedulerCannotDoIsRefusedBeforeAModelIsLoaded) {
+  auto refusal = [](std::vector<std::string_view> flags) {
+    flags.insert(flags.begin(), {"serve", "--model", "/nowhere"});
+    const Output output = Invoke(flags);
+    EXPECT_EQ(output.code, 64) << output.err;
+    return output.err;
+  };
+  EXPECT_THAT(refusal({"--max-itl", "1us", "--step-cost", "8b-h200"}), HasSubstr("raise max_itl"));
+  EXPECT_THAT(refusal({"--max-itl", "1ms", "--no-learn-step-cost"}), HasSubstr("needs a step_cost"));
+  EXPECT_THAT(refusal({"--max-num-batched-tokens", "31", "--block-size", "32"}),
+              HasSubstr("is 31, less than a block of 32 tokens; raise it or lower --block-size"));
+  EXPECT_THAT(refusal({"--tenants", "a;"}), HasSubstr("--tenants: there is a semicolon too many"));
+  EXPECT_THAT(refusal({"--tenants", "a:max-running=9", "--max-num-seqs", "8"}), HasSubstr("raise --max-num-seqs"));
+  EXPECT_THAT(refusal({"--tenants", "a:max-queued=9", "--max-queued-requests", "8"}),
+              HasSubstr("lower its max-queued"));
+  EXPECT_THAT(refusal({"--step-cost", "/nowhere"}), HasSubstr("--step-cost: there is no file /nowhere"));
+  EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--max-num-batched-tokens", "32", "--block-size", "32", "--tenants",
+                    "a;b", "--max-itl", "1s", "--step-cost", "8b-h200", "--check"})
+                .code,
+            0);
+}
+
 TEST(Commands, ModelErrorsAre65AndOneLine) {
   for (std::vector<std::string_view> arguments :
        {std::vector<std::string_view>{"tokenize", "--model", "/nowhere", "--text", "x"},

@@ -28,6 +28,9 @@ TEST(ParseTenants, SaysWhatIsWrong) {
   EXPECT_THAT(refusal(":weight=1"), HasSubstr("has no name"));
   EXPECT_THAT(refusal("a:"), HasSubstr("nothing follows"));
   EXPECT_THAT(refusal("a:weight=1,"), HasSubstr("a comma too many"));
+  for (const char* bad : {";", "a;", ";a", "a;;b", "a:weight=1;"}) {
+    EXPECT_THAT(refusal(bad), HasSubstr("a semicolon too many")) << bad;
+  }
   EXPECT_THAT(refusal("a:wait=1"), HasSubstr("no setting \"wait\"; there are weight, max-running"));
   for (const char* bad : {"a:weight=0", "a:weight=-1", "a:weight=x", "a:weight=1x", "a:weight", "a:weight="}) {
     EXPECT_THAT(refusal(bad), HasSubstr("tenant a: weight is")) << bad;
