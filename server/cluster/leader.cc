@@ -288,6 +288,23 @@ class Service final : public v1::LeaderService::Service {
   const GroupOptions& options_;
 };
 
+// What is not as the plan wants it; empty: nothing. The scheduler takes for granted what ranks of its own process say.
+std::string WhatIsWrong(const StepPlan& plan, const StepResult& result) {
+  if (result.step != plan.step) return StrCat("sent the result of step ", result.step, " as that of ", plan.step);
+  size_t sampled = 0, scored = 0;
+  for (const PlannedSequence& sequence : plan.sequences) {
+    sampled += sequence.sample;
+    if (sequence.num_prompt_scores == 0) continue;
+    const size_t at = scored++;
+    if (at >= result.prompt_scores.size() ||
+        result.prompt_scores[at].size() != static_cast<size_t>(sequence.num_prompt_scores)) {
+      return StrCat("sent other prompt scores than step ", plan.step, " has");
+    }
+  }
+  if (result.sampled.size() == sampled && result.prompt_scores.size() == scored) return "";
+  return StrCat("sent ", result.sampled.size(), " tokens of the ", sampled, " that step ", plan.step, " samples");
+}
+
 // The leader's own stages, and the other nodes.
 class GroupExecutor : public Executor {
  public:
@@ -306,6 +323,7 @@ class GroupExecutor : public Executor {
   void Launch(std::shared_ptr<const StepPlan> plan) override {
     auto message = std::make_shared<v1::LeaderMessage>();
     PlanToProto(*plan, message->mutable_plan());
+    in_flight_.push_back(plan);
     local_->Launch(std::move(plan));
     std::lock_guard lock(state_.mutex);
     group_->PostToAll(message);
@@ -325,14 +343,17 @@ class GroupExecutor : public Executor {
     std::unique_lock lock(state_.mutex);
     state_.changed.wait(lock, [&] { return group_->ended || !group_->results.empty(); });
     StepResult result;
-    if (group_->ended) {
-      result.status = group_->failure;
-      lock.unlock();
-      local_->Abort(result.status.message());
-      return result;
+    if (!group_->ended) {
+      result = std::move(group_->results.front());
+      group_->results.pop_front();
+      const std::string wrong = WhatIsWrong(*in_flight_.front(), result);
+      in_flight_.pop_front();
+      if (wrong.empty()) return result;
+      group_->End(Lost(StrCat("node ", group_->members.size() - 1, " ", wrong)));
     }
-    result = std::move(group_->results.front());
-    group_->results.pop_front();
+    result.status = group_->failure;
+    lock.unlock();
+    local_->Abort(result.status.message());
     return result;
   }
 
@@ -348,6 +369,7 @@ class GroupExecutor : public Executor {
   State& state_;
   const std::shared_ptr<Group> group_;
   const std::unique_ptr<LocalExecutor> local_;
+  std::deque<std::shared_ptr<const StepPlan>> in_flight_;  // of the thread that calls Launch and Wait
   std::thread watch_;
 };
 

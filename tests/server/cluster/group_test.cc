@@ -6,13 +6,16 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <functional>
 #include <future>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <thread>
 
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
 #include "server/base/strings.h"
+#include "server/cluster/data_links.h"
 #include "server/cluster/secret.h"
 #include "tests/server/cluster/free_address.h"
 #include "tests/server/engine/engine_testlib.h"
@@ -300,6 +303,102 @@ TEST_F(GroupTest, AStartThatHangsEndsAllNodesWithThatCauseWhoeverSpeaksFirst) {
       EXPECT_EQ(status.code(), Code::kDeadlineExceeded) << status.ToString();
       EXPECT_THAT(status.message(), HasSubstr(StrCat("rank ", victim, " hangs in the warm-up")));
     }
+  }
+}
+
+// One that speaks the protocol and computes nothing.
+class FakeFollower {
+ public:
+  // answer: to a plan.
+  FakeFollower(const GroupOptions& options, std::function<v1::StepDone(const v1::Plan&)> answer)
+      : terms_(options.terms),
+        stub_(
+            v1::LeaderService::NewStub(grpc::CreateChannel(options.place.leader, grpc::InsecureChannelCredentials()))),
+        listener_(std::move(*DataListener::Start("127.0.0.1"))),
+        thread_([this, answer] { Run(answer); }) {}
+  ~FakeFollower() {
+    context_.TryCancel();
+    thread_.join();
+  }
+
+ private:
+  void Run(const std::function<v1::StepDone(const v1::Plan&)>& answer) {
+    const auto stream = stub_->Join(&context_);
+    v1::FollowerMessage hello;
+    hello.mutable_hello()->set_node_rank(1);
+    hello.mutable_hello()->mutable_terms()->insert(terms_.begin(), terms_.end());
+    hello.mutable_hello()->set_data_address(listener_->address());
+    stream->Write(hello);
+    DataLinks links;
+    for (v1::LeaderMessage message; stream->Read(&message);) {
+      v1::FollowerMessage reply;
+      if (message.has_formed()) {
+        DataPeers peers;
+        peers.token = message.formed().token();
+        peers.node = 1;
+        peers.nodes = 2;
+        peers.next_address = message.formed().data_addresses(0);
+        auto connected = ConnectDataLinks(*listener_, peers, std::chrono::minutes(1), {});
+        ASSERT_TRUE(connected.ok()) << connected.status().ToString();
+        links = std::move(*connected);
+        reply.mutable_loaded();
+      } else if (message.has_warm_up()) {
+        reply.mutable_warmed_up()->set_num_blocks(1000);
+      } else if (message.has_plan()) {
+        *reply.mutable_step_done() = answer(message.plan());
+      } else {
+        reply.mutable_heartbeat();
+      }
+      stream->Write(reply);
+    }
+    (void)stream->Finish();
+  }
+
+  const std::map<std::string, std::string> terms_;
+  grpc::ClientContext context_;
+  const std::unique_ptr<v1::LeaderService::Stub> stub_;
+  const std::unique_ptr<DataListener> listener_;
+  std::thread thread_;
+};
+
+// The scheduler would take them for broken invariants.
+TEST_F(GroupTest, ResultsThatAreNotOfTheStepEndTheGroup) {
+  struct Case {
+    std::function<void(v1::StepDone&)> breaks;
+    std::string message;
+  };
+  for (const Case& c :
+       {Case{[](v1::StepDone&) {}, ""},
+        {[](v1::StepDone& done) { done.set_step(done.step() + 1); }, "node 1 sent the result of step 2 as that of 1"},
+        {[](v1::StepDone& done) { done.add_sampled()->set_finite(true); },
+         "node 1 sent 2 tokens of the 1 that step 1 samples"},
+        {[](v1::StepDone& done) { done.clear_sampled(); }, "node 1 sent 0 tokens of the 1 that step 1 samples"},
+        {[](v1::StepDone& done) { done.mutable_prompt_scores(0)->add_scores(); },
+         "node 1 sent other prompt scores than step 1 has"}}) {
+    SCOPED_TRACE(c.message);
+    auto leader = std::move(*Leader::Start(Options(0, 2)));
+    const FakeFollower follower(Options(1, 2), [&](const v1::Plan& plan) {
+      v1::StepDone done;
+      done.set_step(plan.step());
+      for (const auto& sequence : plan.sequences()) {
+        if (sequence.sample()) done.add_sampled()->set_finite(true);
+        if (sequence.num_prompt_scores() == 0) continue;
+        v1::PromptScores* scores = done.add_prompt_scores();
+        for (int i = 0; i < sequence.num_prompt_scores(); ++i) scores->add_scores()->set_finite(true);
+      }
+      c.breaks(done);
+      return done;
+    });
+    auto engine = StartEngine(*leader, Stages(2, 1));
+    ASSERT_NE(engine, nullptr);
+    auto request = MakeRequest(0, 10, 1);
+    request->sampling.prompt_top_logprobs = 0;
+    auto sink = std::make_shared<CollectingSink>();
+    auto handle = engine->Submit(request, sink);
+    ASSERT_TRUE(handle.ok());
+    const Status ended = sink->WaitForEnd().back().status;
+    EXPECT_EQ(ended.ok(), c.message.empty()) << ended.ToString();
+    EXPECT_THAT(ended.message(), HasSubstr(c.message));
   }
 }
 
