@@ -180,15 +180,18 @@ TEST_F(Nodes, AFollowerThatHangsInItsWarmUpEndsAllWithExit75) {
 
 TEST_F(Nodes, OneWithAnotherModelOrFlagIsRefused) {
   Start();
-  group_.insert(group_.end(), {"--max-num-seqs", "3"});
-  std::vector<std::string> flags = {"serve", "--model", kTiny, "--node-rank", "1", "--log-level", "off"};
+  std::vector<std::string> flags = {"serve",       "--model", kTiny,         "--dtype", "f32",
+                                    "--node-rank", "1",       "--log-level", "off"};
   flags.insert(flags.end(), group_.begin(), group_.end());
-  const Finished other_flag = RunToEnd(flags);
+  std::vector<std::string> seqs = flags;
+  seqs.insert(seqs.end(), {"--max-num-seqs", "3"});
+  const Finished other_flag = RunToEnd(seqs);
   EXPECT_EQ(other_flag.code, 64) << other_flag.err;
-  EXPECT_THAT(other_flag.err, HasSubstr("node 1 has dtype bf16, the leader has f32"));
+  EXPECT_THAT(other_flag.err, HasSubstr("node 1 has max-num-seqs 3, the leader has 256"));
   flags[2] = ALTIPLANO_SOURCE_DIR "/tests/data/tiny-draft";
   const Finished other_model = RunToEnd(flags);
   EXPECT_EQ(other_model.code, 64) << other_model.err;
+  EXPECT_THAT(other_model.err, HasSubstr("node 1 has model "));
   EXPECT_EQ(Health(), "SERVING") << "and the group goes on";
 }
 

@@ -7,7 +7,10 @@
 #include <future>
 #include <utility>
 
+#include "server/base/strings.h"
 #include "server/cli/config.h"
+#include "server/cli/version.h"
+#include "server/model/fingerprint.h"
 #include "tests/server/model/stuck_checkpoint.h"
 
 namespace altiplano::cli {
@@ -61,6 +64,26 @@ TEST(Nodes, TheLauncherFillsInWhatFlagsDoNotSay) {
   EXPECT_EQ(config.nodes().leader(), "a:1");
   unsetenv("OMPI_COMM_WORLD_RANK");
   unsetenv("OMPI_COMM_WORLD_SIZE");
+}
+
+TEST(Nodes, TermsAreWhatHasToBeEqualOnAllNodes) {
+  const auto checkpoint = std::move(*Checkpoint::Open(ALTIPLANO_SOURCE_DIR "/tests/data/tiny"));
+  const auto draft = std::move(*Checkpoint::Open(ALTIPLANO_SOURCE_DIR "/tests/data/tiny-draft"));
+  const auto terms = [](const Checkpoint& model, const std::string& more) {
+    auto config = Parse(StrCat("nodes { count: 2 leader: \"a:1\" } ", more).c_str());
+    return GroupOptionsOf(config, model, {})->terms;
+  };
+  const auto mine = terms(*checkpoint, "");
+  EXPECT_EQ(mine.at("version"), StrCat(kVersion, " ", kCommit));
+  EXPECT_EQ(mine.at("model"), *Fingerprint(*checkpoint));
+  EXPECT_NE(mine, terms(*draft, ""));
+  for (const char* other :
+       {"model { dtype: \"f32\" }", "model { device: \"cuda\" }", "model { tensor_parallel: 2 }",
+        "model { pipeline_parallel: 4 }", "model { max_context: 64 }", "model { batch_invariant: true }",
+        "kv { block_size: 32 }", "scheduler { max_num_seqs: 3 }", "scheduler { max_num_batched_tokens: 256 }"}) {
+    EXPECT_NE(mine, terms(*checkpoint, other)) << other;
+  }
+  EXPECT_EQ(mine, terms(*checkpoint, "threads { compute: 3 } kv { memory: \"1GiB\" }")) << "as the machine wants it";
 }
 
 TEST(Nodes, AFileSystemThatHangsUnderTheFingerprintIsToldOf) {

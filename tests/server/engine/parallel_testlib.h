@@ -9,9 +9,12 @@
 #include <future>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "kernels/comm/communicator.h"
+#include "kernels/comm/link.h"
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
@@ -120,6 +123,33 @@ inline void ExpectEngineDown(Engine& engine, CollectingSink& sink, const std::st
   auto refused = engine.Submit(MakeRequest(9, 4, 4), std::make_shared<CollectingSink>());
   EXPECT_EQ(refused.status().code(), Code::kUnavailable);
 }
+
+// What the ranks of an executor meet in, to be looked at while it lives.
+struct Meetings {
+  std::vector<Communicator*> communicators;
+  std::vector<std::shared_ptr<Link>> links;
+
+  void Watch(LocalExecutorOptions* options) {
+    options->wrap_communicator = [this](int, std::unique_ptr<Communicator> rank) {
+      communicators.push_back(rank.get());
+      return rank;
+    };
+    options->wrap_link = [this](int, std::shared_ptr<Link> link) {
+      links.push_back(link);
+      return link;
+    };
+  }
+  // Each for this reason, and soon: not when whoever waits in it has lost patience.
+  void ExpectEnded(const std::string& why) const {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    const auto error = [&](const auto& meeting) {
+      while (meeting->error().empty() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+      return meeting->error();
+    };
+    for (const auto* communicator : communicators) EXPECT_THAT(error(communicator), ::testing::HasSubstr(why));
+    for (const auto& link : links) EXPECT_THAT(error(link), ::testing::HasSubstr(why));
+  }
+};
 
 // Lets `victim` hang in its third step, with a short patience. On a loaded machine ranks that do not hang may be late
 // for it as well: then the same is tried with twice the patience. why: in the message, after the patience.

@@ -135,12 +135,45 @@ TEST(PipelineParallel, ARankThatThrowsEndsEveryStage) {
     options.before_step = [victim](int rank, uint64_t step) {
       if (rank == victim && step == 5) throw std::runtime_error("injected");
     };
+    Meetings meetings;
+    meetings.Watch(&options);
     auto engine = StartTiny(options);
     auto sink = std::make_shared<CollectingSink>();
     auto handle = engine->Submit(MakeRequest(0, 10, 100), sink);
     ASSERT_TRUE(handle.ok());
     ExpectEngineDown(*engine, *sink, StrCat("rank ", victim, ": injected"));
+    meetings.ExpectEnded(StrCat("rank ", victim, ": injected"));
+    if (::testing::Test::HasFailure()) break;  // whoever lost patience has taken its time
   }
+}
+
+// Whoever ends an executor from outside ends its collectives, and the links to the processes before and after it.
+TEST(PipelineParallel, AnAbortReachesTheProcessesAroundThisOne) {
+  LocalExecutorOptions options = StageOptions(2, 1);
+  options.local_stages = 1;
+  auto [before, previous] = MakeInProcessLink("rank 1", "rank 0", std::chrono::minutes(10));
+  auto [next, after] = MakeInProcessLink("rank 0", "rank 1", std::chrono::minutes(10));
+  options.outer_previous = {std::move(previous)};
+  options.outer_next = {std::move(next)};
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  ASSERT_TRUE(checkpoint.ok());
+  auto executor = LocalExecutor::Create(**checkpoint, options);
+  ASSERT_TRUE(executor.ok()) << executor.status().ToString();
+  (*executor)->Abort("enough");
+  EXPECT_EQ(before->error(), "enough");
+  EXPECT_EQ(after->error(), "enough");
+}
+
+TEST(PipelineParallel, AnAbortReachesAllRanksOfThisProcess) {
+  LocalExecutorOptions options = StageOptions(3, 2);
+  Meetings meetings;
+  meetings.Watch(&options);
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  ASSERT_TRUE(checkpoint.ok());
+  auto executor = LocalExecutor::Create(**checkpoint, options);
+  ASSERT_TRUE(executor.ok()) << executor.status().ToString();
+  (*executor)->Abort("enough");
+  meetings.ExpectEnded("enough");
 }
 
 TEST(PipelineParallel, ARankThatHangsIsNotWaitedForForEver) {

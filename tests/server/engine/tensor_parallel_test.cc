@@ -4,6 +4,7 @@
 
 #include <array>
 #include <atomic>
+#include <random>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
 #include "server/model/llama.h"
+#include "server/model/random_checkpoint.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/engine/parallel_testlib.h"
 
@@ -32,6 +34,37 @@ TEST(TensorParallel, EveryNumberOfRanksAnswersAlike) {
     for (size_t i = 0; i < one.tokens.size(); ++i) {
       SCOPED_TRACE(StrCat("request ", i));
       ExpectSame(one.tokens[i], many.tokens[i], 1e-3f);  // sums are split differently
+      ExpectSame(one.prompt_scores[i], many.prompt_scores[i], 1e-3f);
+    }
+  }
+}
+
+// Ranks that share KV heads, vocabularies of which the last rank has less than the others, heads of odd numbers.
+TEST(TensorParallel, EveryNumberOfRanksAnswersAlikeForModelsOfAnyShape) {
+  std::mt19937 random(7);
+  auto between = [&](int low, int high) {
+    return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
+  };
+  for (const auto& [ranks, kv_heads] : {std::pair{2, 2}, {2, 1}, {3, 3}, {3, 1}, {4, 2}, {5, 5}, {6, 2}, {8, 1}}) {
+    RandomModel model = ParseRandomModel("random:1b").value();
+    model.seed = random();
+    ModelConfig& c = model.config;
+    c.layers = between(1, 3);
+    c.head_dim = 16 * between(1, 4);
+    c.kv_heads = kv_heads;
+    c.q_heads = ranks * between(1, 3);
+    c.hidden = 16 * between(2, 8);
+    c.ffn = 16 * ranks * between(1, 4);
+    do c.vocab = 512 + between(0, 99);
+    while (c.vocab % ranks == 0);
+    c.max_position = 512;
+    c.tied_embeddings = random() % 2 == 0;
+    SCOPED_TRACE(StrCat(ranks, " ranks, ", kv_heads, " KV heads, vocabulary ", c.vocab));
+    const auto checkpoint = MakeRandomCheckpoint(model);
+    const Answers one = Ask(*StartModel(*checkpoint, TinyOptions(1)), 500);
+    const Answers many = Ask(*StartModel(*checkpoint, TinyOptions(ranks)), 500);
+    for (size_t i = 0; i < one.tokens.size(); ++i) {
+      ExpectSame(one.tokens[i], many.tokens[i], 1e-3f);
       ExpectSame(one.prompt_scores[i], many.prompt_scores[i], 1e-3f);
     }
   }
@@ -118,12 +151,45 @@ TEST(TensorParallel, ARankThatThrowsEndsEverything) {
     options.before_step = [victim](int rank, uint64_t step) {
       if (rank == victim && step == 5) throw std::runtime_error("injected");
     };
+    Meetings meetings;
+    meetings.Watch(&options);
     auto engine = StartTiny(options);
     auto sink = std::make_shared<CollectingSink>();
     auto handle = engine->Submit(MakeRequest(0, 10, 100), sink);
     ASSERT_TRUE(handle.ok());
     ExpectEngineDown(*engine, *sink, StrCat("rank ", victim, ": injected"));
+    meetings.ExpectEnded(StrCat("rank ", victim, ": injected"));
+    if (::testing::Test::HasFailure()) break;  // whoever lost patience has taken its time
   }
+}
+
+// The others wait for it in their first sums, and not for as long as their patience lasts.
+TEST(TensorParallel, ARankThatThrowsInItsWarmUpEndsTheStart) {
+  class Recording : public ForwardingCommunicator {
+   public:
+    Recording(std::unique_ptr<Communicator> member, std::string* error)
+        : ForwardingCommunicator(std::move(member)), error_(*error) {}
+    bool AllReduceSum(Stream& stream, const TensorView& x) override {
+      const bool summed = member().AllReduceSum(stream, x);
+      if (!summed) error_ = error();
+      return summed;
+    }
+
+   private:
+    std::string& error_;
+  };
+  LocalExecutorOptions options = TinyOptions(4);
+  std::array<std::string, 4> errors;
+  options.before_step = [](int rank, uint64_t) {
+    if (rank == 1) throw std::runtime_error("injected");
+  };
+  options.wrap_communicator = [&](int rank, std::unique_ptr<Communicator> member) {
+    return std::make_unique<Recording>(std::move(member), &errors[static_cast<size_t>(rank)]);
+  };
+  auto checkpoint = Checkpoint::Open(StrCat(ALTIPLANO_SOURCE_DIR, "/tests/data/tiny"));
+  ASSERT_TRUE(checkpoint.ok());
+  EXPECT_EQ(LocalExecutor::Create(**checkpoint, options).status().message(), "rank 1: injected");
+  for (int rank : {0, 2, 3}) EXPECT_EQ(errors[static_cast<size_t>(rank)], "rank 1: injected") << rank;
 }
 
 TEST(TensorParallel, ARankThatHangsIsNotWaitedForForEver) {

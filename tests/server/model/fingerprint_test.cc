@@ -29,6 +29,14 @@ TEST(Fingerprint, IsOfTheWeightsAndNotOfTheirFiles) {
     tuned.Tensor(tensor).data[0] = static_cast<char>(tuned.Tensor(tensor).data[0] ^ 1);
     EXPECT_NE(Of(tuned), original) << tensor;
   }
+  ModelFiles smaller = model;  // without the last rows of two matrices
+  smaller.config["vocab_size"] = 16;
+  for (const char* tensor : {"model.embed_tokens.weight", "lm_head.weight"}) {
+    RawTensor& table = smaller.Tensor(tensor);
+    table.shape[0] = 16;
+    table.data.resize(table.data.size() / 2);
+  }
+  EXPECT_NE(Of(smaller), original);
 }
 
 }  // namespace
