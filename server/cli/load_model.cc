@@ -158,6 +158,15 @@ StatusOr<StepCost> StepCostOf(const config::v1::ServerConfig& config) {
   return Status(machine.status().code(), StrCat("--step-cost: ", machine.status().message()));
 }
 
+// A record that holds hardly a step would be found out only when it is needed.
+Status CheckRecordMemory(uint64_t bytes) {
+  constexpr uint64_t kLeast = 64 << 10;
+  if (bytes == 0 || bytes >= kLeast) return OkStatus();
+  return Status(Code::kInvalidArgument,
+                StrCat("--flight-record-memory is ", bytes,
+                       " bytes, too little for a record; raise it to 64KiB at least, or 0 for none"));
+}
+
 // What the executor says of itself.
 void SetSize(const SchedulerOptions& executor, SchedulerOptions* scheduler) {
   scheduler->num_blocks = executor.num_blocks;
@@ -201,6 +210,7 @@ Status CheckScheduling(const config::v1::ServerConfig& config) {
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = 2;
   RETURN_IF_ERROR(CheckBudget(options.token_budget, options.block_size));
+  RETURN_IF_ERROR(CheckRecordMemory(CheckedBytes(config.log().flight_record_memory())));
   ASSIGN_OR_RETURN(options.tenants,
                    CheckedTenants(config.scheduler().tenants(), options.max_running,
                                   config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));

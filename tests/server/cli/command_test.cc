@@ -239,6 +239,7 @@ TEST(Commands, WhatTheSchedulerCannotDoIsRefusedBeforeAModelIsLoaded) {
   EXPECT_THAT(refusal({"--tenants", "a:max-running=9", "--max-num-seqs", "8"}), HasSubstr("raise --max-num-seqs"));
   EXPECT_THAT(refusal({"--tenants", "a:max-queued=9", "--max-queued-requests", "8"}),
               HasSubstr("lower its max-queued"));
+  EXPECT_THAT(refusal({"--flight-record-memory", "65535"}), HasSubstr("raise it to 64KiB at least, or 0 for none"));
   EXPECT_THAT(refusal({"--step-cost", "/nowhere"}), HasSubstr("--step-cost: there is no file /nowhere"));
   EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--max-num-batched-tokens", "32", "--block-size", "32", "--tenants",
                     "a;b", "--max-itl", "1s", "--step-cost", "8b-h200", "--check"})
