@@ -203,7 +203,11 @@ void Free(void* data) {
   sim::ForbiddenInCapture("a release of memory");
   {
     std::lock_guard lock(mutex);
-    allocations.erase(data);
+    const auto freed = allocations.find(data);
+    if (freed != allocations.end()) {
+      sim::FinishCopiesOf(data, freed->second.bytes);
+      allocations.erase(freed);
+    }
   }
   sim::FreeDevice(data);
 }
@@ -259,7 +263,7 @@ void Copy(void* stream, void* to, Device to_device, const void* from, Device fro
     if (!sim::StuckError().empty()) return;
     if (to_device == Device::kCpu) return sim::CopyToHost(on, to, from, bytes);
     if (from_device == Device::kCpu) return sim::CopyFromHost(on, to, from, bytes);
-    std::memcpy(to, from, bytes);
+    sim::CopyOnDevice(on, to, from, bytes);
   });
 }
 

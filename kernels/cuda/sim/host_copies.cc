@@ -24,12 +24,30 @@ struct HostCopy {
   uint64_t hash;              // of what it took
 };
 
+// One from device memory to device memory of which the host does not know the end.
+struct DeviceCopy {
+  const void* stream;
+  uint64_t number;
+  const char *to, *from;
+  size_t bytes;
+
+  bool Touches(const char* data, size_t n) const {
+    return Overlap(to, bytes, data, n) || Overlap(from, bytes, data, n);
+  }
+  // One of them writes what the other one touches.
+  bool Conflicts(const DeviceCopy& other) const { return Touches(other.to, other.bytes) || other.Touches(to, bytes); }
+  static bool Overlap(const char* a, size_t a_bytes, const char* b, size_t b_bytes) {
+    return a < b + b_bytes && b < a + a_bytes;
+  }
+};
+
 // Of each stream, up to which of its copies.
 using Progress = std::map<const void*, uint64_t>;
 
 std::mutex mutex;
 // Guarded by mutex, as all below. Alive for the whole process: streams and buffers may be released late.
 std::list<HostCopy>& under_way = *new std::list<HostCopy>();  // in the order in which they were issued
+std::list<DeviceCopy>& on_device = *new std::list<DeviceCopy>();
 std::map<const void*, Progress>& points = *new std::map<const void*, Progress>();
 uint64_t copies = 0;
 
@@ -71,12 +89,17 @@ void FinishOverlapping(const void* host, size_t bytes) {
   FinishIf([&](const HostCopy& copy) { return copy.host < begin + bytes && begin < copy.host + copy.bytes; });
 }
 
+// Whether the copy is behind the point.
+template <typename Copy>
+bool IsBehind(const Progress& point, const Copy& copy) {
+  const auto found = point.find(copy.stream);
+  return found != point.end() && copy.number <= found->second;
+}
+
 void FinishUpTo(const void* point) {
   const Progress& progress = points[point];
-  FinishIf([&](const HostCopy& copy) {
-    const auto found = progress.find(copy.stream);
-    return found != progress.end() && copy.number <= found->second;
-  });
+  FinishIf([&](const HostCopy& copy) { return IsBehind(progress, copy); });
+  on_device.remove_if([&](const DeviceCopy& copy) { return IsBehind(progress, copy); });
 }
 
 // The number of a new copy of the stream's.
@@ -115,6 +138,24 @@ void CopyFromHost(void* stream, void* to, const void* from, size_t bytes) {
   }
 }
 
+void CopyOnDevice(void* stream, void* to, const void* from, size_t bytes) {
+  std::lock_guard lock(mutex);
+  DeviceCopy copy{stream, 0, static_cast<char*>(to), static_cast<const char*>(from), bytes};
+  const Progress& known = points[stream];
+  for (const DeviceCopy& other : on_device) {
+    if (other.stream == stream || !copy.Conflicts(other) || IsBehind(known, other)) continue;
+    Stick("a copy of " + std::to_string(bytes) +
+          " bytes between device memory races with one of another stream: no event orders them");
+  }
+  std::memcpy(to, from, bytes);
+  copy.number = Number(stream);
+  // Whatever is behind this one is behind an equal one before it, too.
+  on_device.remove_if([&](const DeviceCopy& other) {
+    return other.stream == stream && other.to == copy.to && other.from == copy.from && other.bytes == bytes;
+  });
+  on_device.push_back(copy);
+}
+
 void RecordPoint(void* event, void* stream) {
   std::lock_guard lock(mutex);
   points[event] = points[stream];
@@ -129,6 +170,7 @@ void FollowPoint(void* stream, void* event) {
 void ForgetPoint(void* stream_or_event) {
   std::lock_guard lock(mutex);
   points.erase(stream_or_event);
+  on_device.remove_if([&](const DeviceCopy& copy) { return copy.stream == stream_or_event; });
 }
 
 void HostHasWaitedFor(void* stream_or_event) {
@@ -139,11 +181,13 @@ void HostHasWaitedFor(void* stream_or_event) {
 void HostHasWaitedForAll() {
   std::lock_guard lock(mutex);
   FinishIf([](const HostCopy&) { return true; });
+  on_device.clear();
 }
 
-void FinishCopiesOf(const void* pinned, size_t bytes) {
+void FinishCopiesOf(const void* memory, size_t bytes) {
   std::lock_guard lock(mutex);
-  FinishOverlapping(pinned, bytes);
+  FinishOverlapping(memory, bytes);
+  on_device.remove_if([&](const DeviceCopy& copy) { return copy.Touches(static_cast<const char*>(memory), bytes); });
 }
 
 }  // namespace altiplano::sim

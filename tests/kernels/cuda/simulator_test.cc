@@ -703,6 +703,51 @@ TEST(SimulatedGpu, ZeroStaysInBounds) {
   EXPECT_EQ(sim::TakeError(), "zeros for 9 bytes outside of device memory");
 }
 
+// ---- copies of two streams
+
+TEST(SimulatedDeviceCopies, ThatNothingOrdersAreARace) {
+  std::string error;
+  const auto one = Stream::Cuda(0, &error), other = Stream::Cuda(0, &error);
+  const auto event = StreamEvent::Create(*one);
+  const Buffer a = Buffer::Allocate(*one, 8), b = Buffer::Allocate(*one, 8), c = Buffer::Allocate(*one, 8);
+  const auto copy = [](Stream& stream, const Buffer& to, const Buffer& from) {
+    Copy(stream, to.data(), Device::kCuda, from.data(), Device::kCuda, 8);
+  };
+  const auto expect = [&](const std::string& found) {
+    EXPECT_EQ(sim::StuckError(), found.empty() ? found : "a copy of 8 bytes between device memory " + found);
+    sim::TakeError();
+    EXPECT_EQ(one->Synchronize() + other->Synchronize(), "");
+  };
+  const std::string race = "races with one of another stream: no event orders them";
+  copy(*one, b, a);
+  copy(*other, c, b);  // reads what may not be there
+  expect(race);
+  copy(*other, c, b);
+  copy(*one, b, a);  // writes what may not have been read
+  expect(race);
+  copy(*one, b, a);
+  copy(*other, b, c);  // both write
+  expect(race);
+  copy(*one, b, a);
+  copy(*other, c, a);  // both read
+  copy(*one, b, a);    // the same again
+  expect("");
+  copy(*one, b, a);
+  event->Record(*one);
+  event->Precede(*other);
+  copy(*other, c, b);
+  expect("");
+  event->Record(*one);
+  copy(*one, b, a);
+  event->Precede(*other);
+  copy(*other, c, b);  // the event is of before
+  expect(race);
+  copy(*one, b, a);
+  EXPECT_EQ(one->Synchronize(), "");
+  copy(*other, c, b);  // the host has waited
+  expect("");
+}
+
 // ---- what the host may know of its copies
 
 // A pinned block, and eight bytes on the device that hold 1 to 8.
