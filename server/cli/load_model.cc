@@ -298,7 +298,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   model.dtype = config.model().dtype();
 
   if (config.nodes().count() > 1) {
-    ASSIGN_OR_RETURN(auto group, GroupOptionsOf(config, *model.checkpoint, hooks));
+    ASSIGN_OR_RETURN(auto group, GroupOptionsOf(config, *model.checkpoint, executor_options.device, hooks));
     ASSIGN_OR_RETURN(model.leader, cluster::Leader::Start(std::move(group)));
   }
   const auto drill = executor_options.before_step;

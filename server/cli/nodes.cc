@@ -56,7 +56,7 @@ Status ResolveNodes(config::v1::ServerConfig* config) {
 }
 
 StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& config, const Checkpoint& checkpoint,
-                                               const LoadHooks& hooks) {
+                                               Device device, const LoadHooks& hooks) {
   cluster::GroupOptions options;
   options.place.rank = static_cast<int>(config.nodes().rank());
   options.place.nodes = static_cast<int>(config.nodes().count());
@@ -74,12 +74,12 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   options.terms["version"] = StrCat(kVersion, " ", kCommit);
   options.terms["nodes"] = StrCat(config.nodes().count());
   options.terms["dtype"] = config.model().dtype();
-  options.terms["device"] = config.model().device();
+  options.terms["device"] = device == Device::kCuda ? "cuda" : "cpu";
   options.terms["tensor-parallel"] = StrCat(config.model().tensor_parallel());
   options.terms["pipeline-parallel"] = StrCat(PipelineStages(config));
   options.terms["max-model-len"] = StrCat(config.model().max_context());
   options.terms["batch-invariant"] = config.model().batch_invariant() ? "true" : "false";
-  options.terms["block-size"] = StrCat(config.kv().block_size());
+  options.terms["block-size"] = StrCat(BlockSize(config.kv().block_size(), device));
   options.terms["max-num-seqs"] = StrCat(config.scheduler().max_num_seqs());
   options.terms["max-num-batched-tokens"] = StrCat(config.scheduler().max_num_batched_tokens());
   return options;
@@ -109,12 +109,12 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
     }
     return Clock::Real().Now() > give_up;
   };
-  auto options = GroupOptionsOf(config, **checkpoint, hooks);
-  if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
   auto executor_options = ExecutorOptionsOf(config, hooks);
   if (!executor_options.ok()) {
     return Fail("serve", executor_options.status().message(), ExitCodeOfLoad(executor_options.status()));
   }
+  auto options = GroupOptionsOf(config, **checkpoint, executor_options->device, hooks);
+  if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
   const cluster::Place& place = options->place;
   log::Info("joining the leader", {{"leader", place.leader}, {"node", place.rank}, {"nodes", place.nodes}});
   for (;;) {

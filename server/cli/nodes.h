@@ -2,6 +2,7 @@
 #pragma once
 
 #include "altiplano/config/v1/server_config.pb.h"
+#include "kernels/device.h"
 #include "server/base/status.h"
 #include "server/cli/load_model.h"
 #include "server/cli/stop_signal.h"
@@ -17,9 +18,10 @@ uint32_t PipelineStages(const config::v1::ServerConfig& config);
 // FAILED_PRECONDITION naming the flag to change.
 Status ResolveNodes(config::v1::ServerConfig* config);
 
-// Of a config that ResolveNodes has seen. Reads a row of each of the checkpoint's matrices.
+// Of a config that ResolveNodes has seen. device: that this node computes on. Reads a row of each of the checkpoint's
+// matrices.
 StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& config, const Checkpoint& checkpoint,
-                                               const LoadHooks& hooks);
+                                               Device device, const LoadHooks& hooks);
 
 // Until the group ends, or stop asks for it. Returns the exit code.
 int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop);

@@ -87,6 +87,8 @@ MUTATIONS = [
     ("join: models are not compared", "server/cli/nodes.cc",
      "options.terms[\"model\"], Fingerprint(checkpoint));", "options.terms[\"model\"], StatusOr<std::string>(\"\"));",
      "Nodes.Terms*", "cli_test"),
+    ("join: devices are compared as flags name them", "server/cli/nodes.cc",
+     "device == Device::kCuda ? \"cuda\" : \"cpu\"", "config.model().device()", "Nodes.Terms*", "cli_test"),
     ("join: a fingerprint of names and shapes", "server/model/fingerprint.cc",
      "sha.Update(row.data(), row.size() * sizeof(float));", "", "Fingerprint.*", "model_test"),
     ("join: a fingerprint without shapes", "server/model/fingerprint.cc",

@@ -69,18 +69,20 @@ TEST(Nodes, TheLauncherFillsInWhatFlagsDoNotSay) {
 TEST(Nodes, TermsAreWhatHasToBeEqualOnAllNodes) {
   const auto checkpoint = std::move(*Checkpoint::Open(ALTIPLANO_SOURCE_DIR "/tests/data/tiny"));
   const auto draft = std::move(*Checkpoint::Open(ALTIPLANO_SOURCE_DIR "/tests/data/tiny-draft"));
-  const auto terms = [](const Checkpoint& model, const std::string& more) {
+  const auto terms = [](const Checkpoint& model, const std::string& more, Device device = Device::kCpu) {
     auto config = Parse(StrCat("nodes { count: 2 leader: \"a:1\" } ", more).c_str());
-    return GroupOptionsOf(config, model, {})->terms;
+    return GroupOptionsOf(config, model, device, {})->terms;
   };
   const auto mine = terms(*checkpoint, "");
   EXPECT_EQ(mine.at("version"), StrCat(kVersion, " ", kCommit));
   EXPECT_EQ(mine.at("model"), *Fingerprint(*checkpoint));
   EXPECT_NE(mine, terms(*draft, ""));
+  EXPECT_NE(mine, terms(*checkpoint, "", Device::kCuda)) << "whichever of them a flag names";
+  EXPECT_NE(mine.at("device"), terms(*checkpoint, "", Device::kCuda).at("device"));
   for (const char* other :
-       {"model { dtype: \"f32\" }", "model { device: \"cuda\" }", "model { tensor_parallel: 2 }",
-        "model { pipeline_parallel: 4 }", "model { max_context: 64 }", "model { batch_invariant: true }",
-        "kv { block_size: 32 }", "scheduler { max_num_seqs: 3 }", "scheduler { max_num_batched_tokens: 256 }"}) {
+       {"model { dtype: \"f32\" }", "model { tensor_parallel: 2 }", "model { pipeline_parallel: 4 }",
+        "model { max_context: 64 }", "model { batch_invariant: true }", "kv { block_size: 32 }",
+        "scheduler { max_num_seqs: 3 }", "scheduler { max_num_batched_tokens: 256 }"}) {
     EXPECT_NE(mine, terms(*checkpoint, other)) << other;
   }
   EXPECT_EQ(mine, terms(*checkpoint, "threads { compute: 3 } kv { memory: \"1GiB\" }")) << "as the machine wants it";
@@ -97,12 +99,12 @@ TEST(Nodes, AFileSystemThatHangsUnderTheFingerprintIsToldOf) {
     told = status;
     release.set_value();
   };
-  auto options = GroupOptionsOf(config, stuck, hooks);
+  auto options = GroupOptionsOf(config, stuck, Device::kCpu, hooks);
   ASSERT_TRUE(options.ok()) << "it answers after all: " << options.status().ToString();
   EXPECT_EQ(told.code(), Code::kDeadlineExceeded);
   EXPECT_THAT(told.message(), HasSubstr("the start hangs in reading the model's fingerprint"));
   hooks.on_start_hang = {};
-  EXPECT_EQ(options->terms["model"], GroupOptionsOf(config, *checkpoint, hooks)->terms["model"]);
+  EXPECT_EQ(options->terms["model"], GroupOptionsOf(config, *checkpoint, Device::kCpu, hooks)->terms["model"]);
 }
 
 }  // namespace
