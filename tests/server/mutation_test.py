@@ -3,7 +3,7 @@
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 
-Needs a built engine_test, cluster_test, cli_test, model_test, kernels_test and cuda_kernels_test.
+Needs a built engine_test, cluster_test, cli_test, model_test, kernels_test, cuda_kernels_test and nccl_link_test.
 """
 import pathlib
 import sys
@@ -106,6 +106,12 @@ MUTATIONS = [
      "CudaLinkTest.EventsAlone*", "cuda_kernels_test"),
     ("link slots: empty before they are emptied", "kernels/comm/cuda_link.cc", "slot.emptied->Record(stream);", "",
      "CudaLinkTest.EventsAlone*", "cuda_kernels_test"),
+    ("link slots: filled before NCCL has sent them", "kernels/comm/nccl_link.cc", "slot.emptied->Precede(stream);", "",
+     "NcclLinkTest.EventsAlone*", "nccl_link_test"),
+    ("link slots: sent by NCCL before they are full", "kernels/comm/nccl_link.cc", "slot.filled->Precede(*stream_);", "",
+     "NcclLinkTest.EventsAlone*", "nccl_link_test"),
+    ("link slots: NCCL has sent what it has not", "kernels/comm/nccl_link.cc", "slot.emptied->Record(*stream_);", "",
+     "NcclLinkTest.EventsAlone*", "nccl_link_test"),
     ("link slots: a buffer is used again before it is read", "kernels/comm/in_process_link.cc",
      "std::vector<char> buffer; if (!way.empty.empty()) {",
      "std::vector<char> buffer; if (!way.full.empty()) { way.full.back().swap(buffer); } else if (!way.empty.empty()) {",
@@ -149,4 +155,6 @@ MUTATIONS = [
 ]
 
 if __name__ == "__main__":
-    run(Tree.of_arguments(), [Mutation(*mutation) for mutation in MUTATIONS])
+    tree = Tree.of_arguments()
+    run(tree, [Mutation(*mutation) for mutation in MUTATIONS],
+        {"LD_LIBRARY_PATH": str(tree.build / "tests" / "fake_nccl")})  # of nccl_link_test

@@ -1,6 +1,5 @@
 // Links between nodes by NCCL: two threads, each with an end and a simulated GPU, sockets for wires, and a stand-in for
-// the library (fake_nccl.cc). What is issued runs at once there: neither the order that events keep nor a kernel that
-// waits for another GPU's is seen.
+// the library (fake_nccl.cc). What is issued runs at once there: a kernel that waits for another GPU's is not seen.
 #include "kernels/comm/nccl_link.h"
 
 #include <gtest/gtest.h>
@@ -11,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/backend.h"
 #include "kernels/cuda/sim/sim.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 
@@ -20,18 +20,22 @@ namespace {
 using std::chrono::milliseconds;
 using Links = std::vector<std::shared_ptr<Link>>;
 
-// Two nodes with links both ways: {previous, next} of each.
-std::pair<Links, Links> Connect(milliseconds patience) {
+const NcclApi& Nccl() {
   std::string error;
   const NcclApi* nccl = LoadNccl(&error);
   EXPECT_NE(nccl, nullptr) << error;
+  return *nccl;
+}
+
+// Two nodes with links both ways: {previous, next} of each.
+std::pair<Links, Links> Connect(milliseconds patience, const NcclApi& nccl = Nccl()) {
   int there[2], back[2];
   EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, there) + socketpair(AF_UNIX, SOCK_STREAM, 0, back), 0);
-  const auto node = [=](int gpu, int previous, int next) {
+  const auto node = [=, &nccl](int gpu, int previous, int next) {
     std::string failed;
     const std::string peer = "node " + std::to_string(1 - gpu);
     Links links =
-        MakeNcclLinks(*nccl,
+        MakeNcclLinks(nccl,
                       {{.wire = MakeSocketLink(previous, peer), .sends = false, .gpu = gpu, .peer = peer},
                        {.wire = MakeSocketLink(next, peer), .sends = true, .gpu = gpu, .most_bytes = 64, .peer = peer}},
                       patience, &failed);
@@ -77,6 +81,26 @@ TEST_F(NcclLinkTest, TensorsComeInOrderBothWays) {
   }
   other.get();
   for (const auto& link : {first[0], first[1], second[0], second[1]}) EXPECT_EQ(link->error(), "");
+}
+
+// No host waits for a stream. What is sent is taken by a copy that the simulator knows of: it finds those that race.
+TEST_F(NcclLinkTest, EventsAloneOrderASlotsCopies) {
+  static Buffer taken;
+  taken = Buffer::Allocate(*streams_[0], 64);
+  NcclApi api = Nccl();
+  api.send = [](const void* from, size_t count, NcclType type, int peer, NcclComm* comm, void* stream) {
+    cuda::Copy(stream, taken.data(), Device::kCuda, from, Device::kCuda, count);
+    return Nccl().send(from, count, type, peer, comm, stream);
+  };
+  const auto [first, second] = Connect(std::chrono::minutes(10), api);
+  const OnDevice x(*streams_[0], std::vector<int32_t>{1, 2}), y(*streams_[1], std::vector<int32_t>(2));
+  for (int i = 0; i < 8; ++i) {
+    EXPECT_TRUE(first[1]->Send(*streams_[0], x.view()));
+    EXPECT_TRUE(second[0]->Receive(*streams_[1], y.view()));
+  }
+  EXPECT_EQ(streams_[1]->Synchronize(), "");
+  EXPECT_EQ(y.Values(), (std::vector<int32_t>{1, 2}));
+  taken = Buffer();
 }
 
 TEST_F(NcclLinkTest, ANodeThatSendsNothingIsNamed) {
