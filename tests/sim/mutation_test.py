@@ -131,7 +131,7 @@ MUTATIONS = [
     ("a head that did not fit is left alone for long", "scheduler_plan.cc", "kRetryBlockedAfterSteps = 8;",
      "kRetryBlockedAfterSteps = 80;"),
     ("salts share prefixes", "prefix_cache.cc", "tenant, salt}) {", "tenant}) {"),
-    ("what several have found is evicted like any other", "block_pool.cc", "At(id).valued = true;", ""),
+    ("what several have found is evicted like any other", "block_pool.cc", "is_valued_.Set(id, true);", ""),
     ("what several have found may fill the pool", "block_pool.cc", "valued_.size <= size() / 2",
      "valued_.size <= size()"),
     ("prefixes are forgotten from their beginnings", "scheduler.cc",
