@@ -107,8 +107,8 @@ class Group {
     if (std::exchange(silent, found) != found && observer != nullptr) observer->OnSilence(found);
   }
 
-  // A node says that a rank of it has failed. UNAVAILABLE is what ranks say whose group has ended, or who wait for one
-  // that hangs: the cause may be told of later.
+  // A node says that a rank of it has failed. UNAVAILABLE is what ranks say whose group has ended, or who wait in their
+  // warm-up for one that hangs: the cause may be told of later.
   void Failed(int node, const Status& status) {
     if (const auto& member = members[static_cast<size_t>(node)]; member != nullptr) member->failed = true;
     const bool hangs = status.code() == Code::kDeadlineExceeded;
@@ -118,6 +118,7 @@ class Group {
     if (!consequence_.ok()) return;
     consequence_ = why;
     consequence_since_ = Now();
+    waited_for_ranks_ = node == 0 ? loaded : members[static_cast<size_t>(node)]->loaded;
   }
   // Ends what has failed, when no cause comes.
   void LookForCause() {
@@ -125,11 +126,13 @@ class Group {
     const bool starts = starting || std::any_of(members.begin(), members.end(), [](const auto& member) {
                           return member != nullptr && member->num_blocks == 0 && !member->failed;
                         });
-    if (Now() - consequence_since_ >= (starts ? start_patience : kCausePatience)) End(consequence_);
+    const auto patience = starts && waited_for_ranks_ ? start_patience : kCausePatience;
+    if (Now() - consequence_since_ >= patience) End(consequence_);
   }
 
   std::vector<std::shared_ptr<Member>> members;  // [nodes]; null: the leader itself, and who has not joined
   bool formed = false;                           // nobody joins any more; who leaves ends it
+  bool loaded = false;                           // the leader has
   bool starting = true;                          // the leader's own ranks are not made
   std::chrono::milliseconds start_patience = kCausePatience;  // within this a node whose start hangs says so
   bool ended = false;
@@ -142,6 +145,7 @@ class Group {
   State& state_;
   Status consequence_;  // the first that Failed was told and that may have a cause
   SteadyTime consequence_since_;
+  bool waited_for_ranks_ = false;  // whoever said so may have
 };
 
 class Service final : public v1::LeaderService::Service {
@@ -511,6 +515,7 @@ class Leader::Impl {
       auto warm_up = std::make_shared<v1::LeaderMessage>();
       warm_up->mutable_warm_up();
       std::lock_guard lock(state_.mutex);
+      group->loaded = true;
       group->PostToAll(warm_up);
       return OkStatus();
     };

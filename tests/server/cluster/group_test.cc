@@ -309,9 +309,11 @@ TEST_F(GroupTest, AStartThatHangsEndsAllNodesWithThatCauseWhoeverSpeaksFirst) {
 // One that speaks the protocol and computes nothing.
 class FakeFollower {
  public:
-  // answer: to a plan.
-  FakeFollower(const GroupOptions& options, std::function<v1::StepDone(const v1::Plan&)> answer)
+  // answer: to a plan. load_error: UNAVAILABLE, if not empty, instead of having loaded.
+  FakeFollower(const GroupOptions& options, std::function<v1::StepDone(const v1::Plan&)> answer,
+               std::string load_error = "")
       : terms_(options.terms),
+        load_error_(std::move(load_error)),
         stub_(
             v1::LeaderService::NewStub(grpc::CreateChannel(options.place.leader, grpc::InsecureChannelCredentials()))),
         listener_(std::move(*DataListener::Start("127.0.0.1"))),
@@ -341,7 +343,12 @@ class FakeFollower {
         auto connected = ConnectDataLinks(*listener_, peers, std::chrono::minutes(1), {});
         ASSERT_TRUE(connected.ok()) << connected.status().ToString();
         links = std::move(*connected);
-        reply.mutable_loaded();
+        if (load_error_.empty()) {
+          reply.mutable_loaded();
+        } else {
+          reply.mutable_step_done()->set_error(load_error_);
+          reply.mutable_step_done()->set_code(static_cast<int>(Code::kUnavailable));
+        }
       } else if (message.has_warm_up()) {
         reply.mutable_warmed_up()->set_num_blocks(1000);
       } else if (message.has_plan()) {
@@ -355,11 +362,24 @@ class FakeFollower {
   }
 
   const std::map<std::string, std::string> terms_;
+  const std::string load_error_;
   grpc::ClientContext context_;
   const std::unique_ptr<v1::LeaderService::Stub> stub_;
   const std::unique_ptr<DataListener> listener_;
   std::thread thread_;
 };
+
+// Of a device that is not there no other node is the cause, who could still say so.
+TEST_F(GroupTest, ANodeThatCannotLoadEndsTheStartSoon) {
+  auto leader = std::move(*Leader::Start(Options(0, 2)));
+  const FakeFollower follower(Options(1, 2), {}, "no GPU 0");
+  LocalExecutorOptions options = Stages(2, 1);
+  options.start_patience = std::chrono::minutes(10);
+  options.on_start_hang = [](const Status& status) { ADD_FAILURE() << status.ToString(); };
+  const Status formed = leader->Form(*checkpoint_, options).status();
+  EXPECT_EQ(formed.code(), Code::kUnavailable);
+  EXPECT_EQ(formed.message(), "node 1: no GPU 0");
+}
 
 // The scheduler would take them for broken invariants.
 TEST_F(GroupTest, ResultsThatAreNotOfTheStepEndTheGroup) {
