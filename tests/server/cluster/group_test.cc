@@ -243,6 +243,8 @@ TEST_F(GroupTest, AFailureEndsTheGroupEverywhereAndItIsFormedAgain) {
       auto second = engine->Submit(MakeRequest(0, 10, 20), again);
       ASSERT_TRUE(second.ok()) << second.status().ToString();
       EXPECT_TRUE(again->WaitForEnd().back().status.ok());
+      *handle = RequestHandle();  // which must not outlive the engine
+      *second = RequestHandle();
       engine.reset();
       follower.join();
     }
