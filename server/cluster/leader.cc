@@ -284,6 +284,7 @@ class Service final : public v1::LeaderService::Service {
     } else if (member.group != nullptr) {
       member.group->members[static_cast<size_t>(member.node)].reset();
     }
+    member.group = nullptr;  // which holds its members
     state_.callers.remove_if([&](const auto& caller) { return caller.get() == &member; });
     state_.changed.notify_all();
   }
