@@ -77,7 +77,8 @@ class Group {
     }
     // NCCL takes one rank to a GPU.
     const std::set<int> distinct(ordinals.begin(), ordinals.end());
-    return options_.nccl != nullptr && distinct.size() == ordinals.size() ? FormNccl(*options_.nccl) : "";
+    peers_.alone = distinct.size() == ordinals.size();
+    return options_.nccl != nullptr && peers_.alone ? FormNccl(*options_.nccl) : "";
   }
 
   int size() const { return peers_.ranks; }

@@ -47,6 +47,12 @@ PTX_FUNCTION uint32_t CallOf(const Peers& peers) {
   return ptx::LdGlobal(&peers.signals[peers.rank]->calls) + 1;
 }
 
+// And lets the kernel after this one load its weights while the ranks come together.
+PTX_FUNCTION uint32_t BeginCall(const Peers& peers) {
+  if (peers.alone) ptx::LetNextKernelStart();
+  return CallOf(peers);
+}
+
 PTX_FUNCTION bool SomebodyHasFailed(const Peers& peers) {
   if (ptx::LdRelaxedSys(&peers.verdicts->aborted) != 0) return true;
   for (int rank = 0; rank < peers.ranks; ++rank) {
@@ -128,7 +134,7 @@ PTX_FUNCTION void LayOut(const Peers& peers, uint32_t call, const Message& messa
 
 template <int kPack>
 __global__ void __launch_bounds__(kMostPeerThreads) OneShotKernel(Peers peers, Message message) {
-  const uint32_t call = CallOf(peers);
+  const uint32_t call = BeginCall(peers);
   const PackRange own = BlockPacks(message.elements / kPack, gridDim.x, blockIdx.x);
   LayOut<kPack>(peers, call, message, own);
   if (!Meet(peers, 0, call)) return;
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(kMostPeerThreads) OneShotKernel(Peers peers, M
 
 template <int kPack>
 __global__ void __launch_bounds__(kMostPeerThreads) TwoShotsKernel(Peers peers, Message message) {
-  const uint32_t call = CallOf(peers);
+  const uint32_t call = BeginCall(peers);
   const bool bf16 = message.x.bf16;
   const PackRange own = BlockPacks(message.elements / kPack, gridDim.x, blockIdx.x);
   LayOut<kPack>(peers, call, message, own);
@@ -171,7 +177,7 @@ template <int kPack>
 __global__ void __launch_bounds__(kMostNormThreads)
     AllReduceAddRmsNormKernel(Peers peers, Elements out, Elements residual, Message message, Elements weight, float eps,
                               int rows) {
-  const uint32_t call = CallOf(peers);
+  const uint32_t call = BeginCall(peers);
   const int width = static_cast<int>(message.columns), packs = width / kPack;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     LayOut<kPack>(peers, call, message, {row * packs, (row + 1) * packs});
@@ -206,7 +212,7 @@ template <typename Word>
 __global__ void __launch_bounds__(kMostPeerThreads, 1)
     GatherKernel(Peers peers, Word* out, int64_t out_stride, const Word* x, int64_t x_stride, uint32_t rows,
                  uint32_t words, int from) {
-  const uint32_t call = CallOf(peers);
+  const uint32_t call = BeginCall(peers);
   const PackRange own = BlockPacks(int64_t{rows} * words, gridDim.x, blockIdx.x);
   if (from < 0 || from == peers.rank) {
     auto* mail = reinterpret_cast<Word*>(peers.mailbox[peers.rank] + MailOffset(call, Mail::kMessage));

@@ -60,9 +60,9 @@ void Launch(Stream& stream, const char* name, const LaunchShape& shape, void (*k
   LaunchAs(false, stream, name, shape, kernel, arguments...);
 }
 
-// A kernel whose blocks may start while the kernel before it on the stream still runs. Each of its threads begins with
-// ptx::WaitForKernelsBefore: until then it may touch no global memory, neither read nor write, and none may end
-// without.
+// A kernel whose blocks may start while the kernel before it on the stream still runs. Each of its threads calls
+// ptx::WaitForKernelsBefore, and may touch no global memory before that, neither read nor write, but for LdGlobalOnce
+// of what no kernel writes. None may end without.
 template <typename... Parameters, typename... Arguments>
 void LaunchOverlapping(Stream& stream, const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
                        const Arguments&... arguments) {

@@ -14,41 +14,62 @@ namespace altiplano::cuda {
 
 namespace {
 
+// Of the weights, the two rows of a lane: lane / 4 of its group, and 8 further.
+struct LaneRows {
+  const BF16* at[2];
+  bool inside[2];
+
+  PTX_FUNCTION LaneRows(const LinearOperands& args, int64_t group, int row) {
+    PTX_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      inside[half] = ColumnOf(args, group, row + 8 * half) < args.n;
+      at[half] =
+          static_cast<const BF16*>(args.weight.data) + WeightRowOf(args, group, row + 8 * half) * args.weight.stride;
+    }
+  }
+  // kLinearUnroll chunks of them that lie `stride` apart, the lane's part from k on.
+  PTX_FUNCTION void Load(int k, int stride, int k_end, uint4 (&a)[kLinearUnroll][2]) const {
+    PTX_UNROLL
+    for (int u = 0; u < kLinearUnroll; ++u, k += stride) {
+      PTX_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        a[u][half] = {};
+        if (k < k_end && inside[half]) a[u][half] = ptx::LdGlobalOnce(reinterpret_cast<const uint4*>(at[half] + k));
+      }
+    }
+  }
+};
+
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOperands args) {
-  ptx::WaitForKernelsBefore();
   constexpr int kTokens = 8 * kTokenTiles;
   auto* sums = static_cast<float*>(ptx::DynamicShared());  // [parts, kTokens, kMmaLinearPadded]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, part = lane % 4;
   const int64_t group = blockIdx.x, first_token = int64_t{blockIdx.y} * kTokens;
-  const auto* weight = static_cast<const BF16*>(args.weight.data);
   const auto* x = static_cast<const BF16*>(args.x.data);
 
   // K may end within a chunk, N within the block's columns and T within its tokens: zeros stand for what is beyond.
   float d[kTokenTiles][4] = {};
-  const int stride = kLinearChunk * args.parts;
-  for (int64_t first = int64_t{warp} * kLinearChunk; first < args.k; first += kLinearUnroll * stride) {
-    uint4 a[kLinearUnroll][2] = {};
+  const int stride = kLinearChunk * args.parts, k_end = static_cast<int>(args.k);
+  const LaneRows rows(args, group, row);
+  uint4 a[kLinearUnroll][2];
+  // The first are on their way while the kernels before still make x: their ends, sums over ranks and launches cost no
+  // bandwidth. 64 tokens leave no registers for that.
+  constexpr bool kAhead = ptx::kKernelsOverlap && kTokenTiles <= 2;
+  const int begin = warp * kLinearChunk;
+  if (kAhead) rows.Load(begin + part * 8, stride, k_end, a);
+  ptx::WaitForKernelsBefore();
+  for (int first = begin; first < k_end; first += kLinearUnroll * stride) {
+    if (!kAhead || first != begin) rows.Load(first + part * 8, stride, k_end, a);
     PTX_UNROLL
     for (int u = 0; u < kLinearUnroll; ++u) {
-      const int64_t k = first + u * stride + part * 8;
-      PTX_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if (k < args.k && ColumnOf(args, group, row + 8 * half) < args.n) {
-          const int64_t at = WeightRowOf(args, group, row + 8 * half) * args.weight.stride + k;
-          a[u][half] = ptx::LdGlobalOnce(reinterpret_cast<const uint4*>(weight + at));
-        }
-      }
-    }
-    PTX_UNROLL
-    for (int u = 0; u < kLinearUnroll; ++u) {
-      const int64_t k = first + u * stride + part * 8;
+      const int k = first + u * stride + part * 8;
       PTX_UNROLL
       for (int tile = 0; tile < kTokenTiles; ++tile) {
         const int64_t token = first_token + 8 * tile + row;
         uint4 b = {};
-        if (k < args.k && token < args.tokens) {
+        if (k < k_end && token < args.tokens) {
           b = ptx::LdGlobal(reinterpret_cast<const uint4*>(x + token * args.x.stride + k));
         }
         ptx::Mma16816(d[tile], {a[u][0].x, a[u][1].x, a[u][0].y, a[u][1].y}, {b.x, b.y});

@@ -42,6 +42,9 @@ struct Peers {
   PeerVerdicts* verdicts;
   uint64_t patience_ns;  // how long a block waits for a peer
   int rank, ranks;
+  // No other rank is on this one's GPU: blocks of the next kernel that have started, and wait, take no room from a peer
+  // that this one waits for.
+  bool alone;
 };
 
 // Each is one call: all ranks make the same, in the same order. Messages have at most kPeerMessageBytes.

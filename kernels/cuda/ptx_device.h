@@ -41,7 +41,8 @@ template <typename T>
 PTX_FUNCTION T LdGlobal(const T* from) {
   return *from;
 }
-// Of what nobody writes while the kernel runs and nobody reads again soon: the weights.
+// Of what no kernel writes, so that it may be loaded before the wait for the kernels before, and nobody reads again
+// soon: the weights.
 PTX_FUNCTION uint4 LdGlobalOnce(const uint4* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -168,13 +169,24 @@ PTX_FUNCTION void CpAsyncWait() {
 }
 
 // ---- kernels that overlap (LaunchOverlapping)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline constexpr bool kKernelsOverlap = true;
+#else
+inline constexpr bool kKernelsOverlap = false;
+#endif
+// The kernel after this one may start when all blocks have come here, if it was launched to overlap.
+PTX_FUNCTION void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 // Until the kernels before this one have ended and what they stored is seen; then the next one may start. Not earlier:
 // its blocks would take room from kernels that still work. Nothing where the kernel was launched without overlap.
 PTX_FUNCTION void WaitForKernelsBefore() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+  LetNextKernelStart();
 }
 
 // ---- matrices of a warp

@@ -90,6 +90,7 @@ T LdGlobal(const T* from, PTX_SITE) {
 }
 template <typename T>
 T LdGlobalOnce(const T* from, PTX_SITE) {
+  sim::LoadsMaybeEarly(from, sizeof(T));
   return LdGlobal(from, site);
 }
 template <typename T>
@@ -199,8 +200,12 @@ void CpAsyncWait() {
   sim::CpAsyncWait(kPending);
 }
 
+inline constexpr bool kKernelsOverlap = true;
 inline void WaitForKernelsBefore() {
   sim::WaitForKernelsBefore();
+}
+inline void LetNextKernelStart(PTX_SITE) {
+  sim::LetNextKernelStart(site);
 }
 
 inline void LdMatrixX4(uint32_t (&r)[4], const void* row, PTX_SITE) {

@@ -84,6 +84,7 @@ struct Thread : ThreadView {
   uint32_t parity = 0;
   uint32_t proxy_fences = 0;
   bool waited = false;  // for the kernels before
+  bool early = false;   // its next access may come before that wait
   // Copies issued and not waited for.
   std::vector<CpAsyncCopy> copies;
   int copy_group = 0;

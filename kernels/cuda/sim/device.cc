@@ -69,6 +69,11 @@ void sim::LoseGpu(int ordinal, const std::string& error) {
   all_gpus[ordinal].lost = error;
 }
 
+const void* sim::GpuOfStream(const void* stream) {
+  std::lock_guard lock(mutex);
+  return gpu_of_stream.at(stream);
+}
+
 void sim::SetArchitecture(const cuda::Architecture& simulated) {
   architecture = &simulated;
 }

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "kernels/cuda/sim/core.h"
 #include "kernels/cuda/sim/host_copies.h"
@@ -63,6 +65,62 @@ void Free(void* data) {
   std::free(data);
 }
 
+// What kernels have loaded before their wait for the kernels before: begins and ends, which do not touch each other.
+class EarlyLoads {
+ public:
+  void Add(const void* data, size_t bytes) {
+    const Guard guard(busy_);
+    auto begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+    auto it = ranges_.upper_bound(end);
+    while (it != ranges_.begin() && std::prev(it)->second >= begin) {
+      --it;
+      begin = std::min(begin, it->first);
+      end = std::max(end, it->second);
+      it = ranges_.erase(it);
+    }
+    ranges_.emplace(begin, end);
+    any_.store(true, std::memory_order_relaxed);
+  }
+  bool Touch(const void* data, size_t bytes) {
+    if (!any_.load(std::memory_order_relaxed)) return false;
+    const Guard guard(busy_);
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    auto it = ranges_.lower_bound(begin + bytes);
+    return it != ranges_.begin() && std::prev(it)->second > begin;
+  }
+  // begin and end: of an allocation, across whose edges no range reaches.
+  void Forget(uintptr_t begin, uintptr_t end) {
+    const Guard guard(busy_);
+    ranges_.erase(ranges_.lower_bound(begin), ranges_.lower_bound(end));
+    any_.store(!ranges_.empty(), std::memory_order_relaxed);
+  }
+
+ private:
+  // Not a mutex, as above.
+  struct Guard {
+    explicit Guard(std::atomic_flag& flag) : busy(flag) {
+      while (busy.test_and_set(std::memory_order_acquire)) {
+      }
+    }
+    ~Guard() { busy.clear(std::memory_order_release); }
+    std::atomic_flag& busy;
+  };
+  std::atomic_flag busy_;
+  std::atomic<bool> any_ = false;
+  std::map<uintptr_t, uintptr_t> ranges_;
+};
+EarlyLoads& early_loads = *new EarlyLoads();  // alive for the whole process: buffers may be freed late
+
+void ForgetEarlyLoads(void* data) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  size_t bytes = 0;
+  {
+    const DeviceAllocations allocations;
+    if (const auto it = allocations->find(begin); it != allocations->end()) bytes = it->second;
+  }
+  early_loads.Forget(begin, begin + bytes);
+}
+
 }  // namespace
 
 void* AllocateDevice(size_t bytes) {
@@ -70,6 +128,7 @@ void* AllocateDevice(size_t bytes) {
 }
 
 void FreeDevice(void* data) {
+  ForgetEarlyLoads(data);
   Free<DeviceAllocations>(data);
 }
 
@@ -143,8 +202,21 @@ void WaitForKernelsBefore() {
   CurrentRunner().current->waited = true;
 }
 
+void LoadsMaybeEarly(const void* data, size_t bytes) {
+  Runner& runner = CurrentRunner();
+  if (!runner.grid.overlapping || runner.current->waited) return;
+  runner.current->early = true;
+  early_loads.Add(data, bytes);
+}
+
+void LetNextKernelStart(Site site) {
+  Runner& runner = CurrentRunner();
+  if (!runner.grid.shares_gpu) return;
+  runner.Fail("it lets the next kernel start, whose blocks may take the room of the peer that it waits for", site);
+}
+
 void CheckWaited(Runner& runner, Site site) {
-  if (runner.grid.overlapping && !runner.current->waited) {
+  if (runner.grid.overlapping && !runner.current->waited && !std::exchange(runner.current->early, false)) {
     runner.Fail("global memory is touched before the wait for the kernels before, which may still run", site);
   }
 }
@@ -159,6 +231,9 @@ void Access(Memory memory, const void* data, int bytes, Site site) {
   } else if (CheckWaited(runner, site); !IsDeviceMemory(data, static_cast<size_t>(bytes))) {
     runner.Fail(std::string(memory == Memory::kGlobalLoad ? "a global load" : "a global store") + " of " +
                     std::to_string(bytes) + " bytes is outside of device memory",
+                site);
+  } else if (memory == Memory::kGlobalStore && early_loads.Touch(data, static_cast<size_t>(bytes))) {
+    runner.Fail("a store to what a kernel loads before its wait for the kernels before, of which this may be one",
                 site);
   }
   if (memory == Memory::kSharedStore) NoteGenericWrite(runner, data, bytes);

@@ -20,6 +20,7 @@ constexpr auto kLook = std::chrono::milliseconds(2);
 // One launch of each rank.
 struct Meeting {
   std::vector<std::vector<Kernel>> streams;
+  std::vector<const void*> gpus;  // of those that have come
   int arrived = 0;
   bool running = false, done = false;
   std::string error;
@@ -31,7 +32,15 @@ std::map<const void*, std::shared_ptr<Meeting>> meetings;  // of each group, the
 
 thread_local std::optional<std::vector<std::vector<Kernel>>> collected;
 
-void RunWithPeers(const PeerLaunch& launch, Kernel kernel) {
+// A rank's launch and those on the same GPU that came before it.
+void Join(Meeting& meeting, size_t rank, const void* gpu, Kernel kernel) {
+  const bool shares = std::find(meeting.gpus.begin(), meeting.gpus.end(), gpu) != meeting.gpus.end();
+  kernel.grid.shares_gpu = shares;
+  meeting.gpus.push_back(gpu);
+  meeting.streams[rank].push_back(std::move(kernel));
+}
+
+void RunWithPeers(const void* gpu, const PeerLaunch& launch, Kernel kernel) {
   const auto rank = static_cast<size_t>(launch.rank);
   if (collected) {
     collected->resize(std::max(collected->size(), static_cast<size_t>(launch.ranks)));
@@ -46,7 +55,7 @@ void RunWithPeers(const PeerLaunch& launch, Kernel kernel) {
     open->streams.resize(static_cast<size_t>(launch.ranks));
   }
   const std::shared_ptr<Meeting> meeting = open;
-  meeting->streams[rank].push_back(std::move(kernel));
+  Join(*meeting, rank, gpu, std::move(kernel));
   const bool last = ++meeting->arrived == launch.ranks;
   const auto until = std::chrono::steady_clock::now() + launch.patience;
   while (!last && !meeting->running && !launch.ended() && std::chrono::steady_clock::now() < until) {
@@ -79,7 +88,7 @@ std::string RunCollected() {
 }
 
 void LaunchWithPeers(void* stream, const PeerLaunch& launch, const Kernel& kernel) {
-  Issue(stream, [launch, kernel](void*) { RunWithPeers(launch, kernel); });
+  Issue(stream, [launch, kernel](void* on) { RunWithPeers(GpuOfStream(on), launch, kernel); });
 }
 
 }  // namespace altiplano::sim

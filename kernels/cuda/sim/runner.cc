@@ -241,7 +241,7 @@ void Runner::Prepare() {
     thread.copies.clear();
     thread.copy_group = 0;
     thread.proxy_fences = 0;
-    thread.waited = false;
+    thread.waited = thread.early = false;
     thread.polls = thread.polled = nullptr;
     Wake(thread);
   }

@@ -23,6 +23,7 @@ struct Grid {
   dim3 grid, block;
   unsigned shared_bytes = 0;
   bool overlapping = false;  // may start before its predecessors have ended
+  bool shares_gpu = false;   // with the same launch of another rank, for which it waits
 };
 // Runs body once per thread, every block to its end. Empty, or what the kernel did that CUDA forbids, or how its
 // threads wait for each other for ever: kernel, block, thread, file and line.

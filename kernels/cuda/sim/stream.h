@@ -12,6 +12,8 @@ using Operation = std::function<void(void* stream)>;
 
 void* CreateStream();
 void DestroyStream(void* stream);
+// Which GPU it is a stream of: equal for those of one.
+const void* GpuOfStream(const void* stream);
 // Runs it, or records it while the stream is captured. Whatever runs on a stream comes through here.
 void Issue(void* stream, Operation operation);
 

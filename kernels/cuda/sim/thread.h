@@ -57,6 +57,9 @@ uint64_t Shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int argument, 
 
 // ---- kernels that overlap
 void WaitForKernelsBefore();
+// The next access, a load of what no kernel stores to, may come before that wait. From then on a store there fails.
+void LoadsMaybeEarly(const void* data, size_t bytes);
+void LetNextKernelStart(Site site);
 
 // ---- matrices of a warp
 void LdMatrix(uint32_t* r, int matrices, bool transposed, const void* row, Site site);

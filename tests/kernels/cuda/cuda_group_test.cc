@@ -39,23 +39,27 @@ class CudaGroupTest : public CudaTest {
  protected:
   Members Make(std::vector<int> ordinals, milliseconds patience = kPatient, const NcclApi* nccl = nullptr) {
     std::string error;
+    ordinals_ = ordinals;
     Members group = MakeCudaGroup({.ordinals = std::move(ordinals), .patience = patience, .nccl = nccl}, &error);
     EXPECT_EQ(error, "");
     return group;
   }
   // fn(rank, member, stream) on a thread for each rank.
-  static void OnEachRank(const Members& group, const std::function<void(size_t, Communicator&, Stream&)>& fn) {
+  void OnEachRank(const Members& group, const std::function<void(size_t, Communicator&, Stream&)>& fn) {
     std::vector<std::thread> threads;
     for (size_t rank = 0; rank < group.size(); ++rank) {
       threads.emplace_back([&, rank] {
         std::string error;
-        const auto stream = Stream::Cuda(0, &error);
+        const auto stream = Stream::Cuda(ordinals_[rank], &error);
         ASSERT_NE(stream, nullptr) << error;
         fn(rank, *group[rank], *stream);
       });
     }
     for (std::thread& thread : threads) thread.join();
   }
+
+ private:
+  std::vector<int> ordinals_;  // of the group made last
 };
 
 // x of each rank on the host, all-reduced by ranks on the CPU.

@@ -94,6 +94,57 @@ TEST(Simulator, FindsWhatDoesNotWaitForTheKernelsBefore) {
   EXPECT_EQ(sim::RunGrid({"Late", 1, 32}, add), "");
 }
 
+// What no kernel stores to may be loaded before the wait, and only so.
+TEST(Simulator, KnowsWhatMayBeLoadedBeforeTheWait) {
+  DeviceArray<int32_t> from(64, [](size_t i) { return static_cast<int32_t>(i); });
+  DeviceArray<int32_t> to(32, [](size_t) { return 0; });
+  const sim::Grid early = {.kernel = "Early", .grid = 1, .block = 32, .overlapping = true};
+  const auto loads = [&](int offset) {
+    return [&, offset] {
+      const int32_t x = ptx::LdGlobalOnce(from.data() + Thread() + offset);
+      ptx::WaitForKernelsBefore();
+      ptx::StGlobal(to.data() + Thread(), x);
+    };
+  };
+  const auto stores = [&](int at) {
+    return [&, at] {
+      if (Thread() == 0) ptx::StGlobal(from.data() + at, 7);
+    };
+  };
+  EXPECT_EQ(sim::RunGrid(early, loads(0)), "");
+  EXPECT_EQ(to[31], 31);
+  const auto again = [&] {
+    ptx::LdGlobalOnce(from.data() + Thread());
+    ptx::LdGlobal(from.data() + Thread());
+    ptx::WaitForKernelsBefore();
+  };
+  EXPECT_THAT(sim::RunGrid(early, again), HasSubstr("touched before the wait"));
+  EXPECT_EQ(sim::RunGrid({"Store", 1, 32}, stores(32)), "");
+  for (const int at : {0, 17, 31}) {
+    EXPECT_THAT(sim::RunGrid({"Store", 1, 32}, stores(at)),
+                AllOf(HasSubstr("kernel Store"), HasSubstr("what a kernel loads before its wait")))
+        << at;
+  }
+  EXPECT_EQ(sim::RunGrid(early, loads(32)), "");
+  EXPECT_THAT(sim::RunGrid({"Store", 1, 32}, stores(63)), HasSubstr("what a kernel loads before its wait"));
+  // After the wait it is a load like any other; and what is freed is forgotten.
+  DeviceArray<int32_t> late(32, [](size_t) { return 1; });
+  const auto waits = [&] {
+    ptx::WaitForKernelsBefore();
+    ptx::StGlobal(to.data() + Thread(), ptx::LdGlobalOnce(late.data() + Thread()));
+  };
+  EXPECT_EQ(sim::RunGrid(early, waits), "");
+  EXPECT_EQ(sim::RunGrid({"Store", 1, 32}, [&] { ptx::StGlobal(late.data() + Thread(), 2); }), "");
+  int32_t* const freed = static_cast<int32_t*>(sim::AllocateDevice(128));
+  EXPECT_EQ(sim::RunGrid(early, [&] { ptx::LdGlobalOnce(freed + Thread()), ptx::WaitForKernelsBefore(); }), "");
+  const auto overwrite = [&] { ptx::StGlobal(freed + Thread(), 2); };
+  EXPECT_THAT(sim::RunGrid({"Store", 1, 32}, overwrite), HasSubstr("what a kernel loads before its wait"));
+  sim::FreeDevice(freed);
+  int32_t* const next = static_cast<int32_t*>(sim::AllocateDevice(128));
+  EXPECT_EQ(sim::RunGrid({"Store", 1, 32}, [&] { ptx::StGlobal(next + Thread(), 2); }), "");
+  sim::FreeDevice(next);
+}
+
 // The order of blocks and of warps within a block is another one with another seed, and the same with the same.
 TEST(Simulator, OrderIsDrawnFromTheSeed) {
   auto order_with = [](uint64_t seed) {
