@@ -359,9 +359,9 @@ class CheckpointReader {
       }
     }
     std::ranges::sort(held);
-    held.erase(std::ranges::unique(held).begin(), held.end());
+    held.erase(std::unique(held.begin(), held.end()), held.end());
     for (BlockId block : held) {
-      auto& one = checkpoint_.held.emplace_back(block, IsIn(valued_, block), std::nullopt);
+      auto& one = checkpoint_.held.emplace_back(FlightCheckpoint::Held{block, IsIn(valued_, block), std::nullopt});
       if (IsIn(kept_, block)) one.name = NameOf(block);
     }
     std::vector<std::pair<uint64_t, BlockId>> cached;

@@ -327,11 +327,12 @@ TEST(BenchInterrupt, OfflineReportsTheNumbersOfStreamsThatHaveFinished) {
 }
 
 TEST(BenchInterrupt, TheSecondSignalEndsItAtOnceWhateverHangs) {
-  setenv("ALTIPLANO_FAULT", "0:20:hang", 1);
+  setenv("ALTIPLANO_FAULT", "0:1:hang", 1);
   Process bench({"bench", "offline", "--model", kTiny, "--dataset-name", "random", "--kv-memory", "16MiB"});
   unsetenv("ALTIPLANO_FAULT");
   ASSERT_TRUE(WaitUntilItSends(bench)) << bench.Errors();
-  bench.Signal(SIGINT);  // cancels, which the step that hangs does not hear of
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));  // into the first step, which ends no more
+  bench.Signal(SIGINT);                                         // cancels, which the step that hangs does not hear of
   bench.Signal(SIGTERM);
   EXPECT_EQ(bench.Wait(), 130) << bench.Errors();
   EXPECT_EQ(bench.output(), "") << "no report";
