@@ -45,9 +45,11 @@ PTX_FUNCTION T LdGlobal(const T* from) {
 // soon: the weights.
 PTX_FUNCTION uint4 LdGlobalOnce(const uint4* from) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  // Not .nc: ptxas moves such loads behind a wait for the kernels before.
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
+               : "l"(from)
+               : "memory");
   return v;
 }
 template <typename T>
