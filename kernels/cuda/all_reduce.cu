@@ -47,8 +47,9 @@ PTX_FUNCTION uint32_t CallOf(const Peers& peers) {
   return ptx::LdGlobal(&peers.signals[peers.rank]->calls) + 1;
 }
 
-// And lets the kernel after this one load its weights while the ranks come together.
+// And lets the kernel after this one ask for its weights while the ranks come together.
 PTX_FUNCTION uint32_t BeginCall(const Peers& peers) {
+  ptx::WaitForKernelsBefore();
   if (peers.alone) ptx::LetNextKernelStart();
   return CallOf(peers);
 }

@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
     EmbedKernel(Elements out, Elements table, const int32_t* ids, const int32_t* sampled, int64_t vocab_begin,
                 int64_t vocab, int64_t packs) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const int64_t token = blockIdx.x;
   const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (pack >= packs) return;

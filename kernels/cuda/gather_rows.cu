@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
     GatherRowsKernel(void* out, int64_t out_stride, const void* x, int64_t x_stride, const int32_t* rows,
                      int64_t words) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const int64_t row = blockIdx.x;
   const int64_t word = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (word >= words) return;

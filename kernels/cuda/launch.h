@@ -62,7 +62,9 @@ void Launch(Stream& stream, const char* name, const LaunchShape& shape, void (*k
 
 // A kernel whose blocks may start while the kernel before it on the stream still runs. Each of its threads calls
 // ptx::WaitForKernelsBefore, and may touch no global memory before that, neither read nor write, but for LdGlobalOnce
-// of what no kernel writes. None may end without.
+// and PrefetchL2 of what no kernel writes. None may end without. ptx::LetNextKernelStart, too, is best called behind
+// the wait: a kernel that starts much earlier takes room from those that work, and what it asks L2 for may be gone when
+// it is used.
 template <typename... Parameters, typename... Arguments>
 void LaunchOverlapping(Stream& stream, const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
                        const Arguments&... arguments) {
@@ -70,12 +72,12 @@ void LaunchOverlapping(Stream& stream, const char* name, const LaunchShape& shap
 }
 
 // A kernel of one rank that waits for the same launch of the others; its first parameter is `peers`. All blocks of all
-// ranks must be resident at once.
+// ranks must be resident at once. It overlaps, as those of LaunchOverlapping, where no other rank is on its GPU.
 template <typename... Parameters, typename... Arguments>
 void LaunchWithPeers(Stream& stream, const Peers& peers, const char* name, const LaunchShape& shape,
                      void (*kernel)(Peers, Parameters...), const Arguments&... arguments) {
 #ifdef __CUDACC__
-  Launch(stream, name, shape, kernel, peers, arguments...);
+  LaunchAs(peers.alone, stream, name, shape, kernel, peers, arguments...);
 #else
   sim::LaunchWithPeers(
       stream.cuda_stream(),
@@ -87,7 +89,8 @@ void LaunchWithPeers(Stream& stream, const Peers& peers, const char* name, const
       {.grid = {.kernel = name,
                 .grid = dim3(shape.grid_x, shape.grid_y, shape.grid_z),
                 .block = dim3(shape.threads),
-                .shared_bytes = shape.shared_bytes},
+                .shared_bytes = shape.shared_bytes,
+                .overlapping = peers.alone},
        .body = [kernel, values = std::tuple<Peers, Parameters...>(peers, static_cast<Parameters>(arguments)...)] {
          std::apply(kernel, values);
        }});

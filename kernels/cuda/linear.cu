@@ -40,6 +40,18 @@ struct LaneRows {
   }
 };
 
+// Its warps share out the rows of the block's weights: the instruction takes one after the other.
+PTX_FUNCTION void PrefetchRows(const LinearOperands& args, int64_t group, int warp) {
+  if (group >= args.prefetch.blocks || args.prefetch.bytes == 0) return;
+  for (int row = warp; row < kMmaLinearColumns; row += args.parts) {
+    if (ColumnOf(args, group, row) >= args.n) continue;
+    const BF16* weights =
+        static_cast<const BF16*>(args.weight.data) + WeightRowOf(args, group, row) * args.weight.stride;
+    ptx::PrefetchL2(reinterpret_cast<const char*>(weights) + args.prefetch.begin,
+                    static_cast<uint32_t>(args.prefetch.bytes));
+  }
+}
+
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOperands args) {
   constexpr int kTokens = 8 * kTokenTiles;
@@ -49,17 +61,20 @@ __global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOper
   const int64_t group = blockIdx.x, first_token = int64_t{blockIdx.y} * kTokens;
   const auto* x = static_cast<const BF16*>(args.x.data);
 
+  // While the kernels before still make x the first weights are on their way, more of them to L2 and some to registers:
+  // ends of kernels, sums over ranks and launches cost no bandwidth.
+  if (ptx::kKernelsOverlap && lane == 0) PrefetchRows(args, group, warp);
+
   // K may end within a chunk, N within the block's columns and T within its tokens: zeros stand for what is beyond.
   float d[kTokenTiles][4] = {};
   const int stride = kLinearChunk * args.parts, k_end = static_cast<int>(args.k);
   const LaneRows rows(args, group, row);
   uint4 a[kLinearUnroll][2];
-  // The first are on their way while the kernels before still make x: their ends, sums over ranks and launches cost no
-  // bandwidth. 64 tokens leave no registers for that.
-  constexpr bool kAhead = ptx::kKernelsOverlap && kTokenTiles <= 2;
+  constexpr bool kAhead = ptx::kKernelsOverlap && kTokenTiles <= kMostTokenTilesAhead;
   const int begin = warp * kLinearChunk;
   if (kAhead) rows.Load(begin + part * 8, stride, k_end, a);
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   for (int first = begin; first < k_end; first += kLinearUnroll * stride) {
     if (!kAhead || first != begin) rows.Load(first + part * 8, stride, k_end, a);
     PTX_UNROLL
@@ -141,12 +156,13 @@ bool ByLibrary(Stream& stream, const LinearArgs& args) {
          IsPacked(args.out, 16 / static_cast<int64_t>(SizeOf(args.out.dtype))) && CublasLtLinear(stream, args);
 }
 
-void LaunchMmaLinear(Stream& stream, const LinearOperands& args, bool out_packed) {
+void LaunchMmaLinear(Stream& stream, LinearOperands args, bool out_packed) {
   const int64_t rows = args.gated ? 2 * args.n : args.n;
   if (UsesTiles(args.tokens, rows)) {
     LaunchTiledLinear(stream, args, out_packed);
     return;
   }
+  if (kernels_overlap) args.prefetch = PlanLinearPrefetch(args.tokens, rows, args.k, args.parts);
   const int tiles = MmaLinearTokenTiles(args.tokens);
   LaunchOverlapping(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts),
                     tiles == 1   ? MmaLinearKernel<1>

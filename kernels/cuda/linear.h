@@ -16,7 +16,8 @@ struct LinearOperands {
   int64_t tokens = 0, n = 0, k = 0;  // n: columns of out
   int parts = 1;                     // LinearParts
   bool accumulate = false;
-  bool gated = false;  // out = silu(gate) * up; the weights are n rows of gate, then n of up
+  bool gated = false;            // out = silu(gate) * up; the weights are n rows of gate, then n of up
+  LinearPrefetch prefetch = {};  // of few tokens
 };
 
 // Weights are taken 16 rows at a time. Of gate and up these are 8 rows of each, so that the two sums of a column of out

@@ -2,6 +2,7 @@
 // taken in depends on dtype, N and K alone. All else here may depend on the tokens, because it does not show in a bit.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/launch_shape.h"
@@ -36,6 +37,13 @@ constexpr int MmaLinearTokenTiles(int64_t tokens) {
   return tokens <= 8 ? 1 : tokens <= 16 ? 2 : 8;
 }
 
+// Elements of each row of the weights that warps load before they wait for the kernels before. More token tiles leave
+// no registers for that.
+inline constexpr int kMostTokenTilesAhead = 2;
+constexpr int64_t LinearLoadedAhead(int64_t tokens, int parts) {
+  return MmaLinearTokenTiles(tokens) <= kMostTokenTilesAhead ? int64_t{parts} * kLinearUnroll * kLinearChunk : 0;
+}
+
 // rows: of the weights.
 constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t rows, int parts) {
   const int64_t block_tokens = 8 * MmaLinearTokenTiles(tokens);
@@ -43,6 +51,33 @@ constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t rows, int parts) {
           .grid_y = static_cast<uint32_t>((tokens + block_tokens - 1) / block_tokens),
           .threads = static_cast<uint32_t>(32 * parts),
           .shared_bytes = static_cast<uint32_t>(parts * block_tokens * kMmaLinearPadded * 4)};
+}
+
+// What a launch that overlaps (launch.h) asks L2 for while it waits for the kernels before it, beyond what its warps
+// load then: of each row of the weights `bytes` from `begin` on, by the first `blocks` blocks, those that find room at
+// once. All together that is up to kPrefetchedBytes. The memory has as much to send in 4 us, and would be idle: an
+// all-reduce of one token takes 8 or 9. A third of L2 (50 MB on Hopper) keeps it, whatever else goes on.
+inline constexpr int64_t kPrefetchedBytes = 16 << 20;
+inline constexpr int64_t kResidentLinearWarps = 132 * 32;  // of 64 registers
+struct LinearPrefetch {
+  int begin = 0, bytes = 0, blocks = 0;
+  friend bool operator==(const LinearPrefetch&, const LinearPrefetch&) = default;
+};
+// Of bf16. tokens: up to 64.
+constexpr LinearPrefetch PlanLinearPrefetch(int64_t tokens, int64_t rows, int64_t k, int parts) {
+  const int64_t blocks = std::min((rows + kMmaLinearColumns - 1) / kMmaLinearColumns, kResidentLinearWarps / parts);
+  // Whole lines of 128 bytes, and the chunks that warps load early are such, too.
+  const int64_t begin = std::min(k, LinearLoadedAhead(tokens, parts)) * 2;
+  const int64_t share = kPrefetchedBytes / (blocks * kMmaLinearColumns) / 128 * 128;
+  return {.begin = static_cast<int>(begin),
+          .bytes = static_cast<int>(std::min(k * 2 - begin, share)),
+          .blocks = static_cast<int>(blocks)};
+}
+
+// Bytes of the weights that are on their way before the wait, into registers and L2.
+constexpr int64_t LinearEarlyBytes(int64_t tokens, int64_t rows, int64_t k) {
+  const LinearPrefetch prefetch = PlanLinearPrefetch(tokens, rows, k, LinearParts(rows, k));
+  return std::min(rows, prefetch.blocks * kMmaLinearColumns) * (prefetch.begin + prefetch.bytes);
 }
 
 // ---- many tokens: tiles of 64 rows of the weights by 32 tokens for each warp, in a ring of stages.

@@ -148,6 +148,7 @@ PTX_FUNCTION void AttendPlainly(const AttentionArgs& args, const AttentionItem& 
 // Three blocks of a multiprocessor: without a number ptxas takes 56 registers and spills.
 template <int kPack>
 __global__ void __launch_bounds__(kAttentionThreads, 3) PlainAttentionKernel(AttentionArgs args) {
+  ptx::WaitForKernelsBefore();
   const ItemRange items = ItemsOfWorker(args);
   for (int i = items.begin; i < items.end; ++i) {
     if (i > items.begin) __syncthreads();  // before shared memory is used again
@@ -158,6 +159,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 3) PlainAttentionKernel(Att
 // One block for some rows of a tile that was cut: folds their states in order, each thread some columns.
 __global__ void __launch_bounds__(kCombineThreads) CombineSplitsKernel(AttentionArgs args) {
   constexpr int kAtOnce = 8;  // under way: folding waits for what is read
+  ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const auto header = LoadRecord<AttentionHeader>(args, 0);
   if (static_cast<int>(blockIdx.x) >= header.cuts) return;
   const auto cut = LoadRecord<AttentionCut>(args, header.first_cut + static_cast<int>(blockIdx.x));
@@ -231,11 +234,12 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
     if (mma) {
       LaunchMmaAttention(stream, shape, a);
     } else {
-      Launch(stream, "PagedAttention", shape, packed ? PlainAttentionKernel<kRowPack> : PlainAttentionKernel<1>, a);
+      LaunchOverlapping(stream, "PagedAttention", shape,
+                        packed ? PlainAttentionKernel<kRowPack> : PlainAttentionKernel<1>, a);
     }
   }
   if (args.work.cuts > 0) {
-    Launch(stream, "CombineSplits", CombineSplitsShape(kv_heads, args.work.cuts), CombineSplitsKernel, a);
+    LaunchOverlapping(stream, "CombineSplits", CombineSplitsShape(kv_heads, args.work.cuts), CombineSplitsKernel, a);
   }
 }
 

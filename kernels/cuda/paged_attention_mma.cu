@@ -248,6 +248,7 @@ PTX_FUNCTION void Attend(const AttentionArgs& args, const AttentionItem& tile, i
 
 template <int kDim>
 __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(AttentionArgs args) {
+  ptx::WaitForKernelsBefore();
   auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
   const ItemRange items = ItemsOfWorker(args);
   for (int i = items.begin; i < items.end; ++i) {
@@ -261,7 +262,8 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
 void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args) {
   static_assert(sizeof(Shared<64>) == MmaAttentionSharedBytes(64) &&
                 sizeof(Shared<128>) == MmaAttentionSharedBytes(128));
-  Launch(stream, "PagedAttention", shape, args.dim == 64 ? MmaAttentionKernel<64> : MmaAttentionKernel<128>, args);
+  LaunchOverlapping(stream, "PagedAttention", shape, args.dim == 64 ? MmaAttentionKernel<64> : MmaAttentionKernel<128>,
+                    args);
 }
 
 }  // namespace altiplano::cuda

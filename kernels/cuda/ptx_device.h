@@ -182,13 +182,20 @@ PTX_FUNCTION void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Until the kernels before this one have ended and what they stored is seen; then the next one may start. Not earlier:
-// its blocks would take room from kernels that still work. Nothing where the kernel was launched without overlap.
+// Until the kernels before this one have ended and what they stored is seen. Nothing where the kernel was launched
+// without overlap.
 PTX_FUNCTION void WaitForKernelsBefore() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  LetNextKernelStart();
+}
+// Has bytes, a multiple of 16 from such an address on, brought to L2, where a later load finds them. It reads nothing:
+// it may come before the wait for the kernels before.
+PTX_FUNCTION void PrefetchL2([[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+#endif
 }
 
 // ---- matrices of a warp

@@ -207,6 +207,9 @@ inline void WaitForKernelsBefore() {
 inline void LetNextKernelStart(PTX_SITE) {
   sim::LetNextKernelStart(site);
 }
+inline void PrefetchL2(const void* from, uint32_t bytes, PTX_SITE) {
+  sim::PrefetchL2(from, bytes, site);
+}
 
 inline void LdMatrixX4(uint32_t (&r)[4], const void* row, PTX_SITE) {
   sim::LdMatrix(r, 4, false, row, site);

@@ -15,6 +15,7 @@ template <int kPack, bool kAdd>
 __global__ void __launch_bounds__(kMostNormThreads)
     RmsNormKernel(Elements out, Elements residual, Elements x, Elements weight, float eps, int width) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   auto* row = static_cast<Waiting<kPack>*>(ptx::DynamicShared());
   const int64_t token = blockIdx.x;
   const int packs = width / kPack;

@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kRopeThreads)
     RopeStoreKvKernel(Elements q, Elements k, Elements v, Elements k_pages, Elements v_pages, const int32_t* positions,
                       const int32_t* slots, const float* inv_freq, RopeHeads heads, int64_t page_size) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   auto* cos = static_cast<float*>(ptx::DynamicShared());
   float* sin = cos + heads.half;
   const int64_t token = blockIdx.x;

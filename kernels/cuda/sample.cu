@@ -424,6 +424,7 @@ PTX_FUNCTION bool MergeLargest(const Row& row, bool adjusted, Largest* merged) {
 // The first kernel of every row. Two blocks of a multiprocessor, here and below, have 32 KiB under way.
 __global__ void __launch_bounds__(kSampleThreads, 2) LargestKernel(SampleMemory memory, RowBatch batch, int first_row) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const Row row = RowOf(memory, batch, first_row);
   const bool adjusted = row.params.adjusted;
   const LargestOfSlice raw = FindLargest(row, row.raw);
@@ -467,6 +468,7 @@ PTX_FUNCTION void SetSearch(const Row& row, const Search& search) {
 __global__ void __launch_bounds__(kSampleThreads, 2)
     CountKernel(SampleMemory memory, RowBatch batch, int first_row, int level, bool most_probable) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const Row row = RowOf(memory, batch, first_row);
   if (!(most_probable ? row.params.num_top > 0 : row.params.keeps_top_k) || !IsFinite(row)) return;
   const float* x = most_probable ? row.raw : row.x;
@@ -488,6 +490,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
 __global__ void __launch_bounds__(kSampleThreads, 2)
     WeighKernel(SampleMemory memory, RowBatch batch, int first_row, int level) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const Row row = RowOf(memory, batch, first_row);
   if (!row.params.keeps_top_p || !IsFinite(row)) return;
   const Weigh weigh(row);
@@ -522,6 +525,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
 // Draws among what is kept.
 __global__ void __launch_bounds__(kSampleThreads, 2) DrawKernel(SampleMemory memory, RowBatch batch, int first_row) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const Row row = RowOf(memory, batch, first_row);
   if (!row.params.samples || !IsFinite(row)) return;
   const Weigh weigh(row);
@@ -555,6 +559,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) DrawKernel(SampleMemory mem
 // The token's log-probability and rank among the raw logits, and the first level of the search for the most probable.
 __global__ void __launch_bounds__(kSampleThreads, 2) LogprobKernel(SampleMemory memory, RowBatch batch, int first_row) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const Row row = RowOf(memory, batch, first_row);
   if (row.params.num_top < 0 || !IsFinite(row)) return;
   const float largest = ptx::LdGlobal(&row.memory.state.raw_largest);
@@ -592,6 +597,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
     GatherTopKernel(SampleMemory memory, RowBatch batch, int first_row) {
   PTX_SHARED(Largest, top, kMaxTopLogprobs);
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const Row row = RowOf(memory, batch, first_row);
   if (row.params.num_top <= 0 || !IsFinite(row)) return;
   RowState& state = row.memory.state;

@@ -13,6 +13,7 @@ template <int kPack>
 __global__ void __launch_bounds__(kMostRowThreads)
     SiluMulKernel(Elements out, Elements gate_up, int64_t ffn, int64_t packs) {
   ptx::WaitForKernelsBefore();
+  ptx::LetNextKernelStart();
   const int64_t token = blockIdx.x;
   const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (pack >= packs) return;

@@ -78,6 +78,17 @@ AllReduces AllReducesOf(const ModelConfig& c, int ranks) {
   return sums;
 }
 
+double HiddenWeightsUs(const ModelConfig& c, const Gpu& gpu, int ranks) {
+  const AllReduces sums = AllReducesOf(c, ranks);
+  if (sums.calls == 0) return 0;
+  const Llama::EarlyWeights early = Llama::EarlyWeightBytes(c, Shard::Make(c, 0, ranks).value());
+  const auto beside_a_call = [&](int64_t bytes) {
+    return std::min(sums.one_token_us, static_cast<double>(bytes) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6);
+  };
+  const auto layers = static_cast<double>(c.layers);
+  return layers * beside_a_call(early.qkv) + layers * beside_a_call(early.gate_up) + beside_a_call(early.head);
+}
+
 StepCost DeriveStepCost(const ModelConfig& c, const Gpu& gpu, int ranks) {
   const Shard shard = Shard::Make(c, 0, ranks).value();
   const double parameters = MatrixParameters(c) / ranks;
@@ -85,7 +96,8 @@ StepCost DeriveStepCost(const ModelConfig& c, const Gpu& gpu, int ranks) {
   const auto calls = static_cast<double>(sums.calls);
   StepCost cost;
   cost.step_us = kStepUs + calls * sums.one_token_us;
-  cost.weights_us = parameters * SizeOf(DType::kBF16) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6;
+  cost.weights_us = parameters * SizeOf(DType::kBF16) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6 -
+                    HiddenWeightsUs(c, gpu, ranks);
   cost.token_us = 2 * parameters / kGemmFlops * 1e6 +
                   calls * static_cast<double>(sums.token_bytes) / kAllReduceBytesPerSecond * 1e6;
   cost.sequence_us = kSequenceUs;
@@ -126,6 +138,7 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
     blocks = std::min(blocks, static_cast<int64_t>(room / block));
   }
   plan.all_reduces = AllReducesOf(c, ranks);
+  plan.hidden_weights_us = HiddenWeightsUs(c, gpus.gpu, ranks);
   plan.cost = DeriveStepCost(c, gpus.gpu, ranks);
 
   const int64_t prompt = demand.context - demand.answer_tokens;

@@ -37,6 +37,10 @@ struct AllReduces {
 };
 AllReduces AllReducesOf(const ModelConfig& config, int ranks);
 
+// What of the reading of weights a decode step does beside its all-reduces: the product that follows one has its first
+// weights on their way before it waits (Llama::EarlyWeightBytes), for as long as the all-reduce takes at most.
+double HiddenWeightsUs(const ModelConfig& config, const Gpu& gpu, int ranks);
+
 // bf16 weights and KV cache on `ranks` tensor-parallel GPUs (of each of several stages: a step that runs alone goes
 // through all of them, and what they hand on is not counted), derived as the presets of FindMachine are (machine.cc).
 // The ranks must be a size that the model can be cut into.
@@ -69,6 +73,7 @@ struct Capacity {
   int64_t largest_batch = 0;    // requests of the demanded context
   int64_t longest_context = 0;  // of one request, when the demanded number of them run
   AllReduces all_reduces;
+  double hidden_weights_us = 0;  // of a decode step; cost.weights_us is without them
   StepCost cost;
   // Of the demanded load, if it ran: an idle server's time to first token; the time of a decode step of all requests in
   // the middle of their answers.

@@ -92,6 +92,7 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
       line("all-reduces", StrFormat("%lld a step, of %s for each token; %.1f us each with one token",
                                     static_cast<long long>(plan.all_reduces.calls),
                                     HumanBytes(plan.all_reduces.token_bytes).c_str(), plan.all_reduces.one_token_us));
+      line("  beside them", StrFormat("weights that take %.2f ms of a decode step", plan.hidden_weights_us * 1e-3));
     }
     line("predicted", StrFormat("TTFT %.1f ms when idle; ITL %.2f ms; %.1f tokens/s each, %.0f in all", Ms(plan.ttft),
                                 Ms(plan.itl), 1e3 / Ms(plan.itl), plan.tokens_per_second));
@@ -126,7 +127,8 @@ void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
       {"ttft_ms", Ms(plan.ttft)}, {"itl_ms", Ms(plan.itl)}, {"tokens_per_second", plan.tokens_per_second}};
   json["all_reduces"] = {{"a_step", plan.all_reduces.calls},
                          {"token_bytes", plan.all_reduces.token_bytes},
-                         {"one_token_us", plan.all_reduces.one_token_us}};
+                         {"one_token_us", plan.all_reduces.one_token_us},
+                         {"hidden_weights_us", plan.hidden_weights_us}};
   json["step_cost"] = bench::ToJson(plan.cost);
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
 }

@@ -6,6 +6,7 @@
 #include "kernels/comm/link.h"
 #include "kernels/cuda/attention_scratch.h"
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/linear_plan.h"
 #include "kernels/ops.h"
 #include "kernels/trace.h"
 #include "server/base/check.h"
@@ -65,6 +66,13 @@ uint64_t Llama::LinkBytes(const ModelConfig& config, const Limits& limits) {
 
 int64_t Llama::AllReduces(const ModelConfig& config, const Shard& shard) {
   return shard.size == 1 ? 0 : 2 * shard.layers(config) + (shard.first_stage() ? 1 : 0);
+}
+
+Llama::EarlyWeights Llama::EarlyWeightBytes(const ModelConfig& config, const Shard& shard) {
+  const auto early = [&](int64_t rows) { return cuda::LinearEarlyBytes(1, rows, config.hidden); };
+  return {.qkv = early((shard.q_heads(config) + 2 * shard.kv_heads(config)) * config.head_dim),
+          .gate_up = early(2 * shard.ffn(config)),
+          .head = early(shard.vocab(config))};
 }
 
 uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act) {

@@ -61,6 +61,12 @@ class Llama {
   static uint64_t LinkBytes(const ModelConfig& config, const Limits& limits);
   // Messages that ranks of a stage sum in one step: two a layer, and where it embeds one more.
   static int64_t AllReduces(const ModelConfig& config, const Shard& shard);
+  // Bytes of bf16 weights that are on their way to a GPU while it waits for an all-reduce of one token, of each product
+  // that comes behind one (kernels/cuda/linear_plan.h): qkv of each layer, gate and up of each, the head.
+  struct EarlyWeights {
+    int64_t qkv = 0, gate_up = 0, head = 0;
+  };
+  static EarlyWeights EarlyWeightBytes(const ModelConfig& config, const Shard& shard);
 
   // Computes the stage's layers for the step's tokens and stores their K and V. Before, on all stages but the first,
   // residual() must hold what it held on the stage before, afterwards. False: the group was aborted.

@@ -228,7 +228,9 @@ def projection(out, together_rows):
                 if (row["model"], row["ranks"], row["streams"]) == (model, ranks, 1) and row["call_us"] > 0]
         for result in said.get("results", []) if sums else []:
             step, weights = step_ms(result), said["weight_bytes"]
-            reduces = [sums["a_step"] * us * 1e-3 for us in (4.5, sums["one_token_us"], 24, *here)]
+            beside = sums["hidden_weights_us"] / sums["a_step"]
+            calls = (4.5, sums["one_token_us"], sums["one_token_us"] - beside, 24, *here)
+            reduces = [sums["a_step"] * us * 1e-3 for us in calls]
             missing = "" if here else " / -"
 
             def rates(alone):
@@ -243,8 +245,9 @@ def projection(out, together_rows):
             "**A projection.** Measured: the decode step of one stream with one rank's part of the model (random bf16 weights, all",
             "layers, context 512 to 640), alone on this GPU. Added: the all-reduces of one token that `altiplano plan` counts, at 4.5 us",
             "each (the least that NCCL's own model has for symmetric memory), at plan's own (a line through the published 7.8 us of",
-            "32 KiB and 16.7 us of 256 KiB, 8 H100, one shot), at 24 us (NCCL's ring), and at what a call was measured to cost with all",
-            "ranks on this one GPU, without a link (above; - where that is missing). Not in it: the logits' gather, ranks that come late, NVLink under load,",
+            "32 KiB and 16.7 us of 256 KiB, 8 H100, one shot), at that less the weights that plan reckons to be read beside them, at 24 us",
+            "(NCCL's ring), and at what a call was measured to cost with all ranks on this one GPU, without a link (above; - where that is",
+            "missing). Not in it: the logits' gather, ranks that come late, NVLink under load,",
             "power limits of several busy GPUs, the host's work for all ranks. For FP8 the measured step is scaled by the bytes of FP8",
             "matrices with a bf16 head, as if FP8 kernels read at the same rate and nothing else took time: no FP8 kernel ran.",
             "Bars, of eight H200: 405B in FP8 at least 63 tok/s, 70B at least 240.", "",

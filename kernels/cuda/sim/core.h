@@ -304,6 +304,8 @@ void CountMatrixRows(const Runner& runner, const void* const* rows, int matrices
 void CountCopy(const Runner& runner, const void* to, const void* from, int bytes, int from_bytes, Site site);
 void CountBox(const Runner& runner, const char* row, uint64_t rows, uint64_t stride_bytes, uint64_t row_bytes,
               Site site);
+// What was loaded, or asked for by a prefetch, before the wait for the kernels before.
+void CountEarly(const Runner& runner, uint64_t bytes, bool prefetch);
 void CountLaunch(const Runner& runner);
 void CountWgmmaCommit(const Runner& runner);
 void FinishCounting(const Runner& runner);  // after each block

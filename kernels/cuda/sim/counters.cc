@@ -43,8 +43,13 @@ struct Key {
   auto operator<=>(const Key&) const = default;
 };
 
+struct Early {
+  uint64_t loaded = 0, prefetched = 0;  // bytes
+};
+
 struct Counts {
   std::map<std::string, std::map<std::string, LineCount>> lines;  // of each kernel
+  std::map<std::string, Early> early;
   std::map<std::string, uint64_t> launches;
   std::map<Key, OpenLine> open;
   std::vector<int> wgmma_commits;
@@ -163,6 +168,12 @@ void FinishCounting(const Runner& runner) {
   std::erase_if(ThisThread().open, [&](const auto& entry) { return entry.first.block == &runner; });
 }
 
+void CountEarly(const Runner& runner, uint64_t bytes, bool prefetch) {
+  TsanIgnore ignore;
+  Early& early = ThisThread().early[runner.grid.kernel];
+  (prefetch ? early.prefetched : early.loaded) += bytes;
+}
+
 void CountLaunch(const Runner& runner) {
   if (runner.counting) ++ThisThread().launches[runner.grid.kernel];
 }
@@ -184,6 +195,8 @@ void CountTraffic(bool on) {
 Traffic TrafficOf(const std::string& kernel) {
   Traffic traffic;
   traffic.launches = ThisThread().launches[kernel];
+  traffic.early_bytes = ThisThread().early[kernel].loaded;
+  traffic.prefetched_bytes = ThisThread().early[kernel].prefetched;
   for (const auto& [name, line] : ThisThread().lines[kernel]) {
     if (line.global) {
       (line.store ? traffic.store_bytes : traffic.load_bytes) += line.bytes;

@@ -207,6 +207,16 @@ void LoadsMaybeEarly(const void* data, size_t bytes) {
   if (!runner.grid.overlapping || runner.current->waited) return;
   runner.current->early = true;
   early_loads.Add(data, bytes);
+  if (runner.counting) CountEarly(runner, bytes, false);
+}
+
+void PrefetchL2(const void* from, uint32_t bytes, Site site) {
+  Runner& runner = CurrentRunner();
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    runner.Fail("misaligned prefetch of " + std::to_string(bytes) + " bytes", site);
+  }
+  if (!IsDeviceMemory(from, bytes)) runner.Fail("a prefetch is outside of device memory", site);
+  if (runner.counting) CountEarly(runner, runner.grid.overlapping && !runner.current->waited ? bytes : 0, true);
 }
 
 void LetNextKernelStart(Site site) {

@@ -65,9 +65,10 @@ uint64_t GraphLaunches();
 // What a kernel asked of the memories while counting was on.
 struct Traffic {
   uint64_t launches = 0;
-  uint64_t load_bytes = 0, store_bytes = 0;       // of global memory, each thread's counted
-  uint64_t sectors = 0, ideal_sectors = 0;        // of 32 bytes, that warps touched, and the fewest for those bytes
-  uint64_t wavefronts = 0, ideal_wavefronts = 0;  // of shared memory: bank conflicts make the former larger
+  uint64_t load_bytes = 0, store_bytes = 0;        // of global memory, each thread's counted
+  uint64_t sectors = 0, ideal_sectors = 0;         // of 32 bytes, that warps touched, and the fewest for those bytes
+  uint64_t wavefronts = 0, ideal_wavefronts = 0;   // of shared memory: bank conflicts make the former larger
+  uint64_t early_bytes = 0, prefetched_bytes = 0;  // loaded, and asked of L2, before the wait for the kernels before
 };
 void CountTraffic(bool on);  // also forgets what was counted
 Traffic TrafficOf(const std::string& kernel);

@@ -60,6 +60,7 @@ void WaitForKernelsBefore();
 // The next access, a load of what no kernel stores to, may come before that wait. From then on a store there fails.
 void LoadsMaybeEarly(const void* data, size_t bytes);
 void LetNextKernelStart(Site site);
+void PrefetchL2(const void* from, uint32_t bytes, Site site);
 
 // ---- matrices of a warp
 void LdMatrix(uint32_t* r, int matrices, bool transposed, const void* row, Site site);

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/architectures.h"
 #include "kernels/cuda/linear_plan.h"
+#include "kernels/cuda/overlap.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 
 namespace altiplano {
@@ -253,6 +254,46 @@ TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
   }
 }
 
+// Before the wait for the kernels before warps load their first weights, and the block asks L2 for those behind them:
+// of short rows that is all there is. Without overlap nothing is early.
+TEST_F(CudaLinearTest, WeightsAreOnTheirWayBeforeTheWait) {
+  struct {
+    int64_t tokens, n, k;
+    bool gated;
+  } cases[] = {{1, 40, 1024, false}, {16, 40, 2048, false}, {3, 24, 520, true}, {64, 40, 1024, false}};
+  for (const auto& [tokens, n, k, gated] : cases) {
+    const int64_t rows = gated ? 2 * n : n;
+    Matrix x(tokens, k, DType::kBF16), weight(rows, k, DType::kBF16), out(tokens, n, DType::kBF16);
+    x.FillNormal(1);
+    weight.FillNormal(2);
+    const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
+    const OnDevice d_gate_up(stream(), Matrix(tokens, rows, DType::kBF16));
+    const auto count = [&] {
+      sim::CountTraffic(true);
+      if (gated) {
+        LinearSiluMul(stream(),
+                      {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .gate_up = d_gate_up.view()});
+      } else {
+        Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
+      }
+      const sim::Traffic traffic = sim::TrafficOf("Linear");
+      sim::CountTraffic(false);
+      return traffic;
+    };
+    const auto loaded =
+        static_cast<uint64_t>(2 * rows * std::min(k, cuda::LinearLoadedAhead(tokens, cuda::LinearParts(rows, k))));
+    const sim::Traffic ahead = count();
+    EXPECT_EQ(ahead.early_bytes, loaded) << tokens << " tokens, K " << k;
+    EXPECT_EQ(ahead.early_bytes + ahead.prefetched_bytes, static_cast<uint64_t>(2 * rows * k))
+        << tokens << " tokens, K " << k;
+    cuda::OverlapKernels(false);
+    const sim::Traffic behind = count();
+    cuda::OverlapKernels(true);
+    EXPECT_EQ(behind.prefetched_bytes, 0u);
+    EXPECT_EQ(behind.load_bytes, ahead.load_bytes);
+  }
+}
+
 // Each tile reads its rows of both operands once, in whole sectors, and shared memory without conflicts.
 TEST_F(CudaLinearTest, TrafficOfTilesIsTheirOperandsWithoutConflicts) {
   constexpr int64_t kTokens = 128, kN = 128, kK = 512;
@@ -303,6 +344,31 @@ TEST(CudaLinearPlan, CoversTokensAndColumns) {
             (cuda::LaunchShape{.grid_x = 17, .grid_y = 224, .threads = 256, .shared_bytes = 128 * 1024}));
   EXPECT_EQ(cuda::TiledLinearPlan(cuda::kSmallTile, 65, 70),
             (cuda::LaunchShape{.grid_x = 2, .grid_y = 2, .threads = 64, .shared_bytes = 64 * 1024}));
+}
+
+// What is asked of L2 lies behind what warps load, within the row, and is no more than may stay there.
+TEST(CudaLinearPlan, PrefetchesWhatL2Keeps) {
+  // 405B on eight ranks, qkv: 144 blocks of 8 warps, each row 32 KiB; 64 tokens load nothing early.
+  EXPECT_EQ(cuda::PlanLinearPrefetch(1, 2304, 16384, 8),
+            (cuda::LinearPrefetch{.begin = 2048, .bytes = 7168, .blocks = 144}));
+  EXPECT_EQ(cuda::PlanLinearPrefetch(64, 2304, 16384, 8),
+            (cuda::LinearPrefetch{.begin = 0, .bytes = 7168, .blocks = 144}));
+  // Its gate and up.
+  EXPECT_EQ(cuda::PlanLinearPrefetch(16, 13312, 16384, 4),
+            (cuda::LinearPrefetch{.begin = 1024, .bytes = 1152, .blocks = 832}));
+  // Rows that are loaded whole, and the rest of a row.
+  EXPECT_EQ(cuda::PlanLinearPrefetch(1, 4096, 512, 4).bytes, 0);
+  EXPECT_EQ(cuda::PlanLinearPrefetch(1, 4096, 200, 4), (cuda::LinearPrefetch{.begin = 400, .bytes = 0, .blocks = 256}));
+  EXPECT_EQ(cuda::PlanLinearPrefetch(1, 4096, 520, 4),
+            (cuda::LinearPrefetch{.begin = 1024, .bytes = 16, .blocks = 256}));
+  // Blocks that find no room ask for nothing.
+  for (const auto& [rows, k] : {std::pair<int64_t, int64_t>{128256, 4096}, {57344, 8192}, {6144, 4096}}) {
+    const cuda::LinearPrefetch head = cuda::PlanLinearPrefetch(1, rows, k, 4);
+    EXPECT_LE(head.blocks, 1056);
+    EXPECT_LE(int64_t{head.blocks} * 16 * head.bytes, cuda::kPrefetchedBytes);
+    EXPECT_EQ(head.bytes % 128, 0);
+    EXPECT_GT(head.bytes, 0);
+  }
 }
 
 // Of every matrix of Llama 3.1, whole and as one of eight ranks: with up to 16 tokens at least 2 MB of weights are in

@@ -145,6 +145,30 @@ TEST(Simulator, KnowsWhatMayBeLoadedBeforeTheWait) {
   sim::FreeDevice(next);
 }
 
+// A prefetch reads nothing: it may come before the wait, and what it asks for may still be written.
+TEST(Simulator, ChecksAndCountsPrefetches) {
+  DeviceArray<int32_t> data(64, [](size_t) { return 0; });
+  const sim::Grid early = {.kernel = "Early", .grid = 1, .block = 32, .overlapping = true};
+  const auto prefetches = [&](const void* from, uint32_t bytes, bool late) {
+    return [from, bytes, late] {
+      if (late) ptx::WaitForKernelsBefore();
+      if (Thread() == 0) ptx::PrefetchL2(from, bytes);
+      ptx::WaitForKernelsBefore();
+    };
+  };
+  sim::CountTraffic(true);
+  EXPECT_EQ(sim::RunGrid(early, prefetches(data.data(), 256, false)), "");
+  EXPECT_EQ(sim::TrafficOf("Early").prefetched_bytes, 256u);
+  EXPECT_EQ(sim::RunGrid(early, prefetches(data.data(), 128, true)), "");
+  EXPECT_EQ(sim::TrafficOf("Early").prefetched_bytes, 256u);
+  EXPECT_EQ(sim::TrafficOf("Early").load_bytes, 0u);
+  sim::CountTraffic(false);
+  EXPECT_EQ(sim::RunGrid({"Store", 1, 32}, [&] { ptx::StGlobal(data.data() + Thread(), 2); }), "");
+  EXPECT_THAT(sim::RunGrid(early, prefetches(data.data() + 4, 256, false)), HasSubstr("outside of device memory"));
+  EXPECT_THAT(sim::RunGrid(early, prefetches(data.data() + 1, 128, false)), HasSubstr("misaligned prefetch"));
+  EXPECT_THAT(sim::RunGrid(early, prefetches(data.data(), 24, false)), HasSubstr("misaligned prefetch"));
+}
+
 // The order of blocks and of warps within a block is another one with another seed, and the same with the same.
 TEST(Simulator, OrderIsDrawnFromTheSeed) {
   auto order_with = [](uint64_t seed) {

@@ -52,6 +52,28 @@ TEST(AllReduces, AreThoseThatTheModelMakes) {
   EXPECT_EQ(of_stages, large.calls);
 }
 
+// Of 405B on eight H200: beside the sum before qkv 144 blocks have 2 KiB of each row in registers' way and 7 KiB in
+// L2's, beside that before gate and up 832 have 1 KiB and 1152 bytes, at 3.6 TB/s; the head's would take longer than
+// the sum.
+TEST(AllReduces, HideWeights) {
+  const Gpu h200 = ParseGpus("H200")->gpu;
+  const double qkv = 144 * 16 * (2048 + 7168) / 3.6e6, gate_up = 832 * 16 * (1024 + 1152) / 3.6e6;
+  EXPECT_LT(qkv, 9.07);
+  EXPECT_LT(gate_up, 9.07);
+  const ModelConfig large = Published("405b");
+  EXPECT_NEAR(HiddenWeightsUs(large, h200, 8), 126 * (qkv + gate_up) + AllReducesOf(large, 8).one_token_us, 1);
+  EXPECT_EQ(HiddenWeightsUs(Published("8b"), h200, 1), 0) << "no sums";
+  // No more than the sums take, whatever is on its way.
+  for (const char* model : {"8b", "70b"}) {
+    const AllReduces sums = AllReducesOf(Published(model), 2);
+    EXPECT_LE(HiddenWeightsUs(Published(model), {.name = "slow", .bytes_per_second = 1e9}, 2),
+              static_cast<double>(sums.calls) * sums.one_token_us * 1.0001);
+  }
+  // Reading weights takes so much less.
+  const double all = 2.0 * 50.47e9 / 3.6e6;
+  EXPECT_NEAR(DeriveStepCost(large, h200, 8).weights_us, all - HiddenWeightsUs(large, h200, 8), 0.001 * all);
+}
+
 // The presets were computed apart from this code.
 TEST(StepCost, EqualsThePresets) {
   auto near = [](double a, double b) { EXPECT_NEAR(a, b, 0.002 * b); };
