@@ -45,6 +45,11 @@ class Communicator {
   // x of rank 0 becomes x of every rank. Dense, any dtype. False: the group was aborted.
   virtual bool Broadcast(Stream& stream, const TensorView& x) = 0;
 
+  // Memory of the stream's device for the tensors that AllReduceSum sums, where a kind of its own serves that better;
+  // *memory is null where any will do. For as long as this member lives. At the start, of all ranks alike: what one
+  // has such memory for, all have. False: it cannot be had, and the group was aborted.
+  virtual bool AllocateSummed(const Stream& stream, size_t bytes, void** memory);
+
   // AllReduceSum and AllReduceAddRmsNorm of f32 tensors up to this size may be captured in a StepGraph, which all ranks
   // then launch in the place of the call. 0: none.
   virtual size_t most_captured_bytes() const { return 0; }
@@ -76,6 +81,9 @@ struct CudaGroupOptions {
   std::vector<int> ordinals;
   std::chrono::milliseconds patience = std::chrono::seconds(30);
   const NcclApi* nccl = nullptr;  // for messages that are too large for our own kernels; null: they take all
+  // NCCL's part may be captured in StepGraphs: docs/adr/0008-nccl-in-graphs.md. Those are destroyed before the members.
+  bool capture_nccl = false;
+  size_t most_own_bytes = SIZE_MAX;  // for tests: what else is too large for our own kernels
 };
 
 // Ranks as threads of this process, each with a GPU. Calls with tensors on the CPU are those of MakeInProcessGroup.

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <set>
+#include <string_view>
 #include <utility>
 
 #include "kernels/comm/all_reduce_plan.h"
@@ -39,6 +40,8 @@ class Group {
   Group(const CudaGroupOptions& options)
       : options_(options), host_(MakeInProcessGroup(static_cast<int>(options.ordinals.size()), options.patience)) {}
   ~Group() {
+    for (const auto& rank : nccl_) rank->Abort();
+    for (const auto& rank : nccl_) rank->End();
     nccl_.clear();
     for (int ordinal : std::set<int>(options_.ordinals.begin(), options_.ordinals.end())) {
       if (verdicts_ != nullptr) cuda::SynchronizeGpu(ordinal);  // nobody reads what is freed now
@@ -78,7 +81,13 @@ class Group {
     // NCCL takes one rank to a GPU.
     const std::set<int> distinct(ordinals.begin(), ordinals.end());
     peers_.alone = distinct.size() == ordinals.size();
-    return options_.nccl != nullptr && peers_.alone ? FormNccl(*options_.nccl) : "";
+    if (options_.nccl == nullptr || !peers_.alone) return "";
+    // Steps with graphs and steps without take turns on a stream, which is the mixture that it says no to.
+    const char* mixing = std::getenv("NCCL_GRAPH_MIXING_SUPPORT");
+    if (options_.capture_nccl && mixing != nullptr && std::string_view(mixing) == "0") {
+      return "NCCL_GRAPH_MIXING_SUPPORT=0 rules graphs with NCCL's calls out";
+    }
+    return FormNccl(*options_.nccl);
   }
 
   int size() const { return peers_.ranks; }
@@ -89,6 +98,19 @@ class Group {
     return peers;
   }
   bool has_nccl() const { return !nccl_.empty(); }
+  AllReduceWay ChooseWay(size_t bytes, bool nccl) const {
+    if (nccl && bytes > options_.most_own_bytes) return AllReduceWay::kNccl;
+    return ChooseAllReduce(size(), bytes, nccl);
+  }
+  size_t most_captured_bytes() const {
+    if (options_.capture_nccl || !has_nccl()) return SIZE_MAX;
+    return std::min(options_.most_own_bytes, MostBytesWithoutNccl(size(), true));
+  }
+  std::string AllocateSummed(int rank, size_t bytes, void** memory) {
+    *memory = nullptr;
+    if (!has_nccl() || ChooseWay(bytes, true) != AllReduceWay::kNccl) return "";
+    return nccl_[static_cast<size_t>(rank)]->Allocate(bytes, memory);
+  }
   std::string NcclAllReduce(int rank, Stream& stream, const TensorView& x) {
     return nccl_[static_cast<size_t>(rank)]->AllReduce(stream, x, options_.patience);
   }
@@ -149,9 +171,18 @@ class CudaRank : public Communicator {
   void Abort(std::string_view reason) override { group_->Abort(reason); }
   std::string error() const override { return group_->error(); }
 
-  // Our own kernels count their calls in device memory. NCCL's may be captured too, but then what Abort frees would be
-  // part of the graph.
-  size_t most_captured_bytes() const override { return MostBytesWithoutNccl(size(), group_->has_nccl()); }
+  // Our own kernels count their calls in device memory. NCCL's are captured where somebody wants it.
+  size_t most_captured_bytes() const override { return group_->most_captured_bytes(); }
+
+  bool AllocateSummed(const Stream& stream, size_t bytes, void** memory) override {
+    *memory = nullptr;
+    if (stream.device() == Device::kCpu) return true;
+    const std::string error = group_->AllocateSummed(rank(), bytes, memory);
+    if (!error.empty()) {
+      Abort("rank " + std::to_string(rank()) + ": " + std::to_string(bytes) + " bytes that NCCL sums: " + error);
+    }
+    return error.empty();
+  }
 
   bool AllReduceSum(Stream& stream, const TensorView& x) override {
     if (stream.device() == Device::kCpu) return group_->host(rank()).AllReduceSum(stream, x);
@@ -160,7 +191,7 @@ class CudaRank : public Communicator {
     }
     if (x.elements() == 0 || size() == 1) return alive();
     const bool nccl = group_->has_nccl() && x.contiguous();
-    switch (ChooseAllReduce(size(), BytesOf(x), nccl)) {
+    switch (group_->ChooseWay(BytesOf(x), nccl)) {
       case AllReduceWay::kNccl: {
         const std::string error = group_->NcclAllReduce(rank(), stream, x);
         if (!error.empty()) Abort("rank " + std::to_string(rank()) + ": " + error);
@@ -178,7 +209,7 @@ class CudaRank : public Communicator {
 
   bool AllReduceAddRmsNorm(Stream& stream, const AddRmsNormArgs& args) override {
     if (stream.device() == Device::kCpu || size() == 1 || args.x.elements() == 0 || args.x.dim(1) > cuda::kWidestNorm ||
-        ChooseAllReduce(size(), BytesOf(args.x), group_->has_nccl()) != AllReduceWay::kOneShot) {
+        group_->ChooseWay(BytesOf(args.x), group_->has_nccl()) != AllReduceWay::kOneShot) {
       return Communicator::AllReduceAddRmsNorm(stream, args);
     }
     cuda::AllReduceAddRmsNorm(stream, peers_, args);

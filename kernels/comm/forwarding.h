@@ -21,6 +21,9 @@ class ForwardingCommunicator : public Communicator {
   int rank() const override { return member_->rank(); }
   int size() const override { return member_->size(); }
   bool AllReduceSum(Stream& stream, const TensorView& x) override { return member_->AllReduceSum(stream, x); }
+  bool AllocateSummed(const Stream& stream, size_t bytes, void** memory) override {
+    return member_->AllocateSummed(stream, bytes, memory);
+  }
   bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
     return member_->AllGather(stream, out, x);
   }

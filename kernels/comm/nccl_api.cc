@@ -37,8 +37,10 @@ const NcclApi* Load(std::string* error) {
     return nullptr;
   }
   std::string none;
-  Find(library, "ncclCommRegister", &api.comm_register, &none);
-  Find(library, "ncclCommDeregister", &api.comm_deregister, &none);
+  if (!Find(library, "ncclMemAlloc", &api.allocate, &none) || !Find(library, "ncclMemFree", &api.free, &none) ||
+      !Find(library, "ncclCommRegister", &api.comm_register, &none)) {
+    api.comm_register = nullptr;
+  }
   int version = 0;
   if (api.get_version(&version) != kNcclSuccess || version < kOldest) {
     *error = "libnccl.so.2 is of version " + std::to_string(version) + ", at least " + std::to_string(kOldest) +

@@ -45,9 +45,10 @@ struct NcclApi {
   NcclResult (*abort)(NcclComm* comm);
   const char* (*error_string)(NcclResult result);
   const char* (*last_error)(NcclComm* comm);
-  // As of NCCL 2.19; null before.
+  // As of NCCL 2.19, all of them; null before.
+  NcclResult (*allocate)(void** memory, size_t bytes) = nullptr;  // on the thread's GPU
+  NcclResult (*free)(void* memory) = nullptr;
   NcclResult (*comm_register)(NcclComm* comm, void* memory, size_t bytes, void** handle) = nullptr;
-  NcclResult (*comm_deregister)(NcclComm* comm, void* handle) = nullptr;
 };
 
 // That of libnccl.so.2; null with *error where there is none, or one that is too old.

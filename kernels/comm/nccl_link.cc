@@ -38,12 +38,12 @@ class NcclLink : public Link {
     for (Slot& slot : slots_) {
       slot.filled = StreamEvent::Create(*stream_);
       slot.emptied = StreamEvent::Create(*stream_);
-      if (end_.sends) slot.memory = Buffer::Allocate(*stream_, end_.most_bytes);
-      if (slot.filled == nullptr || slot.emptied == nullptr || (end_.sends && !slot.memory)) {
-        return "no memory on GPU " + std::to_string(end_.gpu) + " for " + std::to_string(end_.most_bytes) +
-               " bytes to " + end_.peer;
+      error = slot.filled != nullptr && slot.emptied != nullptr ? "" : "no events";
+      if (error.empty() && end_.sends) error = rank_->Allocate(end_.most_bytes, &slot.memory);
+      if (!error.empty()) {
+        return "GPU " + std::to_string(end_.gpu) + " has no room for " + std::to_string(end_.most_bytes) +
+               " bytes to " + end_.peer + ": " + error;
       }
-      if (end_.sends) rank_->Register(slot.memory);
     }
     return "";
   }
@@ -53,10 +53,10 @@ class NcclLink : public Link {
     if (!end_.sends || bytes > end_.most_bytes) Die("Link: this end receives, or the tensor is too large");
     const Slot& slot = slots_[issued_++ % kCudaLinkSlots];
     slot.emptied->Precede(stream);
-    Copy(stream, slot.memory.data(), Device::kCuda, x.data, Device::kCuda, bytes);
+    Copy(stream, slot.memory, Device::kCuda, x.data, Device::kCuda, bytes);
     slot.filled->Record(stream);
     slot.filled->Precede(*stream_);
-    const std::string failed = rank_->Send(*stream_, slot.memory.data(), bytes, kReceiver, patience_);
+    const std::string failed = rank_->Send(*stream_, slot.memory, bytes, kReceiver, patience_);
     slot.emptied->Record(*stream_);
     return Ended(failed);
   }
@@ -97,7 +97,7 @@ class NcclLink : public Link {
  private:
   // Of an end that sends: a tensor on its way. Of one that receives `filled` alone is used.
   struct Slot {
-    Buffer memory;
+    void* memory = nullptr;  // rank_'s
     std::unique_ptr<StreamEvent> filled, emptied;
   };
 
@@ -124,13 +124,13 @@ class NcclLink : public Link {
 
   const NcclLinkEnd end_;
   const std::chrono::milliseconds patience_;
-  const std::unique_ptr<NcclRank> rank_;
   std::unique_ptr<Stream> stream_;  // on which an end that sends does so
   std::array<Slot, kCudaLinkSlots> slots_;
-  uint64_t issued_ = 0;        // calls, of the one thread that makes them
-  mutable std::mutex mutex_;   // guards what follows
-  mutable std::string error_;  // not empty: ended
-  mutable Arrivals arrivals_;  // of what is received
+  uint64_t issued_ = 0;                   // calls, of the one thread that makes them
+  mutable std::mutex mutex_;              // guards what follows
+  mutable std::string error_;             // not empty: ended
+  mutable Arrivals arrivals_;             // of what is received
+  const std::unique_ptr<NcclRank> rank_;  // goes first
 };
 
 // Each communicator's id, made by the end that sends.

@@ -267,6 +267,7 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   options.max_context = static_cast<int32_t>(config.model().max_context());
   options.batch_invariant = config.model().batch_invariant();
   options.cuda_graphs = config.model().cuda_graphs() != "off";
+  options.nccl_in_graphs = config.model().cuda_graphs() == "nccl";
   options.overlap_kernels = config.model().overlap_kernels();
   options.kv_bytes = CheckedBytes(config.kv().memory()) / static_cast<uint64_t>(replicas);
   options.patience = CheckedMilliseconds(config.scheduler().step_deadline());

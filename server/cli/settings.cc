@@ -118,10 +118,11 @@ constexpr std::array kSettings = {
          .type = FlagType::kChoice,
          .default_value = "auto",
          .meaning = "Whether a GPU replays the steps that only decode from graphs, captured before READY for each of a "
-                    "few batch sizes: auto or off. On the CPU it changes nothing.",
+                    "few batch sizes: auto, nccl (batches whose all-reduces are NCCL's too: beyond 8 MiB, which only "
+                    "405B has) or off. On the CPU it changes nothing.",
          .example = "off",
          .field = "model.cuda_graphs",
-         .choices = "auto|off",
+         .choices = "auto|nccl|off",
          .group = kGroupModel},
     Flag{.name = "overlap-kernels",
          .type = FlagType::kBool,

@@ -176,8 +176,10 @@ StatusOr<std::vector<std::unique_ptr<Communicator>>> MakeGroup(const LocalExecut
     group.ordinals.push_back(GpuOf(options, static_cast<size_t>(stage * options.ranks + rank)));
   }
   group.patience = options.patience;
+  group.capture_nccl = options.nccl_in_graphs;
   std::string error;
   group.nccl = LoadNccl(&error);
+  if (options.adjust_group) options.adjust_group(group);
   if (group.nccl == nullptr) log::Info("large messages go without NCCL", {{"reason", error}});
   std::vector<std::unique_ptr<Communicator>> members = MakeCudaGroup(group, &error);
   if (members.empty()) {

@@ -60,6 +60,7 @@ struct LocalExecutorOptions {
   std::shared_ptr<const RankWeights> weights;  // null: its own, from the checkpoint
   bool batch_invariant = false;                // see Llama::Limits
   bool cuda_graphs = true;                     // CUDA: see RankWorker::CaptureDecodeGraphs
+  bool nccl_in_graphs = false;                 // with NCCL's calls: see CudaGroupOptions::capture_nccl
   bool overlap_kernels = true;                 // CUDA: see kernels/cuda/overlap.h
   std::function<void(const LoadProgress&)> progress;
   std::function<bool()> cancelled;
@@ -73,6 +74,7 @@ struct LocalExecutorOptions {
   // For tests. Ranks are numbered through the stages. before_step: rank's thread; may throw, or never return. A warm-up
   // is step 0.
   std::function<void(int rank, uint64_t step)> before_step;
+  std::function<void(CudaGroupOptions&)> adjust_group;
   std::function<std::unique_ptr<Communicator>(int rank, std::unique_ptr<Communicator>)> wrap_communicator;
   std::function<std::shared_ptr<Link>(int rank, std::shared_ptr<Link>)> wrap_link;
 };

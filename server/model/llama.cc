@@ -82,11 +82,20 @@ uint64_t Llama::WorkspaceBytes(const ModelConfig& config, const Shard& shard, co
 }
 
 bool Llama::AllocateWorkspace(const Stream& stream) {
+  constexpr size_t kSummed = 2;  // the first parts
   const DType act = weights_.layers.front().qkv.dtype;
-  workspace_ = Buffer::Allocate(stream, WorkspaceBytes(config_, shard_, limits_, act));
+  const std::vector<WorkspacePart> parts = WorkspaceParts(config_, shard_, limits_, act);
+  size_t bytes = WorkspaceBytes(config_, shard_, limits_, act);
+  const size_t summed_bytes = parts[0].bytes() + parts[1].bytes();
+  void* summed = nullptr;
+  if (!alone() && !communicator_->AllocateSummed(stream, summed_bytes, &summed)) return false;
+  if (summed != nullptr) bytes -= summed_bytes;
+  workspace_ = Buffer::Allocate(stream, bytes);
   if (!workspace_) return false;
-  char* next = static_cast<char*>(workspace_.data());
-  for (const WorkspacePart& part : WorkspaceParts(config_, shard_, limits_, act)) {
+  char* next = static_cast<char*>(summed != nullptr ? summed : workspace_.data());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const WorkspacePart& part = parts[i];
+    if (i == kSummed && summed != nullptr) next = static_cast<char*>(workspace_.data());
     this->*part.view = TensorView::Make(next, part.dtype, {part.rows, part.columns}, stream.device());
     next += part.bytes();
   }

@@ -86,7 +86,6 @@ class Llama {
   cuda::AttentionSizes attention_sizes(const Stream& stream, int64_t page_size) const;
   int64_t shard_vocab() const { return shard_.vocab(config_); }  // V'
   uint64_t weight_bytes() const { return weights_.bytes; }
-  uint64_t workspace_bytes() const { return workspace_.bytes(); }
 
  private:
   Llama(const ModelConfig& config, Shard shard, LlamaWeights weights, Limits limits, Communicator* communicator)
@@ -109,9 +108,9 @@ class Llama {
   const Limits limits_;
   Communicator* const communicator_;
 
-  Buffer workspace_;          // all of the following; rows for the largest step
-  TensorView residual_;       // [T, H] f32
-  TensorView delta_;          // [T, H] f32: this rank's part of what is added to the residual; empty when alone
+  Buffer workspace_;          // all of the following; rows for the largest step. What ranks sum may lie elsewhere:
+  TensorView residual_;       // [T, H] f32, summed
+  TensorView delta_;          // [T, H] f32, summed: this rank's part of what the residual gains; empty when alone
   TensorView normed_;         // [T, H] act
   TensorView qkv_;            // [T, (Hq' + 2 Hkv') * D] act
   TensorView attention_;      // [T, Hq' * D] act

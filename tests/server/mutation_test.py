@@ -3,7 +3,8 @@
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 
-Needs a built engine_test, cluster_test, cli_test, model_test, kernels_test, cuda_kernels_test and nccl_link_test.
+Needs a built engine_test, cluster_test, cli_test, model_test, kernels_test, cuda_kernels_test, engine_on_gpu_test and
+nccl_link_test.
 """
 import pathlib
 import sys
@@ -114,6 +115,27 @@ MUTATIONS = [
      "NcclLinkTest.EventsAlone*", "nccl_link_test"),
     ("link slots: NCCL has sent what it has not", "kernels/comm/nccl_link.cc", "slot.emptied->Record(*stream_);", "",
      "NcclLinkTest.EventsAlone*", "nccl_link_test"),
+    ("nccl: whoever aborts waits for the graphs", "kernels/comm/nccl_rank.cc",
+     "ending_ = std::thread([this, comm = std::exchange(comm_, nullptr)] { api_.abort(comm); "
+     "std::lock_guard ending(mutex_); ended_ = true; changed_.notify_all(); });",
+     "api_.abort(std::exchange(comm_, nullptr)); ended_ = true;", "CudaGroupNcclTest.AnAbortWhile*",
+     "cuda_kernels_test"),
+    ("nccl: a capture ends before its call", "kernels/comm/nccl_rank.cc", "if (!error.empty()) LetEnd(error);", "",
+     "CudaGroupNcclTest.ACaptureThatIsAborted*", "cuda_kernels_test"),
+    ("nccl: a call is not waited for", "kernels/comm/nccl_rank.cc", "std::string error = Settle(patience);",
+     "std::string error;", "CudaGroupNcclTest.CallsAreReplayed*", "cuda_kernels_test"),
+    ("nccl: what it sums is not registered", "kernels/comm/nccl_rank.cc", "if (api_.comm_register == nullptr) {",
+     "{", "CudaGroupNcclTest.TakesLarge*", "cuda_kernels_test"),
+    ("nccl: what it sums is the model's own memory", "server/model/llama.cc",
+     "if (!alone() && !communicator_->AllocateSummed(stream, summed_bytes, &summed)) return false;", "",
+     "EngineOnGpu.GraphsWithNccl*", "engine_on_gpu_test"),
+    ("nccl: one rank's memory is not registered", "kernels/comm/nccl_rank.cc",
+     "return result == kNcclSuccess ? \"\" : Sentence(result);", "return \"\";",
+     "CudaGroupNcclTest.ARankWithoutItsMemory*", "cuda_kernels_test"),
+    ("nccl: memory goes before the communicator", "kernels/comm/cuda_group.cc",
+     "for (const auto& rank : nccl_) rank->End();", "", "CudaGroupNcclTest.CallsAreReplayed*", "cuda_kernels_test"),
+    ("nccl: calls are captured unasked", "kernels/comm/cuda_group.cc", "if (options_.capture_nccl || !has_nccl())", "",
+     "CudaGroupNcclTest.CallsAreCapturedOnRequest*", "cuda_kernels_test"),
     ("link slots: a buffer is used again before it is read", "kernels/comm/in_process_link.cc",
      "std::vector<char> buffer; if (!way.empty.empty()) {",
      "std::vector<char> buffer; if (!way.full.empty()) { way.full.back().swap(buffer); } else if (!way.empty.empty()) {",

@@ -38,6 +38,7 @@ struct Event {
   bool unanswered = false;  // guarded by mutex
 };
 constexpr std::chrono::milliseconds kSoon{1};  // nobody's patience is as short
+thread_local int current_gpu = 0;
 Event& EventOf(void* event) {
   return *static_cast<Event*>(event);
 }
@@ -69,6 +70,10 @@ void sim::LoseGpu(int ordinal, const std::string& error) {
   all_gpus[ordinal].lost = error;
 }
 
+int sim::CurrentGpu() {
+  return current_gpu;
+}
+
 const void* sim::GpuOfStream(const void* stream) {
   std::lock_guard lock(mutex);
   return gpu_of_stream.at(stream);
@@ -88,6 +93,7 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     if (gpus > 1) *error += " to " + std::to_string(gpus - 1);
     return nullptr;
   }
+  current_gpu = ordinal;
   void* stream = sim::CreateStream();
   std::lock_guard lock(mutex);
   gpu_of_stream[stream] = &all_gpus[ordinal];
@@ -133,7 +139,9 @@ std::string Describe(int) {
   return "simulated GPU";
 }
 
-void UseGpu(int) {}
+void UseGpu(int ordinal) {
+  current_gpu = ordinal;
+}
 
 void* CreateEvent(int ordinal, bool) {
   return new Event(all_gpus[ordinal]);

@@ -59,6 +59,9 @@ void Stick(const std::string& error);  // unless there is one already
 std::string StuckError();
 std::string TakeError();
 
+// Which GPU the calling thread has chosen, as cudaGetDevice.
+int CurrentGpu();
+
 // Of graphs, so far.
 uint64_t GraphLaunches();
 

@@ -20,6 +20,7 @@ struct Graph {
 
 struct SimulatedStream {
   std::unique_ptr<Graph> recording;  // null: not captured
+  uint64_t capture = 0;              // the number of it
   std::string broken;                // by what the capture was
 };
 
@@ -27,7 +28,7 @@ SimulatedStream& Of(void* stream) {
   return *static_cast<SimulatedStream*>(stream);
 }
 
-std::atomic<uint64_t> graph_launches{0};
+std::atomic<uint64_t> graph_launches{0}, captures{0};
 thread_local SimulatedStream* captured = nullptr;  // by this thread
 
 }  // namespace
@@ -59,6 +60,7 @@ std::string BeginCapture(void* stream) {
   if (captured != nullptr) return "the thread captures a stream already";
   captured = &Of(stream);
   captured->recording = std::make_unique<Graph>();
+  captured->capture = ++captures;
   captured->broken.clear();
   return "";
 }
@@ -71,6 +73,11 @@ void* EndCapture(void* stream, size_t* operations, std::string* error) {
   if (!error->empty()) return nullptr;
   *operations = graph->operations.size();
   return graph.release();
+}
+
+uint64_t CaptureOf(const void* stream) {
+  const auto& of = *static_cast<const SimulatedStream*>(stream);
+  return of.recording == nullptr ? 0 : of.capture;
 }
 
 void LaunchGraph(void* graph, void* stream) {

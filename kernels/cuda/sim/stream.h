@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <string>
 
@@ -21,6 +22,8 @@ void Issue(void* stream, Operation operation);
 // with *error.
 std::string BeginCapture(void* stream);
 void* EndCapture(void* stream, size_t* operations, std::string* error);
+// Which of all captures of all streams the stream is in, from 1; 0: in none.
+uint64_t CaptureOf(const void* stream);
 void LaunchGraph(void* graph, void* stream);
 void DestroyGraph(void* graph);
 

@@ -1,15 +1,10 @@
-// Communicators of ranks with GPUs: the (simulated) GPU is shared by all of them. NCCL is a stand-in that adds in the
-// order of ranks.
+// Communicators of ranks with GPUs: the (simulated) GPU is shared by all of them. NCCL is a stand-in.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <condition_variable>
-#include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,15 +12,11 @@
 #include "kernels/comm/communicator.h"
 #include "kernels/comm/nccl_api.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
+#ifndef ALTIPLANO_ON_GPU
+#include "tests/kernels/cuda/simulator_nccl_testlib.h"
+#endif
 
 namespace altiplano {
-
-// A communicator of the stand-in.
-struct NcclComm {
-  int rank = 0, ranks = 0;
-  std::atomic<NcclResult> state = kNcclSuccess;
-};
-
 namespace {
 
 using std::chrono::milliseconds;
@@ -37,10 +28,13 @@ constexpr auto kPatient = std::chrono::minutes(10);
 
 class CudaGroupTest : public CudaTest {
  protected:
-  Members Make(std::vector<int> ordinals, milliseconds patience = kPatient, const NcclApi* nccl = nullptr) {
+  Members Make(std::vector<int> ordinals, milliseconds patience = kPatient) {
+    return Make({.ordinals = std::move(ordinals), .patience = patience});
+  }
+  Members Make(CudaGroupOptions options) {
     std::string error;
-    ordinals_ = ordinals;
-    Members group = MakeCudaGroup({.ordinals = std::move(ordinals), .patience = patience, .nccl = nccl}, &error);
+    ordinals_ = options.ordinals;
+    Members group = MakeCudaGroup(options, &error);
     EXPECT_EQ(error, "");
     return group;
   }
@@ -218,144 +212,232 @@ TEST_F(CudaGroupTest, RefusesWhatCannotBe) {
 
 // ---- NCCL
 
-// Of the group that runs in a test.
-struct StandIn {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::vector<float*> messages;
-  size_t arrived = 0, meetings = 0, count = 0;
-  int comms = 0, calls = 0;
-  NcclResult init_result = kNcclInProgress;  // as of a call that does not block
-  bool hangs = false;
-} nccl;
-
-constexpr auto kBroken = static_cast<NcclResult>(2);  // ncclSystemError
-
-const NcclApi kStandIn = {
-    .get_version = [](int* version) { return *version = 22809, kNcclSuccess; },
-    .get_unique_id = [](NcclUniqueId* id) { return std::memset(id, 1, sizeof(*id)), kNcclSuccess; },
-    .init_rank =
-        [](NcclComm** comm, int ranks, NcclUniqueId id, int rank, NcclConfig* config) {
-          EXPECT_EQ(id.bytes[127], 1);
-          EXPECT_EQ(config->blocking, 0);
-          if (nccl.init_result == kBroken) return kBroken;
-          *comm = new NcclComm{rank, ranks};
-          ++nccl.comms;
-          return nccl.init_result;
-        },
-    .group_start = [] { return kNcclSuccess; },
-    .group_end = [] { return nccl.init_result; },
-    .get_async_error = [](NcclComm* comm, NcclResult* result) { return *result = comm->state, kNcclSuccess; },
-    .all_reduce =
-        [](const void* from, void* to, size_t count, NcclType type, NcclOp op, NcclComm* comm, void*) {
-          EXPECT_EQ(from, to);
-          EXPECT_EQ(type, kNcclFloat32);
-          EXPECT_EQ(op, kNcclSum);
-          if (nccl.hangs) return comm->state = kNcclInProgress, kNcclInProgress;
-          std::unique_lock lock(nccl.mutex);
-          ++nccl.calls;
-          nccl.messages.resize(static_cast<size_t>(comm->ranks));
-          nccl.messages[static_cast<size_t>(comm->rank)] = static_cast<float*>(to);
-          const size_t meeting = nccl.meetings;
-          if (++nccl.arrived == nccl.messages.size()) {
-            for (size_t i = 0; i < count; ++i) {
-              float sum = 0;
-              for (const float* message : nccl.messages) sum += message[i];
-              for (float* message : nccl.messages) message[i] = sum;
-            }
-            nccl.arrived = 0;
-            ++nccl.meetings;
-            nccl.changed.notify_all();
-          }
-          nccl.changed.wait(lock, [&] { return nccl.meetings != meeting; });
-          return kNcclSuccess;
-        },
-    .send = nullptr,
-    .receive = nullptr,
-    .abort =
-        [](NcclComm* comm) {
-          delete comm;
-          --nccl.comms;
-          return kNcclSuccess;
-        },
-    .error_string = [](NcclResult) { return "unhandled system error"; },
-    .last_error = [](NcclComm*) { return "a cable was pulled"; },
-};
-
 class CudaGroupNcclTest : public CudaGroupTest {
  protected:
   void SetUp() override {
     CudaGroupTest::SetUp();
     sim::SetGpus(2);
-    nccl.calls = 0;
-    nccl.init_result = kNcclInProgress;
-    nccl.hangs = false;
+    nccl_stand_in::SetBehaviour({});
   }
   void TearDown() override {
-    EXPECT_EQ(nccl.comms, 0) << "communicators were left";
+    EXPECT_EQ(nccl_stand_in::Count().communicators, 0) << "communicators were left";
+    EXPECT_EQ(nccl_stand_in::Count().memories, 0) << "memory was left";
     sim::SetGpus(1);
     CudaGroupTest::TearDown();
   }
-  static TensorView ViewOf(const Buffer& buffer) {
-    return TensorView::Make(buffer.data(), DType::kF32, {static_cast<int64_t>(buffer.bytes() / sizeof(float))},
-                            Device::kCuda);
+  // Groups in which NCCL takes all messages of more than `own` bytes.
+  Members MakeWithNccl(milliseconds patience = kPatient, size_t own = 0, const NcclApi& nccl = nccl_stand_in::Api()) {
+    return Make({.ordinals = {0, 1}, .patience = patience, .nccl = &nccl, .capture_nccl = true, .most_own_bytes = own});
   }
 };
 
-// The table says which messages are large.
-constexpr size_t kLarge = (size_t{8} << 20) + 4;
+// What a rank sums: memory as the group would have it, and what is in it.
+class Summed {
+ public:
+  Summed(Communicator& member, Stream& stream, int64_t elements) {
+    const size_t bytes = static_cast<size_t>(elements) * sizeof(float);
+    void* memory = nullptr;
+    EXPECT_TRUE(member.AllocateSummed(stream, bytes, &memory));
+    lent_ = memory != nullptr;
+    if (!lent_) own_ = Buffer::Allocate(stream, bytes);
+    view_ = TensorView::Make(lent_ ? memory : own_.data(), DType::kF32, {elements}, Device::kCuda);
+  }
+  bool lent() const { return lent_; }
+  TensorView view() const { return view_; }
+  void Fill(float first) const {
+    for (int64_t i = 0; i < view_.elements(); ++i) view_.as<float>()[i] = first + static_cast<float>(i % 100);
+  }
+  int64_t CountDifferences(float factor, float first) const {
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < view_.elements(); ++i) {
+      wrong += view_.as<float>()[i] != first + factor * static_cast<float>(i % 100);
+    }
+    return wrong;
+  }
 
-TEST_F(CudaGroupNcclTest, TakesLargeMessagesAndNoOthers) {
-  OnEachRank(Make({0, 1}, kPatient, &kStandIn), [&](size_t rank, Communicator& member, Stream& stream) {
-    const Buffer x = Buffer::Allocate(Device::kCuda, kLarge);
-    auto* data = static_cast<float*>(x.data());
-    for (size_t i = 0; i < kLarge / 4; ++i) data[i] = static_cast<float>(i % 100 + rank);
-    EXPECT_TRUE(member.AllReduceSum(stream, ViewOf(x)));
+ private:
+  bool lent_ = false;
+  Buffer own_;
+  TensorView view_;
+};
+
+// The table says which messages are large.
+constexpr int64_t kLarge = ((int64_t{8} << 20) + 4) / 4;
+
+TEST_F(CudaGroupNcclTest, TakesLargeMessagesInItsMemoryAndNoOthers) {
+  const Members group = MakeWithNccl(kPatient, SIZE_MAX);
+  const int before = nccl_stand_in::Count().calls;
+  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
+    const Summed x(member, stream, kLarge), small(member, stream, 8);
+    EXPECT_TRUE(x.lent());
+    EXPECT_FALSE(small.lent());
+    x.Fill(static_cast<float>(rank));
+    EXPECT_TRUE(member.AllReduceSum(stream, x.view()));
     EXPECT_EQ(stream.Synchronize(), "");
-    size_t wrong = 0;
-    for (size_t i = 0; i < kLarge / 4; ++i) wrong += data[i] != static_cast<float>(2 * (i % 100) + 1);
-    EXPECT_EQ(wrong, 0u);
-    EXPECT_EQ(nccl.calls, 2);
+    EXPECT_EQ(x.CountDifferences(2, 1), 0);
     EXPECT_TRUE(Reduce(member, stream));
-    EXPECT_EQ(nccl.calls, 2);
+  });
+  EXPECT_EQ(nccl_stand_in::Count().calls - before, 2);
+}
+
+TEST_F(CudaGroupNcclTest, TakesAnyMemoryWhereTheLibraryHasNone) {
+  OnEachRank(MakeWithNccl(kPatient, 0, nccl_stand_in::OldApi()),
+             [&](size_t rank, Communicator& member, Stream& stream) {
+               const Summed x(member, stream, 100);
+               EXPECT_TRUE(x.lent()) << "of the group, whoever it has it from";
+               x.Fill(static_cast<float>(rank));
+               EXPECT_TRUE(member.AllReduceSum(stream, x.view()));
+               EXPECT_EQ(stream.Synchronize(), "");
+               EXPECT_EQ(x.CountDifferences(2, 1), 0);
+             });
+}
+
+// Where some ranks' messages are registered and others' are not, NCCL hangs.
+TEST_F(CudaGroupNcclTest, ARankWithoutItsMemoryEndsTheGroup) {
+  const Members group = MakeWithNccl();
+  nccl_stand_in::SetBehaviour({.rank_without_memory = 1});
+  for (const int rank : {0, 1}) {
+    std::string error;
+    const auto stream = Stream::Cuda(rank, &error);
+    void* memory = nullptr;
+    EXPECT_EQ(group[static_cast<size_t>(rank)]->AllocateSummed(*stream, 64, &memory), rank == 0);
+  }
+  EXPECT_EQ(group[0]->error(), "rank 1: 64 bytes that NCCL sums: NCCL: unhandled system error: a cable was pulled");
+}
+
+TEST_F(CudaGroupNcclTest, CallsAreReplayedFromGraphsBesideOthers) {
+  const Members group = MakeWithNccl();
+  const int before = nccl_stand_in::Count().captured_calls;
+  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
+    EXPECT_EQ(member.most_captured_bytes(), SIZE_MAX);
+    const Summed x(member, stream, 100), y(member, stream, 100);
+    std::string error;
+    const auto graph = StepGraph::Capture(
+        stream,
+        [&] {
+          return member.AllReduceSum(stream, x.view()) && member.AllReduceSum(stream, y.view()) &&
+                 member.AllReduceSum(stream, x.view());
+        },
+        &error);
+    ASSERT_NE(graph, nullptr) << error;
+    EXPECT_EQ(graph->ops(), 3u);
+    for (int launch = 0; launch < 3; ++launch) {
+      x.Fill(static_cast<float>(rank));
+      y.Fill(static_cast<float>(2 * rank));
+      graph->Launch(stream);
+      EXPECT_TRUE(member.AllReduceSum(stream, y.view()));
+      EXPECT_EQ(stream.Synchronize(), "");
+      EXPECT_EQ(x.CountDifferences(4, 2), 0) << launch;
+      EXPECT_EQ(y.CountDifferences(4, 4), 0) << launch;
+    }
+  });
+  EXPECT_EQ(nccl_stand_in::Count().captured_calls - before, 2 * 3);
+}
+
+TEST_F(CudaGroupNcclTest, CallsAreCapturedOnRequestOnly) {
+  const auto most = [&](bool nccl, bool capture) {
+    return Make({.ordinals = {0, 1},
+                 .patience = kPatient,
+                 .nccl = nccl ? &nccl_stand_in::Api() : nullptr,
+                 .capture_nccl = capture})[0]
+        ->most_captured_bytes();
+  };
+  EXPECT_EQ(most(true, false), size_t{8} << 20);
+  EXPECT_EQ(most(true, true), SIZE_MAX);
+  EXPECT_EQ(most(false, false), SIZE_MAX);
+  setenv("NCCL_GRAPH_MIXING_SUPPORT", "0", 1);
+  std::string error;
+  EXPECT_TRUE(MakeCudaGroup({.ordinals = {0, 1}, .nccl = &nccl_stand_in::Api(), .capture_nccl = true}, &error).empty());
+  EXPECT_EQ(error, "NCCL_GRAPH_MIXING_SUPPORT=0 rules graphs with NCCL's calls out");
+  unsetenv("NCCL_GRAPH_MIXING_SUPPORT");
+}
+
+// A rank that does not come to a graph's calls: the others' kernels end with the abort, those who launched them destroy
+// their graphs, and only then NCCL can give its communicators up.
+TEST_F(CudaGroupNcclTest, AnAbortWhileAGraphRunsWaitsForNoGraph) {
+  Members group = MakeWithNccl();
+  std::atomic<int> captured = 0;
+  std::atomic<bool> aborted = false;
+  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
+    const Summed x(member, stream, 100);
+    x.Fill(0);
+    std::string error;
+    const auto graph = StepGraph::Capture(
+        stream, [&] { return member.AllReduceSum(stream, x.view()); }, &error);
+    ASSERT_NE(graph, nullptr) << error;
+    ++captured;
+    while (captured < 2) std::this_thread::yield();
+    if (rank == 0) {
+      graph->Launch(stream);  // returns with the abort: what is issued runs at once here
+      EXPECT_TRUE(aborted);
+    } else {
+      std::this_thread::sleep_for(milliseconds(20));
+      aborted = true;
+      member.Abort("rank 1 has caught fire");
+    }
+    EXPECT_EQ(member.error(), "rank 1 has caught fire");
+    EXPECT_FALSE(member.AllReduceSum(stream, x.view()));
+  });
+}
+
+TEST_F(CudaGroupNcclTest, ACaptureThatIsAbortedEndsAfterItsCall) {
+  Members group = MakeWithNccl();
+  nccl_stand_in::SetBehaviour({.late = milliseconds(200)});
+  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
+    const Summed x(member, stream, 100);
+    x.Fill(0);
+    if (rank == 1) {
+      std::this_thread::sleep_for(milliseconds(50));
+      member.Abort("rank 1 has caught fire");
+      return;
+    }
+    std::string error;
+    const auto issue = [&] {
+      const bool issued = member.AllReduceSum(stream, x.view());
+      nccl_stand_in::Count();  // where only time tells that the call has ended, TSan wants to see more
+      return issued;
+    };
+    EXPECT_EQ(StepGraph::Capture(stream, issue, &error), nullptr);
+    EXPECT_EQ(error, "");
   });
 }
 
 TEST_F(CudaGroupNcclTest, WhatItFindsOutEndsTheGroup) {
-  Members group = Make({0, 1}, kPatient, &kStandIn);
-  nccl.hangs = true;
-  std::thread first([&] {
-    std::string error;
-    const auto stream = Stream::Cuda(0, &error);
-    const Buffer x = Buffer::Allocate(Device::kCuda, kLarge);
-    EXPECT_FALSE(group[0]->AllReduceSum(*stream, ViewOf(x)));
-  });
+  Members group = MakeWithNccl();
+  nccl_stand_in::SetBehaviour({.hangs = true});
+  std::string error;
+  const auto stream = Stream::Cuda(0, &error);
+  const Summed x(*group[0], *stream, 100);
+  std::thread first([&] { EXPECT_FALSE(group[0]->AllReduceSum(*stream, x.view())); });
   group[1]->Abort("rank 1 has caught fire");  // ends the wait of rank 0
   first.join();
   EXPECT_EQ(group[0]->error(), "rank 1 has caught fire");
 }
 
 TEST_F(CudaGroupNcclTest, ACallWithoutEndIsNotWaitedFor) {
-  Members group = Make({0, 1}, milliseconds(50), &kStandIn);
-  nccl.hangs = true;
+  Members group = MakeWithNccl(milliseconds(50));
+  nccl_stand_in::SetBehaviour({.hangs = true});
   std::string error;
   const auto stream = Stream::Cuda(0, &error);
-  const Buffer x = Buffer::Allocate(Device::kCuda, kLarge);
-  EXPECT_FALSE(group[0]->AllReduceSum(*stream, ViewOf(x)));
+  const Summed x(*group[0], *stream, 100);
+  EXPECT_FALSE(group[0]->AllReduceSum(*stream, x.view()));
   EXPECT_EQ(group[1]->error(), "rank 0: NCCL: no end to a call for 50 ms");
 }
 
 TEST_F(CudaGroupNcclTest, RefusesAGroupThatItCannotForm) {
-  nccl.init_result = kBroken;
+  nccl_stand_in::SetBehaviour({.no_init = true});
   std::string error;
-  EXPECT_TRUE(MakeCudaGroup({.ordinals = {0, 1}, .nccl = &kStandIn}, &error).empty());
+  EXPECT_TRUE(MakeCudaGroup({.ordinals = {0, 1}, .nccl = &nccl_stand_in::Api()}, &error).empty());
   EXPECT_EQ(error, "NCCL: unhandled system error");
 }
 
 // Which it does not take: all goes by our own kernels.
 TEST_F(CudaGroupNcclTest, IsNotAskedForRanksThatShareAGpu) {
-  OnEachRank(Make({1, 1}, kPatient, &kStandIn), [&](size_t, Communicator& member, Stream& stream) {
-    EXPECT_EQ(nccl.comms, 0);
+  const Members group =
+      Make({.ordinals = {1, 1}, .patience = kPatient, .nccl = &nccl_stand_in::Api(), .most_own_bytes = 0});
+  OnEachRank(group, [&](size_t, Communicator& member, Stream& stream) {
+    EXPECT_EQ(nccl_stand_in::Count().communicators, 0);
+    EXPECT_FALSE(Summed(member, stream, 100).lent());
     EXPECT_TRUE(Reduce(member, stream));
   });
 }

@@ -34,7 +34,6 @@ struct Pair {
 };
 std::map<std::string, Pair> pairs;  // guarded by mutex
 std::atomic<int> ids{0};
-int registered = 0;  // guarded by mutex
 
 // Under the mutex.
 void Deliver(Pair& pair) {
@@ -106,17 +105,6 @@ NcclResult ncclCommAbort(NcclComm* comm) {
   std::lock_guard lock(mutex);
   pairs[comm->id].ranks[comm->rank] = nullptr;
   delete comm;
-  return kNcclSuccess;
-}
-NcclResult ncclCommRegister(NcclComm*, void*, size_t, void** handle) {
-  std::lock_guard lock(mutex);
-  ++registered;
-  *handle = &registered;
-  return kNcclSuccess;
-}
-NcclResult ncclCommDeregister(NcclComm*, void*) {
-  std::lock_guard lock(mutex);
-  --registered;
   return kNcclSuccess;
 }
 const char* ncclGetErrorString(NcclResult result) {

@@ -11,6 +11,7 @@
 #include <memory>
 #include <random>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -23,6 +24,7 @@
 #include "server/engine/local_executor.h"
 #include "server/engine/replica_set.h"
 #include "server/model/checkpoint_tensors.h"
+#include "tests/kernels/cuda/simulator_nccl_testlib.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/model/checkpoint_testlib.h"
 
@@ -448,6 +450,69 @@ TEST(EngineOnGpu, GraphsOfTwoRanksChangeNoBit) {
     SCOPED_TRACE(StrCat("request ", i));
     ExpectSameBits(ScoresOf(answers[1][i]), ScoresOf(answers[0][i]));
   }
+}
+
+// All of whose messages go by a stand-in for NCCL.
+LocalExecutorOptions OptionsWithNccl() {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.ranks = 2;
+  options.patience = std::chrono::minutes(10);
+  options.nccl_in_graphs = true;
+  options.adjust_group = [](CudaGroupOptions& group) {
+    group.nccl = &nccl_stand_in::Api();
+    group.most_own_bytes = 0;
+  };
+  return options;
+}
+
+TEST(EngineOnGpu, GraphsWithNcclChangeNoBit) {
+  sim::SetGpus(2);
+  std::vector<std::vector<Event>> answers[3];
+  for (const int graphs : {0, 1, 2}) {  // off, without NCCL's calls, with them
+    LocalExecutorOptions options = OptionsWithNccl();
+    options.cuda_graphs = graphs > 0;
+    options.nccl_in_graphs = graphs == 2;
+    const uint64_t replays = sim::GraphLaunches();
+    const nccl_stand_in::Counts before = nccl_stand_in::Count();
+    const auto requests = EndingInTurn();
+    answers[graphs] = RunAll(*Start(options), {requests[0], requests[1], requests[2]});
+    const nccl_stand_in::Counts after = nccl_stand_in::Count();
+    EXPECT_EQ(sim::GraphLaunches() > replays, graphs == 2);
+    EXPECT_EQ(after.captured_calls > before.captured_calls, graphs == 2);
+    EXPECT_GT(after.calls - after.captured_calls, before.calls - before.captured_calls);
+    EXPECT_EQ(after.communicators + after.memories, 0);
+  }
+  for (const int graphs : {1, 2}) {
+    for (size_t i = 0; i < answers[0].size(); ++i) {
+      SCOPED_TRACE(StrCat("request ", i));
+      ExpectSameBits(ScoresOf(answers[graphs][i]), ScoresOf(answers[0][i]));
+    }
+  }
+  sim::SetGpus(1);
+}
+
+// The other rank waits in a graph for NCCL's call. Nobody may wait for NCCL's abort until the graphs are gone.
+TEST(EngineOnGpu, ARankThatFailsBesideGraphsWithNcclEndsEverythingAndAnotherEngineStarts) {
+  sim::SetGpus(2);
+  LocalExecutorOptions options = OptionsWithNccl();
+  const auto expected = TokensOf(RunAll(*Start(options), {MakeRequest(0, 5, 8)})[0]);
+  {
+    LocalExecutorOptions failing = options;
+    failing.before_step = [](int rank, uint64_t step) {
+      if (rank != 1 || step != 5) return;
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      throw std::runtime_error("rank 1 has caught fire");
+    };
+    const auto engine = Start(failing);
+    ASSERT_NE(engine, nullptr);
+    const Call call = Submit(*engine, MakeRequest(0, 5, 50));
+    const Status end = call.sink->WaitForEnd().back().status;
+    EXPECT_EQ(end.reason(), "ENGINE_DOWN");
+    EXPECT_THAT(end.message(), HasSubstr("rank 1 has caught fire"));
+  }
+  EXPECT_EQ(nccl_stand_in::Count().communicators, 0);
+  EXPECT_EQ(TokensOf(RunAll(*Start(options), {MakeRequest(0, 5, 8)})[0]), expected);
+  sim::SetGpus(1);
 }
 
 // Notes the rows of each tensor that is summed alone: in each pass, the embedding's and the last block's.
