@@ -1,5 +1,6 @@
 #include "server/base/crash.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 
@@ -27,6 +28,11 @@ bool KilledBy(int signal, int status) {
 #endif
 }
 
+// Not null itself, which the undefined behaviour sanitizer knows without a fault.
+void StoreNowhere() {
+  *reinterpret_cast<volatile int*>(64) = 1;
+}
+
 void DieOf(const std::function<void()>& bug) {
   const rlimit no_core{.rlim_cur = 0, .rlim_max = 0};
   setrlimit(RLIMIT_CORE, &no_core);
@@ -46,7 +52,7 @@ TEST(CrashDeathTest, TheLastActComesBeforeTheSignalThatKills) {
     EXPECT_EXIT(
         DieOf(bug), [=](int status) { return KilledBy(signal, status); }, std::string("last act in ") + name + " 1907");
   };
-  dies(SIGSEGV, "SIGSEGV", [] { *static_cast<volatile int*>(nullptr) = 1; });
+  dies(SIGSEGV, "SIGSEGV", StoreNowhere);
   dies(SIGABRT, "SIGABRT", [] { CHECK(std::string().size() == 1); });
   dies(SIGABRT, "SIGABRT", []() noexcept { (void)std::string().at(1); });
   for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) dies(signal, SignalName(signal).data(), [=] { raise(signal); });
@@ -66,7 +72,7 @@ TEST(CrashDeathTest, AThreadWhoseStackOverflowsStillHasOneForIt) {
 
 TEST(CrashDeathTest, AnActThatFailsItselfEndsTheProcess) {
   struct Fails : LastAct {
-    void OnCrash(int) noexcept override { *static_cast<volatile int*>(nullptr) = 1; }
+    void OnCrash(int) noexcept override { StoreNowhere(); }
   };
   EXPECT_EXIT(
       DieOf([] {
@@ -85,7 +91,7 @@ TEST(Crash, WhoHasLeftDoesNothing) {
         }
         raise(SIGBUS);
       },
-      [](int status) { return KilledBy(SIGBUS, status); }, "^[^l]*$");
+      [](int status) { return KilledBy(SIGBUS, status); }, testing::Not(testing::HasSubstr("last act")));
 }
 
 TEST(Crash, DigitsOfNumbers) {
