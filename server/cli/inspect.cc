@@ -25,14 +25,17 @@ int Run(const ParsedFlags& flags) {
     auto format = ChatFormat::FromTemplate((*checkpoint)->text_assets().chat_template);
     chat = format.ok() ? std::string((*format)->name()) : format.status().message();
   }
+  Status text;  // of weights alone there is none to check
+  if (inspection.tokenizer != "none") text = LoadTokenizer(**checkpoint).status();
   if (flags.boolean("json")) {
     OrderedJson json = InspectJson(inspection);
     json["chat_format"] = chat;
     std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
   } else {
     std::fputs(InspectText(inspection, flags.boolean("tensors")).c_str(), stdout);
-    std::printf("chat format: %s\n", chat.c_str());
+    std::printf("%-16s %s\n", "chat format", chat.c_str());
   }
+  if (!text.ok()) return Fail("inspect", text.message(), ExitCodeOfLoad(text));
   return kExitOk;
 }
 
@@ -44,8 +47,9 @@ Subcommand InspectCommand() {
                   .summary =
                       "what a checkpoint is and what it needs: weights, KV bytes per token, ranks it can be split into",
                   .synopsis = "altiplano inspect DIR_OR_GGUF [--json] [--tensors]",
-                  .notes =
-                      "Everything is checked, no weights are read. Exit code 65 says what is wrong with the files.",
+                  .notes = "Everything is checked, the tokenizer too; no weights are read. Exit code 65: something is "
+                           "wrong with the\n"
+                           "files, and stderr says what.",
                   .flags = {{.name = "json",
                              .type = FlagType::kBool,
                              .default_value = "false",

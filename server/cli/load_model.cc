@@ -26,19 +26,16 @@ namespace altiplano::cli {
 
 namespace {
 
-StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const TextAssets& assets, const std::string& path) {
+StatusOr<std::shared_ptr<const Tokenizer>> MakeTokenizer(const TextAssets& assets) {
   if (!assets.tokenizer_json.empty()) return Tokenizer::FromHuggingFace(assets.tokenizer_json);
   if (!assets.tiktoken_model.empty()) return Tokenizer::FromTiktoken(assets.tiktoken_model);
-  if (assets.gguf) {
-    return Tokenizer::FromGguf({.model = assets.gguf->model,
-                                .pre = assets.gguf->pre,
-                                .tokens = assets.gguf->tokens,
-                                .merges = assets.gguf->merges,
-                                .types = assets.gguf->types,
-                                .bos = assets.gguf->bos,
-                                .add_bos = assets.gguf->add_bos});
-  }
-  return Status(Code::kFailedPrecondition, StrCat(path, ": there is neither tokenizer.json nor tokenizer.model"));
+  return Tokenizer::FromGguf({.model = assets.gguf->model,
+                              .pre = assets.gguf->pre,
+                              .tokens = assets.gguf->tokens,
+                              .merges = assets.gguf->merges,
+                              .types = assets.gguf->types,
+                              .bos = assets.gguf->bos,
+                              .add_bos = assets.gguf->add_bos});
 }
 
 StatusOr<std::shared_ptr<const ChatFormat>> LoadChatFormat(const Checkpoint& checkpoint, std::string_view name) {
@@ -217,14 +214,30 @@ Status CheckScheduling(const config::v1::ServerConfig& config) {
   return Scheduler::Create(std::move(options)).status();
 }
 
-StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
-  TextModel text;
-  ASSIGN_OR_RETURN(text.tokenizer, LoadTokenizer(checkpoint.text_assets(), checkpoint.path()));
-  if (text.tokenizer->vocab_size() > checkpoint.config().vocab) {
+StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const Checkpoint& checkpoint) {
+  const TextAssets& assets = checkpoint.text_assets();
+  if (assets.tokenizer_json.empty() && assets.tiktoken_model.empty() && !assets.gguf) {
     return Status(Code::kFailedPrecondition,
-                  StrCat(checkpoint.path(), ": the tokenizer has ", text.tokenizer->vocab_size(),
+                  StrCat(checkpoint.path(), ": there is neither tokenizer.json nor tokenizer.model"));
+  }
+  auto tokenizer = MakeTokenizer(assets);
+  if (!tokenizer.ok()) {  // the text layer knows no files
+    const std::string_view file = assets.gguf                     ? ""
+                                  : assets.tokenizer_json.empty() ? "/tokenizer.model"
+                                                                  : "/tokenizer.json";
+    return Status(tokenizer.status().code(), StrCat(checkpoint.path(), file, ": ", tokenizer.status().message()));
+  }
+  if ((*tokenizer)->vocab_size() > checkpoint.config().vocab) {
+    return Status(Code::kFailedPrecondition,
+                  StrCat(checkpoint.path(), ": the tokenizer has ", (*tokenizer)->vocab_size(),
                          " tokens, more than the model's ", checkpoint.config().vocab));
   }
+  return tokenizer;
+}
+
+StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
+  TextModel text;
+  ASSIGN_OR_RETURN(text.tokenizer, LoadTokenizer(checkpoint));
   ASSIGN_OR_RETURN(text.chat_format, LoadChatFormat(checkpoint, chat_format));
   return text;
 }

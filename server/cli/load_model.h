@@ -27,10 +27,12 @@ struct TextModel {
   std::shared_ptr<const ChatFormat> chat_format;  // null: plain text only
 };
 
-// chat_format: "auto", "none" or a format's name. The tokenizer comes from tokenizer.json, else tokenizer.model, else
-// GGUF. FAILED_PRECONDITION when there is none, or when it has more tokens than the model; "auto" with a template that
-// is not known is NOT_FOUND naming --chat-format; "auto" without any template is plain text only, with a warning in the
-// log.
+// From tokenizer.json, else tokenizer.model, else GGUF. FAILED_PRECONDITION when there is none, or when it has more
+// tokens than the model; what is wrong with a file names it.
+StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const Checkpoint& checkpoint);
+
+// The tokenizer, and chat_format: "auto", "none" or a format's name. "auto" with a template that is not known is
+// NOT_FOUND naming --chat-format; "auto" without any template is plain text only, with a warning in the log.
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format);
 
 // --block-size, whose default depends on the device.

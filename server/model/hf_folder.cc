@@ -183,6 +183,9 @@ Status CheckRedundantHead(const CheckpointParts& parts, const StoredTensor& head
 Status ReadText(const Folder& folder, TextAssets* text) {
   ASSIGN_OR_RETURN(text->tokenizer_json, folder.ReadIfThere("tokenizer.json", kMaxTokenizerBytes));
   ASSIGN_OR_RETURN(text->tiktoken_model, folder.ReadIfThere("tokenizer.model", kMaxTokenizerBytes));
+  if (text->tokenizer_json.empty() && folder.Has("tokenizer.json")) {
+    return In(folder.At("tokenizer.json"), Status(Code::kInvalidArgument, "is empty: incomplete download?"));
+  }
   ASSIGN_OR_RETURN(text->chat_template, folder.ReadIfThere("chat_template.jinja", kMaxConfigBytes));
   if (!text->chat_template.empty()) return OkStatus();  // takes precedence, as in transformers
   for (std::string_view name : {"chat_template.json", "tokenizer_config.json"}) {

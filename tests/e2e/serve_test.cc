@@ -557,6 +557,9 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   write(bad_config / "config.json", R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})");
   fs::path no_tokenizer = copy("no_tokenizer");
   fs::remove(no_tokenizer / "tokenizer.json");
+  fs::path empty_tokenizer = copy("empty_tokenizer"), cut_tokenizer = copy("cut_tokenizer");
+  fs::resize_file(empty_tokenizer / "tokenizer.json", 0);
+  fs::resize_file(cut_tokenizer / "tokenizer.json", 5000);
   fs::path other_template = copy("other_template");
   write(other_template / "chat_template.jinja", "{{ messages }}");
   fs::path empty = folder / "empty";
@@ -564,9 +567,14 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   struct {
     fs::path model;
     std::string part;
-  } cases[] = {{"/nowhere/model", "/nowhere/model"}, {empty, "empty"},
-               {truncated, "model.safetensors"},     {bad_config, "vocab_size"},
-               {no_tokenizer, "tokenizer"},          {other_template, "--chat-format"}};
+  } cases[] = {{"/nowhere/model", "/nowhere/model"},
+               {empty, "empty"},
+               {truncated, "model.safetensors"},
+               {bad_config, "vocab_size"},
+               {no_tokenizer, "tokenizer"},
+               {empty_tokenizer, "tokenizer.json: is empty"},
+               {cut_tokenizer, "cut_tokenizer/tokenizer.json: not valid JSON"},
+               {other_template, "--chat-format"}};
   for (const auto& c : cases) {
     Finished finished = RunToEnd({"serve", "--model", c.model, "--listen", "127.0.0.1:0", "--log-level", "off"});
     EXPECT_EQ(finished.code, 65) << c.model << ": " << finished.err;
@@ -575,6 +583,11 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
     EXPECT_THAT(finished.err, HasSubstr(c.part)) << c.model;
     EXPECT_EQ(std::count(finished.err.begin(), finished.err.end(), '\n'), 1) << finished.err;
   }
+  Finished inspected = RunToEnd({"inspect", cut_tokenizer});
+  EXPECT_EQ(inspected.code, 65);
+  EXPECT_THAT(inspected.out, HasSubstr("LlamaForCausalLM")) << "what can be known is shown";
+  EXPECT_THAT(inspected.err, HasSubstr("cut_tokenizer/tokenizer.json: not valid JSON"));
+  EXPECT_EQ(RunToEnd({"inspect", no_tokenizer}).code, 0) << "weights alone";
   fs::remove_all(folder);
 }
 
