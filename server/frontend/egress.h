@@ -32,7 +32,7 @@ struct Started {
   std::unique_ptr<EgressCall> call;
 };
 struct Prepared {
-  std::string request_id;  // "" when the request was too broken to have one
+  std::string request_id;  // the client's where it can be used, else a UUID: for the log, of a refused request too
   StatusOr<PreparedRequest> request;
   std::shared_ptr<const Tokenizer> tokenizer;
 };

@@ -88,8 +88,6 @@ Status GenerateCall::WhyGone(TimePoint now) const {
 void GenerateCall::OnPrepared(Prepared prepared) {
   request_id_ = std::move(prepared.request_id);
   const Status& status = prepared.request.status();
-  // A duplicate's id belongs to the other call.
-  registered_ = !request_id_.empty() && status.reason() != "DUPLICATE_REQUEST_ID";
   phase_ = Phase::kSubmitted;
   if (!abort_.ok()) return End(std::move(abort_), abort_delivers_);
   if (!status.ok()) return End(status, true);
@@ -124,7 +122,7 @@ void GenerateCall::OnEvent(Event event, TimePoint now) {
       }
       break;
     case Event::Kind::kToken:
-      OnToken(event);
+      OnToken(event, now);
       break;
     case Event::Kind::kFinished:
       sequences_.at(event.sequence).OnFinished(event.finish, event.stop_token);
@@ -135,7 +133,9 @@ void GenerateCall::OnEvent(Event event, TimePoint now) {
   }
 }
 
-void GenerateCall::OnToken(const Event& event) {
+void GenerateCall::OnToken(const Event& event, TimePoint now) {
+  // The log's, if the call is cut off; kEnded brings the engine's own time.
+  if (timing_.first_token == Duration(0)) timing_.first_token = now - arrival_;
   SequenceOutput& sequence = sequences_.at(event.sequence);
   if (sequence.OnToken(event.score, event.finish, event.stop_token)) handle_.StopSequence(event.sequence);
 }
@@ -200,7 +200,7 @@ TimePoint GenerateCall::next_timer() const {
 void GenerateCall::MarkFinished(TimePoint now) {
   phase_ = Phase::kFinished;
   give_up_at_ = now + limits().max_unread_time;
-  if (registered_) state_->registry.Remove(request_id_);
+  state_->registry.Remove(request_id_, key_);
   LogEnd(now);
   prompt_scores_ = {};
   state_->Leave();

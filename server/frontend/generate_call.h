@@ -59,7 +59,7 @@ class GenerateCall : public EgressCall {
   void OnPrepared(Prepared prepared);
   Status WhyGone(TimePoint now) const;
   void OnEvent(Event event, TimePoint now);
-  void OnToken(const Event& event);
+  void OnToken(const Event& event, TimePoint now);
   void EndAsEngineSays(Event event);
   bool AllFinished() const;
   void LogEnd(TimePoint now) const;
@@ -77,7 +77,6 @@ class GenerateCall : public EgressCall {
   bool admitted_ = false;
 
   std::string request_id_;
-  bool registered_ = false;
   std::shared_ptr<const PreparedRequest> request_;
   std::shared_ptr<const Tokenizer> tokenizer_;
   RequestHandle handle_;

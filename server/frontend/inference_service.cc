@@ -72,10 +72,11 @@ Prepared PrepareArrival(Arrival* arrival) {
   const FrontendLimits& limits = arrival->state->options.limits;
   auto refused = [](std::string id, Status status) { return Prepared{std::move(id), std::move(status), nullptr}; };
   auto input = Parse(arrival);
-  if (!input.ok()) return refused("", input.status());
-  if (Status status = ValidateInput(*input, backend.model, limits); !status.ok()) return refused("", status);
-  if (input->request_id.empty()) input->request_id = RandomUuid();
-  std::string id = input->request_id;
+  if (!input.ok()) return refused(RandomUuid(), input.status());
+  const bool chosen = IsRequestId(input->request_id, limits);
+  std::string id = chosen ? input->request_id : RandomUuid();
+  if (Status status = ValidateInput(*input, backend.model, limits); !status.ok()) return refused(id, status);
+  input->request_id = id;
   if (!arrival->state->registry.Add(id, arrival->key)) return refused(id, DuplicateId(id));
   auto prepared = Prepare(std::move(*input), {.model = backend.model,
                                               .limits = limits,
@@ -92,7 +93,7 @@ void SendToTextPool(Arrival arrival) {
   auto shared = std::make_shared<Arrival>(std::move(arrival));
   bool taken = state->text_pool.Run(
       [shared] { shared->state->egress.queue()->Post(shared->key, PrepareArrival(shared.get())); }, bytes);
-  if (!taken) state->egress.queue()->Post(key, Prepared{"", TextPoolFull(), nullptr});
+  if (!taken) state->egress.queue()->Post(key, Prepared{RandomUuid(), TextPoolFull(), nullptr});
 }
 
 // Tokenize and Detokenize: `handle(Request, const ServedModel&, Response*)` runs on the text pool.

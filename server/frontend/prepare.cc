@@ -1,7 +1,6 @@
 #include "server/frontend/prepare.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "server/base/strings.h"
 #include "server/frontend/random_id.h"

@@ -18,9 +18,10 @@ class RequestRegistry {
     std::lock_guard lock(mutex_);
     return live_.emplace(id, key).second;
   }
-  void Remove(const std::string& id) {
+  // Nothing when the id is another call's.
+  void Remove(const std::string& id, CallKey key) {
     std::lock_guard lock(mutex_);
-    live_.erase(id);
+    if (auto it = live_.find(id); it != live_.end() && it->second == key) live_.erase(it);
   }
   std::optional<CallKey> Find(const std::string& id) const {
     std::lock_guard lock(mutex_);

@@ -174,9 +174,6 @@ void Server::Stop() {
 int Server::port() const {
   return impl_->main.port;
 }
-int Server::admin_port() const {
-  return impl_->admin_listening.port;
-}
 const std::string& Server::address() const {
   return impl_->main.address;
 }

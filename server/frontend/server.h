@@ -96,7 +96,6 @@ class Server {
   void Stop();
 
   int port() const;                          // 0 for a unix socket
-  int admin_port() const;                    // 0: no admin listener, or a unix socket
   const std::string& address() const;        // as given, with the port that was taken
   const std::string& admin_address() const;  // "": none
   int32_t live_requests() const;             // generations accepted and not yet ended

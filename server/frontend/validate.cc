@@ -123,6 +123,14 @@ bool IsVisibleAscii(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](char c) { return c >= '!' && c <= '~'; });
 }
 
+}  // namespace
+
+bool IsRequestId(std::string_view text, const FrontendLimits& limits) {
+  return !text.empty() && static_cast<int64_t>(text.size()) <= limits.max_request_id_bytes && IsVisibleAscii(text);
+}
+
+namespace {
+
 void CheckNames(const GenerateInput& input, const FrontendLimits& limits, Violations* out) {
   out->AtMost("request_id", input.request_id.size(), limits.max_request_id_bytes, "bytes");
   if (!IsVisibleAscii(input.request_id)) {

@@ -20,6 +20,9 @@ Status ValidateInput(const GenerateInput& input, const ServedModel& model, const
 Status ValidateChat(const ChatInput& chat, std::string_view prefix, const ServedModel& model,
                     const FrontendLimits& limits);
 
+// Whether a client may choose this id: not empty, short enough, of visible ASCII.
+bool IsRequestId(std::string_view text, const FrontendLimits& limits);
+
 // Text of one plain prompt.
 Status ValidateText(std::string_view text, std::string_view field, const FrontendLimits& limits);
 

@@ -3,6 +3,10 @@
 #include <grpcpp/impl/codegen/client_unary_call.h>
 #include <gtest/gtest.h>
 
+#include <sstream>
+
+#include "server/base/json.h"
+#include "server/base/log.h"
 #include "server/base/strings.h"
 #include "tests/server/frontend/frontend_testlib.h"
 
@@ -82,6 +86,35 @@ TEST(ErrorTest, BadFieldsAreNamedAllAtOnce) {
   EXPECT_EQ(bad->field_violations(0).description(), "is 1.5, must be in (0, 1]");
   EXPECT_EQ(bad->field_violations(1).field(), "stopping.sequences[0]");
   EXPECT_EQ(status.error_message(), "sampling.top_p is 1.5, must be in (0, 1]; stopping.sequences[0] is empty");
+}
+
+// Operators find a client's complaint in the log by its id.
+TEST(ErrorTest, WhatIsRefusedHasAnIdInTheLogToo) {
+  TestServer server;
+  v1::GenerateRequest bad = TextRequest("x");
+  bad.mutable_sampling()->set_top_p(2);
+  v1::GenerateRequest named = bad, malformed = bad;
+  named.set_request_id("mine");
+  malformed.set_request_id("not\nmine");
+  log::Init(log::Level::kInfo, log::Format::kJson);
+  ::testing::internal::CaptureStderr();
+  for (const v1::GenerateRequest& request : {bad, named, malformed}) {
+    EXPECT_EQ(Generate(server, request).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  }
+  log::Flush();
+  std::istringstream lines(::testing::internal::GetCapturedStderr());
+  log::Init(log::Level::kInfo, log::Format::kAuto);
+  std::vector<std::string> ids;
+  for (std::string line; std::getline(lines, line);) {
+    auto json = ParseJson(line);
+    ASSERT_TRUE(json.ok()) << line;
+    if ((*json)["event"] == "request finished") ids.push_back((*json)["request_id"]);
+  }
+  constexpr size_t kUuid = 36;
+  ASSERT_EQ(ids.size(), 3U);
+  EXPECT_EQ(ids[0].size(), kUuid);
+  EXPECT_EQ(ids[1], "mine");
+  EXPECT_EQ(ids[2].size(), kUuid);
 }
 
 TEST(ErrorTest, ChatFormatsViolationsAreBelowChat) {

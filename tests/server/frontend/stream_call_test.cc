@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "server/base/json.h"
+#include "server/base/log.h"
 #include "server/frontend/unary_call.h"
 #include "tests/server/frontend/frontend_testlib.h"
 
@@ -175,6 +177,26 @@ TEST_F(StreamCallTest, CancelFinishesThoughAWriteIsInFlight) {
   Token('a');  // late events are nothing
   Ended();
   EXPECT_EQ(wire_.messages.size(), 1U);
+}
+
+TEST_F(StreamCallTest, TheLogKnowsTheFirstTokenOfACallThatIsCutOff) {
+  log::Init(log::Level::kInfo, log::Format::kJson);
+  Prepare();
+  Admit();
+  Written();
+  Elapse(seconds(100));
+  Token('a');
+  Elapse(seconds(1));
+  Token('b');
+  ::testing::internal::CaptureStderr();
+  Tell(ClientGone{});
+  log::Flush();
+  auto line = ParseJson(::testing::internal::GetCapturedStderr());
+  log::Init(log::Level::kInfo, log::Format::kAuto);
+  ASSERT_TRUE(line.ok());
+  EXPECT_EQ((*line)["completion_tokens"], 2);
+  EXPECT_GT((*line)["ttft_ms"], 99e3) << "the engine's times come with its last event, which is not waited for";
+  EXPECT_LE((*line)["ttft_ms"], 100e3);
 }
 
 TEST_F(StreamCallTest, UnreadBytesHaveABound) {
