@@ -98,6 +98,7 @@ class Repl {
     std::string rest = line.size() > word.size() ? line.substr(word.size() + 1) : "";
     if (word == "/reset") {
       Reset();
+      std::printf("The conversation is forgotten.\n");
     } else if (word == "/system") {
       system_ = rest;
       Reset();

@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -16,6 +15,10 @@ constexpr std::string_view kExitCodes =
     "rank\n"
     "failed while serving, or the start hung: start it again, 130 a load test was interrupted.\n";
 
+std::string Line(const Command& command) {
+  return StrFormat("  %-24s  %s\n", std::string(command.name).c_str(), std::string(command.summary).c_str());
+}
+
 std::string Overview() {
   std::string out =
       "altiplano: an inference server for Llama models. The usual way:\n\n"
@@ -24,10 +27,19 @@ std::string Overview() {
       "  altiplano chat                      talk to it\n\n"
       "Commands (altiplano COMMAND --help explains each flag):\n";
   for (const Subcommand& subcommand : Subcommands()) {
-    out += StrFormat("  %-14s %s\n", std::string(subcommand.command.name).c_str(),
-                     std::string(subcommand.command.summary).c_str());
+    out += Line(subcommand.command);
   }
   return out + "\n" + std::string(kExitCodes);
+}
+
+// Of the commands that begin with this word, "bench" or "admin"; empty when there is none.
+std::string Family(std::string_view word) {
+  std::string lines;
+  for (const Subcommand& subcommand : Subcommands()) {
+    if (subcommand.command.name.starts_with(StrCat(word, " "))) lines += Line(subcommand.command);
+  }
+  if (lines.empty()) return "";
+  return StrCat("altiplano ", word, ": one of (--help explains each flag)\n\n", lines);
 }
 
 void Print(const std::string& text) {
@@ -93,8 +105,19 @@ int Main(std::span<const std::string_view> arguments) {
     if (!flags.ok()) return Fail(name, flags.status().message(), kExitUsage);
     return subcommand.run(*flags);
   }
-  const bool two_words = (first == "bench" || first == "admin") && words.size() > 1;
-  std::string given = two_words ? StrCat(first, " ", words[1]) : std::string(first);
+  const std::string family = Family(first);
+  if (!family.empty()) {
+    const bool asked = words.size() == (help ? 1 : 2) && (help || words[1] == "--help" || words[1] == "-h");
+    if (asked) {
+      Print(family);
+      return kExitOk;
+    }
+    if (words.size() == 1) {
+      std::fputs(family.c_str(), stderr);
+      return kExitUsage;
+    }
+  }
+  std::string given = family.empty() ? std::string(first) : StrCat(first, " ", words[1]);
   std::string_view nearest = Nearest(given, names);
   return Fail("",
               StrCat(given, ": unknown command; ",

@@ -9,6 +9,7 @@
 
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "server/base/strings.h"
+#include "server/cli/units.h"
 
 namespace altiplano::cli {
 
@@ -153,11 +154,7 @@ Client::Client(std::shared_ptr<grpc::Channel> channel)
       status_stub_(v1::StatusService::NewStub(channel_)) {}
 
 StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& url, Duration wait) {
-  std::string target = url;
-  for (std::string_view scheme : {"grpc://", "http://"}) {
-    if (target.starts_with(scheme)) target = target.substr(scheme.size());
-  }
-  while (target.ends_with('/') && !target.starts_with("unix:")) target.pop_back();
+  const std::string target(AddressOfUrl(url));
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   arguments.SetMaxSendMessageSize(kMaxMessageBytes);

@@ -20,6 +20,12 @@ int Run(const ParsedFlags& flags) {
   auto client = Client::Connect(flags.text("url"), std::chrono::seconds(5));
   if (!client.ok()) return Fail(kName, client.status().message(), kExitUnavailable);
   auto record = (*client)->DumpFlightRecord(static_cast<uint32_t>(flags.count("replica")));
+  if (record.status().code() == Code::kUnimplemented) {
+    return Fail(
+        kName,
+        StrCat(flags.text("url"), " has no AdminService: give --url what the server was given as --admin-listen"),
+        kExitUsage);
+  }
   if (!record.ok()) return FailCall(kName, record.status());
   if (Status status = WriteFile(path, *record); !status.ok()) return Fail(kName, status.message(), kExitUnavailable);
   std::printf("%s: %s\n", path.c_str(), HumanBytes(record->size()).c_str());

@@ -33,6 +33,9 @@ Status UnknownFlag(const Command& command, std::string_view name) {
   return Invalid(StrCat("unknown flag --", name, "; ", hint));
 }
 
+// Choices that take more than this are listed below the meaning.
+constexpr size_t kMostInHead = 64;
+
 std::string_view Placeholder(const Flag& flag) {
   switch (flag.type) {
     case FlagType::kText:
@@ -41,6 +44,8 @@ std::string_view Placeholder(const Flag& flag) {
       return "PATH";
     case FlagType::kAddress:
       return "HOST:PORT";
+    case FlagType::kUrl:
+      return "URL";
     case FlagType::kBool:
       return "";
     case FlagType::kCount:
@@ -52,7 +57,7 @@ std::string_view Placeholder(const Flag& flag) {
     case FlagType::kDuration:
       return "TIME";
     case FlagType::kChoice:
-      return flag.choices;
+      return flag.choices.size() > kMostInHead ? "NAME" : flag.choices;
   }
   return "";
 }
@@ -81,6 +86,11 @@ void AppendFlag(std::string& out, const Flag& flag) {
   if (!flag.alias.empty()) head += StrCat("   (also --", flag.alias, ")");
   out += head + "\n";
   AppendWrapped(out, flag.meaning, 6, 100);
+  if (flag.choices.size() > kMostInHead) {
+    std::string list = "One of: ";
+    for (char c : flag.choices) list += c == '|' ? ", " : std::string(1, c);
+    AppendWrapped(out, list, 6, 100);
+  }
   std::string facts;
   auto fact = [&facts](std::string_view key, std::string_view value) {
     facts += StrCat(facts.empty() ? "" : "   ", key, " ", value);
@@ -105,6 +115,8 @@ Status CheckValue(const Flag& flag, std::string_view value) {
       return IsValidUtf8(value) ? OkStatus() : Invalid("is not valid UTF-8");
     case FlagType::kAddress:
       return value.empty() ? OkStatus() : CheckAddress(value);
+    case FlagType::kUrl:
+      return CheckAddress(AddressOfUrl(value));
     case FlagType::kBool:
       return ParseBool(value).status();
     case FlagType::kCount:

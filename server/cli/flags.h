@@ -14,7 +14,7 @@
 
 namespace altiplano::cli {
 
-enum class FlagType { kText, kPath, kAddress, kBool, kCount, kReal, kBytes, kDuration, kChoice };
+enum class FlagType { kText, kPath, kAddress, kUrl, kBool, kCount, kReal, kBytes, kDuration, kChoice };
 
 struct Flag {
   std::string_view name;  // "max-num-seqs"

@@ -99,6 +99,7 @@ int Connect(std::string_view command, const ParsedFlags& flags, Connection* conn
     return Fail(command, "needs one of --model (loads it here) and --url (asks a server)", kExitUsage);
   }
   if (!here) {
+    if (Status status = CheckRemote(flags); !status.ok()) return Fail(command, status.message(), kExitUsage);
     auto client = ConnectTo(flags);
     if (!client.ok()) return Fail(command, client.status().message(), kExitUnavailable);
     connection->remote = std::move(*client);

@@ -68,8 +68,10 @@ std::vector<std::string> Advice(const ModelConfig& config, const bench::GpuGroup
 void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand, int stages,
                const bench::Capacity& plan, const std::vector<std::string>& advice) {
   auto line = [](const char* name, const std::string& value) { std::printf("%-16s %s\n", name, value.c_str()); };
-  line("model", StrFormat("%s, %.1f billion parameters, bf16", config.name.c_str(),
-                          static_cast<double>(config.parameters()) / 1e9));
+  const bool billions = config.parameters() >= 1'000'000'000;
+  line("model",
+       StrFormat("%s, %.1f %s parameters, bf16", config.name.c_str(),
+                 static_cast<double>(config.parameters()) / (billions ? 1e9 : 1e6), billions ? "billion" : "million"));
   line("machine", StrCat(gpus.count, "x", gpus.gpu.name,
                          stages == 1 ? ", tensor-parallel"
                                      : StrCat(", ", stages, " stages of ", gpus.count / stages, " tensor-parallel")));
@@ -184,7 +186,7 @@ Subcommand PlanCommand() {
            .summary = "would a model fit on these GPUs, and what would they give?",
            .synopsis = "altiplano plan --model 70b --gpus 4xH200 --context 8192 --concurrency 32",
            .notes = "Sizes are those of the program's own allocator, for bf16. Speeds are\n"
-                    "predicted by the formula of docs/load_tests.md; the program does not run on GPUs yet.\n"
+                    "predicted by the formula of docs/load_tests.md; no kernel of this project has run on a GPU yet.\n"
                     "Exit code 0: it fits; 1: it does not, and the answer says what would.",
            .flags = {{.name = "model",
                       .type = FlagType::kText,

@@ -2,14 +2,13 @@
 
 #include <unistd.h>
 
-#include <algorithm>
-#include <cctype>
 #include <cstdio>
 #include <iostream>
 #include <iterator>
 
 #include "server/base/strings.h"
 #include "server/cli/command.h"
+#include "server/cli/config.h"
 
 namespace altiplano::cli {
 
@@ -21,7 +20,7 @@ constexpr std::string_view kGroup = "Answer";
 
 Flag UrlFlag() {
   return {.name = "url",
-          .type = FlagType::kText,
+          .type = FlagType::kUrl,
           .default_value = "127.0.0.1:50051",
           .meaning = "The server: HOST:PORT or unix:/path, with or without grpc:// before it.",
           .example = "127.0.0.1:50051"};
@@ -81,6 +80,15 @@ void FillSampling(const ParsedFlags& flags, v1::GenerateRequest* request) {
   if (flags.given("min-p")) sampling->set_min_p(static_cast<float>(flags.real("min-p")));
   if (flags.given("seed")) sampling->set_seed(static_cast<uint64_t>(flags.count("seed")));
   for (const std::string& stop : flags.all("stop")) stopping->add_sequences(stop);
+}
+
+Status CheckRemote(const ParsedFlags& flags) {
+  for (const Flag& flag : Settings()) {
+    if (!flags.has(flag.name) || !flags.given(flag.name)) continue;
+    return Status(Code::kInvalidArgument,
+                  StrCat("--", flag.name, " is of a model loaded here; a server (--url) has its own"));
+  }
+  return OkStatus();
 }
 
 StatusOr<std::unique_ptr<Client>> ConnectTo(const ParsedFlags& flags) {

@@ -16,6 +16,9 @@ std::vector<Flag> SamplingFlags();
 // What was given of SamplingFlags.
 void FillSampling(const ParsedFlags& flags, v1::GenerateRequest* request);
 
+// INVALID_ARGUMENT for a setting of a model loaded here, which a server takes no notice of.
+Status CheckRemote(const ParsedFlags& flags);
+
 // Connects to --url, waiting briefly. UNAVAILABLE says how to start a server.
 StatusOr<std::unique_ptr<Client>> ConnectTo(const ParsedFlags& flags);
 

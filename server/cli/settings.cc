@@ -56,13 +56,15 @@ constexpr std::array kSettings = {
          .choices = "bf16|f32",
          .group = kGroupModel},
     Flag{.name = "chat-format",
-         .type = FlagType::kText,
+         .type = FlagType::kChoice,
          .default_value = "auto",
          .meaning =
              "How a chat becomes a prompt: auto recognises the checkpoint's own template; none serves plain text "
-             "only; or a format's name (llama3, llama3.1, llama3.2, llama3.3, chatml).",
+             "only; the others are described in docs/chat_formats.md.",
          .example = "llama3.1",
          .field = "model.chat_format",
+         .choices = "auto|none|llama3|llama3.1|llama3.2|llama3.3|llama3-meta|vllm-llama3.1-json|vllm-llama3.2-json|"
+                    "vllm-llama3.2-pythonic|chatml|smollm2|llama-guard-2|llama-guard-3|llama-guard-3-cookbook",
          .group = kGroupModel},
     Flag{.name = "max-model-len",
          .type = FlagType::kCount,

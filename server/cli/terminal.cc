@@ -54,6 +54,7 @@ std::string Printable(std::string_view text) {
 }
 
 void LoadProgressPrinter::operator()(const LoadProgress& progress) {
+  if (progress.bytes_total == 0) return;  // not known yet
   double rate = progress.seconds > 0 ? static_cast<double>(progress.bytes_done) / progress.seconds / 1e9 : 0;
   bool done = progress.bytes_done == progress.bytes_total;
   if (!log::Enabled(log::Level::kInfo)) return;

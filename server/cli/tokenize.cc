@@ -76,6 +76,9 @@ int Run(const ParsedFlags& flags) {
   if (flags.given("model") == flags.given("url")) {
     return Fail("tokenize", "needs one of --model (loads only the tokenizer) and --url (asks a server)", kExitUsage);
   }
+  if (Status status = CheckRemote(flags); flags.given("url") && !status.ok()) {
+    return Fail("tokenize", status.message(), kExitUsage);
+  }
   auto text = TextOrStdin(flags, "text");
   if (!text.ok()) return Fail("tokenize", text.status().message(), kExitUsage);
   bool here = flags.given("model");

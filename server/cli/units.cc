@@ -140,6 +140,14 @@ StatusOr<bool> ParseBool(std::string_view text) {
   return Invalid("must be true or false");
 }
 
+std::string_view AddressOfUrl(std::string_view url) {
+  for (std::string_view scheme : {"grpc://", "http://"}) {
+    if (url.starts_with(scheme)) url.remove_prefix(scheme.size());
+  }
+  while (url.ends_with('/') && !url.starts_with("unix:")) url.remove_suffix(1);
+  return url;
+}
+
 Status CheckAddress(std::string_view text) {
   if (text.starts_with("unix:")) {
     if (text.size() > 5 + 107) return Invalid("is a unix socket path of more than 107 bytes");

@@ -38,6 +38,9 @@ StatusOr<double> ParseReal(std::string_view text);
 
 StatusOr<bool> ParseBool(std::string_view text);  // true, false, yes, no, on, off, 1, 0
 
+// A server's, without grpc:// or http:// before it and slashes behind it.
+std::string_view AddressOfUrl(std::string_view url);
+
 // "127.0.0.1:50051", "[::1]:0", "localhost:80", "unix:/run/altiplano.sock".
 Status CheckAddress(std::string_view text);
 

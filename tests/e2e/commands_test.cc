@@ -82,6 +82,12 @@ TEST_F(Commands, RefusedRequestIsReadableAndExitsOne) {
   EXPECT_THAT(finished.err, HasSubstr("top_p"));
 }
 
+TEST_F(Commands, AnAddressWithoutAdminServiceIsNamed) {
+  Finished dump = RunToEnd({"admin", "dump-flight-record", "never.flight", "--url", server_->address()});
+  EXPECT_EQ(dump.code, 64);
+  EXPECT_THAT(dump.err, HasSubstr(server_->address() + " has no AdminService"));
+}
+
 TEST_F(Commands, TokenizeIsTheSameHereAndThere) {
   for (const char* chat : {"--chat", "--bos"}) {
     Finished here = RunToEnd({"tokenize", "--model", kTiny, chat, "--text", "H\xC3\xA4llo, world"});
@@ -427,6 +433,7 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   EXPECT_THAT(not_here.out, HasSubstr("it fits on 8xH200"));
   Finished folder = RunToEnd({"plan", "--model", kTiny, "--context", "128"});
   EXPECT_EQ(folder.code, 0) << folder.err;
+  EXPECT_THAT(folder.out, HasSubstr("4.2 million parameters"));
   Finished nothing = RunToEnd({"plan", "--model", "/nowhere"});
   EXPECT_EQ(nothing.code, 65);
   EXPECT_THAT(nothing.err, HasSubstr("405b"));

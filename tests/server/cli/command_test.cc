@@ -17,6 +17,7 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::testing::MatchesRegex;
+using ::testing::Not;
 
 struct Output {
   int code;
@@ -75,6 +76,21 @@ TEST(Commands, HelpOfEach) {
   }
 }
 
+TEST(Commands, TheFirstWordOfTwoListsTheSecond) {
+  for (const std::vector<std::string_view>& arguments :
+       {std::vector<std::string_view>{"bench", "--help"}, {"bench", "-h"}, {"help", "bench"}}) {
+    const Output output = Invoke(arguments);
+    EXPECT_EQ(output.code, 0) << output.err;
+    EXPECT_THAT(output.out, HasSubstr("  bench serve "));
+    EXPECT_THAT(output.out, HasSubstr("  bench offline "));
+    EXPECT_THAT(output.out, Not(HasSubstr("simulate")));
+  }
+  const Output alone = Invoke({"admin"});
+  EXPECT_EQ(alone.code, 64);
+  EXPECT_EQ(alone.out, "");
+  EXPECT_THAT(alone.err, HasSubstr("  admin dump-flight-record "));
+}
+
 TEST(Commands, WrongUsageIsOneLineAnd64) {
   struct {
     std::vector<std::string_view> arguments;
@@ -85,6 +101,14 @@ TEST(Commands, WrongUsageIsOneLineAnd64) {
       {{"bench", "ofline"}, "bench ofline: unknown command; did you mean bench offline?"},
       {{"serve", "--modle", "x"}, "altiplano serve: unknown flag --modle; did you mean --model?"},
       {{"serve"}, "altiplano serve: needs --model"},
+      {{"bench", "ofline", "--json"}, "bench ofline: unknown command; did you mean bench offline?"},
+      {{"serve", "--model", "x", "--chat-format", "lama3"},
+       "--chat-format is \"lama3\", must be one of auto|none|llama3"},
+      {{"chat", "--url", "localhost"}, "--url is \"localhost\", must be HOST:PORT"},
+      {{"generate", "--url", "127.0.0.1:1", "--prompt", "x", "--threads", "2"},
+       "--threads is of a model loaded here; a server (--url) has its own"},
+      {{"tokenize", "--url", "127.0.0.1:1", "--text", "x", "--chat-format", "llama3"},
+       "--chat-format is of a model loaded here"},
       {{"tokenize", "--text", "x"}, "needs one of --model"},
       {{"generate", "--prompt", "x"}, "needs one of --model"},
       {{"generate", "--model", "x", "--prompt", "x", "--system", "y"}, "--system needs --chat"},

@@ -4,10 +4,14 @@
 #include <google/protobuf/descriptor.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <set>
+
+#include "server/base/strings.h"
+#include "server/text/chat_format.h"
 
 namespace altiplano::cli {
 namespace {
@@ -84,6 +88,15 @@ TEST(Config, EverySettingIsDocumented) {
     }
     EXPECT_TRUE(CheckValue(flag, flag.default_value).ok()) << flag.name << ": " << flag.default_value;
   }
+}
+
+TEST(Config, ChatFormatsAreThoseOfTheTextLayer) {
+  const auto settings = Settings();
+  const auto flag =
+      std::find_if(settings.begin(), settings.end(), [](const Flag& f) { return f.name == "chat-format"; });
+  std::string names = "auto|none";
+  for (std::string_view name : ChatFormat::Names()) names += StrCat("|", name);
+  EXPECT_EQ(flag->choices, names);
 }
 
 TEST(Config, FlagWinsOverFileAndFileOverDefault) {

@@ -20,7 +20,12 @@ Command TestCommand() {
                     {.name = "cache", .type = FlagType::kBool, .default_value = "true", .meaning = "Whether."},
                     {.name = "json", .type = FlagType::kBool, .default_value = "false", .meaning = "JSON."},
                     {.name = "stop", .type = FlagType::kText, .repeated = true},
-                    {.name = "dtype", .type = FlagType::kChoice, .default_value = "bf16", .choices = "bf16|f32"}},
+                    {.name = "dtype", .type = FlagType::kChoice, .default_value = "bf16", .choices = "bf16|f32"},
+                    {.name = "url", .type = FlagType::kUrl, .default_value = "127.0.0.1:50051"},
+                    {.name = "style",
+                     .type = FlagType::kChoice,
+                     .default_value = "none",
+                     .choices = "none|one-with-a-long-name|another-with-a-long-name|a-third-with-a-long-name"}},
           .max_positional = 1};
 }
 
@@ -79,6 +84,9 @@ TEST(Flags, ErrorsNameWhatToDo) {
       {{"--wait=30"}, "--wait is \"30\", has no unit: write 30s"},
       {{"--count", "10"}, "--count is \"10\", must be a whole number from 0 to 9"},
       {{"--dtype", "fp32"}, "--dtype is \"fp32\", must be one of bf16|f32; did you mean f32?"},
+      {{"--style", "nome"}, "did you mean none?"},
+      {{"--url", "localhost"}, "--url is \"localhost\", must be HOST:PORT such as 127.0.0.1:50051"},
+      {{"--url", "grpc://localhost/"}, "must be HOST:PORT"},
       {{"--cache=maybe"}, "--cache is \"maybe\", must be true or false"},
       {{"--count", "1", "--number", "2"}, "--count is given twice"},
       {{"a", "b"}, "unexpected argument \"b\""},
@@ -93,12 +101,20 @@ TEST(Flags, ErrorsNameWhatToDo) {
   }
 }
 
+TEST(Flags, UrlsMayHaveASchemeOrBeASocket) {
+  for (std::string_view url :
+       {"127.0.0.1:1", "grpc://[::1]:50051/", "http://localhost:80", "unix:/run/altiplano.sock"}) {
+    EXPECT_TRUE(Parse({"--url", url}).ok()) << url;
+  }
+}
+
 TEST(Flags, HelpTeachesEachFlag) {
   ASSERT_TRUE(Parse({"--help"})->help());
   ASSERT_TRUE(Parse({"-h"})->help());
   std::string help = HelpText(TestCommand());
-  for (const char* part : {"altiplano test: tests", "--size SIZE", "How big.", "default 1KiB", "--[no-]cache",
-                           "--dtype bf16|f32", "(also --number)", "may be repeated"}) {
+  for (const char* part :
+       {"altiplano test: tests", "--size SIZE", "How big.", "default 1KiB", "--[no-]cache", "--dtype bf16|f32",
+        "--style NAME\n", "One of: none, one-with-a-long-name, ", "(also --number)", "may be repeated"}) {
     EXPECT_THAT(help, HasSubstr(part));
   }
 }

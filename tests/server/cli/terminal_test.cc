@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <string>
 
+#include "server/base/log.h"
+
 namespace altiplano::cli {
 namespace {
 
@@ -39,6 +41,18 @@ TEST(Terminal, ControlCharactersCannotSteerIt) {
 TEST(Terminal, HumanTime) {
   EXPECT_EQ(HumanTime(std::chrono::microseconds(1500)), "1.5 ms");
   EXPECT_EQ(HumanTime(std::chrono::milliseconds(1234)), "1.23 s");
+}
+
+TEST(Terminal, LoadingIsToldOfOnceItIsKnownOfHowMuch) {
+  LoadProgressPrinter printer;
+  ::testing::internal::CaptureStderr();
+  printer({.bytes_done = 0, .bytes_total = 0, .seconds = 0.1});
+  log::Flush();
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(), "");
+  ::testing::internal::CaptureStderr();
+  printer({.bytes_done = 5, .bytes_total = 5, .seconds = 0.1});
+  log::Flush();
+  EXPECT_NE(::testing::internal::GetCapturedStderr().find("loading weights"), std::string::npos);
 }
 
 TEST(InterleavedPrinter, LinesAppearWhenFullAndKeepTheirLabel) {
