@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Who may include whom. Reads #include lines; prints each that breaks the DAG. The rules are README.md's, as data.
+"""Who may include whom. Reads #include lines; prints each that breaks the DAG. The rules are CONTRIBUTING.md's, as data.
 
     check_includes.py ROOT
 """
