@@ -1,7 +1,6 @@
 #include "server/bench/flight_timeline.h"
 
 #include <algorithm>
-#include <functional>
 
 #include "server/base/json.h"
 #include "server/base/strings.h"

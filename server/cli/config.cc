@@ -6,7 +6,6 @@
 #include <google/protobuf/text_format.h>
 
 #include <fstream>
-#include <functional>
 #include <iterator>
 
 #include "server/base/check.h"

@@ -1,5 +1,4 @@
 // Questions asked at once, the answers streamed side by side: what ./run demo shows.
-#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <thread>

@@ -1,7 +1,6 @@
 #include "server/engine/engine.h"
 
 #include <algorithm>
-#include <array>
 #include <condition_variable>
 #include <future>
 #include <mutex>
@@ -67,8 +66,7 @@ class Engine::Impl final : private ExecutorObserver {
     executor_.reset();  // while what it may still call is there
   }
 
-  // --- Any thread
-  // -----------------------------------------------------------------------------------------------------
+  // --- Any thread --------------------------------------------------------------------------------------------------
 
   StatusOr<RequestKey> Submit(std::shared_ptr<const Request> request, std::shared_ptr<RequestSink> sink) {
     RETURN_IF_ERROR(CheckFits(*request));
@@ -223,8 +221,7 @@ class Engine::Impl final : private ExecutorObserver {
     return OkStatus();
   }
 
-  // --- Engine thread
-  // --------------------------------------------------------------------------------------------------
+  // --- Engine thread -----------------------------------------------------------------------------------------------
 
   void Loop() {
     const crash::SignalStack signal_stack;
@@ -309,11 +306,7 @@ class Engine::Impl final : private ExecutorObserver {
       if (stop_) return false;
       std::swap(inbox, inbox_);
     }
-    for (Arrival& arrival : inbox.arrivals) {
-      auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
-      live_.emplace(arrival.key, Live{std::move(arrival.sink), TenantOf(*tenants_, arrival.request->tenant), tokens});
-      scheduler_->Add(arrival.key, std::move(arrival.request));
-    }
+    AddArrivals(&inbox);
     if (!inbox.arrivals.empty()) {
       // A step may take long, or never end: whoever asks meanwhile finds them among those that wait.
       std::lock_guard lock(load_mutex_);
@@ -327,6 +320,14 @@ class Engine::Impl final : private ExecutorObserver {
     for (std::promise<int32_t>& reset : inbox.cache_resets) reset.set_value(scheduler_->ResetPrefixCache());
     if (!inbox.lost.ok()) lost_ = std::move(inbox.lost);
     return true;
+  }
+
+  void AddArrivals(Inbox* inbox) {
+    for (Arrival& arrival : inbox->arrivals) {
+      auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
+      live_.emplace(arrival.key, Live{std::move(arrival.sink), TenantOf(*tenants_, arrival.request->tenant), tokens});
+      scheduler_->Add(arrival.key, std::move(arrival.request));
+    }
   }
 
   // Hands events to their owners.
@@ -435,11 +436,7 @@ class Engine::Impl final : private ExecutorObserver {
         std::swap(inbox, inbox_);
         if (inbox.empty()) break;  // stop_, and nothing left
       }
-      for (Arrival& arrival : inbox.arrivals) {
-        auto tokens = static_cast<int64_t>(arrival.request->prompt.size());
-        live_.emplace(arrival.key, Live{std::move(arrival.sink), TenantOf(*tenants_, arrival.request->tenant), tokens});
-        scheduler_->Add(arrival.key, std::move(arrival.request));
-      }
+      AddArrivals(&inbox);
       for (std::promise<int32_t>& reset : inbox.cache_resets) reset.set_value(0);
       scheduler_->Abort(why, clock_.Now(), &events_);
       Deliver();
@@ -449,8 +446,7 @@ class Engine::Impl final : private ExecutorObserver {
     CHECK(live_.empty());
   }
 
-  // --- ExecutorObserver: any thread
-  // -----------------------------------------------------------------------------------
+  // --- ExecutorObserver: any thread --------------------------------------------------------------------------------
 
   void OnFailure(Status why) override {
     {

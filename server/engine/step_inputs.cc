@@ -1,7 +1,6 @@
 #include "server/engine/step_inputs.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "server/base/check.h"
 
