@@ -17,6 +17,7 @@
 #include "server/cluster/heartbeat.h"
 #include "server/cluster/plan_proto.h"
 #include "server/cluster/secret.h"
+#include "server/scheduler/plan_check.h"
 
 namespace altiplano::cluster {
 
@@ -165,8 +166,8 @@ class Call {
 class Work : private ExecutorObserver {
  public:
   // samples: this node has the last stage.
-  Work(Call* call, std::unique_ptr<LocalExecutor> executor, bool samples)
-      : call_(*call), samples_(samples), executor_(std::move(executor)) {
+  Work(Call* call, std::unique_ptr<LocalExecutor> executor, TokenId vocab, bool samples)
+      : call_(*call), samples_(samples), executor_(std::move(executor)), check_(executor_->scheduler_options(), vocab) {
     executor_->Watch(this);
     results_ = std::thread([this] { SendResults(); });
   }
@@ -174,7 +175,14 @@ class Work : private ExecutorObserver {
     executor_->Abort("the group has ended");
     results_.join();
   }
-  void Launch(const v1::Plan& plan) { executor_->Launch(PlanFromProto(plan)); }
+  // INTERNAL: a plan that cannot be carried out.
+  Status Launch(const v1::Plan& message) {
+    auto plan = PlanFromProto(message);
+    const std::string wrong = plan == nullptr ? "biases without tokens" : check_.Check(*plan);
+    if (!wrong.empty()) return Status(Code::kInternal, StrCat("the leader sent a plan that cannot be: ", wrong));
+    executor_->Launch(std::move(plan));
+    return OkStatus();
+  }
 
  private:
   // A node without the last stage has nothing to tell but a failure.
@@ -196,6 +204,7 @@ class Work : private ExecutorObserver {
   Call& call_;
   const bool samples_;
   const std::unique_ptr<LocalExecutor> executor_;
+  PlanCheck check_;  // of Launch's thread
   std::thread results_;
 };
 
@@ -210,6 +219,10 @@ Status Serve(const GroupOptions& options, Call& call, const DataListener& listen
              const Checkpoint& checkpoint, LocalExecutorOptions executor_options,
              const std::function<void()>& on_ready) {
   const Place& place = options.place;
+  if (formed.data_addresses_size() != place.nodes) {
+    return Status(Code::kInternal, StrCat("the leader named the data addresses of ", formed.data_addresses_size(),
+                                          " nodes, there are ", place.nodes));
+  }
   const int after = (place.rank + 1) % place.nodes;
   ASSIGN_OR_RETURN(DataLinks links, ConnectDataLinks(listener,
                                                      {.token = formed.token(),
@@ -241,12 +254,14 @@ Status Serve(const GroupOptions& options, Call& call, const DataListener& listen
   v1::FollowerMessage warmed_up;
   warmed_up.mutable_warmed_up()->set_num_blocks(static_cast<uint32_t>(executor->scheduler_options().num_blocks));
   call.Send(warmed_up);
-  Work work(&call, std::move(executor), samples);
+  Work work(&call, std::move(executor), static_cast<TokenId>(checkpoint.config().vocab), samples);
+  ASSIGN_OR_RETURN(v1::LeaderMessage message, call.Next());
+  if (!message.has_serving()) return Unexpected(message);
   on_ready();
   for (;;) {
-    ASSIGN_OR_RETURN(const v1::LeaderMessage message, call.Next());
+    ASSIGN_OR_RETURN(message, call.Next());
     if (!message.has_plan()) return Unexpected(message);
-    work.Launch(message.plan());
+    RETURN_IF_ERROR(work.Launch(message.plan()));
   }
 }
 

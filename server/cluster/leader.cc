@@ -248,7 +248,9 @@ class Service final : public v1::LeaderService::Service {
     std::lock_guard lock(state_.mutex);
     member.last_heard = Now();
     if (message.has_loaded()) member.loaded = true;
-    if (message.has_warmed_up()) member.num_blocks = message.warmed_up().num_blocks();
+    if (message.has_warmed_up()) {
+      member.num_blocks = std::min<uint32_t>(message.warmed_up().num_blocks(), INT32_MAX);
+    }
     if (message.has_step_done()) {
       StepResult result = ResultFromProto(message.step_done());
       if (result.status.ok()) {
@@ -293,8 +295,15 @@ class Service final : public v1::LeaderService::Service {
   const GroupOptions& options_;
 };
 
+// Of one that could be computed.
+bool IsScore(const TokenScore& score, TokenId vocab) {
+  const auto is_token = [vocab](TokenId id) { return id >= 0 && id < vocab; };
+  return !score.finite || (is_token(score.token) && std::all_of(score.top.begin(), score.top.end(),
+                                                                [&](const auto& top) { return is_token(top.token); }));
+}
+
 // What is not as the plan wants it; empty: nothing. The scheduler takes for granted what ranks of its own process say.
-std::string WhatIsWrong(const StepPlan& plan, const StepResult& result) {
+std::string WhatIsWrong(const StepPlan& plan, const StepResult& result, TokenId vocab) {
   if (result.step != plan.step) return StrCat("sent the result of step ", result.step, " as that of ", plan.step);
   size_t sampled = 0, scored = 0;
   for (const PlannedSequence& sequence : plan.sequences) {
@@ -306,15 +315,22 @@ std::string WhatIsWrong(const StepPlan& plan, const StepResult& result) {
       return StrCat("sent other prompt scores than step ", plan.step, " has");
     }
   }
-  if (result.sampled.size() == sampled && result.prompt_scores.size() == scored) return "";
+  if (result.sampled.size() == sampled && result.prompt_scores.size() == scored) {
+    const auto is_score = [vocab](const TokenScore& score) { return IsScore(score, vocab); };
+    bool good = std::all_of(result.sampled.begin(), result.sampled.end(), is_score);
+    for (const auto& scores : result.prompt_scores) good = good && std::all_of(scores.begin(), scores.end(), is_score);
+    return good ? "" : StrCat("sent tokens in step ", plan.step, " that the vocabulary has not");
+  }
   return StrCat("sent ", result.sampled.size(), " tokens of the ", sampled, " that step ", plan.step, " samples");
 }
 
 // The leader's own stages, and the other nodes.
 class GroupExecutor : public Executor {
  public:
-  GroupExecutor(State* state, std::shared_ptr<Group> group, std::unique_ptr<LocalExecutor> local)
-      : state_(*state), group_(std::move(group)), local_(std::move(local)), watch_([this] { WatchLocal(); }) {}
+  GroupExecutor(State* state, std::shared_ptr<Group> group, std::unique_ptr<LocalExecutor> local, TokenId vocab)
+      : state_(*state), group_(std::move(group)), local_(std::move(local)), vocab_(vocab), watch_([this] {
+          WatchLocal();
+        }) {}
   ~GroupExecutor() override {
     {
       std::lock_guard lock(state_.mutex);
@@ -351,7 +367,7 @@ class GroupExecutor : public Executor {
     if (!group_->ended) {
       result = std::move(group_->results.front());
       group_->results.pop_front();
-      const std::string wrong = WhatIsWrong(*in_flight_.front(), result);
+      const std::string wrong = WhatIsWrong(*in_flight_.front(), result, vocab_);
       in_flight_.pop_front();
       if (wrong.empty()) return result;
       group_->End(Lost(StrCat("node ", group_->members.size() - 1, " ", wrong)));
@@ -374,6 +390,7 @@ class GroupExecutor : public Executor {
   State& state_;
   const std::shared_ptr<Group> group_;
   const std::unique_ptr<LocalExecutor> local_;
+  const TokenId vocab_;
   std::deque<std::shared_ptr<const StepPlan>> in_flight_;  // of the thread that calls Launch and Wait
   std::thread watch_;
 };
@@ -531,7 +548,12 @@ class Leader::Impl {
     formed.device = StrCat(nodes, " nodes, this one ", local->DescribeDevice());
     formed.weight_bytes = local->weight_bytes();
     formed.kv_bytes = local->kv_bytes();
-    formed.executor = std::make_unique<GroupExecutor>(&state_, group, std::move(local));
+    formed.executor = std::make_unique<GroupExecutor>(&state_, group, std::move(local),
+                                                      static_cast<TokenId>(checkpoint.config().vocab));
+    auto serving = std::make_shared<v1::LeaderMessage>();
+    serving->mutable_serving();
+    std::lock_guard lock(state_.mutex);
+    group->PostToAll(serving);
     return formed;
   }
 

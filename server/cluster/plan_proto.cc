@@ -105,10 +105,20 @@ void ScoreToProto(const TokenScore& score, v1::TokenScore* out) {
   }
 }
 
-TokenScore ScoreFromProto(const v1::TokenScore& in) {
+// *status: an error where it cannot be.
+TokenScore ScoreFromProto(const v1::TokenScore& in, Status* status) {
   TokenScore score{in.token(), in.finite(), in.logprob(), in.rank(), {}};
+  if (in.top_tokens_size() != in.top_logprobs_size()) {
+    *status = Status(Code::kInternal, "alternatives without log-probabilities");
+    return score;
+  }
   for (int i = 0; i < in.top_tokens_size(); ++i) score.top.push_back({in.top_tokens(i), in.top_logprobs(i)});
   return score;
+}
+
+Code CodeFromProto(int32_t code) {
+  const bool known = code > static_cast<int>(Code::kOk) && code <= static_cast<int>(Code::kUnauthenticated);
+  return known ? static_cast<Code>(code) : Code::kUnknown;
 }
 
 }  // namespace
@@ -125,6 +135,9 @@ void PlanToProto(const StepPlan& plan, v1::Plan* out) {
 }
 
 std::shared_ptr<const StepPlan> PlanFromProto(const v1::Plan& in) {
+  for (const v1::SlotInit& init : in.slot_inits()) {
+    if (init.sampling().bias_ids_size() != init.sampling().bias_values_size()) return nullptr;
+  }
   auto plan = std::make_shared<StepPlan>();
   plan->step = in.step();
   for (const v1::PlannedSequence& sequence : in.sequences()) plan->sequences.push_back(SequenceFromProto(sequence));
@@ -154,11 +167,11 @@ void ResultToProto(const StepResult& result, v1::StepDone* out) {
 StepResult ResultFromProto(const v1::StepDone& in) {
   StepResult result;
   result.step = in.step();
-  if (!in.error().empty()) result.status = Status(static_cast<Code>(in.code()), in.error());
-  for (const v1::TokenScore& score : in.sampled()) result.sampled.push_back(ScoreFromProto(score));
+  if (!in.error().empty()) result.status = Status(CodeFromProto(in.code()), in.error());
+  for (const v1::TokenScore& score : in.sampled()) result.sampled.push_back(ScoreFromProto(score, &result.status));
   for (const v1::PromptScores& prompt : in.prompt_scores()) {
     std::vector<TokenScore>& scores = result.prompt_scores.emplace_back();
-    for (const v1::TokenScore& score : prompt.scores()) scores.push_back(ScoreFromProto(score));
+    for (const v1::TokenScore& score : prompt.scores()) scores.push_back(ScoreFromProto(score, &result.status));
   }
   result.device_time = std::chrono::nanoseconds(in.device_nanoseconds());
   return result;

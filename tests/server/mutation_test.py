@@ -3,8 +3,8 @@
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 
-Needs a built engine_test, cluster_test, cli_test, model_test, kernels_test, cuda_kernels_test, engine_on_gpu_test and
-nccl_link_test.
+Needs a built engine_test, scheduler_test, cluster_test, cli_test, model_test, kernels_test, cuda_kernels_test,
+engine_on_gpu_test and nccl_link_test.
 """
 import pathlib
 import sys
@@ -158,6 +158,19 @@ MUTATIONS = [
      "PlanProto.*", "cluster_test"),
     ("step numbers: another step's result is believed", "server/cluster/leader.cc",
      "if (result.step != plan.step) return", "if (false) return", "GroupTest.ResultsThatAreNot*", "cluster_test"),
+    ("nodes: any plan is carried out", "server/cluster/follower.cc", "if (!wrong.empty()) return Status(Code::kInternal,",
+     "if (false) return Status(Code::kInternal,", "GroupTest.APlanThatCannotBe*", "cluster_test"),
+    ("nodes: a follower is ready when it has warmed up", "server/cluster/follower.cc",
+     "ASSIGN_OR_RETURN(v1::LeaderMessage message, call.Next()); if (!message.has_serving()) return Unexpected(message);",
+     "on_ready(); ASSIGN_OR_RETURN(v1::LeaderMessage message, call.Next());", "GroupTest.AFollowerIsReady*",
+     "cluster_test"),
+    ("nodes: tokens of no vocabulary are believed", "server/cluster/leader.cc",
+     "return id >= 0 && id < vocab;", "return id < 0 || id >= 0 || id < vocab;", "GroupTest.ResultsThatAreNot*",
+     "cluster_test"),
+    ("nodes: blocks that are not there are written", "server/scheduler/plan_check.cc",
+     "if (block < 0 || block >= num_blocks_)", "if (block < 0)", "BrokenPlans.*", "cluster_test"),
+    ("nodes: known blocks are believed", "server/scheduler/plan_check.cc",
+     "|| (s.known_blocks > 0 && s.known_blocks != slot.blocks)", "", "PlanCheck.*", "scheduler_test"),
     ("aborts: a rank that fails tells nobody", "server/engine/local_executor.cc",
      "for (const auto& each : ranks) each->Abort(status.message());", "", "*ARankThatThrowsEnds*", "engine_test"),
     ("aborts: a failed executor leaves its ranks alone", "server/engine/local_executor.cc",

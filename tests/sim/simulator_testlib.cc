@@ -286,6 +286,7 @@ std::string Simulator::Run() {
   if (!scheduler.ok()) return scheduler.status().ToString();
   scheduler_ = std::move(*scheduler);
   executor_ = std::make_unique<FakeExecutor>(model_, options_, scheduler_->max_servable_tokens());
+  plan_check_.emplace(options_, model_.vocab);
   policies_ = std::make_unique<PolicyOracle>(options_, scheduler_->max_servable_tokens(), &coverage_.policies);
   MakeWorkload();
   Trace(requests_.size(), " requests, ", options_.num_blocks, " blocks of ", options_.block_size, ", ",
@@ -399,6 +400,7 @@ std::shared_ptr<const StepPlan> Simulator::Plan(const StepPlan* running) {
   scheduler_->CheckInvariants();
   JudgeEvents(/*after_plan=*/true);
   if (plan != nullptr) Fail(executor_->Judge(*plan, running));
+  if (plan != nullptr) Fail(plan_check_->Check(*plan));
   if (error_.empty()) Fail(policies_->JudgePlan(plan.get(), now_, events_, scheduler_->load()));
   if (plan == nullptr) return plan;
   ++plans_without_progress_;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "server/scheduler/flight_recorder.h"
+#include "server/scheduler/plan_check.h"
 #include "server/scheduler/queue_bounds.h"
 #include "server/scheduler/scheduler.h"
 #include "tests/sim/fake_executor_testlib.h"
@@ -120,6 +121,7 @@ class Simulator {
   std::unique_ptr<FlightRecorder> recorder_;  // of every fourth world
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<FakeExecutor> executor_;
+  std::optional<PlanCheck> plan_check_;  // finds nothing wrong with any plan
   std::unique_ptr<PolicyOracle> policies_;
   std::unique_ptr<QueueBounds> queue_;  // as the engine has it; null: all are let in
   std::unique_ptr<QueueOracle> queue_oracle_;

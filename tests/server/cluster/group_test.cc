@@ -396,7 +396,18 @@ TEST_F(GroupTest, ResultsThatAreNotOfTheStepEndTheGroup) {
          "node 1 sent 2 tokens of the 1 that step 1 samples"},
         {[](v1::StepDone& done) { done.clear_sampled(); }, "node 1 sent 0 tokens of the 1 that step 1 samples"},
         {[](v1::StepDone& done) { done.mutable_prompt_scores(0)->add_scores(); },
-         "node 1 sent other prompt scores than step 1 has"}}) {
+         "node 1 sent other prompt scores than step 1 has"},
+        {[](v1::StepDone& done) { done.mutable_sampled(0)->set_token(2048); },
+         "node 1 sent tokens in step 1 that the vocabulary has not"},
+        {[](v1::StepDone& done) { done.mutable_prompt_scores(0)->mutable_scores(3)->set_token(-1); },
+         "node 1 sent tokens in step 1 that the vocabulary has not"},
+        {[](v1::StepDone& done) {
+           done.mutable_sampled(0)->add_top_tokens(-5);
+           done.mutable_sampled(0)->add_top_logprobs(0);
+         },
+         "node 1 sent tokens in step 1 that the vocabulary has not"},
+        {[](v1::StepDone& done) { done.mutable_sampled(0)->add_top_tokens(5); },
+         "node 1: alternatives without log-probabilities"}}) {
     SCOPED_TRACE(c.message);
     auto leader = std::move(*Leader::Start(Options(0, 2)));
     const FakeFollower follower(Options(1, 2), [&](const v1::Plan& plan) {
@@ -421,6 +432,120 @@ TEST_F(GroupTest, ResultsThatAreNotOfTheStepEndTheGroup) {
     const Status ended = sink->WaitForEnd().back().status;
     EXPECT_EQ(ended.ok(), c.message.empty()) << ended.ToString();
     EXPECT_THAT(ended.message(), HasSubstr(c.message));
+  }
+}
+
+// A leader that speaks the protocol, and computes as much as a follower needs to warm up.
+class FakeLeader : public v1::LeaderService::Service {
+ public:
+  // plans: to be sent when it says that the group serves.
+  FakeLeader(const std::string& address, const ModelConfig& config, std::vector<v1::Plan> plans)
+      : config_(config), plans_(std::move(plans)), listener_(std::move(*DataListener::Start("127.0.0.1"))) {
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort(address, grpc::InsecureServerCredentials());
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+  }
+  ~FakeLeader() override { server_->Shutdown(); }
+
+  void LetServe() { serve_.set_value(); }
+  std::future<void> warmed_up() { return warmed_up_.get_future(); }
+  std::future<std::string> error() { return error_.get_future(); }  // that the follower tells of
+
+  grpc::Status Join(grpc::ServerContext*,
+                    grpc::ServerReaderWriter<v1::LeaderMessage, v1::FollowerMessage>* stream) override {
+    DataLinks links;
+    for (v1::FollowerMessage message; stream->Read(&message);) {
+      v1::LeaderMessage reply;
+      if (message.has_hello()) {
+        reply.mutable_formed()->set_token("token");
+        reply.mutable_formed()->add_data_addresses(listener_->address());
+        reply.mutable_formed()->add_data_addresses(message.hello().data_address());
+        stream->Write(reply);
+        DataPeers peers;
+        peers.token = "token";
+        peers.nodes = 2;
+        peers.next_address = message.hello().data_address();
+        auto connected = ConnectDataLinks(*listener_, peers, std::chrono::minutes(1), {});
+        EXPECT_TRUE(connected.ok()) << connected.status().ToString();
+        if (!connected.ok()) return grpc::Status::CANCELLED;
+        links = std::move(*connected);
+      } else if (message.has_loaded()) {
+        reply.mutable_warm_up();
+        stream->Write(reply);
+        const auto cpu = Stream::Cpu(1);
+        std::vector<float> residual(static_cast<size_t>(config_.hidden), 0.5f);
+        EXPECT_TRUE(links.next[0]->Send(*cpu, TensorView::Make(residual.data(), DType::kF32, {1, config_.hidden})));
+        int32_t id = -1;
+        EXPECT_TRUE(links.previous[0]->Receive(*cpu, TensorView::Make(&id, DType::kI32, {1})));
+        EXPECT_GE(id, 0);
+      } else if (message.has_warmed_up()) {
+        warmed_up_.set_value();
+        serve_.get_future().wait();
+        reply.mutable_serving();
+        stream->Write(reply);
+        for (const v1::Plan& plan : plans_) {
+          *reply.mutable_plan() = plan;
+          stream->Write(reply);
+        }
+      } else if (message.has_step_done() && message.step_done().code() == static_cast<int>(Code::kInternal)) {
+        error_.set_value(message.step_done().error());
+        reply.mutable_ended()->set_reason(message.step_done().error());
+        stream->Write(reply);
+        return grpc::Status::OK;
+      }
+    }
+    return grpc::Status::OK;
+  }
+
+ private:
+  const ModelConfig config_;
+  const std::vector<v1::Plan> plans_;
+  const std::unique_ptr<DataListener> listener_;
+  std::promise<void> warmed_up_, serve_;
+  std::promise<std::string> error_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+// Other nodes may still load when this one has warmed up.
+TEST_F(GroupTest, AFollowerIsReadyWhenTheGroupServesAndNotBefore) {
+  FakeLeader leader(address_, checkpoint_->config(), {});
+  auto warmed_up = leader.warmed_up();
+  std::atomic<bool> cancelled{false};
+  GroupOptions options = Options(1, 2);
+  options.cancelled = [&] { return cancelled.load(); };
+  auto follower = StartFollower(options, Stages(2, 1));
+  warmed_up.wait();
+  std::this_thread::sleep_for(milliseconds(100));
+  EXPECT_EQ(ready_, 0);
+  leader.LetServe();
+  for (int i = 0; i < 2000 && ready_ == 0; ++i) std::this_thread::sleep_for(milliseconds(5));
+  EXPECT_EQ(ready_, 1);
+  cancelled = true;
+  EXPECT_EQ(follower.get().code(), Code::kCancelled);
+}
+
+// Executors would take them for broken invariants, or not at all.
+TEST_F(GroupTest, APlanThatCannotBeEndsTheGroup) {
+  v1::Plan plan;
+  plan.set_step(1);
+  plan.add_tokens(5);
+  plan.add_block_ids(1 << 30);
+  plan.add_slot_inits()->mutable_sampling()->set_repetition_penalty(1);
+  plan.add_sequences()->set_num_tokens(1);
+  plan.mutable_sequences(0)->set_num_blocks(1);
+  v1::Plan uneven = plan;
+  uneven.mutable_slot_inits(0)->mutable_sampling()->add_bias_ids(1);
+  for (const auto& [bad, error] :
+       {std::pair{plan, "step 1: block 1073741824 of "}, {uneven, "biases without tokens"}}) {
+    SCOPED_TRACE(error);
+    FakeLeader leader(address_, checkpoint_->config(), {bad});
+    auto told = leader.error();
+    leader.LetServe();
+    const Status status = StartFollower(Options(1, 2), Stages(2, 1)).get();
+    EXPECT_THAT(status.message(), HasSubstr(StrCat("the leader sent a plan that cannot be: ", error)));
+    ASSERT_EQ(told.wait_for(std::chrono::seconds(1)), std::future_status::ready);
+    EXPECT_THAT(told.get(), HasSubstr(error));
   }
 }
 
