@@ -30,33 +30,49 @@ inline bool IsPacked(const TensorView& view, int64_t pack) {
          (view.rank < 2 || view.stride0 % pack == 0);
 }
 
+// A pack as it lies in memory, in the first words. Apart from its widening, so that several packs are on their way
+// before the first is waited for.
 // `at` counts elements from the matrix's first and is a multiple of kPack.
 template <int kPack>
-PTX_FUNCTION void Load(const Elements& from, int64_t at, float (&x)[kPack] PTX_CALLER) {
+PTX_FUNCTION void LoadRaw(const Elements& from, int64_t at, uint32_t (&raw)[kPack] PTX_CALLER) {
   static_assert(kPack == 1 || kPack == 4);
   if (from.bf16) {
     const BF16* data = static_cast<const BF16*>(from.data) + at;
     if constexpr (kPack == 4) {
       const uint2 pairs = ptx::LdGlobal(reinterpret_cast<const uint2*>(data) PTX_PASS_CALLER);
-      x[0] = ptx::FloatOfBits(pairs.x << 16);
-      x[1] = ptx::FloatOfBits(pairs.x & 0xFFFF0000);
-      x[2] = ptx::FloatOfBits(pairs.y << 16);
-      x[3] = ptx::FloatOfBits(pairs.y & 0xFFFF0000);
+      raw[0] = pairs.x;
+      raw[1] = pairs.y;
     } else {
-      x[0] = ptx::FloatOfBits(static_cast<uint32_t>(ptx::LdGlobal(&data->bits PTX_PASS_CALLER)) << 16);
+      raw[0] = ptx::LdGlobal(&data->bits PTX_PASS_CALLER);
     }
   } else {
     const float* data = static_cast<const float*>(from.data) + at;
     if constexpr (kPack == 4) {
       const uint4 words = ptx::LdGlobal(reinterpret_cast<const uint4*>(data) PTX_PASS_CALLER);
-      x[0] = ptx::FloatOfBits(words.x);
-      x[1] = ptx::FloatOfBits(words.y);
-      x[2] = ptx::FloatOfBits(words.z);
-      x[3] = ptx::FloatOfBits(words.w);
+      raw[0] = words.x;
+      raw[1] = words.y;
+      raw[2] = words.z;
+      raw[3] = words.w;
     } else {
-      x[0] = ptx::LdGlobal(data PTX_PASS_CALLER);
+      raw[0] = ptx::LdGlobal(reinterpret_cast<const uint32_t*>(data) PTX_PASS_CALLER);
     }
   }
+}
+
+template <int kPack>
+PTX_FUNCTION void Widen(const uint32_t (&raw)[kPack], bool bf16, float (&x)[kPack]) {
+  PTX_UNROLL
+  for (int i = 0; i < kPack; ++i) {
+    const uint32_t pair = raw[i / 2];
+    x[i] = ptx::FloatOfBits(!bf16 ? raw[i] : i % 2 == 0 ? pair << 16 : pair & 0xFFFF0000);
+  }
+}
+
+template <int kPack>
+PTX_FUNCTION void Load(const Elements& from, int64_t at, float (&x)[kPack] PTX_CALLER) {
+  uint32_t raw[kPack] = {};
+  LoadRaw(from, at, raw PTX_PASS_CALLER);
+  Widen(raw, from.bf16, x);
 }
 
 template <int kPack>

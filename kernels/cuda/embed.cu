@@ -1,4 +1,4 @@
-// One thread copies, and where dtypes differ converts, one pack of a token's row.
+// One thread copies, and where dtypes differ converts, some packs of a token's row.
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
@@ -9,20 +9,31 @@ namespace altiplano::cuda {
 namespace {
 
 template <int kPack>
-__global__ void __launch_bounds__(kMostRowThreads)
+__global__ void __launch_bounds__(kMostRowThreads, kRowBlocks)
     EmbedKernel(Elements out, Elements table, const int32_t* ids, const int32_t* sampled, int64_t vocab_begin,
                 int64_t vocab, int64_t packs) {
   ptx::WaitForKernelsBefore();
   ptx::LetNextKernelStart();
   const int64_t token = blockIdx.x;
-  const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
+  const int64_t first = int64_t{blockIdx.y} * kPacksAtOnce * blockDim.x + threadIdx.x;
   int64_t id = ptx::LdGlobal(ids + token);
   if (id < 0 && sampled != nullptr) id = ptx::LdGlobal(sampled + (-1 - id));
   id -= vocab_begin;
-  float x[kPack] = {};
-  if (id >= 0 && id < vocab) Load(table, id * table.stride + pack * kPack, x);
-  Store(out, token * out.stride + pack * kPack, x);
+  const bool ours = id >= 0 && id < vocab;
+  uint32_t raw[kPacksAtOnce][kPack] = {};
+  PTX_UNROLL
+  for (int i = 0; i < kPacksAtOnce; ++i) {
+    const int64_t pack = first + int64_t{i} * blockDim.x;
+    if (pack < packs && ours) LoadRaw(table, id * table.stride + pack * kPack, raw[i]);
+  }
+  PTX_UNROLL
+  for (int i = 0; i < kPacksAtOnce; ++i) {
+    const int64_t pack = first + int64_t{i} * blockDim.x;
+    if (pack >= packs) break;
+    float x[kPack];
+    Widen(raw[i], table.bf16, x);
+    Store(out, token * out.stride + pack * kPack, x);
+  }
 }
 
 }  // namespace

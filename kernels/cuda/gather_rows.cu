@@ -1,4 +1,4 @@
-// One thread copies one word of a row: 16 bytes where alignment permits, an element otherwise.
+// One thread copies some words of a row: 16 bytes where alignment permits, an element otherwise.
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
@@ -10,17 +10,25 @@ namespace {
 
 // Strides and the width in words.
 template <typename Word>
-__global__ void __launch_bounds__(kMostRowThreads)
+__global__ void __launch_bounds__(kMostRowThreads, kRowBlocks)
     GatherRowsKernel(void* out, int64_t out_stride, const void* x, int64_t x_stride, const int32_t* rows,
                      int64_t words) {
   ptx::WaitForKernelsBefore();
   ptx::LetNextKernelStart();
   const int64_t row = blockIdx.x;
-  const int64_t word = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-  if (word >= words) return;
+  const int64_t first = int64_t{blockIdx.y} * kPacksAtOnce * blockDim.x + threadIdx.x;
   const int64_t from = ptx::LdGlobal(rows + row);
-  const Word value = ptx::LdGlobal(static_cast<const Word*>(x) + from * x_stride + word);
-  ptx::StGlobal(static_cast<Word*>(out) + row * out_stride + word, value);
+  Word values[kPacksAtOnce] = {};
+  PTX_UNROLL
+  for (int i = 0; i < kPacksAtOnce; ++i) {
+    const int64_t word = first + int64_t{i} * blockDim.x;
+    if (word < words) values[i] = ptx::LdGlobal(static_cast<const Word*>(x) + from * x_stride + word);
+  }
+  PTX_UNROLL
+  for (int i = 0; i < kPacksAtOnce; ++i) {
+    const int64_t word = first + int64_t{i} * blockDim.x;
+    if (word < words) ptx::StGlobal(static_cast<Word*>(out) + row * out_stride + word, values[i]);
+  }
 }
 
 template <typename Word>

@@ -60,6 +60,15 @@ template <typename T>
 PTX_FUNCTION void StGlobal(T* to, T value) {
   *to = value;
 }
+// Of vectors nvcc makes single words here and there.
+PTX_FUNCTION void StGlobal(uint2* to, uint2 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y) : "memory");
+}
+PTX_FUNCTION void StGlobal(uint4* to, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
 template <typename T>
 PTX_FUNCTION T LdShared(const T* from) {
   return *from;

@@ -12,27 +12,42 @@ namespace altiplano::cuda {
 namespace {
 
 template <int kPack, bool kAdd>
-__global__ void __launch_bounds__(kMostNormThreads)
+__global__ void __launch_bounds__(kMostNormThreads, kNormBlocks)
     RmsNormKernel(Elements out, Elements residual, Elements x, Elements weight, float eps, int width) {
   ptx::WaitForKernelsBefore();
   ptx::LetNextKernelStart();
   auto* row = static_cast<Waiting<kPack>*>(ptx::DynamicShared());
   const int64_t token = blockIdx.x;
   const int packs = width / kPack;
+  const int stride = static_cast<int>(blockDim.x);
+  constexpr int kAtOnce = kAdd ? 1 : kPacksAtOnce;  // the residual's packs are on their way, too
   float squares = 0;
-  for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
-    Waiting<kPack> waiting;
-    Load(x, token * x.stride + pack * kPack, waiting.x);
-    if constexpr (kAdd) {
-      float sum[kPack];
-      Load(residual, token * residual.stride + pack * kPack, sum);
-      PTX_UNROLL
-      for (int i = 0; i < kPack; ++i) waiting.x[i] = Rounded(sum[i] + waiting.x[i], residual.bf16);
-      Store(residual, token * residual.stride + pack * kPack, waiting.x);
+  for (int first = static_cast<int>(threadIdx.x); first < packs; first += kAtOnce * stride) {
+    uint32_t added[kAtOnce][kPack] = {}, to[kAtOnce][kPack] = {};
+    PTX_UNROLL
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int pack = first + n * stride;
+      if (pack >= packs) break;
+      LoadRaw(x, token * x.stride + pack * kPack, added[n]);
+      if constexpr (kAdd) LoadRaw(residual, token * residual.stride + pack * kPack, to[n]);
     }
     PTX_UNROLL
-    for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
-    ptx::StShared(&row[pack], waiting);
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int pack = first + n * stride;
+      if (pack >= packs) break;
+      Waiting<kPack> waiting;
+      Widen(added[n], x.bf16, waiting.x);
+      if constexpr (kAdd) {
+        float sum[kPack];
+        Widen(to[n], residual.bf16, sum);
+        PTX_UNROLL
+        for (int i = 0; i < kPack; ++i) waiting.x[i] = Rounded(sum[i] + waiting.x[i], residual.bf16);
+        Store(residual, token * residual.stride + pack * kPack, waiting.x);
+      }
+      PTX_UNROLL
+      for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
+      ptx::StShared(&row[pack], waiting);
+    }
   }
   ScaleRow(out, token * out.stride, weight, row, squares, eps, width);
 }

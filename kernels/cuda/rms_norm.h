@@ -27,16 +27,33 @@ struct alignas(4 * kPack) Waiting {
 template <int kPack>
 PTX_FUNCTION void ScaleRow(const Elements& out, int64_t out_at, const Elements& weight, const Waiting<kPack>* row,
                            float squares, float eps, int width) {
-  const int packs = width / kPack;
+  const int packs = width / kPack, stride = static_cast<int>(blockDim.x);
+  uint32_t weights[kPacksAtOnce][kPack] = {};
+  const auto load_weights = [&](int first) {
+    PTX_UNROLL
+    for (int n = 0; n < kPacksAtOnce; ++n) {
+      const int pack = first + n * stride;
+      if (pack < packs) LoadRaw(weight, pack * kPack, weights[n]);
+    }
+  };
+  int first = static_cast<int>(threadIdx.x);
+  load_weights(first);  // on their way while the block adds up
   const float mean = ptx::Divide(BlockSum(squares), static_cast<float>(width));
   const float scale = ptx::Divide(1.0f, sqrtf(mean + eps));
-  for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
-    Waiting<kPack> waiting = ptx::LdShared(&row[pack]);
-    float w[kPack];
-    Load(weight, pack * kPack, w);
+  while (first < packs) {
     PTX_UNROLL
-    for (int i = 0; i < kPack; ++i) waiting.x[i] = waiting.x[i] * scale * w[i];
-    Store(out, out_at + pack * kPack, waiting.x);
+    for (int n = 0; n < kPacksAtOnce; ++n) {
+      const int pack = first + n * stride;
+      if (pack >= packs) break;
+      Waiting<kPack> waiting = ptx::LdShared(&row[pack]);
+      float w[kPack];
+      Widen(weights[n], weight.bf16, w);
+      PTX_UNROLL
+      for (int i = 0; i < kPack; ++i) waiting.x[i] = waiting.x[i] * scale * w[i];
+      Store(out, out_at + pack * kPack, waiting.x);
+    }
+    first += kPacksAtOnce * stride;
+    load_weights(first);
   }
 }
 

@@ -1,4 +1,4 @@
-// One thread makes one pack of a row of out from the same place of gate and of up.
+// One thread makes some packs of a row of out from the same places of gate and of up.
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
@@ -10,20 +10,31 @@ namespace altiplano::cuda {
 namespace {
 
 template <int kPack>
-__global__ void __launch_bounds__(kMostRowThreads)
+__global__ void __launch_bounds__(kMostRowThreads, kRowBlocks)
     SiluMulKernel(Elements out, Elements gate_up, int64_t ffn, int64_t packs) {
   ptx::WaitForKernelsBefore();
   ptx::LetNextKernelStart();
   const int64_t token = blockIdx.x;
-  const int64_t pack = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
-  const int64_t at = token * gate_up.stride + pack * kPack;
-  float gate[kPack], up[kPack];
-  Load(gate_up, at, gate);
-  Load(gate_up, at + ffn, up);
+  const int64_t first = int64_t{blockIdx.y} * kPacksAtOnce * blockDim.x + threadIdx.x;
+  uint32_t gates[kPacksAtOnce][kPack] = {}, ups[kPacksAtOnce][kPack] = {};
   PTX_UNROLL
-  for (int i = 0; i < kPack; ++i) gate[i] = Silu(gate[i]) * up[i];
-  Store(out, token * out.stride + pack * kPack, gate);
+  for (int i = 0; i < kPacksAtOnce; ++i) {
+    const int64_t pack = first + int64_t{i} * blockDim.x, at = token * gate_up.stride + pack * kPack;
+    if (pack >= packs) break;
+    LoadRaw(gate_up, at, gates[i]);
+    LoadRaw(gate_up, at + ffn, ups[i]);
+  }
+  PTX_UNROLL
+  for (int i = 0; i < kPacksAtOnce; ++i) {
+    const int64_t pack = first + int64_t{i} * blockDim.x;
+    if (pack >= packs) break;
+    float gate[kPack], up[kPack];
+    Widen(gates[i], gate_up.bf16, gate);
+    Widen(ups[i], gate_up.bf16, up);
+    PTX_UNROLL
+    for (int j = 0; j < kPack; ++j) gate[j] = Silu(gate[j]) * up[j];
+    Store(out, token * out.stride + pack * kPack, gate);
+  }
 }
 
 }  // namespace
