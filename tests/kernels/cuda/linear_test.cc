@@ -153,7 +153,7 @@ TEST_F(CudaLinearTest, LargeTilesHaveTheBitsOfFewTokens) {
   }
 }
 
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 TEST_F(CudaLinearTest, SmallerSharedMemoryHasItsTilesAndTheSameBits) {
   constexpr int64_t kTokens = 129, kN = 8500, kK = 8;
   ASSERT_TRUE(cuda::IsLargeTile(kTokens, kN, cuda::kHopper.shared_bytes));
@@ -233,7 +233,7 @@ TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
   }
 }
 
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 // The weights once, in whole sectors, and x once for each block of 16 columns.
 TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
   constexpr int64_t kN = 64, kK = 2048;

@@ -41,15 +41,14 @@ class CudaPagedAttentionTest : public CudaTest {
         .q_heads = s.kv_heads * s.group,
         .kv_heads = s.kv_heads,
         .dim = s.dim,
-        .may_prefill = !layout.batch_invariant &&
-                       cuda::TakesPrefill(*cuda::PropertiesOf(stream()).architecture, s.act, s.dim, layout.page_size),
+        .may_prefill = !layout.batch_invariant && cuda::TakesPrefill(architecture(), s.act, s.dim, layout.page_size),
         .scratch_bytes = layout.split ? size_t{4} << 20 : 0,
         .multiprocessors = layout.multiprocessors};
     const AttentionList work(sizes, step.q_begin, step.lengths);
     const OnDevice d_list(stream(), work.list);
     AttentionWork attention_work = work.work;
     attention_work.list = d_list.view();
-    const Buffer scratch = Buffer::Allocate(Device::kCuda, sizes.scratch_bytes);
+    const Buffer scratch = Buffer::Allocate(kDevice, sizes.scratch_bytes);
     PagedAttention(stream(), {.out = d_out.view(),
                               .q = d_q.view(),
                               .k_pages = d_k.pool(step.pages(), s.kv_heads, layout.page_size),
@@ -199,7 +198,7 @@ TEST_F(CudaPagedAttentionTest, PrefillChunksDecodeAndSplitsGiveTheSameBits) {
   }
 }
 
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 // Without wgmma a long part of a prompt goes through the kernel of short ones, which fits into less shared memory.
 TEST_F(CudaPagedAttentionTest, OtherGpusHaveTheBitsOfShortParts) {
   const Shape s = {.group = 4, .dim = 128, .act = DType::kBF16, .q = DType::kBF16};
@@ -400,7 +399,7 @@ TEST_F(CudaPagedAttentionTest, LongPartsStandScoresOfAnySize) {
   }
 }
 
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 // Nor does the order of threads and copies, while the ring goes round almost twice.
 TEST_F(CudaPagedAttentionTest, LongPartsGiveTheSameBitsInAnyOrder) {
   for (int64_t dim : {64, 128}) {

@@ -12,7 +12,7 @@
 #include "kernels/cuda/sample_plan.h"
 #include "tests/kernels/cuda/cuda_testlib.h"
 #include "tests/kernels/sample_testlib.h"
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 #include "kernels/cuda/sample_weights.h"
 #endif
 
@@ -104,14 +104,14 @@ class CudaSampleTest : public CudaTest {
     return results;
   }
   static Buffer Scratch(const Matrix& logits) {
-    return Buffer::Allocate(Device::kCuda, SampleScratchBytes(logits.rows(), logits.columns(), Device::kCuda));
+    return Buffer::Allocate(kDevice, SampleScratchBytes(logits.rows(), logits.columns(), kDevice));
   }
 
  private:
   template <typename T>
   const T* Upload(const std::vector<T>& values, std::vector<Buffer>* buffers) {
-    buffers->push_back(Buffer::Allocate(Device::kCuda, values.size() * sizeof(T)));
-    Copy(stream(), buffers->back().data(), Device::kCuda, values.data(), Device::kCpu, buffers->back().bytes());
+    buffers->push_back(Buffer::Allocate(kDevice, values.size() * sizeof(T)));
+    Copy(stream(), buffers->back().data(), kDevice, values.data(), Device::kCpu, buffers->back().bytes());
     return static_cast<const T*>(buffers->back().data());
   }
 };
@@ -249,7 +249,7 @@ TEST_F(CudaSampleTest, ScoresTheTokensAskedFor) {
   }
 }
 
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 // Weights decide tokens, so that e^x has to be the CPU's to the bit: every 1009th float from -88 to 0.
 TEST_F(CudaSampleTest, ExpIsThatOfTheCpu) {
   std::vector<float> x;
@@ -261,7 +261,7 @@ TEST_F(CudaSampleTest, ExpIsThatOfTheCpu) {
 }
 #endif
 
-#ifndef ALTIPLANO_ON_GPU
+#ifdef ALTIPLANO_IN_SIMULATOR
 // The sectors of global memory that all kernels touch, in rows of logits: one for the largest, one for each of three
 // levels of a search, one to draw or to gather, and a sixteenth where the last block looks for what was drawn in its
 // slice.
