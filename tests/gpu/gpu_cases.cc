@@ -61,6 +61,25 @@ Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n,
   return c;
 }
 
+// The plain kernel, for f32.
+Case PlainLinearCase(int64_t m, int64_t n, int64_t k) {
+  Case c;
+  c.part = "plain";
+  c.name = StrCat("Linear f32, ", n, " x ", k, ", ", m, " tokens");
+  c.sizes = {{"m", m}, {"n", n}, {"k", k}};
+  c.bytes = 4 * (Double(n * k) + Double(m * k) + Double(m * n));
+  c.flops = 2 * Double(m) * Double(n) * Double(k);
+  c.prepare = [=](Arena& arena) {
+    return [=, &arena](Stream& stream, int turn) {
+      Linear(stream, {.out = arena.Output(turn, m, n, DType::kF32),
+                      .x = arena.Input(2 * turn, m, k, DType::kF32),
+                      .weight = arena.Input(2 * turn + 1, n, k, DType::kF32),
+                      .batch_invariant = true});
+    };
+  };
+  return c;
+}
+
 // The product of gate and up with SiLU in it.
 Case LinearSiluMulCase(const Rank& rank, int64_t m, bool batch_invariant) {
   const int64_t ffn = rank.ffn, k = rank.hidden;
@@ -111,7 +130,8 @@ int64_t PagesOf(const Lengths& sequence) {
 }
 
 // One step of sequences of any lengths.
-Case AttentionCase(const Rank& r, const std::string& part, const std::string& what, const std::vector<Lengths>& step) {
+Case AttentionCase(const Rank& r, const std::string& part, const std::string& what, const std::vector<Lengths>& step,
+                   DType act = DType::kBF16) {
   Case c;
   c.part = part;
   c.name = StrCat("PagedAttention ", r.name, ", ", what);
@@ -129,10 +149,11 @@ Case AttentionCase(const Rank& r, const std::string& part, const std::string& wh
     c.flops += 4 * Double(r.q_heads * r.dim) *
                (Double(queries) * Double(context - queries) + Double(queries) * Double(queries + 1) / 2);
   }
-  c.bytes = 4 * Double(keys * r.kv_heads * r.dim) + 4 * Double(tokens * r.q_heads * r.dim);
+  c.bytes =
+      2 * static_cast<double>(SizeOf(act)) * (Double(keys * r.kv_heads * r.dim) + Double(tokens * r.q_heads * r.dim));
   c.prepare = [=](Arena& arena) {
-    const TensorView k_pages = arena.InputPool(0, r.kv_heads, kPageSize, r.dim);
-    const TensorView v_pages = arena.InputPool(1, r.kv_heads, kPageSize, r.dim);
+    const TensorView k_pages = arena.InputPool(0, r.kv_heads, kPageSize, r.dim, act);
+    const TensorView v_pages = arena.InputPool(1, r.kv_heads, kPageSize, r.dim, act);
     CHECK(k_pages.dim(0) >= all_pages);
     const TensorView begins = arena.Keep(q_begin, {sequences + 1}), contexts = arena.Keep(lengths, {sequences});
     std::vector<int32_t> pages(static_cast<size_t>(k_pages.dim(0)));
@@ -156,7 +177,7 @@ Case AttentionCase(const Rank& r, const std::string& part, const std::string& wh
         .q_heads = r.q_heads,
         .kv_heads = r.kv_heads,
         .dim = r.dim,
-        .may_prefill = cuda::TakesPrefill(*arena.gpu().architecture, DType::kBF16, r.dim, kPageSize),
+        .may_prefill = cuda::TakesPrefill(*arena.gpu().architecture, act, r.dim, kPageSize),
         .scratch_bytes = scratch->bytes(),
         .multiprocessors = arena.gpu().multiprocessors};
     std::vector<int32_t> list(static_cast<size_t>(cuda::AttentionListWords(sizes, tokens, sequences)));
@@ -165,8 +186,8 @@ Case AttentionCase(const Rank& r, const std::string& part, const std::string& wh
     work.list = arena.Keep(list, {work.list.elements()});
     return [=, &arena](Stream& stream, int turn) {
       const int64_t width = r.q_heads * r.dim;
-      PagedAttention(stream, {.out = arena.Output(turn, tokens, width, DType::kBF16),
-                              .q = arena.Input(turn, tokens, width, DType::kBF16),
+      PagedAttention(stream, {.out = arena.Output(turn, tokens, width, act),
+                              .q = arena.Input(turn, tokens, width, act),
                               .k_pages = k_pages,
                               .v_pages = v_pages,
                               .q_begin = begins,
@@ -201,6 +222,18 @@ std::vector<Lengths> MixedDecodes(int64_t sequences) {
   return step;
 }
 
+// Four choices of `count` of `rows` rows, in no order.
+std::vector<TensorView> RandomRows(Arena& arena, int64_t count, int64_t rows) {
+  std::mt19937 random(1);
+  std::vector<TensorView> choices;
+  for (int i = 0; i < 4; ++i) {
+    std::vector<int32_t> chosen;
+    for (int64_t n = 0; n < count; ++n) chosen.push_back(static_cast<int32_t>(random() % static_cast<uint64_t>(rows)));
+    choices.push_back(arena.Keep(chosen, {count}));
+  }
+  return choices;
+}
+
 void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
   const auto add = [&](std::string op, std::map<std::string, int64_t> sizes, double bytes, auto prepare) {
     Case c;
@@ -213,6 +246,34 @@ void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
     cases->push_back(std::move(c));
   };
   const int64_t hidden = r.hidden, ffn = r.ffn, q = r.q_heads * r.dim, kv = r.kv_heads * r.dim, dim = r.dim;
+  add("Embed", {{"hidden", hidden}}, Double(tokens * hidden) * (2 + 4), [=](Arena& arena) {
+    // The table is all that there is to read: rows far apart, in no order, each turn others.
+    const int64_t vocab = static_cast<int64_t>(Arena::kInputBytes) / (2 * hidden);
+    const auto ids = RandomRows(arena, tokens, vocab);
+    return [=, &arena](Stream& stream, int turn) {
+      Embed(stream, {.out = arena.Output(turn, tokens, hidden, DType::kF32),
+                     .table = arena.Input(0, vocab, hidden, DType::kBF16),
+                     .ids = ids[static_cast<size_t>(turn) % ids.size()]});
+    };
+  });
+  add("GatherRows", {{"hidden", hidden}}, Double(tokens * hidden) * (4 + 4), [=](Arena& arena) {
+    const int64_t all = static_cast<int64_t>(Arena::kInputBytes) / (4 * hidden);
+    const auto rows = RandomRows(arena, tokens, all);
+    return [=, &arena](Stream& stream, int turn) {
+      GatherRows(stream, {.out = arena.Output(turn, tokens, hidden, DType::kF32),
+                          .x = arena.Input(0, all, hidden, DType::kF32),
+                          .rows = rows[static_cast<size_t>(turn) % rows.size()]});
+    };
+  });
+  add("RmsNorm", {{"hidden", hidden}}, Double(tokens * hidden) * (4 + 2), [=](Arena& arena) {
+    return [=, &arena](Stream& stream, int turn) {
+      const TensorView row = arena.Input(2 * turn + 1, 1, hidden, DType::kF32);
+      RmsNorm(stream, {.out = arena.Output(turn, tokens, hidden, DType::kBF16),
+                       .x = arena.Input(2 * turn, tokens, hidden, DType::kF32),
+                       .weight = TensorView::Make(row.data, DType::kF32, {hidden}, Device::kCuda),
+                       .eps = 1e-5f});
+    };
+  });
   add("AddRmsNorm", {{"hidden", hidden}}, Double(tokens * hidden) * (4 + 4 + 4 + 2), [=](Arena& arena) {
     return [=, &arena](Stream& stream, int turn) {
       const TensorView row = arena.Input(2 * turn + 1, 1, hidden, DType::kF32);
@@ -230,8 +291,8 @@ void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
     };
   });
   add("RopeStoreKv", {{"q", q}, {"kv", kv}, {"dim", dim}}, Double(tokens) * Double(4 * q + 8 * kv), [=](Arena& arena) {
-    const TensorView k_pages = arena.OutputPool(0, kv / dim, kPageSize, dim);
-    const TensorView v_pages = arena.OutputPool(1, kv / dim, kPageSize, dim);
+    const TensorView k_pages = arena.OutputPool(0, kv / dim, kPageSize, dim, DType::kBF16);
+    const TensorView v_pages = arena.OutputPool(1, kv / dim, kPageSize, dim, DType::kBF16);
     // A prime step goes through the pool before it meets a slot again.
     std::vector<int32_t> positions, slots;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -257,7 +318,33 @@ void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
 struct Sampling {
   const char* name;
   SampleParams params;
+  bool statistics = false;  // penalties need those of the sequence
 };
+
+Case ScoreCase(int64_t rows) {
+  constexpr int64_t kVocab = 128256;
+  Case c;
+  c.part = "sample";
+  c.name = StrCat("Score, ", rows, " rows");
+  c.sizes = {{"rows", rows}, {"vocab", kVocab}};
+  c.bytes = Double(rows * kVocab) * 4;
+  c.captured = false;
+  c.prepare = [=](Arena& arena) {
+    auto results = std::make_shared<std::vector<SampleResult>>(static_cast<size_t>(rows));
+    for (SampleResult& result : *results) result.token = 7;
+    auto num_top = std::make_shared<std::vector<int32_t>>(static_cast<size_t>(rows), 0);
+    auto scratch =
+        std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, SampleScratchBytes(rows, kVocab, Device::kCuda)));
+    CHECK(static_cast<bool>(*scratch));
+    return [=, &arena](Stream& stream, int turn) {
+      Score(stream, {.results = results->data(),
+                     .num_top = num_top->data(),
+                     .logits = arena.Input(turn, rows, kVocab, DType::kF32),
+                     .scratch = scratch->data()});
+    };
+  };
+  return c;
+}
 
 Case SampleCase(int64_t rows, const Sampling& sampling) {
   constexpr int64_t kVocab = 128256;
@@ -270,6 +357,14 @@ Case SampleCase(int64_t rows, const Sampling& sampling) {
   c.prepare = [=](Arena& arena) {
     auto params = std::make_shared<std::vector<SampleParams>>(static_cast<size_t>(rows), sampling.params);
     auto results = std::make_shared<std::vector<SampleResult>>(static_cast<size_t>(rows));
+    if (sampling.statistics) {  // one sequence's stands for all
+      const TensorView counts = arena.Keep(std::vector<int32_t>(kVocab / 2), {kVocab / 2});
+      const TensorView prompt = arena.Keep(std::vector<int32_t>(kVocab / 4), {kVocab / 4});
+      for (SampleParams& each : *params) {
+        each.output_counts = static_cast<const uint16_t*>(counts.data);
+        each.in_prompt = static_cast<const uint8_t*>(prompt.data);
+      }
+    }
     auto scratch =
         std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, SampleScratchBytes(rows, kVocab, Device::kCuda)));
     CHECK(static_cast<bool>(*scratch));
@@ -316,9 +411,9 @@ TensorView Arena::Piece(const Buffer& memory, int turn, int64_t rows, int64_t co
   return TensorView::Make(static_cast<char*>(memory.data()) + at, dtype, {rows, columns}, Device::kCuda);
 }
 
-TensorView Arena::Pool(const Buffer& memory, int which, int64_t heads, int64_t page_size, int64_t dim) {
-  const size_t half = memory.bytes() / 2, page = static_cast<size_t>(heads * page_size * dim) * sizeof(BF16);
-  return TensorView::Make(static_cast<char*>(memory.data()) + static_cast<size_t>(which) * half, DType::kBF16,
+TensorView Arena::Pool(const Buffer& memory, int which, int64_t heads, int64_t page_size, int64_t dim, DType dtype) {
+  const size_t half = memory.bytes() / 2, page = static_cast<size_t>(heads * page_size * dim) * SizeOf(dtype);
+  return TensorView::Make(static_cast<char*>(memory.data()) + static_cast<size_t>(which) * half, dtype,
                           {static_cast<int64_t>(half / page), heads, page_size, dim}, Device::kCuda);
 }
 
@@ -348,7 +443,9 @@ std::vector<Case> AllCases() {
   for (const Rank& rank : eighths) {
     for (int64_t sequences : {1, 32}) cases.push_back(AttentionCase(rank, sequences, 1, 8192));
   }
-  for (int64_t queries : {512, 2048, 8192}) cases.push_back(AttentionCase(whole, 1, queries, queries));
+  for (int64_t queries : {512, 2048, 4096, 8192, 16384, 32768}) {
+    cases.push_back(AttentionCase(whole, 1, queries, queries));
+  }
   cases.push_back(AttentionCase(whole, 1, 2048, 32768));
   for (const Rank& rank : eighths) cases.push_back(AttentionCase(rank, 1, 512, 32768));
   std::vector<Lengths> mixed = MixedDecodes(32);
@@ -359,9 +456,15 @@ std::vector<Case> AllCases() {
        {Sampling{"greedy", {.temperature = 0}},
         {"greedy, 20 log-probabilities", {.temperature = 0, .top_logprobs = 20}},
         {"temperature 0.8, top_p 0.95", {.temperature = 0.8f, .top_p = 0.95f}},
-        {"temperature 0.8, top_p 0.95, top_k 50", {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f}}}) {
+        {"temperature 0.8, top_p 0.95, top_k 50", {.temperature = 0.8f, .top_k = 50, .top_p = 0.95f}},
+        {"penalties", {.temperature = 0.8f, .presence_penalty = 0.5f, .repetition_penalty = 1.1f}, true}}) {
     for (int64_t rows : {1, 32, 256}) cases.push_back(SampleCase(rows, sampling));
   }
+  for (int64_t rows : {1, 32, 256}) cases.push_back(ScoreCase(rows));
+  for (int64_t tokens : {1, 16}) cases.push_back(PlainLinearCase(tokens, whole.hidden, whole.hidden));
+  cases.push_back(
+      AttentionCase(whole, "plain", "f32, 32 x 1 of 4096", std::vector<Lengths>(32, {1, 4096}), DType::kF32));
+  cases.push_back(AttentionCase(whole, "plain", "f32, 1 x 128 of 4096", {{128, 4096}}, DType::kF32));
   return cases;
 }
 

@@ -30,18 +30,18 @@ class Arena {
     return Piece(outputs_, turn, rows, columns, dtype);
   }
   // All of the inputs as a pool of keys and one of values, or the outputs so; [P, heads, page_size, dim].
-  TensorView InputPool(int which, int64_t heads, int64_t page_size, int64_t dim) const {
-    return Pool(inputs_, which, heads, page_size, dim);
+  TensorView InputPool(int which, int64_t heads, int64_t page_size, int64_t dim, DType dtype) const {
+    return Pool(inputs_, which, heads, page_size, dim, dtype);
   }
-  TensorView OutputPool(int which, int64_t heads, int64_t page_size, int64_t dim) const {
-    return Pool(outputs_, which, heads, page_size, dim);
+  TensorView OutputPool(int which, int64_t heads, int64_t page_size, int64_t dim, DType dtype) const {
+    return Pool(outputs_, which, heads, page_size, dim, dtype);
   }
   // Indices, in a place of their own.
   TensorView Keep(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape);
 
  private:
   static TensorView Piece(const Buffer& memory, int turn, int64_t rows, int64_t columns, DType dtype);
-  static TensorView Pool(const Buffer& memory, int which, int64_t heads, int64_t page_size, int64_t dim);
+  static TensorView Pool(const Buffer& memory, int which, int64_t heads, int64_t page_size, int64_t dim, DType dtype);
 
   Stream& stream_;
   Buffer inputs_, outputs_;

@@ -104,9 +104,10 @@ def parts_of(programs, out):
         bench("linear", 120),
         bench("linear_invariant", 90),
         bench("decode_attention", 90),
-        bench("prefill_attention", 90),
-        bench("row_ops", 60),
-        bench("sample", 60),
+        bench("prefill_attention", 120),
+        bench("row_ops", 90),
+        bench("sample", 90),
+        bench("plain", 60),
         Part("cases", [program("gpu_bench"), "--dry", "--json", cases], 10, program("gpu_bench"),
              [program("gpu_bench"), "--dry", "--json", cases]),
         Part("torch", [sys.executable, str(HERE / "torch_peers.py"), cases, str(out / "torch.jsonl")], 240,
@@ -273,7 +274,7 @@ def summary(parts, state, out, about):
             [f"{name} {rate:.0f} GB/s" for name, rate in limits.items()] +
             ([f"product of 8192^3 by cuBLAS {product:.0f} TFLOP/s"] if product else [])) + "."]
     rows = []
-    for name in ("linear", "linear_invariant", "decode_attention", "prefill_attention", "row_ops", "sample"):
+    for name in ("linear", "linear_invariant", "decode_attention", "prefill_attention", "row_ops", "sample", "plain"):
         for line in json_lines(out / f"{name}.jsonl"):
             if "us" not in line:
                 continue

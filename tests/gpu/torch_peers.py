@@ -31,6 +31,13 @@ class Pool:
         at = (turn * (self.memory.numel() // 3 + (19 << 20)) % room) // 512 * 512
         return self.memory[at:at + count].view(*shape)
 
+    def f32(self, turn, rows, columns):
+        return self.matrix(turn, rows, 2 * columns).view(self.torch.float32)
+
+    def all_of_it(self, dtype, columns):
+        whole = self.memory.view(dtype)
+        return whole[:whole.numel() // columns * columns].view(-1, columns)
+
 
 def subject(torch, pool, case):
     """(peer, call(turn)) or None."""
@@ -41,6 +48,13 @@ def subject(torch, pool, case):
         outs = [torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         return "cuBLAS bf16", lambda turn: torch.mm(pool.matrix(2 * turn, m, k), pool.matrix(2 * turn + 1, n, k).t(),
                                                     out=outs[turn % 2])
+    if part == "linear" and op == "LinearSiluMul":
+        m, n, k = case["m"], case["n"], case["k"]
+
+        def product(turn):
+            gate_up = torch.mm(pool.matrix(2 * turn, m, k), pool.matrix(2 * turn + 1, n, k).t())
+            return functional.silu(gate_up[:, :n // 2]) * gate_up[:, n // 2:]
+        return "cuBLAS bf16 and two torch kernels", product
     if part in ("decode_attention", "prefill_attention") and "context" in case:  # of one length
         b, queries, context, dim = case["sequences"], case["queries"], case["context"], case["dim"]
         heads, kv_heads = case["q_heads"], case["kv_heads"]
@@ -68,6 +82,19 @@ def subject(torch, pool, case):
             gate_up = pool.matrix(turn, tokens, 2 * ffn)
             return functional.silu(gate_up[:, :ffn]) * gate_up[:, ffn:]
         return "two torch kernels", call
+    if op in ("Embed", "GatherRows"):
+        table = pool.all_of_it(torch.float32 if op == "GatherRows" else torch.bfloat16, case["hidden"])
+        chosen = [torch.randint(table.shape[0], (case["tokens"],), device="cuda") for _ in range(4)]
+        if op == "GatherRows":
+            return "index_select", lambda turn: torch.index_select(table, 0, chosen[turn % 4])
+        return "embedding and widening", lambda turn: functional.embedding(chosen[turn % 4], table).float()
+    if op == "RmsNorm":
+        tokens, hidden = case["tokens"], case["hidden"]
+        weight = torch.randn(hidden, device="cuda")
+        return "rms_norm and rounding", lambda turn: functional.rms_norm(
+            pool.f32(turn, tokens, hidden), (hidden,), weight, 1e-5).bfloat16()
+    if op == "Sample" and "greedy, " in case["name"] and "log" not in case["name"]:
+        return "argmax", lambda turn: torch.argmax(pool.f32(turn, case["rows"], case["vocab"]), dim=-1)
     return None
 
 
