@@ -3,6 +3,7 @@
 #include <grpc/support/log.h>
 #include <netdb.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -68,6 +69,22 @@ std::string WhyNotListening(const std::string& address) {
   return why;
 }
 
+// A server listens on this unix socket. gRPC would remove it, and that server would serve nobody without noticing; one
+// that nobody listens on is left over from a server that was killed.
+bool IsTaken(const std::string& address) {
+  std::string_view path = std::string_view(address).substr(kUnix.size());
+  if (path.starts_with("//")) path.remove_prefix(2);
+  sockaddr_un to{};
+  to.sun_family = AF_UNIX;
+  if (path.size() >= sizeof to.sun_path) return false;
+  path.copy(to.sun_path, path.size());
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd < 0) return false;
+  const bool taken = connect(fd, reinterpret_cast<const sockaddr*>(&to), sizeof to) == 0 || errno == EAGAIN;
+  close(fd);
+  return taken;
+}
+
 void WriteGrpcLog(gpr_log_func_args* args) {
   // Its errors are about peers and sockets; ours to act on are reported where they matter.
   log::Level level = args->severity == GPR_LOG_SEVERITY_ERROR ? log::Level::kWarn : log::Level::kDebug;
@@ -86,6 +103,9 @@ StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& lim
   bool is_unix = address.starts_with(kUnix);
   if (!is_unix && !HasPort(address)) {
     return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": it is not HOST:PORT"));
+  }
+  if (is_unix && IsTaken(address)) {
+    return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": ", std::strerror(EADDRINUSE)));
   }
   grpc::ServerBuilder builder;
   SetArguments(limits, &builder);

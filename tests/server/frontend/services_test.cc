@@ -4,6 +4,9 @@
 #include <google/protobuf/descriptor.pb.h>
 #include <google/protobuf/dynamic_message.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include <set>
 
@@ -505,6 +508,32 @@ TEST(ListenTest, UnixSocketsWork) {
   EXPECT_EQ(server.server().address(), options.server.listen);
   EXPECT_EQ(server.server().admin_address(), "");
   EXPECT_EQ(Stream(server.stub(), TextRequest("hi", 2)).text(), "ab");
+}
+
+TEST(ListenTest, ASocketIsTakenFromTheDeadOnly) {
+  const std::string path = ::testing::TempDir() + "/altiplano-taken-" + std::to_string(getpid());
+  TestServer::Options options;
+  options.server.listen = "unix:" + path;
+  options.server.admin_listen = "";
+  {  // left over from a server that was killed: bound, and nobody listens
+    sockaddr_un to{};
+    to.sun_family = AF_UNIX;
+    ASSERT_LT(path.size(), sizeof to.sun_path);
+    path.copy(to.sun_path, path.size());
+    const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    ASSERT_EQ(bind(fd, reinterpret_cast<const sockaddr*>(&to), sizeof to), 0);
+    close(fd);
+  }
+  TestServer server(options);
+  for (const char* prefix : {"unix:", "unix://"}) {
+    ServerOptions second;
+    second.listen = prefix + path;
+    auto refused = Server::Start(second);
+    ASSERT_FALSE(refused.ok());
+    EXPECT_EQ(refused.status().code(), Code::kUnavailable);
+    EXPECT_EQ(refused.status().message(), "cannot listen on " + second.listen + ": Address already in use");
+  }
+  EXPECT_EQ(Stream(server.stub(), TextRequest("hi", 2)).text(), "ab") << "it still serves";
 }
 
 }  // namespace
