@@ -14,17 +14,26 @@ namespace altiplano::cli {
 
 namespace {
 
+constexpr size_t kMostSocketFolder = 90;  // a socket's path has room for 107 bytes
+
 // A folder that only this user can enter, removed with the socket in it.
 class PrivateFolder {
  public:
   PrivateFolder() {
-    char path[] = "/tmp/altiplano-XXXXXX";
-    if (mkdtemp(path) != nullptr) path_ = path;
+    const char* tmpdir = getenv("TMPDIR");
+    for (std::string_view parent : {std::string_view(tmpdir != nullptr ? tmpdir : ""), std::string_view("/tmp")}) {
+      std::string path = StrCat(parent, "/altiplano-XXXXXX");
+      if (parent.empty() || path.size() > kMostSocketFolder || mkdtemp(path.data()) == nullptr) continue;
+      path_ = path;
+      return;
+    }
   }
-  ~PrivateFolder() {
+  ~PrivateFolder() { Remove(); }
+  void Remove() {
     if (path_.empty()) return;
     unlink(socket().c_str());
     rmdir(path_.c_str());
+    path_.clear();
   }
   bool ok() const { return !path_.empty(); }
   std::string socket() const { return path_ + "/socket"; }
@@ -55,15 +64,16 @@ Client& LocalServer::client() {
 StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const config::v1::ServerConfig& config,
                                                           std::string_view command) {
   auto impl = std::make_unique<Impl>();
-  if (!impl->folder.ok()) return Status(Code::kUnavailable, "cannot make a folder in /tmp");
+  if (!impl->folder.ok()) return Status(Code::kUnavailable, "cannot make a folder in TMPDIR or /tmp");
   config::v1::ServerConfig private_config = config;
   std::string address = StrCat("unix:", impl->folder.socket());
   private_config.set_listen(address);
   private_config.set_admin_listen("");
   ASSIGN_OR_RETURN(impl->serving, Serving::Listen(private_config));
+  ASSIGN_OR_RETURN(impl->client, Client::Connect(address, std::chrono::seconds(10)));
+  impl->folder.Remove();  // who is connected needs no name, and ctrl-C would leave it behind
   RETURN_IF_ERROR(impl->serving->Load(
       {.progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}, .on_start_hang = EndHungStart(command)}));
-  ASSIGN_OR_RETURN(impl->client, Client::Connect(address, std::chrono::seconds(10)));
   return std::unique_ptr<LocalServer>(new LocalServer(std::move(impl)));
 }
 

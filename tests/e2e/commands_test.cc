@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <thread>
@@ -104,6 +106,12 @@ TEST_F(Commands, TokenizeIsTheSameHereAndThere) {
     EXPECT_EQ(ids_here, ids_there);
     EXPECT_GT((*parsed)["count"], 3);
   }
+  Finished repeated = RunToEnd({"tokenize", "--url", server_->address(), "--text", "la la la", "--json"});
+  auto parsed = ParseJson(repeated.out);
+  ASSERT_TRUE(parsed.ok()) << repeated.out << repeated.err;
+  std::string joined;
+  for (const std::string piece : (*parsed)["pieces"]) joined += piece;
+  EXPECT_EQ(joined, "<|begin_of_text|>la la la");
 }
 
 TEST_F(Commands, ChatRemembersResetsAndHelps) {
@@ -438,6 +446,25 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   EXPECT_EQ(nothing.code, 65);
   EXPECT_THAT(nothing.err, HasSubstr("405b"));
   EXPECT_EQ(RunToEnd({"plan", "--model", "8b", "--gpus", "8xB300"}).code, 64);
+}
+
+TEST(Offline, OneThatIsKilledLeavesNothingInTheTemporaryFolder) {
+  namespace fs = std::filesystem;
+  const fs::path folder = fs::path(::testing::TempDir()) / ("altiplano-tmpdir-" + std::to_string(getpid()));
+  fs::create_directory(folder);
+  setenv("TMPDIR", folder.c_str(), 1);
+  {
+    Process generate({"generate", "--model", kTiny, "--kv-memory", "16MiB", "--log-level", "info"});
+    for (int i = 0; i < kPatience * 100 && generate.Errors().find("loading weights") == std::string::npos; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_THAT(generate.Errors(), HasSubstr("loading weights"));
+    generate.Signal(SIGKILL);
+    EXPECT_EQ(generate.Wait(), 128 + SIGKILL);
+  }
+  unsetenv("TMPDIR");
+  EXPECT_TRUE(fs::is_empty(folder));
+  fs::remove_all(folder);
 }
 
 TEST(Offline, InspectSaysWhatACheckpointIs) {
