@@ -231,13 +231,15 @@ Duration ParsedFlags::duration(std::string_view name) const {
 
 std::string HelpText(const Command& command) {
   std::string out = StrCat("altiplano ", command.name, ": ", command.summary, "\n\n  ", command.synopsis, "\n");
-  std::string_view group = "\n";
+  std::vector<std::string_view> groups;  // in the order of their first flags
   for (const Flag& flag : command.flags) {
-    if (flag.group != group) {
-      group = flag.group;
-      out += StrCat("\n", group.empty() ? "Flags" : group, "\n");
+    if (std::find(groups.begin(), groups.end(), flag.group) == groups.end()) groups.push_back(flag.group);
+  }
+  for (std::string_view group : groups) {
+    out += StrCat("\n", group.empty() ? "Flags" : group, "\n");
+    for (const Flag& flag : command.flags) {
+      if (flag.group == group) AppendFlag(out, flag);
     }
-    AppendFlag(out, flag);
   }
   if (!command.notes.empty()) out += StrCat("\n", command.notes, "\n");
   return out;

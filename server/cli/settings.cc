@@ -14,17 +14,19 @@ constexpr std::array kSettings = {
     Flag{.name = "listen",
          .type = FlagType::kAddress,
          .default_value = "127.0.0.1:50051",
-         .meaning = "Where gRPC listens. Port 0 takes a free one, which the READY line names. There is neither TLS nor "
-                    "authentication: leave the loopback address only behind a proxy that has both.",
+         .meaning =
+             "Where gRPC listens: HOST:PORT, or unix:/path of a socket to make. Port 0 takes a free one, which the "
+             "READY line names. There is neither TLS nor authentication: leave the loopback address only behind a "
+             "proxy that has both.",
          .example = "0.0.0.0:50051",
          .field = "listen",
          .group = kGroupListening},
     Flag{.name = "admin-listen",
          .type = FlagType::kAddress,
          .default_value = "",
-         .meaning =
-             "Where AdminService (drain, resume, log level, cache reset) listens, for operators only. Without it "
-             "there is none.",
+         .meaning = "Where AdminService (drain, resume, log level, cache reset, flight record) listens, for operators "
+                    "only. Without it "
+                    "there is none.",
          .example = "127.0.0.1:50052",
          .field = "admin_listen",
          .group = kGroupListening},

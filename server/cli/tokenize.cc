@@ -1,4 +1,5 @@
 #include <cstdio>
+#include <unordered_map>
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
@@ -50,13 +51,18 @@ StatusOr<Tokens> TokenizeThere(const ParsedFlags& flags, const std::string& text
   }
   ASSIGN_OR_RETURN(v1::TokenizeResponse response, client->Tokenize(request));
   Tokens tokens;
+  std::unordered_map<uint32_t, std::string> pieces;  // a call each
   for (uint32_t id : response.token_ids()) {
-    v1::DetokenizeRequest one;
-    one.add_token_ids(id);
-    one.set_keep_special_tokens(true);
-    ASSIGN_OR_RETURN(v1::DetokenizeResponse piece, client->Detokenize(one));
+    auto [piece, is_new] = pieces.try_emplace(id);
+    if (is_new) {
+      v1::DetokenizeRequest one;
+      one.add_token_ids(id);
+      one.set_keep_special_tokens(true);
+      ASSIGN_OR_RETURN(v1::DetokenizeResponse answer, client->Detokenize(one));
+      piece->second = answer.text();
+    }
     tokens.ids.push_back(static_cast<TokenId>(id));
-    tokens.pieces.push_back(piece.text());
+    tokens.pieces.push_back(piece->second);
   }
   return tokens;
 }
@@ -100,27 +106,30 @@ int Run(const ParsedFlags& flags) {
 
 Subcommand TokenizeCommand() {
   Subcommand subcommand{
-      .command = {.name = "tokenize",
-                  .summary = "the token ids and pieces that a text becomes",
-                  .synopsis = "altiplano tokenize --model MODEL --text 'Hello, world'",
-                  .notes = "Prints a line for each token: id, tab, piece.",
-                  .flags = {{.name = "text",
-                             .type = FlagType::kText,
-                             .meaning = "The text. Without it: all of stdin, less a last newline.",
-                             .example = "'Hello, world'"},
-                            {.name = "chat",
-                             .type = FlagType::kBool,
-                             .default_value = "false",
-                             .meaning = "The text is a user's message; show the whole rendered prompt."},
-                            {.name = "bos",
-                             .type = FlagType::kBool,
-                             .default_value = "true",
-                             .meaning = "Begin plain text with the model's BOS token, as prompts do."},
-                            {.name = "json",
-                             .type = FlagType::kBool,
-                             .default_value = "false",
-                             .meaning = "Print one JSON object: count, ids, pieces."},
-                            UrlFlag()}},
+      .command =
+          {.name = "tokenize",
+           .summary = "the token ids and pieces that a text becomes",
+           .synopsis = "altiplano tokenize --model MODEL --text 'Hello, world'",
+           .notes =
+               "Prints a line for each token: id, tab, piece. A piece that is no UTF-8 on its own is shown by its\n"
+               "bytes, with --url or --json as U+FFFD.",
+           .flags = {{.name = "text",
+                      .type = FlagType::kText,
+                      .meaning = "The text. Without it: all of stdin, less a last newline.",
+                      .example = "'Hello, world'"},
+                     {.name = "chat",
+                      .type = FlagType::kBool,
+                      .default_value = "false",
+                      .meaning = "The text is a user's message; show the whole rendered prompt."},
+                     {.name = "bos",
+                      .type = FlagType::kBool,
+                      .default_value = "true",
+                      .meaning = "Begin plain text with the model's BOS token, as prompts do."},
+                     {.name = "json",
+                      .type = FlagType::kBool,
+                      .default_value = "false",
+                      .meaning = "Print one JSON object: count, ids, pieces."},
+                     UrlFlag()}},
       .run = Run};
   for (const Flag& flag : Settings()) {
     if (flag.name == "model" || flag.name == "chat-format") subcommand.command.flags.push_back(flag);

@@ -69,6 +69,14 @@ TEST(Commands, HelpOfEach) {
     Output output = Invoke(arguments);
     EXPECT_EQ(output.code, 0) << name;
     EXPECT_THAT(output.out, HasSubstr(subcommand.command.summary)) << name;
+    std::multiset<std::string> headings;  // after an empty line, not indented
+    for (size_t at = 0; (at = output.out.find("\n\n", at)) != std::string::npos;) {
+      at += 2;
+      if (at < output.out.size() && output.out[at] != ' ') {
+        headings.insert(output.out.substr(at, output.out.find('\n', at) - at));
+      }
+    }
+    for (const std::string& heading : headings) EXPECT_EQ(headings.count(heading), 1u) << name << ": " << heading;
     EXPECT_THAT(Invoke({"help"}).out, HasSubstr(name));
     arguments.pop_back();
     arguments.insert(arguments.begin(), "help");
