@@ -1,5 +1,6 @@
 #include "server/frontend/listener.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
 #include <netdb.h>
 #include <sys/socket.h>
@@ -91,11 +92,20 @@ void WriteGrpcLog(gpr_log_func_args* args) {
   log::Write(level, "grpc", {{"message", args->message}});
 }
 
+// About messages that clients send, which get their status for them. A fatal one ends the process after this.
+void WriteProtobufLog(google::protobuf::LogLevel severity, const char*, int, const std::string& message) {
+  const bool fatal = severity == google::protobuf::LOGLEVEL_FATAL;
+  log::Write(fatal ? log::Level::kError : log::Level::kDebug, "protobuf", {{"message", message}});
+}
+
 }  // namespace
 
-void RouteGrpcLog() {
+void RouteLibraryLogs() {
   static std::once_flag once;
-  std::call_once(once, [] { gpr_set_log_function(WriteGrpcLog); });
+  std::call_once(once, [] {
+    gpr_set_log_function(WriteGrpcLog);
+    google::protobuf::SetLogHandler(WriteProtobufLog);
+  });
 }
 
 StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,

@@ -22,7 +22,7 @@ struct Listening {
 StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,
                            const std::vector<grpc::Service*>& services);
 
-// gRPC's own messages go through our log from now on. Idempotent.
-void RouteGrpcLog();
+// gRPC's and protobuf's own messages go through our log from now on. Idempotent.
+void RouteLibraryLogs();
 
 }  // namespace altiplano

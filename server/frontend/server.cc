@@ -36,7 +36,7 @@ class Server::Impl {
   ~Impl() { Stop(); }
 
   Status Start() {
-    RouteGrpcLog();
+    RouteLibraryLogs();
     ASSIGN_OR_RETURN(main, Listen(state.options.listen, state.options.limits,
                                   {&inference, &models, &status, &health, &reflection_v1, &reflection_v1alpha}));
     if (state.options.admin_listen.empty()) return OkStatus();

@@ -147,6 +147,27 @@ TEST(ErrorTest, MessagesThatCannotBeParsedAreInvalidArguments) {
   server.WaitForNoCalls();
 }
 
+// The libraries would write lines of their own between those of the log.
+TEST(ErrorTest, WhatCannotBeParsedLeavesNoLineThatIsNotOurs) {
+  TestServer server;
+  log::Init(log::Level::kDebug, log::Format::kJson);
+  ::testing::internal::CaptureStderr();
+  grpc::Slice slice(std::string("\x1a\x02\xff\xfe"));  // field 3, text: no UTF-8
+  grpc::ByteBuffer request(&slice, 1), response;
+  grpc::ClientContext context;
+  grpc::internal::RpcMethod rpc("/altiplano.inference.v1.InferenceService/Generate",
+                                grpc::internal::RpcMethod::NORMAL_RPC);
+  auto status = grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer>(server.channel().get(), rpc,
+                                                                                      &context, request, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  log::Flush();
+  const std::string log = ::testing::internal::GetCapturedStderr();
+  log::Init(log::Level::kInfo, log::Format::kAuto);
+  EXPECT_THAT(log, ::testing::HasSubstr("\"protobuf\""));
+  std::istringstream lines(log);
+  for (std::string line; std::getline(lines, line);) EXPECT_TRUE(ParseJson(line).ok()) << line;
+}
+
 TEST(ErrorTest, PromptLongerThanTheContext) {
   TestServer server;
   v1::GenerateRequest request;
