@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 
 #include "server/base/strings.h"
 #include "server/cli/command.h"
 #include "server/cli/units.h"
+#include "server/cli/write_file.h"
 
 namespace altiplano::cli {
 
@@ -248,6 +248,10 @@ StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags) {
   auto percentiles = bench::ParsePercentiles(flags.text("metric-percentiles"));
   if (!percentiles.ok()) return name_it("metric-percentiles", percentiles.status());
   report.percentiles = *percentiles;
+  if (flags.given("result-filename")) {
+    const Status status = CheckFolderOf(flags.text("result-filename"));
+    if (!status.ok()) return name_it("result-filename:", status);
+  }
   return plan;
 }
 
@@ -291,8 +295,9 @@ int PrintReport(std::string_view command, const ParsedFlags& flags, const bench:
   } else {
     std::fputs(report.ToText().c_str(), stdout);
   }
-  if (flags.given("result-filename") && !(std::ofstream(flags.text("result-filename")) << facts.dump(2) << "\n")) {
-    return Fail(command, StrCat("cannot write ", flags.text("result-filename")), kExitFailure);
+  if (flags.given("result-filename")) {
+    const Status status = WriteFile(flags.text("result-filename"), facts.dump(2) + "\n");
+    if (!status.ok()) return Fail(command, status.message(), kExitUnavailable);
   }
   if (report.interrupted) return Fail(command, "interrupted", kExitInterrupted);
   auto failed = std::find_if(report.requests.begin(), report.requests.end(), [](const auto& r) { return !r.ok; });

@@ -1,5 +1,7 @@
 #include "server/cli/write_file.h"
 
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -9,10 +11,21 @@
 
 namespace altiplano::cli {
 
+namespace {
+
+Status CannotWrite(const std::string& path, int error) {
+  return Status(Code::kUnavailable, StrCat("cannot write ", path, ": ", std::strerror(error)));
+}
+
+}  // namespace
+
+Status CheckFolderOf(const std::string& path) {
+  const std::string folder = std::filesystem::path(path).parent_path();
+  return access(folder.empty() ? "." : folder.c_str(), W_OK) == 0 ? OkStatus() : CannotWrite(path, errno);
+}
+
 Status WriteFile(const std::string& path, std::string_view contents) {
-  auto failed = [&path](int error) {
-    return Status(Code::kUnavailable, StrCat("cannot write ", path, ": ", std::strerror(error)));
-  };
+  auto failed = [&path](int error) { return CannotWrite(path, error); };
   // A device or a pipe is written where it is.
   std::error_code ignored;
   const bool special = std::filesystem::exists(path, ignored) && !std::filesystem::is_regular_file(path, ignored);

@@ -128,6 +128,8 @@ TEST(Commands, WrongUsageIsOneLineAnd64) {
       {{"bench", "serve", "--dataset-path", "x"}, "--dataset-path needs --dataset-name"},
       {{"bench", "serve", "--burstiness", "0"}, "--burstiness must be above 0"},
       {{"bench", "serve", "--random-range-ratio", "1"}, "--random-range-ratio must be in [0, 1)"},
+      {{"simulate", "--result-filename", "/nowhere/x.json"},
+       "--result-filename: cannot write /nowhere/x.json: No such file"},
       {{"make-random", "--like", "8b"}, "needs the folder to write"},
       {{"make-random", "--like", "9b", "x"}, "--like"},
       {{"make-random", "--like", "1b", "--layers", "17", "x"}, "layers is 17, must be from 1 to 16"},
