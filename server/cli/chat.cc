@@ -85,6 +85,10 @@ class Repl {
   bool Line(const std::string& line) {
     if (line.empty()) return true;
     if (line[0] == '/') return Command(line);
+    if (!IsValidUtf8(line)) {
+      std::printf("This line is not valid UTF-8.\n");
+      return false;
+    }
     auto* message = request_.mutable_chat()->add_messages();
     message->set_role(v1::ROLE_USER);
     message->set_content(line);

@@ -308,6 +308,10 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
     ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
   }
+  if (const int64_t most = model.checkpoint->config().max_position; config.model().max_context() > most) {
+    return Status(Code::kInvalidArgument, StrCat("--max-model-len is ", config.model().max_context(),
+                                                 ", the model was made for ", most, " positions"));
+  }
   model.name = config.model().name().empty() ? model.checkpoint->config().name : config.model().name();
   model.dtype = config.model().dtype();
 

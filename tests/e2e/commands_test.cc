@@ -116,11 +116,12 @@ TEST_F(Commands, TokenizeIsTheSameHereAndThere) {
 
 TEST_F(Commands, ChatRemembersResetsAndHelps) {
   Process chat({"chat", "--url", server_->address(), "--temperature", "0"});
-  chat.Write(kQuestion + "\n/rest\n/reset\n/help\n/system Be brief.\n" + kQuestion + "\n/quit\nnever read\n");
+  chat.Write(kQuestion + "\n/rest\n\xFF\n/reset\n/help\n/system Be brief.\n" + kQuestion + "\n/quit\nnever read\n");
   EXPECT_EQ(chat.Wait(), 0) << chat.Errors();
   EXPECT_THAT(chat.output(), HasSubstr(kAnswer));
   EXPECT_THAT(chat.output(), HasSubstr("tok/s"));
   EXPECT_THAT(chat.output(), HasSubstr("did you mean /reset?"));
+  EXPECT_THAT(chat.output(), HasSubstr("This line is not valid UTF-8."));
   EXPECT_THAT(chat.output(), HasSubstr("/system TEXT"));
 }
 
@@ -446,6 +447,12 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   EXPECT_EQ(nothing.code, 65);
   EXPECT_THAT(nothing.err, HasSubstr("405b"));
   EXPECT_EQ(RunToEnd({"plan", "--model", "8b", "--gpus", "8xB300"}).code, 64);
+}
+
+TEST(Offline, AContextThatTheModelDoesNotHaveIsNamedByItsFlag) {
+  Finished generate = RunToEnd({"generate", "--model", kTiny, "--max-model-len", "200000", "--prompt", "x"});
+  EXPECT_EQ(generate.code, 65);
+  EXPECT_THAT(generate.err, HasSubstr("--max-model-len is 200000, the model was made for 131072 positions"));
 }
 
 TEST(Offline, OneThatIsKilledLeavesNothingInTheTemporaryFolder) {
