@@ -108,14 +108,22 @@ StepCost DeriveStepCost(const ModelConfig& c, const Gpu& gpu, int ranks) {
 
 Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& demand, const ServingLimits& limits) {
   Capacity plan;
-  plan.gpus = gpus.count;
+  plan.gpus = gpus.count * limits.nodes;
   plan.memory_bytes = static_cast<uint64_t>(gpus.gpu.memory_bytes);
   plan.usable_bytes = static_cast<uint64_t>(gpus.gpu.memory_bytes * limits.memory_fraction);
-  if (gpus.count % limits.stages != 0) {
-    plan.why_not = StrCat(gpus.count, " GPUs cannot be shared out among ", limits.stages, " stages");
+  if (limits.stages % limits.nodes != 0) {
+    plan.why_not = StrCat(limits.stages, " stages cannot be shared out among ", limits.nodes, " nodes");
     return plan;
   }
-  const int ranks = gpus.count / limits.stages;
+  if (plan.gpus % limits.stages != 0) {
+    plan.why_not = StrCat(plan.gpus, " GPUs cannot be shared out among ", limits.stages, " stages");
+    return plan;
+  }
+  const int ranks = plan.gpus / limits.stages;
+  if (ranks > kMostTensorParallelGpus) {
+    plan.why_not = StrCat(ranks, " GPUs of a stage are more than the ", kMostTensorParallelGpus, " that may be");
+    return plan;
+  }
   Llama::Limits step;
   step.max_tokens = limits.token_budget;
   step.max_logit_rows = std::min(step.max_logit_rows, limits.token_budget);
@@ -173,11 +181,15 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
   return plan;
 }
 
-int FewestGpus(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits) {
-  for (int count : {1, 2, 4, 8, 16}) {
-    if (PlanCapacity(config, {gpu, count}, demand, limits).why_not.empty()) return count;
+Machines FewestMachines(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits) {
+  const int stages = std::max(1, limits.stages / limits.nodes);
+  for (const auto& [nodes, gpus] : {Machines{1, 1}, {1, 2}, {1, 4}, {1, 8}, {2, 8}, {4, 8}, {8, 8}}) {
+    ServingLimits there = limits;
+    there.nodes = nodes;
+    there.stages = nodes * stages;
+    if (PlanCapacity(config, {gpu, gpus}, demand, there).why_not.empty()) return {nodes, gpus};
   }
-  return 0;
+  return {};
 }
 
 }  // namespace altiplano::bench

@@ -56,13 +56,14 @@ struct ServingLimits {
   int64_t block_size = 64;
   int64_t max_running = 256;
   int64_t token_budget = 2048;
-  int stages = 1;                // of the pipeline; the GPUs are shared out among them
+  int nodes = 1;                 // each with the GPUs that are named; they share out the stages
+  int stages = 1;                // of the pipeline, on all nodes; all GPUs are shared out among them
   double memory_fraction = 0.9;  // of a GPU's memory that may be used
 };
 
 // Sizes are of one GPU: of the stage that has most of each.
 struct Capacity {
-  int gpus = 1;
+  int gpus = 1;         // of all nodes
   std::string why_not;  // empty: the demand fits
   uint64_t memory_bytes = 0;
   uint64_t usable_bytes = 0;
@@ -83,7 +84,14 @@ struct Capacity {
 Capacity PlanCapacity(const ModelConfig& config, const GpuGroup& gpus, const Demand& demand,
                       const ServingLimits& limits);
 
-// The fewest of 1, 2, 4, 8, 16 GPUs of this kind, in stages as limits say, that the demand fits on; 0: none of them.
-int FewestGpus(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits);
+// The most GPUs that a tensor-parallel group may have.
+inline constexpr int kMostTensorParallelGpus = 8;
+
+// The fewest of 1, 2, 4, 8 GPUs of this kind, or of 2, 4, 8 nodes with 8 of them, that the demand fits on, each node
+// with as many stages as limits say. gpus: of a node; 0: none of them.
+struct Machines {
+  int nodes = 1, gpus = 0;
+};
+Machines FewestMachines(const ModelConfig& config, const Gpu& gpu, const Demand& demand, const ServingLimits& limits);
 
 }  // namespace altiplano::bench

@@ -4,6 +4,7 @@
 #include <fstream>
 #include <iterator>
 
+#include "kernels/comm/all_reduce_plan.h"
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/bench/capacity.h"
@@ -16,6 +17,7 @@ namespace altiplano::cli {
 namespace {
 
 constexpr std::string_view kName = "plan";
+static_assert(bench::kMostTensorParallelGpus == kMostPeers);
 
 // A published model's name, a folder of which only config.json is read (the weights need not be there yet), or a GGUF.
 StatusOr<ModelConfig> FindConfig(const std::string& model) {
@@ -43,17 +45,24 @@ double Ms(Duration duration) {
   return Seconds(duration) * 1e3;
 }
 
+// "8xH100", "2 nodes of 8xH100"
+std::string NameOf(const bench::GpuGroup& gpus, int nodes) {
+  const std::string node = StrCat(gpus.count, "x", gpus.gpu.name);
+  return nodes == 1 ? node : StrCat(nodes, " nodes of ", node);
+}
+
 // What to change, when it does not fit.
 std::vector<std::string> Advice(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand,
                                 const bench::ServingLimits& limits, const bench::Capacity& plan) {
   std::vector<std::string> advice;
-  if (const int fewest = FewestGpus(config, gpus.gpu, demand, limits); fewest > 0) {
-    advice.push_back(StrCat("it fits on ", fewest, "x", gpus.gpu.name));
+  if (const bench::Machines fewest = FewestMachines(config, gpus.gpu, demand, limits); fewest.gpus > 0) {
+    advice.push_back(StrCat("it fits on ", NameOf({gpus.gpu, fewest.gpus}, fewest.nodes),
+                            fewest.nodes == 1 ? "" : StrCat(" (--nodes ", fewest.nodes, ")")));
   }
   for (const bench::Gpu& other : bench::Gpus()) {
     if (other.name == gpus.gpu.name) continue;
     if (PlanCapacity(config, {other, gpus.count}, demand, limits).why_not.empty()) {
-      advice.push_back(StrCat("it fits on ", gpus.count, "x", other.name));
+      advice.push_back(StrCat("it fits on ", NameOf({other, gpus.count}, limits.nodes)));
     }
   }
   if (plan.largest_batch > 0 && plan.largest_batch < demand.concurrency) {
@@ -65,16 +74,18 @@ std::vector<std::string> Advice(const ModelConfig& config, const bench::GpuGroup
   return advice;
 }
 
-void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand, int stages,
-               const bench::Capacity& plan, const std::vector<std::string>& advice) {
+void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand,
+               const bench::ServingLimits& limits, const bench::Capacity& plan,
+               const std::vector<std::string>& advice) {
   auto line = [](const char* name, const std::string& value) { std::printf("%-16s %s\n", name, value.c_str()); };
   const bool billions = config.parameters() >= 1'000'000'000;
   line("model",
        StrFormat("%s, %.1f %s parameters, bf16", config.name.c_str(),
                  static_cast<double>(config.parameters()) / (billions ? 1e9 : 1e6), billions ? "billion" : "million"));
-  line("machine", StrCat(gpus.count, "x", gpus.gpu.name,
-                         stages == 1 ? ", tensor-parallel"
-                                     : StrCat(", ", stages, " stages of ", gpus.count / stages, " tensor-parallel")));
+  line("machine",
+       StrCat(NameOf(gpus, limits.nodes), limits.stages == 1 ? ", tensor-parallel"
+                                                             : StrCat(", ", limits.stages, " stages of ",
+                                                                      plan.gpus / limits.stages, " tensor-parallel")));
   line("demand", StrCat(demand.concurrency, " requests at one time, each ", demand.context - demand.answer_tokens,
                         " prompt tokens and ", demand.answer_tokens, " of answer"));
   line("fits", plan.why_not.empty() ? "yes" : StrCat("no: ", plan.why_not));
@@ -102,15 +113,17 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   std::printf("Speeds follow from datasheet rates and what good engines reach of them; none is a measurement.\n");
 }
 
-void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand, int stages,
-               const bench::Capacity& plan, const std::vector<std::string>& advice) {
+void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand,
+               const bench::ServingLimits& limits, const bench::Capacity& plan,
+               const std::vector<std::string>& advice) {
   OrderedJson json;
   json["model"] = config.name;
   json["parameters"] = config.parameters();
   json["gpu"] = std::string(gpus.gpu.name);
-  json["gpus"] = gpus.count;
-  json["tensor_parallel"] = gpus.count / stages;
-  json["pipeline_parallel"] = stages;
+  json["nodes"] = limits.nodes;
+  json["gpus"] = plan.gpus;
+  json["tensor_parallel"] = plan.gpus / limits.stages;
+  json["pipeline_parallel"] = limits.stages;
   json["context"] = demand.context;
   json["answer_tokens"] = demand.answer_tokens;
   json["concurrency"] = demand.concurrency;
@@ -153,7 +166,8 @@ int Run(const ParsedFlags& flags) {
   bench::ServingLimits limits;
   limits.max_running = flags.count("max-num-seqs");
   limits.token_budget = flags.count("max-num-batched-tokens");
-  limits.stages = static_cast<int>(flags.count("pipeline-parallel"));
+  limits.nodes = static_cast<int>(flags.count("nodes"));
+  limits.stages = flags.given("pipeline-parallel") ? static_cast<int>(flags.count("pipeline-parallel")) : limits.nodes;
   limits.memory_fraction = static_cast<double>(flags.count("memory-percent")) / 100;
   auto config = FindConfig(flags.text("model"));
   if (!config.ok()) return Fail(kName, config.status().message(), ExitCodeOfLoad(config.status()));
@@ -161,7 +175,7 @@ int Run(const ParsedFlags& flags) {
   const bench::Capacity plan = PlanCapacity(*config, *gpus, demand, limits);
   std::vector<std::string> advice;
   if (!plan.why_not.empty()) advice = Advice(*config, *gpus, demand, limits, plan);
-  (flags.boolean("json") ? PrintJson : PrintText)(*config, *gpus, demand, limits.stages, plan, advice);
+  (flags.boolean("json") ? PrintJson : PrintText)(*config, *gpus, demand, limits, plan, advice);
   return plan.why_not.empty() ? kExitOk : kExitFailure;
 }
 
@@ -204,7 +218,11 @@ Subcommand PlanCommand() {
                      Count("concurrency", "1", "Requests that run at one time.", "32", kMost),
                      Count("max-num-seqs", "256", "As serve's.", "512", kMost),
                      Count("max-num-batched-tokens", "2048", "As serve's: tokens of the largest step.", "4096", kMost),
-                     Count("pipeline-parallel", "1", "Stages that the layers are split into.", "2", 64),
+                     Count("nodes", "1", "Machines, each with --gpus. Tensor parallelism stays inside of one.", "2",
+                           64),
+                     Count("pipeline-parallel", "",
+                           "Stages that the layers are split into, on all nodes together. Without it: one on each.",
+                           "2", 64),
                      Count("memory-percent", "90", "Of a GPU's memory that may be used.", "95", 100),
                      {.name = "json",
                       .type = FlagType::kBool,

@@ -440,6 +440,15 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   Finished not_here = RunToEnd({"plan", "--model", "405b", "--gpus", "4xH200"});
   EXPECT_EQ(not_here.code, 1) << not_here.err;
   EXPECT_THAT(not_here.out, HasSubstr("it fits on 8xH200"));
+  Finished more = RunToEnd({"plan", "--model", "405b", "--gpus", "8xH100"});
+  EXPECT_THAT(more.out, HasSubstr("it fits on 2 nodes of 8xH100 (--nodes 2)"));
+  Finished nodes = RunToEnd({"plan", "--model", "405b", "--gpus", "8xH100", "--nodes", "2", "--json"});
+  EXPECT_EQ(nodes.code, 0) << nodes.err;
+  json = Json::parse(nodes.out);
+  EXPECT_EQ(json["nodes"], 2);
+  EXPECT_EQ(json["gpus"], 16);
+  EXPECT_EQ(json["tensor_parallel"], 8);
+  EXPECT_EQ(json["pipeline_parallel"], 2);
   Finished folder = RunToEnd({"plan", "--model", kTiny, "--context", "128"});
   EXPECT_EQ(folder.code, 0) << folder.err;
   EXPECT_THAT(folder.out, HasSubstr("4.2 million parameters"));

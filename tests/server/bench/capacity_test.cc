@@ -150,12 +150,32 @@ TEST(Plan, WhatDoesNotFitSaysWhy) {
   EXPECT_NE(Plan("8b", "H100", less).why_not, "");
 }
 
-TEST(Plan, FewestGpus) {
+TEST(Plan, NodesShareOutTheStages) {
+  const GpuGroup node = ParseGpus("8xH100").value();
+  const Capacity two = PlanCapacity(Published("405b"), node, {}, {.nodes = 2, .stages = 2});
+  EXPECT_EQ(two.why_not, "");
+  EXPECT_EQ(two.gpus, 16);
+  const Capacity alone = PlanCapacity(Published("405b"), ParseGpus("16xH100").value(), {}, {.stages = 2});
+  EXPECT_EQ(two.kv_tokens, alone.kv_tokens);
+  EXPECT_EQ(two.itl, alone.itl);
+  EXPECT_EQ(PlanCapacity(Published("405b"), node, {}, {.nodes = 2, .stages = 3}).why_not,
+            "3 stages cannot be shared out among 2 nodes");
+  // Which the program would refuse.
+  EXPECT_EQ(PlanCapacity(Published("405b"), ParseGpus("16xH100").value(), {}, {}).why_not,
+            "16 GPUs of a stage are more than the 8 that may be");
+}
+
+TEST(Plan, FewestMachines) {
   const Gpu h100 = ParseGpus("H100")->gpu, h200 = ParseGpus("H200")->gpu;
-  EXPECT_EQ(FewestGpus(Published("8b"), h100, {}, {}), 1);
-  EXPECT_EQ(FewestGpus(Published("70b"), h200, {}, {}), 2);
-  EXPECT_EQ(FewestGpus(Published("405b"), h200, {}, {}), 8);
-  EXPECT_EQ(FewestGpus(Published("8b"), h100, {.context = 131'072, .concurrency = 4096}, {}), 0);
+  const auto fewest = [](const char* model, const Gpu& gpu, const Demand& demand = {}) {
+    const Machines machines = FewestMachines(Published(model), gpu, demand, {});
+    return std::pair(machines.nodes, machines.gpus);
+  };
+  EXPECT_EQ(fewest("8b", h100), std::pair(1, 1));
+  EXPECT_EQ(fewest("70b", h200), std::pair(1, 2));
+  EXPECT_EQ(fewest("405b", h200), std::pair(1, 8));
+  EXPECT_EQ(fewest("405b", h100), std::pair(2, 8));
+  EXPECT_EQ(fewest("8b", h100, {.context = 131'072, .concurrency = 4096}), std::pair(1, 0));
 }
 
 TEST(Plan, TimesAddUp) {
