@@ -25,7 +25,6 @@ struct Piece {
   size_t bytes() const { return static_cast<size_t>(rows * cols) * SizeOf(dtype); }
 };
 
-constexpr int64_t kPieceElements = 8 << 20;  // small enough that readers share a large embedding
 constexpr size_t kAlign = 64;
 
 size_t AlignUp(size_t bytes) {
@@ -203,7 +202,7 @@ class Loader {
   void AddMatrix(const std::string& tensor, const TensorView& out, int64_t out_row, int64_t row_begin, int64_t rows,
                  int64_t col_begin, int64_t cols) {
     CHECK(out.dim(1) == cols);
-    const int64_t step = std::max<int64_t>(1, kPieceElements / cols);
+    const int64_t step = std::max<int64_t>(1, options_.piece_elements / cols);
     for (int64_t row = 0; row < rows; row += step) {
       int64_t n = std::min(step, rows - row);
       char* data =

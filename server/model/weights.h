@@ -91,6 +91,7 @@ struct LoadOptions {
   int gpu = 0;      // CUDA
   int readers = 4;  // threads, each reading one piece of a tensor at a time straight into place, or into pinned memory
                     // from where it is copied to the GPU
+  int64_t piece_elements = 8 << 20;  // of a tensor at most: small enough that readers share a large embedding
   std::function<void(const LoadProgress&)> progress;  // calling thread, about ten times a second and once at the end
   std::function<void(size_t, const LoadProgress&)> progress_of_shard =
       {};                           // LoadAllRanks, by index; threads of its own
