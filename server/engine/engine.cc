@@ -380,11 +380,11 @@ class Engine::Impl final : private ExecutorObserver {
 
   // The device failed: everything ends, nothing new is taken, health turns.
   void Fail(const Status& status) {
-    log::Error("engine failed", {{"error", status.ToString()}});
+    log::Error("engine failed", {{"engine", options_.name}, {"error", status.ToString()}});
     down_.store(true, std::memory_order_release);
     failures_.fetch_add(1, std::memory_order_release);
     if (options_.on_failure) options_.on_failure(recorder_ == nullptr ? "" : FlightRecord().value());
-    scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat("the engine failed: ", status.message())), clock_.Now(),
+    scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat(options_.name, " failed: ", status.message())), clock_.Now(),
                       &events_);
     Deliver();
   }
@@ -392,10 +392,10 @@ class Engine::Impl final : private ExecutorObserver {
   // Makes the ranks again. False: down for good.
   bool Restart() {
     if (options_.restart && !restarted_ && executor_->replaceable()) {
-      log::Warn("the engine starts again");
+      log::Warn("the engine starts again", {{"engine", options_.name}});
       executor_.reset();  // first: there may be no room for two
       StatusOr<std::unique_ptr<Executor>> executor = options_.restart([this](const Status& why) {
-        log::Error("the engine cannot start again", {{"error", why.ToString()}});
+        log::Error("the engine cannot start again", {{"engine", options_.name}, {"error", why.ToString()}});
         GiveUp();
       });
       if (executor.ok() && !failed_for_good()) {
@@ -410,10 +410,12 @@ class Engine::Impl final : private ExecutorObserver {
         restarted_ = true;
         SetRunning(nullptr);
         down_.store(false, std::memory_order_release);
-        log::Info("the engine serves again");
+        log::Info("the engine serves again", {{"engine", options_.name}});
         return true;
       }
-      if (!executor.ok()) log::Error("the engine cannot start again", {{"error", executor.status().ToString()}});
+      if (!executor.ok())
+        log::Error("the engine cannot start again",
+                   {{"engine", options_.name}, {"error", executor.status().ToString()}});
     }
     GiveUp();
     return false;

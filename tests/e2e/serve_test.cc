@@ -488,6 +488,7 @@ TEST(Replicas, OneIsLostTheOtherServesAndTheProgramDrains) {
   std::sort(statuses.begin(), statuses.end(), [](const Status& a, const Status& b) { return a.ok() > b.ok(); });
   EXPECT_TRUE(statuses[0].ok()) << statuses[0].ToString();
   EXPECT_EQ(statuses[1].reason(), "ENGINE_DOWN") << statuses[1].ToString();
+  EXPECT_THAT(statuses[1].message(), HasSubstr("replica 1 failed: "));
   EXPECT_EQ(client->Health("", std::chrono::seconds(kPatience)).value(), "SERVING");
   load = client->GetLoad();
   ASSERT_TRUE(load.ok());
