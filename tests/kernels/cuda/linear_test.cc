@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "kernels/cuda/architectures.h"
 #include "kernels/cuda/linear_plan.h"
@@ -251,6 +252,35 @@ TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
     // The warps' sums are stored without conflicts; two tokens are read back at a time and meet in some banks.
     EXPECT_LE(2 * traffic.wavefronts, 3 * traffic.ideal_wavefronts) << sim::TrafficByLine();
     sim::CountTraffic(false);
+  }
+}
+
+// docs/kernels.md argues from these: what the memory sees of a decode's product, in sectors, over its operands.
+TEST_F(CudaLinearTest, CountersAreThoseThatTheDocsArgueFrom) {
+  if (kUnderTsan) GTEST_SKIP() << "millions of weights";
+  struct Case {
+    int64_t tokens, n, k;
+    double moved, wavefronts;  // at most
+  };
+  // qkv and o of 8B on one of eight ranks; a part of 405B's qkv, with its K.
+  for (const Case& c :
+       {Case{1, 768, 4096, 1.07, 1}, {16, 768, 4096, 2.0, 1.5}, {1, 1024, 512, 1.07, 1}, {1, 128, 16384, 1.07, 1}}) {
+    Matrix x(c.tokens, c.k, DType::kBF16), weight(c.n, c.k, DType::kBF16), out(c.tokens, c.n, DType::kBF16);
+    for (const Matrix* matrix : {&x, &weight})
+      std::memset(matrix->view().data, 0, static_cast<size_t>(matrix->rows() * c.k * 2));
+    const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
+    sim::CountTraffic(true);
+    Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
+    const sim::Traffic traffic = sim::TrafficOf("Linear");
+    const std::string lines = sim::TrafficByLine();
+    sim::CountTraffic(false);
+    const double needed = 2.0 * static_cast<double>(c.n * c.k + c.tokens * (c.k + c.n));
+    const double moved = 32 * static_cast<double>(traffic.sectors) / needed;
+    const double wavefronts = static_cast<double>(traffic.wavefronts) / static_cast<double>(traffic.ideal_wavefronts);
+    EXPECT_EQ(traffic.sectors, traffic.ideal_sectors) << c.n << " x " << c.k << "\n" << lines;
+    EXPECT_GE(moved, 1);
+    EXPECT_LE(moved, c.moved) << c.n << " x " << c.k << "\n" << lines;
+    EXPECT_LE(wavefronts, c.wavefronts) << c.n << " x " << c.k << "\n" << lines;
   }
 }
 

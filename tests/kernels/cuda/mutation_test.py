@@ -63,6 +63,7 @@ MUTATIONS = [
      "+ from * x_stride + (word * 2 < words ? word * 2 : word * 2 - words + (words + 1) % 2))", 0,
      "CudaRowOps*Traffic*"),
     ("silu: gate for up", "silu_mul.cu", "at + ffn, ups[i]", "at, ups[i]", 0, "CudaRowOps*"),
+    ("rows: a multiprocessor has too few blocks", "rows_plan.h", "kRowBlocks = 6", "kRowBlocks = 2", 0, "CudaRowsPlan*"),
     ("rope: no barrier after the angles", "rope_store_kv.cu", SYNC, "", 0, "CudaRope*"),
     ("rope: turns the other way", "rope_store_kv.cu", "low[i] = x * c.x[i] - y * s.x[i];",
      "low[i] = x * c.x[i] + y * s.x[i];", 0, "CudaRope*"),

@@ -492,6 +492,41 @@ TEST_F(CudaPagedAttentionTest, TrafficIsThatOfKeysAndValues) {
     sim::CountTraffic(false);
   }
 }
+
+// docs/kernels.md argues from these: what both kernels load, over the keys and values that the rows of each tile see
+// and the queries; and the fewest sectors and wavefronts.
+TEST_F(CudaPagedAttentionTest, CountersAreThoseThatTheDocsArgueFrom) {
+  if (kUnderTsan) GTEST_SKIP() << "a prompt of 512 tokens";
+  struct Case {
+    const char* kernel;
+    int64_t group, begin, end, tile_tokens;  // tokens of a tile
+    double loaded, wavefronts;               // at most
+  };
+  for (const Case& c : {Case{"PrefillAttention", 4, 0, 512, 32, 1.06, 1},
+                        {"PrefillAttention", 4, 512, 1024, 32, 1.03, 1},
+                        {"PagedAttention", 4, 2047, 2048, 1, 1.03, 1.11},
+                        {"PagedAttention", 8, 2047, 2048, 1, 1.03, 1.11},
+                        {"PagedAttention", 16, 2047, 2048, 1, 1.03, 1.11}}) {
+    const Shape s = {.group = c.group, .dim = 128, .act = DType::kBF16, .q = DType::kBF16};
+    const Sequences sequences = MakeSequences(s, {c.end});
+    sim::CountTraffic(true);
+    Attend(s, sequences, {{0, c.begin, c.end}}, {.page_size = 64});
+    const sim::Traffic traffic = sim::TrafficOf(c.kernel);
+    sim::CountTraffic(false);
+    double needed = static_cast<double>((c.end - c.begin) * s.q_width() * 2);
+    for (int64_t last = c.begin + c.tile_tokens; last <= c.end; last += c.tile_tokens) {
+      needed += static_cast<double>(last * s.kv_width() * 2 * 2);
+    }
+    const double loaded = static_cast<double>(traffic.load_bytes) / needed;
+    const double sectors = static_cast<double>(traffic.sectors) / static_cast<double>(traffic.ideal_sectors);
+    const double wavefronts = static_cast<double>(traffic.wavefronts) / static_cast<double>(traffic.ideal_wavefronts);
+    EXPECT_EQ(traffic.launches, 1u);
+    EXPECT_GE(loaded, 1) << c.kernel << ", group " << c.group;
+    EXPECT_LE(loaded, c.loaded) << c.kernel << ", group " << c.group << "\n" << sim::TrafficByLine();
+    EXPECT_LE(sectors, 1.005) << c.kernel << ", group " << c.group;
+    EXPECT_LE(wavefronts, c.wavefronts) << c.kernel << ", group " << c.group << "\n" << sim::TrafficByLine();
+  }
+}
 #endif
 
 }  // namespace
