@@ -154,8 +154,8 @@ def main():
                 if found is None:
                     continue
                 microseconds = measure(torch, found[1])
-            except RuntimeError as error:  # out of memory, or no kernel for the shape: the others go on
-                write({"part": case["part"], "name": case["name"], "error": str(error).splitlines()[0]})
+            except Exception as error:  # out of memory, no kernel for the shape, an older torch: the others go on
+                write({"part": case["part"], "name": case["name"], "error": (str(error).splitlines() or [repr(error)])[0]})
                 failed += 1
                 torch.cuda.empty_cache()
                 continue
