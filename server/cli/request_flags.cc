@@ -56,10 +56,36 @@ std::vector<Flag> SamplingFlags() {
        .meaning = "Leave out tokens less probable than this share of the most probable one.",
        .example = "0.05",
        .group = kGroup},
+      {.name = "repetition-penalty",
+       .type = FlagType::kReal,
+       .meaning = "Divides the logits of tokens that are there already, multiplies negative ones; 1: none.",
+       .example = "1.1",
+       .group = kGroup},
+      {.name = "presence-penalty",
+       .type = FlagType::kReal,
+       .meaning = "Taken from the logit of each token that the answer has.",
+       .example = "0.5",
+       .group = kGroup},
+      {.name = "frequency-penalty",
+       .type = FlagType::kReal,
+       .meaning = "The same, times how often the answer has it.",
+       .example = "0.2",
+       .group = kGroup},
       {.name = "seed",
        .type = FlagType::kCount,
        .meaning = "The same seed gives the same answer. Without it: random.",
        .example = "1",
+       .group = kGroup},
+      {.name = "min-tokens",
+       .type = FlagType::kCount,
+       .meaning = "No end-of-text token before that many; a --stop text ends the answer all the same.",
+       .example = "20",
+       .max = 1 << 24,
+       .group = kGroup},
+      {.name = "ignore-eos",
+       .type = FlagType::kBool,
+       .default_value = "false",
+       .meaning = "Go on after an end-of-text token, up to --max-tokens.",
        .group = kGroup},
       {.name = "stop",
        .type = FlagType::kText,
@@ -78,6 +104,17 @@ void FillSampling(const ParsedFlags& flags, v1::GenerateRequest* request) {
   if (flags.given("top-p")) sampling->set_top_p(static_cast<float>(flags.real("top-p")));
   if (flags.given("top-k")) sampling->set_top_k(static_cast<uint32_t>(flags.count("top-k")));
   if (flags.given("min-p")) sampling->set_min_p(static_cast<float>(flags.real("min-p")));
+  if (flags.given("repetition-penalty")) {
+    sampling->set_repetition_penalty(static_cast<float>(flags.real("repetition-penalty")));
+  }
+  if (flags.given("presence-penalty")) {
+    sampling->set_presence_penalty(static_cast<float>(flags.real("presence-penalty")));
+  }
+  if (flags.given("frequency-penalty")) {
+    sampling->set_frequency_penalty(static_cast<float>(flags.real("frequency-penalty")));
+  }
+  if (flags.given("min-tokens")) stopping->set_min_new_tokens(static_cast<uint32_t>(flags.count("min-tokens")));
+  if (flags.given("ignore-eos")) stopping->set_ignore_eos(flags.boolean("ignore-eos"));
   if (flags.given("seed")) sampling->set_seed(static_cast<uint64_t>(flags.count("seed")));
   for (const std::string& stop : flags.all("stop")) stopping->add_sequences(stop);
 }

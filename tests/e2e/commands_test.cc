@@ -77,6 +77,39 @@ TEST_F(Commands, GenerateReadsStdinAndObeysStops) {
   EXPECT_EQ((*parsed)["finish_reason"], "length");
 }
 
+// Each flag of an answer reaches the server, which refuses what is out of range by the field's name.
+TEST_F(Commands, GenerateHasPenaltiesAndWhatKeepsAnAnswerGoing) {
+  const auto ask = [&](std::vector<std::string> flags) {
+    std::vector<std::string> words = {"generate", "--url",  server_->address(), "--chat", "--temperature",
+                                      "0",        "--json", "--prompt",         kQuestion};
+    words.insert(words.end(), flags.begin(), flags.end());
+    return RunToEnd(words);
+  };
+  const auto tokens = [&](std::vector<std::string> flags) {
+    const Finished answer = ask(std::move(flags));
+    auto parsed = ParseJson(answer.out);
+    EXPECT_TRUE(parsed.ok()) << answer.out << answer.err;
+    return parsed.ok() ? std::pair((*parsed)["completion_tokens"].get<int>(), (*parsed)["text"].get<std::string>())
+                       : std::pair(-1, std::string());
+  };
+  const int whole = tokens({}).first;
+  EXPECT_EQ(tokens({"--ignore-eos", "--max-tokens", "120"}).first, 120);
+  EXPECT_GE(tokens({"--min-tokens", "30", "--max-tokens", "120"}).first, 30);
+  ASSERT_LT(whole, 30);
+  for (const char* penalty : {"--presence-penalty", "--frequency-penalty"}) {
+    EXPECT_NE(tokens({penalty, "2", "--ignore-eos", "--max-tokens", "120"}).second,
+              tokens({"--ignore-eos", "--max-tokens", "120"}).second)
+        << penalty;
+  }
+  EXPECT_NE(tokens({"--repetition-penalty", "2", "--ignore-eos", "--max-tokens", "120"}).second,
+            tokens({"--ignore-eos", "--max-tokens", "120"}).second);
+  for (const char* name : {"repetition", "presence", "frequency"}) {
+    const Finished refused = ask({"--" + std::string(name) + "-penalty", "-9"});
+    EXPECT_EQ(refused.code, 1) << refused.out;
+    EXPECT_THAT(refused.err, HasSubstr(std::string(name) + "_penalty"));
+  }
+}
+
 TEST_F(Commands, RefusedRequestIsReadableAndExitsOne) {
   Finished finished = RunToEnd({"generate", "--url", server_->address(), "--top-p", "7", "--prompt", "x"});
   EXPECT_EQ(finished.code, 1);
