@@ -24,6 +24,7 @@ namespace {
 constexpr size_t kTotalBytes = size_t{1} << 30;
 constexpr int kMostGpus = 8;
 std::atomic<int> gpus{1};
+std::atomic<uint64_t> host_waits{0};
 std::atomic<const cuda::Architecture*> architecture{&cuda::kHopper};
 
 struct Gpu {
@@ -61,6 +62,9 @@ std::string ErrorOfStream(const void* stream) {
 }
 }  // namespace
 
+uint64_t sim::HostWaits() {
+  return host_waits;
+}
 void sim::SetGpus(int n) {
   gpus = std::min(n, kMostGpus);
 }
@@ -117,6 +121,7 @@ void DestroyStream(void* stream) {
 
 std::string Synchronize(void* stream) {
   if (sim::ForbiddenInCapture("a wait for the stream")) return "a wait for a stream that is captured";
+  ++host_waits;
   sim::HostHasWaitedFor(stream);
   return ErrorOfStream(stream);
 }
@@ -174,6 +179,7 @@ bool EventPassed(void* event) {
 
 std::string WaitForEvent(void* event) {
   sim::ForbiddenInCapture("a wait for an event");
+  ++host_waits;
   sim::HostHasWaitedFor(event);
   std::lock_guard lock(mutex);
   EventOf(event).unanswered = false;

@@ -64,6 +64,8 @@ int CurrentGpu();
 
 // Of graphs, so far.
 uint64_t GraphLaunches();
+// Of the host, for a stream or an event, so far.
+uint64_t HostWaits();
 
 // What a kernel asked of the memories while counting was on.
 struct Traffic {

@@ -582,6 +582,23 @@ TEST(EngineOnGpu, TakesNoDeviceMemoryOnceItServes) {
   EXPECT_EQ(QueryMemory(Device::kCuda).free_bytes, free_bytes);
 }
 
+// Neither uploads nor launches nor graphs make it wait.
+TEST(EngineOnGpu, TheHostWaitsOnceForEachStep) {
+  for (const bool graphs : {false, true}) {
+    LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+    options.cuda_graphs = graphs;
+    std::atomic<uint64_t> issued = 0;
+    options.before_step = [&](int, uint64_t) { ++issued; };
+    const auto engine = Start(options);
+    const uint64_t before = sim::HostWaits();
+    issued = 0;
+    RunAll(*engine, {MakeRequest(0, 5, 20)});
+    while (engine->load().scheduler.blocks_used > 0) std::this_thread::yield();
+    EXPECT_GE(issued, 20u);
+    EXPECT_LE(sim::HostWaits() - before, issued);
+  }
+}
+
 TEST(EngineOnGpu, AnErrorThatSticksEndsEverything) {
   LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
   options.before_step = [](int, uint64_t step) {
