@@ -71,8 +71,15 @@ const Detected& Machine() {
   return detected;
 }
 
+// "GenuineIntel", "AuthenticAMD"
+std::string Vendor() {
+  const Cpuid zero = Query(0);
+  const std::array<unsigned, 3> text = {zero.b, zero.d, zero.c};
+  return {reinterpret_cast<const char*>(text.data()), sizeof(text)};
+}
+
 std::atomic<Isa>& Current() {
-  static std::atomic<Isa> current{Machine().isa};
+  static std::atomic<Isa> current{FavouredIsa(Machine().isa, Vendor())};
   return current;
 }
 
@@ -97,6 +104,10 @@ bool CpuIsSupported() {
 
 Isa DetectedIsa() {
   return Machine().isa;
+}
+
+Isa FavouredIsa(Isa detected, std::string_view vendor) {
+  return detected == Isa::kAvx512Bf16 && vendor == "GenuineIntel" ? Isa::kAvx512 : detected;
 }
 
 Isa CurrentIsa() {

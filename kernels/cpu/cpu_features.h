@@ -25,10 +25,15 @@ bool CpuIsSupported();
 // The highest level of this machine. Asks the system for AMX tile data once per process. Any thread.
 Isa DetectedIsa();
 
-// The level that kernels dispatch on: DetectedIsa() unless it was lowered. Any thread.
+// The level to use of what a machine of `vendor` (as CPUID gives it) has: all of it, but no vdpbf16ps on Intel's, where
+// AMX is missing or hidden. There it multiplies no more pairs in a cycle than two f32 FMAs do: with it an Emerald
+// Rapids read prompts at 0.67 to 0.94 of the speed that it has without (docs/measurements/2026-11-27-cpu-838afb2).
+Isa FavouredIsa(Isa detected, std::string_view vendor);
+
+// The level that kernels dispatch on: FavouredIsa of this machine unless another was set. Any thread.
 Isa CurrentIsa();
 
-// Lowers (or restores) the level; false, without effect, when this machine does not have it. Not while an op runs.
+// Sets the level; false, without effect, when this machine does not have it. Not while an op runs.
 bool SetIsa(Isa isa);
 
 // For tests: another level for a while.

@@ -103,7 +103,7 @@ constexpr std::array kSettings = {
          .type = FlagType::kChoice,
          .default_value = "auto",
          .meaning =
-             "Highest CPU instruction set to use. auto is the best that this machine has; a level that it has not "
+             "Highest CPU instruction set to use. auto is the fastest that this machine has; a level that it has not "
              "ends with exit code 69.",
          .example = "avx2",
          .field = "model.isa",

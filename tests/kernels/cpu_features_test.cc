@@ -40,6 +40,14 @@ TEST(CpuFeatures, AScopeRestoresTheLevelBeforeIt) {
   EXPECT_EQ(CurrentIsa(), before);
 }
 
+TEST(CpuFeatures, OnlyIntelsLoneVdpbf16psIsLeftAlone) {
+  for (Isa isa : kIsas) {
+    EXPECT_EQ(FavouredIsa(isa, "AuthenticAMD"), isa);
+    EXPECT_EQ(FavouredIsa(isa, "GenuineIntel"), isa == Isa::kAvx512Bf16 ? Isa::kAvx512 : isa);
+  }
+  EXPECT_TRUE(CurrentIsa() == DetectedIsa() || CurrentIsa() == Isa::kAvx512);
+}
+
 TEST(CpuFeatures, TheModelNameIsTrimmed) {
   const std::string name = CpuModelName();
   ASSERT_FALSE(name.empty());
