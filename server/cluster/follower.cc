@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
+#include "kernels/ops.h"
 #include "server/base/hmac.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
@@ -161,6 +162,8 @@ class Call {
   Status end_;  // how the call ended
   std::thread reader_, writer_;
 };
+
+static_assert(PlanCheck::kMostTopLogprobs == kMaxTopLogprobs);
 
 // Launches what the leader plans, and sends back what becomes of it.
 class Work : private ExecutorObserver {

@@ -9,8 +9,6 @@ namespace altiplano {
 
 namespace {
 
-constexpr int32_t kMostTopLogprobs = 20;  // kernels/ops.h has room for so many
-
 // Whether [begin, begin + n) lies in [0, size), and n is not negative.
 bool Within(int64_t begin, int64_t n, size_t size) {
   return begin >= 0 && n >= 0 && begin + n <= static_cast<int64_t>(size);

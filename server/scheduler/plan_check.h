@@ -14,6 +14,8 @@ namespace altiplano {
 
 class PlanCheck {
  public:
+  static constexpr int32_t kMostTopLogprobs = 20;  // what sampling has room for; who sees both holds them equal
+
   // options: the executor's own, see LocalExecutor::scheduler_options.
   PlanCheck(const SchedulerOptions& options, TokenId vocab);
 
