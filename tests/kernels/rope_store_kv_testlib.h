@@ -58,6 +58,7 @@ class RopeStep {
     }
   }
 
+  const RopeCase& shape() const { return case_; }
   int64_t q_width() const { return case_.q_heads * case_.dim; }
   int64_t kv_width() const { return case_.kv_heads * case_.dim; }
   int64_t pages() const { return tokens_ / case_.page_size + 2; }

@@ -7,8 +7,8 @@
 #include <memory>
 
 #include "tests/kernels/cuda/cuda_testlib.h"
+#include "tests/kernels/cuda/rope_store_kv_testlib.h"
 #include "tests/kernels/paged_attention_testlib.h"
-#include "tests/kernels/rope_store_kv_testlib.h"
 
 namespace altiplano {
 namespace {
@@ -130,23 +130,8 @@ TEST_F(CudaModelShapesTest, RotationOfTheHeads) {
     RopeStep step(
         {.q_heads = r.q_heads, .kv_heads = 1, .dim = kDim, .page_size = 64, .in = DType::kBF16, .act = DType::kBF16},
         {0, 777, 131071}, PlainFrequencies(kDim), {});
-    const OnDevice d_qkv(stream(), step.qkv), d_k(stream(), step.k_pages), d_v(stream(), step.v_pages);
-    const OnDevice d_inv(stream(), step.inv_freq), d_positions(stream(), step.positions), d_slots(stream(), step.slots);
-    RopeStoreKv(stream(), {.q = d_qkv.view().columns(0, step.q_width()),
-                           .k = d_qkv.view().columns(step.q_width(), step.kv_width()),
-                           .v = d_qkv.view().columns(step.q_width() + step.kv_width(), step.kv_width()),
-                           .k_pages = d_k.pool(step.pages(), 1, 64),
-                           .v_pages = d_v.pool(step.pages(), 1, 64),
-                           .positions = d_positions.view(),
-                           .slots = d_slots.view(),
-                           .inv_freq = d_inv.vector()});
-    d_qkv.Fetch(step.qkv);
-    d_k.Fetch(step.k_pages);
-    d_v.Fetch(step.v_pages);
-    step.ExpectDone([](double a, double b, double, double, double exact, DType out) {
-      const double bound = 5 * kUnitF32 * (std::abs(a) + std::abs(b));
-      return bound + RoundingBound(out, exact, bound);
-    });
+    RotateOnDevice(stream(), &step);
+    step.ExpectDone(RopeBound);
   }
 }
 

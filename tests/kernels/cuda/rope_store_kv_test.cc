@@ -1,24 +1,12 @@
 // RopeStoreKv in CUDA against angles in long double.
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-#include <random>
 #include <vector>
 
-#include "tests/kernels/cuda/cuda_testlib.h"
-#include "tests/kernels/rope_store_kv_testlib.h"
+#include "tests/kernels/cuda/rope_store_kv_testlib.h"
 
 namespace altiplano {
 namespace {
-
-// cos and sin: the remainder is rounded once to f32 (u/2 of pi/4 as an angle), the polynomials sum a handful of terms
-// below one and leave out 3e-9: less than 3 u in all. Then two products and a sum.
-double Bound(double x, double y, double, double, double exact, DType out) {
-  const double bound = (3 + 2) * kUnitF32 * (std::abs(x) + std::abs(y));
-  return bound + RoundingBound(out, exact, bound);
-}
 
 using Case = RopeCase;
 
@@ -28,20 +16,8 @@ class CudaRopeStoreKvTest : public CudaTest {
  protected:
   void ExpectNearOracle(const Case& c, const std::vector<int32_t>& positions, const std::vector<bool>& skipped) {
     RopeStep step(c, positions, PlainFrequencies(c.dim), skipped);
-    const OnDevice d_qkv(stream(), step.qkv), d_k(stream(), step.k_pages), d_v(stream(), step.v_pages);
-    const OnDevice d_inv(stream(), step.inv_freq), d_positions(stream(), step.positions), d_slots(stream(), step.slots);
-    RopeStoreKv(stream(), {.q = d_qkv.view().columns(0, step.q_width()),
-                           .k = d_qkv.view().columns(step.q_width(), step.kv_width()),
-                           .v = d_qkv.view().columns(step.q_width() + step.kv_width(), step.kv_width()),
-                           .k_pages = d_k.pool(step.pages(), c.kv_heads, c.page_size),
-                           .v_pages = d_v.pool(step.pages(), c.kv_heads, c.page_size),
-                           .positions = d_positions.view(),
-                           .slots = d_slots.view(),
-                           .inv_freq = d_inv.vector()});
-    d_qkv.Fetch(step.qkv);
-    d_k.Fetch(step.k_pages);
-    d_v.Fetch(step.v_pages);
-    step.ExpectDone(Bound);
+    RotateOnDevice(stream(), &step);
+    step.ExpectDone(RopeBound);
   }
 };
 
