@@ -32,7 +32,7 @@ struct Vectors256 {
   static __m256 Dot(__m256 acc, __m256 weight, __m256 x) { return _mm256_fmadd_ps(weight, x, acc); }
 
   template <int kCount>
-  static void Reduce(const __m256* acc, float* flat) {
+  [[gnu::always_inline]] static void Reduce(const __m256* acc, float* flat) {
     const __m256 zero = _mm256_setzero_ps();
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; j += 4) {

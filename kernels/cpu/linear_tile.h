@@ -12,8 +12,9 @@
 // whatever else is in the batch and however the work is shared out.
 //
 // Loops, outside in: kLinearColumns weight rows | blocks of K | panels of weight rows (in L1) | groups of tokens
-// (packed x, in L2). With few tokens, a panel's rows are walked to their ends instead, so that memory is read in long
-// runs; with one or two, in several runs side by side.
+// (packed x, in L2). With many tokens a panel is first packed as x is: widened once for all of them, in one piece, and
+// with nothing but multiplications in the inner loop. With few tokens, a panel's rows are walked to their ends instead,
+// so that memory is read in long runs; with one or two, in several runs side by side.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +38,10 @@ struct LinearTile {
   using Weight = typename V::Weight;
   using Element = typename V::Element;
   static constexpr int64_t kFewTokens = 32;
-  static_assert(V::kPanel == 6 && V::kGroup <= 4);
+  // How far ahead of a run memory is asked for: the hardware's prefetchers stop at each page of 4 KiB.
+  static constexpr int64_t kRunAhead = 1024 / static_cast<int64_t>(sizeof(Weight));
+  static constexpr int64_t kPackedGroups = 6;  // with as many groups of tokens a panel is worth packing
+  static_assert(V::kPanel == 6 && V::kGroup <= 4 && kPackedGroups == V::kPanel && V::kMaxBlock % V::kStep == 0);
 
   static int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
   static int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -82,6 +86,7 @@ struct LinearTile {
   struct Block {
     const LinearTask* task;
     float* partial;  // of column n0
+    Element* panel;  // room for a packed panel
     int64_t n0;
     int64_t k0;
     int64_t k;  // elements of K in this block
@@ -89,17 +94,12 @@ struct LinearTile {
     bool walk;  // blocks of K are the inner loop, so the panel to come lies in one piece
   };
 
-  // Many lines a step go to L2: at the pace of memory they would be evicted from L1 before their turn.
+  // To L2: at the pace of memory lines would be evicted from L1 before their turn.
   template <int kLines>
   static void Prefetch(const Ahead& ahead, int64_t j) {
 #pragma GCC unroll 8
     for (int i = 0; i < kLines; ++i) {
-      const char* line = ahead.from + j * ahead.per_element + i * ahead.per_line;
-      if constexpr (kLines > 1) {
-        __builtin_prefetch(line, 0, 2);
-      } else {
-        __builtin_prefetch(line, 0, 3);
-      }
+      __builtin_prefetch(ahead.from + j * ahead.per_element + i * ahead.per_line, 0, 2);
     }
   }
 
@@ -142,6 +142,30 @@ struct LinearTile {
       TailStep<kTokens, kRows>(acc, weight + whole, stride, x + whole * kTokens, static_cast<int>(k - whole));
     }
     V::template Reduce<kTokens * kRows>(acc, flat);
+  }
+
+  // As Tile, of a panel packed as x is: zeros stand for what K lacks of a step.
+  template <int kTokens, int kLines>
+  static void PackedTile(const Element* panel, const Element* x, int64_t k, const Ahead& ahead, float* flat) {
+    typename V::Acc acc[kTokens * V::kPanel];
+#pragma GCC unroll 32
+    for (int i = 0; i < kTokens * V::kPanel; ++i) acc[i] = V::Zero();
+    for (int64_t j = 0; j < k; j += V::kStep) {
+      Prefetch<kLines>(ahead, j);
+#pragma GCC unroll 2
+      for (int half = 0; half < V::kHalves; ++half) {
+        typename V::X lanes[kTokens];
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; ++i) lanes[i] = V::LoadX(x + j * kTokens + i * V::kStep, half);
+#pragma GCC unroll 8
+        for (int r = 0; r < V::kPanel; ++r) {
+          const auto w = V::LoadX(panel + j * V::kPanel + r * V::kStep, half);
+#pragma GCC unroll 8
+          for (int i = 0; i < kTokens; ++i) acc[i * V::kPanel + r] = V::Dot(acc[i * V::kPanel + r], w, lanes[i]);
+        }
+      }
+    }
+    V::template Reduce<kTokens * V::kPanel>(acc, flat);
   }
 
   template <int kLines>
@@ -193,6 +217,16 @@ struct LinearTile {
     StoreTile<kTokens, kRows>(block, t0, n, flat);
   }
 
+  template <int kTokens, int kLines>
+  static void PackedTileAndStore(const Block& block, int64_t t0, int64_t n) {
+    const LinearTask& task = *block.task;
+    alignas(64) float flat[(kTokens * V::kPanel + 15) / 16 * 16 + 16];
+    PackedTile<kTokens, kLines>(
+        block.panel, static_cast<const Element*>(task.packed) + PackedOffset(task.tokens, task.k, block.k0, t0),
+        block.k, AheadOf<kLines>(block, n, t0 / V::kGroup), flat);
+    StoreTile<kTokens, V::kPanel>(block, t0, n, flat);
+  }
+
   // Few tokens and all of K in one block: nothing but reading weights. Panels that lie `apart` rows from each other are
   // read side by side, row by row: several runs through memory, which the hardware's prefetchers follow all at once.
   template <int kTokens, int kRuns>
@@ -215,6 +249,7 @@ struct LinearTile {
         for (int half = 0; half < V::kHalves; ++half) {
 #pragma GCC unroll 8
           for (int run = 0; run < kRuns; ++run) {
+            if (half == 0) __builtin_prefetch(row + run * jump + j + kRunAhead, 0, 3);
             const auto w = V::LoadWeight(row + run * jump + j, half);
 #pragma GCC unroll 2
             for (int i = 0; i < kTokens; ++i) {
@@ -265,6 +300,34 @@ struct LinearTile {
     TileAndStore<kTokens, kRows, kRows>(block, t, n);
   }
 
+  // A panel times many tokens.
+  static void PackedPanel(const Block& block, int64_t n) {
+    const LinearTask& task = *block.task;
+    const Weight* const rows = static_cast<const Weight*>(task.weight) + n * task.weight_stride + block.k0;
+    for (int64_t j = 0; j < block.k; j += V::kStep) {
+      for (int r = 0; r < V::kPanel; ++r) {
+        V::PackStep(rows + r * task.weight_stride + j, Min(V::kStep, block.k - j),
+                    block.panel + j * V::kPanel + r * V::kStep);
+      }
+    }
+    int64_t t = 0;
+    for (; t < V::kPanel * V::kGroup; t += V::kGroup) PackedTileAndStore<V::kGroup, 1>(block, t, n);
+    for (; t + V::kGroup <= task.tokens; t += V::kGroup) PackedTileAndStore<V::kGroup, 0>(block, t, n);
+    switch (task.tokens - t) {
+      case 3:
+        if constexpr (V::kGroup > 3) PackedTileAndStore<3, 0>(block, t, n);
+        break;
+      case 2:
+        if constexpr (V::kGroup > 2) PackedTileAndStore<2, 0>(block, t, n);
+        break;
+      case 1:
+        PackedTileAndStore<1, 0>(block, t, n);
+        break;
+      default:
+        break;
+    }
+  }
+
   // One panel's rows (or a row left over) times all tokens.
   template <int kRows>
   static void Panel(const Block& block, int64_t n) {
@@ -272,14 +335,13 @@ struct LinearTile {
     const int64_t groups = tokens / V::kGroup;
     int64_t t = 0;
     if constexpr (kRows == V::kPanel) {  // six lines a step, shared by the groups
+      if (groups >= kPackedGroups) return PackedPanel(block, n);
       if (groups == 1) {
         t = Groups<kRows, 6>(block, n, t, 1);
       } else if (groups == 2) {
         t = Groups<kRows, 3>(block, n, t, 2);
-      } else if (groups < 6) {
-        t = Groups<kRows, 2>(block, n, t, 3);
       } else {
-        t = Groups<kRows, 1>(block, n, t, 6);
+        t = Groups<kRows, 2>(block, n, t, 3);
       }
     }
     t = Groups<kRows, 0>(block, n, t, groups);
@@ -299,12 +361,14 @@ struct LinearTile {
   }
 
   static void Run(const LinearTask& task, int64_t begin, int64_t end, float* partial) {
+    alignas(64) Element panel[V::kPanel * V::kMaxBlock];
     const int64_t length = BlockOf(task.k);
     const bool walk = task.tokens <= kFewTokens && task.weight_stride == task.k && length < task.k;
     const int64_t columns = walk ? V::kPanel : kLinearColumns;
     if (task.tokens <= 2 && length >= task.k && begin < end) {
       const Block block{.task = &task,
                         .partial = partial,
+                        .panel = panel,
                         .n0 = begin,
                         .k0 = 0,
                         .k = task.k,
@@ -318,6 +382,7 @@ struct LinearTile {
       for (int64_t k0 = 0; k0 < task.k; k0 += length) {
         const Block block{.task = &task,
                           .partial = partial,
+                          .panel = panel,
                           .n0 = n0,
                           .k0 = k0,
                           .k = Min(length, task.k - k0),

@@ -36,7 +36,7 @@ struct Vectors512 {
   static Acc Zero() { return _mm512_setzero_ps(); }
 
   template <int kCount>
-  static void Reduce(const __m512* acc, float* flat) {
+  [[gnu::always_inline]] static void Reduce(const __m512* acc, float* flat) {
     const __m512 zero = _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int base = 0; base < kCount; base += 16) {
