@@ -192,7 +192,7 @@ void Attention::AttendSegment(const Unit& unit, int64_t segment, int64_t ahead, 
     if (!last) FindRows(unit, begin + kKeyTile, ahead, &tile[1 - side]);
     const KeyRows& next = tile[last ? side : 1 - side];
     const UnpackedTile unpacked = {.rows = &tile[side], .next = &next, .keys = keys, .dim = shape_.dim};
-    const bool pack = kernel_.attend_unpacked == nullptr || unit.rows > kAttentionRows;
+    const bool pack = unit.rows > kAttentionRows;
     if (pack) kernel_.pack_kv(tile[side], next, keys, shape_.dim, shape_.padded, work.k, work.v);
     for (int64_t row = 0; row < unit.rows; row += kAttentionRows) {
       const int64_t rows = std::min<int64_t>(kAttentionRows, unit.rows - row);

@@ -61,7 +61,7 @@ struct AttentionKernel {
                   void* v);
   void (*attend)(const AttentionPanel& panel);
   // The same, to the bit, on an UnpackedTile: when a tile serves one panel only, as in decode, packing it costs more
-  // than it saves. Null: pack always.
+  // than it saves.
   void (*attend_unpacked)(const AttentionPanel& panel);
   // total += part, as if the part's keys had followed the total's.
   void (*fold)(AttentionState total, AttentionState part, int64_t rows, int64_t padded);
