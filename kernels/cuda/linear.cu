@@ -3,47 +3,55 @@
 // On tensor cores the weights are the operand of 16 rows and the tokens that of 8 columns, so that 1 to 8 tokens cost
 // one instruction. Both are loaded straight into registers, 16 bytes of a row to a lane: the sum over k may run in any
 // order as long as both operands agree on it, so a lane's 8 neighbours stand where the instruction wants pairs that lie
-// apart. A warp then reads 64 bytes of each row at a time, and no shared memory or barrier delays the stream.
+// apart. A warp then reads 64 bytes of each row at a time, and no shared memory or barrier delays the stream. What it
+// loads of the tokens serves one or two groups of 16 rows, each with sums of its own (LinearRowGroups).
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/linear_plan.h"
 
 namespace altiplano::cuda {
 
 namespace {
 
-// Of the weights, the two rows of a lane: lane / 4 of its group, and 8 further.
+// Of the weights, the two rows of a lane in each group: lane / 4 of the group, and 8 further.
+template <int kRowGroups>
 struct LaneRows {
-  const BF16* at[2];
-  bool inside[2];
+  static constexpr int kRows = 2 * kRowGroups;
+  const BF16* at[kRows];
+  bool inside[kRows];
 
-  PTX_FUNCTION LaneRows(const LinearOperands& args, int64_t group, int row) {
+  PTX_FUNCTION LaneRows(const LinearOperands& args, int64_t first_group, int row) {
     PTX_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      inside[half] = ColumnOf(args, group, row + 8 * half) < args.n;
-      at[half] =
-          static_cast<const BF16*>(args.weight.data) + WeightRowOf(args, group, row + 8 * half) * args.weight.stride;
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t group = first_group + i / 2;
+      inside[i] = ColumnOf(args, group, row + i % 2 * 8) < args.n;
+      at[i] =
+          static_cast<const BF16*>(args.weight.data) + WeightRowOf(args, group, row + i % 2 * 8) * args.weight.stride;
     }
   }
   // kLinearUnroll chunks of them that lie `stride` apart, the lane's part from k on.
-  PTX_FUNCTION void Load(int k, int stride, int k_end, uint4 (&a)[kLinearUnroll][2]) const {
+  PTX_FUNCTION void Load(int k, int stride, int k_end, uint4 (&a)[kLinearUnroll][kRows]) const {
     PTX_UNROLL
     for (int u = 0; u < kLinearUnroll; ++u, k += stride) {
       PTX_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        a[u][half] = {};
-        if (k < k_end && inside[half]) a[u][half] = ptx::LdGlobalOnce(reinterpret_cast<const uint4*>(at[half] + k));
+      for (int i = 0; i < kRows; ++i) {
+        a[u][i] = {};
+        if (k < k_end && inside[i]) a[u][i] = ptx::LdGlobalOnce(reinterpret_cast<const uint4*>(at[i] + k));
       }
     }
   }
 };
 
 // Its warps share out the rows of the block's weights: the instruction takes one after the other.
-PTX_FUNCTION void PrefetchRows(const LinearOperands& args, int64_t group, int warp) {
-  if (group >= args.prefetch.blocks || args.prefetch.bytes == 0) return;
-  for (int row = warp; row < kMmaLinearColumns; row += args.parts) {
+template <int kRowGroups>
+PTX_FUNCTION void PrefetchRows(const LinearOperands& args, int64_t first_group, int warp) {
+  if (static_cast<int>(blockIdx.x) >= args.prefetch.blocks || args.prefetch.bytes == 0) return;
+  for (int i = warp; i < kRowGroups * kLinearGroupRows; i += args.parts) {
+    const int64_t group = first_group + i / kLinearGroupRows;
+    const int row = i % kLinearGroupRows;
     if (ColumnOf(args, group, row) >= args.n) continue;
     const BF16* weights =
         static_cast<const BF16*>(args.weight.data) + WeightRowOf(args, group, row) * args.weight.stride;
@@ -52,24 +60,28 @@ PTX_FUNCTION void PrefetchRows(const LinearOperands& args, int64_t group, int wa
   }
 }
 
-template <int kTokenTiles>
-__global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOperands args) {
-  constexpr int kTokens = 8 * kTokenTiles;
-  auto* sums = static_cast<float*>(ptx::DynamicShared());  // [parts, kTokens, kMmaLinearPadded]
+template <int kTokenTiles, int kRowGroups>
+__global__ void __launch_bounds__(kMostLinearThreads, LinearBlocksToFit(kTokenTiles, kRowGroups))
+    MmaLinearKernel(LinearOperands args) {
+  constexpr int kTokens = 8 * kTokenTiles, kPadded = MmaLinearPadded(kRowGroups);
+  auto* sums = static_cast<float*>(ptx::DynamicShared());  // [parts, kTokens, kPadded]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, part = lane % 4;
-  const int64_t group = blockIdx.x, first_token = int64_t{blockIdx.y} * kTokens;
+  const int64_t first_group = int64_t{blockIdx.x} * kRowGroups, first_token = int64_t{blockIdx.y} * kTokens;
   const auto* x = static_cast<const BF16*>(args.x.data);
 
   // While the kernels before still make x the first weights are on their way, more of them to L2 and some to registers:
   // ends of kernels, sums over ranks and launches cost no bandwidth.
-  if (ptx::kKernelsOverlap && lane == 0) PrefetchRows(args, group, warp);
+  if (ptx::kKernelsOverlap && lane == 0) PrefetchRows<kRowGroups>(args, first_group, warp);
 
-  // K may end within a chunk, N within the block's columns and T within its tokens: zeros stand for what is beyond.
-  float d[kTokenTiles][4] = {};
+  // K may end within a chunk, N within or before a group and T within the tokens: zeros stand for what is beyond.
+  float d[kRowGroups][kTokenTiles][4] = {};
   const int stride = kLinearChunk * args.parts, k_end = static_cast<int>(args.k);
-  const LaneRows rows(args, group, row);
-  uint4 a[kLinearUnroll][2];
+  const LaneRows<kRowGroups> rows(args, first_group, row);
+  uint4 a[kLinearUnroll][2 * kRowGroups];
+  constexpr LinearLoadsOfX kTogether = LinearXTogether(kTokenTiles, kRowGroups);
+  // Before sm_90 registers for it are too few but with two tiles or groups, and no plan has two of both.
+  constexpr bool kHolds = kTokenTiles < 8 && (ptx::kKernelsOverlap || kTokenTiles * kRowGroups == 2);
   constexpr bool kAhead = ptx::kKernelsOverlap && kTokenTiles <= kMostTokenTilesAhead;
   const int begin = warp * kLinearChunk;
   if (kAhead) rows.Load(begin + part * 8, stride, k_end, a);
@@ -78,44 +90,67 @@ __global__ void __launch_bounds__(kMostLinearThreads) MmaLinearKernel(LinearOper
   for (int first = begin; first < k_end; first += kLinearUnroll * stride) {
     if (!kAhead || first != begin) rows.Load(first + part * 8, stride, k_end, a);
     PTX_UNROLL
-    for (int u = 0; u < kLinearUnroll; ++u) {
-      const int k = first + u * stride + part * 8;
+    for (int chunk = 0; chunk < kLinearUnroll; chunk += kTogether.chunks) {
       PTX_UNROLL
-      for (int tile = 0; tile < kTokenTiles; ++tile) {
-        const int64_t token = first_token + 8 * tile + row;
-        uint4 b = {};
-        if (k < k_end && token < args.tokens) {
-          b = ptx::LdGlobal(reinterpret_cast<const uint4*>(x + token * args.x.stride + k));
+      for (int first_tile = 0; first_tile < kTokenTiles; first_tile += kTogether.tiles) {
+        uint4 b[kTogether.chunks][kTogether.tiles];
+        PTX_UNROLL
+        for (int u = 0; u < kTogether.chunks; ++u) {
+          const int k = first + (chunk + u) * stride + part * 8;
+          PTX_UNROLL
+          for (int t = 0; t < kTogether.tiles; ++t) {
+            const int64_t token = first_token + 8 * (first_tile + t) + row;
+            b[u][t] = {};
+            if (k < k_end && token < args.tokens) {
+              b[u][t] = ptx::LdGlobal(reinterpret_cast<const uint4*>(x + token * args.x.stride + k));
+            }
+          }
         }
-        ptx::Mma16816(d[tile], {a[u][0].x, a[u][1].x, a[u][0].y, a[u][1].y}, {b.x, b.y});
-        ptx::Mma16816(d[tile], {a[u][0].z, a[u][1].z, a[u][0].w, a[u][1].w}, {b.z, b.w});
+        if (kHolds) __syncwarp();  // or ptxas moves each load to where it is waited for
+        PTX_UNROLL
+        for (int u = 0; u < kTogether.chunks; ++u) {
+          PTX_UNROLL
+          for (int t = 0; t < kTogether.tiles; ++t) {
+            PTX_UNROLL
+            for (int g = 0; g < kRowGroups; ++g) {
+              const uint4 &low = a[chunk + u][2 * g], &high = a[chunk + u][2 * g + 1], &tokens = b[u][t];
+              float(&sums_of)[4] = d[g][first_tile + t];
+              ptx::Mma16816(sums_of, {low.x, high.x, low.y, high.y}, {tokens.x, tokens.y});
+              ptx::Mma16816(sums_of, {low.z, high.z, low.w, high.w}, {tokens.z, tokens.w});
+            }
+          }
+        }
       }
     }
   }
 
   PTX_UNROLL
-  for (int tile = 0; tile < kTokenTiles; ++tile) {
+  for (int g = 0; g < kRowGroups; ++g) {
     PTX_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int token = 8 * tile + 2 * part + i % 2, column = row + 8 * (i / 2);
-      ptx::StShared(&sums[(warp * kTokens + token) * kMmaLinearPadded + column], d[tile][i]);
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      PTX_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int token = 8 * tile + 2 * part + i % 2, row_of_block = kLinearGroupRows * g + row + 8 * (i / 2);
+        ptx::StShared(&sums[(warp * kTokens + token) * kPadded + row_of_block], d[g][tile][i]);
+      }
     }
   }
   __syncthreads();
-  const auto sum_of = [&](int token, int row_of_group) {
+  const auto sum_of = [&](int token, int row_of_block) {
     float sum = 0;
     for (int w = 0; w < args.parts; ++w) {
-      sum += ptx::LdShared(&sums[(w * kTokens + token) * kMmaLinearPadded + row_of_group]);
+      sum += ptx::LdShared(&sums[(w * kTokens + token) * kPadded + row_of_block]);
     }
     return sum;
   };
-  const int columns = args.gated ? 8 : static_cast<int>(kMmaLinearColumns);
+  const int of_group = args.gated ? 8 : kLinearGroupRows, columns = kRowGroups * of_group;
   for (int i = thread; i < kTokens * columns; i += 32 * args.parts) {
-    const int token = i / columns, at = i % columns;
-    const int64_t column = ColumnOf(args, group, at);
+    const int token = i / columns, g = i % columns / of_group, at = i % of_group;
+    const int64_t column = ColumnOf(args, first_group + g, at);
     if (first_token + token >= args.tokens || column >= args.n) continue;
-    float result[1] = {sum_of(token, at)};
-    if (args.gated) result[0] = Gated(args, result[0], sum_of(token, at + 8));
+    const int row_of_block = kLinearGroupRows * g + at;
+    float result[1] = {sum_of(token, row_of_block)};
+    if (args.gated) result[0] = Gated(args, result[0], sum_of(token, row_of_block + 8));
     StoreSums(args, first_token + token, column, result);
   }
 }
@@ -162,12 +197,14 @@ void LaunchMmaLinear(Stream& stream, LinearOperands args, bool out_packed) {
     LaunchTiledLinear(stream, args, out_packed);
     return;
   }
-  if (kernels_overlap) args.prefetch = PlanLinearPrefetch(args.tokens, rows, args.k, args.parts);
+  const bool from_sm90 = PropertiesOf(stream).architecture->capability >= 90;
+  if (kernels_overlap && from_sm90) args.prefetch = PlanLinearPrefetch(args.tokens, rows, args.k, args.parts);
   const int tiles = MmaLinearTokenTiles(args.tokens);
-  LaunchOverlapping(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts),
-                    tiles == 1   ? MmaLinearKernel<1>
-                    : tiles == 2 ? MmaLinearKernel<2>
-                                 : MmaLinearKernel<8>,
+  const bool two_groups = LinearRowGroups(args.tokens, rows, from_sm90) == 2;
+  LaunchOverlapping(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts, from_sm90),
+                    tiles == 1   ? two_groups ? MmaLinearKernel<1, 2> : MmaLinearKernel<1, 1>
+                      : tiles == 2 ? two_groups ? MmaLinearKernel<2, 2> : MmaLinearKernel<2, 1>
+                                   : MmaLinearKernel<8, 1>,
                     args);
 }
 

@@ -15,7 +15,7 @@ inline constexpr int kLinearChunk = 32;
 inline constexpr int kLinearUnroll = 4;  // chunks whose weights a warp has in flight together
 
 // Of the few tokens of a decode step each part is a warp, so that parts are what few columns have to keep the memory
-// busy: bandwidth times latency is about 3 MB on an H100, a warp has 4 KB in flight, and 16 columns make a block.
+// busy: bandwidth times latency is about 3 MB on an H100, and a warp has 4 KB in flight for each group of 16 rows.
 // 4096 columns and more get there with 4 warps a block; less with 8 or 16, if K feeds so many.
 constexpr int LinearParts(int64_t n, int64_t k) {
   int parts = 4;
@@ -27,14 +27,50 @@ inline constexpr uint32_t kMostLinearThreads = 32 * 16;
 // More are cuBLASLt's, where it is installed and a row's bits may depend on how many there are.
 inline constexpr int64_t kMostTokensOfOurs = 64;
 
-// ---- few tokens: a block makes 16 columns of out for up to 8 tiles of 8 tokens, a warp for each part.
-inline constexpr int64_t kMmaLinearColumns = 16;
-inline constexpr int kMmaLinearPadded =
-    20;  // of 16 columns in shared memory: the lanes of a store differ in their banks
+inline constexpr int64_t kLinearMultiprocessors = 132;  // of an H100
+
+// ---- few tokens: a block makes the columns of one or two groups of 16 rows of the weights for up to 8 tiles of 8
+// tokens, a warp for each part.
+inline constexpr int kLinearGroupRows = 16;
+constexpr int64_t LinearGroups(int64_t rows) {
+  return (rows + kLinearGroupRows - 1) / kLinearGroupRows;
+}
+// Of a block's columns in shared memory: the lanes of a store differ in their banks.
+constexpr int MmaLinearPadded(int row_groups) {
+  return kLinearGroupRows * row_groups + 4;
+}
 
 // Tiles of 8 tokens that one pass over the weights serves: 1 and 2 while decoding, 8 beyond.
 constexpr int MmaLinearTokenTiles(int64_t tokens) {
   return tokens <= 8 ? 1 : tokens <= 16 ? 2 : 8;
+}
+
+// Groups of rows to a block. A warp loads x once for all of its groups: with one that is for 16 tokens as much as the
+// weights, and L2 would have to send 6 TB/s for 3 TB/s of weights; with two it is half as much. A warp has twice the
+// bytes in flight then, so that half as many keep the memory as busy. But there are half as many blocks, too, to draw
+// them: with up to 132 of one group each has a multiprocessor of its own, and pairs would leave some idle. With more,
+// some multiprocessor has two of them anyway: blocks of two are at least 67, and none has more than a 66th of the rows
+// to draw, 45 GB/s of weights and 23 of x at 3 TB/s, 40 of the 64 bytes that L2 can send it in a cycle. 17 tokens and
+// more have no registers for it, before sm_90 9 have none (a spill, or loads one after the other); up to 4 load little.
+inline constexpr int64_t kFewestTokensOfTwoGroups = 5, kMostTokensOfTwoGroups = 16;
+constexpr int LinearRowGroups(int64_t tokens, int64_t rows, bool from_sm90 = true) {
+  const bool pays = tokens >= kFewestTokensOfTwoGroups && tokens <= (from_sm90 ? kMostTokensOfTwoGroups : 8);
+  return pays && LinearGroups(rows) > kLinearMultiprocessors ? 2 : 1;
+}
+
+// What a warp loads of x before it multiplies the first of it: each load that waits for products of the one before
+// costs a time of flight from L2, in which no weights are under way. As far as registers go: 64 tokens have none left,
+// and 8 tokens with one group make do with 64, so that 405B's 1024 blocks are resident at once.
+struct LinearLoadsOfX {
+  int chunks, tiles;
+};
+constexpr LinearLoadsOfX LinearXTogether(int token_tiles, int row_groups) {
+  if (token_tiles == 8) return {1, 1};
+  return {token_tiles * row_groups == 2 ? kLinearUnroll : 2, token_tiles};
+}
+// Of kMostLinearThreads, that the compiler is to leave registers for. 0: as many as it likes, at least one.
+constexpr uint32_t LinearBlocksToFit(int token_tiles, int row_groups) {
+  return token_tiles * row_groups == 1 ? 2 : 0;
 }
 
 // Elements of each row of the weights that warps load before they wait for the kernels before. More token tiles leave
@@ -45,12 +81,13 @@ constexpr int64_t LinearLoadedAhead(int64_t tokens, int parts) {
 }
 
 // rows: of the weights.
-constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t rows, int parts) {
+constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t rows, int parts, bool from_sm90 = true) {
   const int64_t block_tokens = 8 * MmaLinearTokenTiles(tokens);
-  return {.grid_x = static_cast<uint32_t>((rows + kMmaLinearColumns - 1) / kMmaLinearColumns),
+  const int row_groups = LinearRowGroups(tokens, rows, from_sm90);
+  return {.grid_x = static_cast<uint32_t>((LinearGroups(rows) + row_groups - 1) / row_groups),
           .grid_y = static_cast<uint32_t>((tokens + block_tokens - 1) / block_tokens),
           .threads = static_cast<uint32_t>(32 * parts),
-          .shared_bytes = static_cast<uint32_t>(parts * block_tokens * kMmaLinearPadded * 4)};
+          .shared_bytes = static_cast<uint32_t>(parts * block_tokens * MmaLinearPadded(row_groups) * 4)};
 }
 
 // What a launch that overlaps (launch.h) asks L2 for while it waits for the kernels before it, beyond what its warps
@@ -58,17 +95,22 @@ constexpr LaunchShape MmaLinearPlan(int64_t tokens, int64_t rows, int parts) {
 // once. All together that is up to kPrefetchedBytes. The memory has as much to send in 4 us, and would be idle: an
 // all-reduce of one token takes 8 or 9. A third of L2 (50 MB on Hopper) keeps it, whatever else goes on.
 inline constexpr int64_t kPrefetchedBytes = 16 << 20;
-inline constexpr int64_t kResidentLinearWarps = 132 * 32;  // of 64 registers
+// At once on all multiprocessors, by registers: of 64 or 128.
+constexpr int64_t ResidentLinearWarps(int token_tiles, int row_groups) {
+  return kLinearMultiprocessors * std::max(1u, LinearBlocksToFit(token_tiles, row_groups)) * kMostLinearThreads / 32;
+}
 struct LinearPrefetch {
   int begin = 0, bytes = 0, blocks = 0;
   friend bool operator==(const LinearPrefetch&, const LinearPrefetch&) = default;
 };
 // Of bf16. tokens: up to 64.
 constexpr LinearPrefetch PlanLinearPrefetch(int64_t tokens, int64_t rows, int64_t k, int parts) {
-  const int64_t blocks = std::min((rows + kMmaLinearColumns - 1) / kMmaLinearColumns, kResidentLinearWarps / parts);
+  const int row_groups = LinearRowGroups(tokens, rows);
+  const int64_t blocks = std::min<int64_t>(MmaLinearPlan(tokens, rows, parts).grid_x,
+                                           ResidentLinearWarps(MmaLinearTokenTiles(tokens), row_groups) / parts);
   // Whole lines of 128 bytes, and the chunks that warps load early are such, too.
   const int64_t begin = std::min(k, LinearLoadedAhead(tokens, parts)) * 2;
-  const int64_t share = kPrefetchedBytes / (blocks * kMmaLinearColumns) / 128 * 128;
+  const int64_t share = kPrefetchedBytes / (blocks * row_groups * kLinearGroupRows) / 128 * 128;
   return {.begin = static_cast<int>(begin),
           .bytes = static_cast<int>(std::min(k * 2 - begin, share)),
           .blocks = static_cast<int>(blocks)};
@@ -77,7 +119,8 @@ constexpr LinearPrefetch PlanLinearPrefetch(int64_t tokens, int64_t rows, int64_
 // Bytes of the weights that are on their way before the wait, into registers and L2.
 constexpr int64_t LinearEarlyBytes(int64_t tokens, int64_t rows, int64_t k) {
   const LinearPrefetch prefetch = PlanLinearPrefetch(tokens, rows, k, LinearParts(rows, k));
-  return std::min(rows, prefetch.blocks * kMmaLinearColumns) * (prefetch.begin + prefetch.bytes);
+  const int64_t block_rows = int64_t{LinearRowGroups(tokens, rows)} * kLinearGroupRows;
+  return std::min(rows, prefetch.blocks * block_rows) * (prefetch.begin + prefetch.bytes);
 }
 
 // ---- many tokens: tiles of 64 rows of the weights by 32 tokens for each warp, in a ring of stages.
@@ -103,12 +146,12 @@ constexpr LaunchShape TiledLinearPlan(const LinearTile& tile, int64_t tokens, in
 // block's shared memory than sm_89 has.
 constexpr bool IsLargeTile(int64_t tokens, int64_t rows, uint32_t shared_limit) {
   const LaunchShape large = TiledLinearPlan(kLargeTile, tokens, rows);
-  return int64_t{large.grid_x} * large.grid_y >= 132 && large.shared_bytes <= shared_limit;
+  return int64_t{large.grid_x} * large.grid_y >= kLinearMultiprocessors && large.shared_bytes <= shared_limit;
 }
 
 // Up to 64 tokens one pass over the weights serves all, in narrow blocks where tiles would leave multiprocessors idle.
 constexpr bool UsesTiles(int64_t tokens, int64_t rows) {
-  return tokens > 64 || (tokens > 16 && (rows + kSmallTile.rows() - 1) / kSmallTile.rows() >= 132);
+  return tokens > 64 || (tokens > 16 && (rows + kSmallTile.rows() - 1) / kSmallTile.rows() >= kLinearMultiprocessors);
 }
 
 // ---- plain: each warp makes one column of out for up to 8 tokens.

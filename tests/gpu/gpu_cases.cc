@@ -431,7 +431,7 @@ std::vector<Case> AllCases() {
   const Rank whole = RankOf("8b", 1);
   const std::vector<Rank> eighths = {RankOf("8b", 8), RankOf("70b", 8), RankOf("405b", 8)};
   AddLinear(whole, {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192}, &cases);
-  for (const Rank& rank : eighths) AddLinear(rank, {1, 4, 16, 64, 512, 2048}, &cases);
+  for (const Rank& rank : eighths) AddLinear(rank, {1, 4, 8, 16, 64, 512, 2048}, &cases);
   AddInvariantLinear(whole, {32, 64, 128, 256, 512, 2048, 8192}, &cases);
   for (int64_t context : {1024, 4096, 32768}) {
     for (int64_t sequences : {1, 8, 32, 128}) {

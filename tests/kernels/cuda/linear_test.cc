@@ -77,6 +77,23 @@ TEST_F(CudaLinearTest, IsNearTheOracle) {
   }
 }
 
+// The least columns that go two groups of 16 to a block, in the last of which there is nothing for the second; two for
+// it.
+constexpr int64_t kPairedColumns[] = {2113, 2130};
+
+TEST_F(CudaLinearTest, TwoGroupsOfRowsToABlockAreNearTheOracle) {
+  for (int64_t n : kPairedColumns) {
+    for (int64_t tokens : {5, 8, 9, 16}) {
+      ASSERT_EQ(cuda::LinearRowGroups(tokens, n), 2);
+      for (int64_t k : {8, 200}) {
+        if (kUnderTsan && (k > 8 || tokens % 8 != 0)) continue;
+        ExpectNearOracle({tokens, n, k}, DType::kBF16, k == 8 ? DType::kBF16 : DType::kF32, tokens % 2 == 0,
+                         tokens % 3 * 8);
+      }
+    }
+  }
+}
+
 // On a GPU by cuBLASLt, in the simulator by our tiles; cublaslt_test has what is asked of the library.
 TEST_F(CudaLinearTest, ManyTokensByWhicheverIsThereAreNearTheOracle) {
   batch_invariant_ = false;
@@ -128,6 +145,42 @@ TEST_F(CudaLinearTest, ARowDoesNotDependOnTheOthers) {
         if (t != 40) {
           EXPECT_EQ(together.RowBytes(t), alone.RowBytes(0)) << t << " of " << tokens << ", K " << k;
         }
+      }
+    }
+  }
+}
+
+// How many groups of rows a block has depends on the tokens, and is not to show.
+TEST_F(CudaLinearTest, TwoGroupsOfRowsToABlockHaveTheBitsOfOne) {
+  constexpr int64_t kTokens = 16, kN = 2120;
+  for (const auto& [k, parts] : {std::pair<int64_t, int>{264, 4}, {1064, 8}}) {
+    if (kUnderTsan && k > 264) continue;
+    ASSERT_EQ(cuda::LinearParts(kN, k), parts);
+    Matrix x(kTokens, k, DType::kBF16), weight(kN, k, DType::kBF16), together(kTokens, kN, DType::kF32);
+    Matrix alone(4, kN, DType::kF32);
+    x.FillNormal(1);
+    weight.FillNormal(2);
+    const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_together(stream(), together);
+    const OnDevice d_alone(stream(), alone);
+    const auto product = [&](const OnDevice& out, const TensorView& rows) {
+      Linear(stream(),
+             {.out = out.view().first(rows.dim(0)), .x = rows, .weight = d_weight.view(), .batch_invariant = true});
+    };
+    std::vector<std::string> expected;
+    for (int64_t first = 0; first < kTokens; first += 4) {
+      TensorView four = d_x.view().first(4);
+      four.data = static_cast<char*>(four.data) + first * k * 2;
+      ASSERT_EQ(cuda::LinearRowGroups(4, kN), 1);
+      product(d_alone, four);
+      d_alone.Fetch(alone);
+      for (int64_t t = 0; t < 4; ++t) expected.push_back(alone.RowBytes(t));
+    }
+    for (int64_t tokens : {16, 9, 8, 5}) {
+      ASSERT_EQ(cuda::LinearRowGroups(tokens, kN), 2);
+      product(d_together, d_x.view().first(tokens));
+      d_together.Fetch(together);
+      for (int64_t t = 0; t < tokens; ++t) {
+        EXPECT_EQ(together.RowBytes(t), expected[static_cast<size_t>(t)]) << t << " of " << tokens << ", K " << k;
       }
     }
   }
@@ -204,12 +257,15 @@ TEST_F(CudaLinearTest, AddingWhereTheProductEndsHasTheBitsOfAddingLater) {
   }
 }
 
+// 1060: two groups of rows to a block for 9 tokens, in whose last block there is nothing for the second.
 TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
   for (DType act : {DType::kBF16, DType::kF32}) {
-    for (int64_t tokens : {1, 9, 40, 70}) {
-      for (int64_t ffn : {1, 8, 20, 72}) {
+    for (int64_t tokens : {1, 7, 9, 40, 70}) {
+      for (int64_t ffn : {1, 8, 20, 72, 1060}) {
+        if (ffn == 1060 && cuda::LinearRowGroups(tokens, 2 * ffn) == 1) continue;
         for (int64_t k : {40, 264}) {
-          if (kUnderTsan && (k > 40 || ffn > 20)) continue;
+          if (ffn == 1060 && (k > 40 || act == DType::kF32)) continue;
+          if (kUnderTsan && (k > 40 || (ffn > 20 && tokens != 9))) continue;
           const int64_t gap = ffn % 8 == 0 ? 8 : 3;
           Matrix x(tokens, k, act), weight(2 * ffn, k, act), gate_up(tokens, 2 * ffn, act), one(tokens, ffn, act, gap);
           Matrix two(tokens, ffn, act, gap);
@@ -235,23 +291,46 @@ TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
 }
 
 #ifdef ALTIPLANO_IN_SIMULATOR
-// The weights once, in whole sectors, and x once for each block of 16 columns.
+// The weights once, in whole sectors, and x once for each block of 16 or 32 columns.
 TEST_F(CudaLinearTest, TrafficOfADecodeIsThatOfTheWeights) {
-  constexpr int64_t kN = 64, kK = 2048;
-  for (int64_t tokens : {1, 16}) {
-    Matrix x(tokens, kK, DType::kBF16), weight(kN, kK, DType::kBF16), out(tokens, kN, DType::kBF16);
+  struct {
+    int64_t tokens, n, k, block;
+  } cases[] = {{1, 64, 2048, 16}, {16, 64, 2048, 16}, {4, 2144, 32, 16},
+               {5, 2144, 32, 32}, {8, 2144, 32, 32},  {16, 2144, 32, 32}};
+  for (const auto& [tokens, n, k, block] : cases) {
+    Matrix x(tokens, k, DType::kBF16), weight(n, k, DType::kBF16), out(tokens, n, DType::kBF16);
     x.FillNormal(1);
     weight.FillNormal(2);
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
     sim::CountTraffic(true);
     Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
     const sim::Traffic traffic = sim::TrafficOf("Linear");
-    EXPECT_EQ(traffic.load_bytes, static_cast<uint64_t>(2 * kN * kK + 2 * tokens * kK * kN / 16)) << tokens;
-    EXPECT_EQ(traffic.store_bytes, static_cast<uint64_t>(2 * tokens * kN));
+    EXPECT_EQ(traffic.load_bytes, static_cast<uint64_t>(2 * n * k + 2 * tokens * k * n / block)) << tokens;
+    EXPECT_EQ(traffic.store_bytes, static_cast<uint64_t>(2 * tokens * n));
     EXPECT_EQ(traffic.sectors, traffic.ideal_sectors) << sim::TrafficByLine();
-    // The warps' sums are stored without conflicts; two tokens are read back at a time and meet in some banks.
-    EXPECT_LE(2 * traffic.wavefronts, 3 * traffic.ideal_wavefronts) << sim::TrafficByLine();
+    // The warps' sums are stored without conflicts; two tokens are read back at a time and meet in some banks, unless
+    // one has 32 columns.
+    EXPECT_LE(2 * traffic.wavefronts, (block == 32 ? 2 : 3) * traffic.ideal_wavefronts) << sim::TrafficByLine();
     sim::CountTraffic(false);
+  }
+}
+
+// 16 tokens have no registers for two groups of rows before sm_90.
+TEST_F(CudaLinearTest, OlderArchitecturesPairRowsForEightTokensAlone) {
+  constexpr int64_t kN = 2144, kK = 32;
+  for (int capability : {80, 89}) {
+    const SimulatedArchitecture older(capability);
+    for (const auto& [tokens, block] : {std::pair<int64_t, int64_t>{8, 32}, {9, 16}, {16, 16}}) {
+      Matrix x(tokens, kK, DType::kBF16), weight(kN, kK, DType::kBF16), out(tokens, kN, DType::kBF16);
+      x.FillNormal(1);
+      weight.FillNormal(2);
+      const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
+      sim::CountTraffic(true);
+      Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
+      EXPECT_EQ(sim::TrafficOf("Linear").load_bytes, static_cast<uint64_t>(2 * kN * kK + 2 * tokens * kK * kN / block))
+          << tokens << " tokens, sm_" << capability;
+      sim::CountTraffic(false);
+    }
   }
 }
 
@@ -262,9 +341,15 @@ TEST_F(CudaLinearTest, CountersAreThoseThatTheDocsArgueFrom) {
     int64_t tokens, n, k;
     double moved, wavefronts;  // at most
   };
-  // qkv and o of 8B on one of eight ranks; a part of 405B's qkv, with its K.
-  for (const Case& c :
-       {Case{1, 768, 4096, 1.07, 1}, {16, 768, 4096, 2.0, 1.5}, {1, 1024, 512, 1.07, 1}, {1, 128, 16384, 1.07, 1}}) {
+  // qkv of 8B on one of eight ranks and o, or a part of it; a part of 405B's qkv, with its K, and with its N.
+  for (const Case& c : {Case{1, 768, 4096, 1.07, 1},
+                        {16, 768, 4096, 2.0, 1.5},
+                        {1, 1024, 512, 1.07, 1},
+                        {8, 4096, 512, 1.25, 1},
+                        {16, 4096, 512, 1.5, 1},
+                        {1, 128, 16384, 1.07, 1},
+                        {8, 2304, 1024, 1.25, 1},
+                        {16, 2304, 1024, 1.5, 1}}) {
     Matrix x(c.tokens, c.k, DType::kBF16), weight(c.n, c.k, DType::kBF16), out(c.tokens, c.n, DType::kBF16);
     for (const Matrix* matrix : {&x, &weight})
       std::memset(matrix->view().data, 0, static_cast<size_t>(matrix->rows() * c.k * 2));
@@ -290,7 +375,8 @@ TEST_F(CudaLinearTest, WeightsAreOnTheirWayBeforeTheWait) {
   struct {
     int64_t tokens, n, k;
     bool gated;
-  } cases[] = {{1, 40, 1024, false}, {16, 40, 2048, false}, {3, 24, 520, true}, {64, 40, 1024, false}};
+  } cases[] = {{1, 40, 1024, false},  {16, 40, 2048, false},  {3, 24, 520, true},
+               {64, 40, 1024, false}, {16, 2120, 520, false}, {5, 1060, 520, true}};
   for (const auto& [tokens, n, k, gated] : cases) {
     const int64_t rows = gated ? 2 * n : n;
     Matrix x(tokens, k, DType::kBF16), weight(rows, k, DType::kBF16), out(tokens, n, DType::kBF16);
@@ -365,15 +451,36 @@ TEST_F(CudaLinearTest, TrafficOfSiluMulInTheSameKernelIsThatOfTheProduct) {
 TEST(CudaLinearPlan, CoversTokensAndColumns) {
   EXPECT_EQ(cuda::MmaLinearPlan(1, 6144, 4),
             (cuda::LaunchShape{.grid_x = 384, .grid_y = 1, .threads = 128, .shared_bytes = 4 * 8 * 20 * 4}));
-  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).grid_x, 385u);
+  EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).grid_x, 193u);
   EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).grid_y, 1u);
   EXPECT_EQ(cuda::MmaLinearPlan(16, 6145, 8).threads, 256u);
   EXPECT_EQ(cuda::MmaLinearPlan(129, 16, 4).grid_y, 3u);
+  EXPECT_EQ(cuda::MmaLinearPlan(4, 6145, 4).grid_x, 385u);
+  EXPECT_EQ(cuda::MmaLinearPlan(16, 6144, 4),
+            (cuda::LaunchShape{.grid_x = 192, .grid_y = 1, .threads = 128, .shared_bytes = 4 * 16 * 36 * 4}));
   EXPECT_EQ(cuda::PlainLinearPlan(9, 5), (cuda::LaunchShape{.grid_x = 2, .grid_y = 2, .threads = 128}));
   EXPECT_EQ(cuda::TiledLinearPlan(cuda::kLargeTile, 2049, 28672),
             (cuda::LaunchShape{.grid_x = 17, .grid_y = 224, .threads = 256, .shared_bytes = 128 * 1024}));
   EXPECT_EQ(cuda::TiledLinearPlan(cuda::kSmallTile, 65, 70),
             (cuda::LaunchShape{.grid_x = 2, .grid_y = 2, .threads = 64, .shared_bytes = 64 * 1024}));
+}
+
+// Two groups of rows to a block where x is much and no multiprocessor idles for it.
+TEST(CudaLinearPlan, PairsGroupsOfRowsWhereAllMultiprocessorsStayBusy) {
+  const auto rows_of_busiest = [](int64_t blocks, int64_t each) { return (blocks + 131) / 132 * each; };
+  for (int64_t rows = 1; rows < 20000; rows += 7) {
+    const int64_t groups = (rows + 15) / 16;
+    for (int64_t tokens : {1, 4, 17, 64}) EXPECT_EQ(cuda::LinearRowGroups(tokens, rows), 1) << tokens << ", " << rows;
+    for (int64_t tokens : {5, 8, 9, 16}) {
+      ASSERT_EQ(cuda::LinearRowGroups(tokens, rows), groups > 132 ? 2 : 1) << tokens << ", " << rows;
+      if (groups <= 132) continue;
+      const int64_t blocks = cuda::MmaLinearPlan(tokens, rows, 4).grid_x, busiest = rows_of_busiest(blocks, 32);
+      EXPECT_LE(66 * busiest, 32 * blocks) << rows;
+      if (groups <= 2 * 132) {
+        EXPECT_EQ(busiest, rows_of_busiest(groups, 16)) << rows;
+      }
+    }
+  }
 }
 
 // What is asked of L2 lies behind what warps load, within the row, and is no more than may stay there.
@@ -385,7 +492,13 @@ TEST(CudaLinearPlan, PrefetchesWhatL2Keeps) {
             (cuda::LinearPrefetch{.begin = 0, .bytes = 7168, .blocks = 144}));
   // Its gate and up.
   EXPECT_EQ(cuda::PlanLinearPrefetch(16, 13312, 16384, 4),
-            (cuda::LinearPrefetch{.begin = 1024, .bytes = 1152, .blocks = 832}));
+            (cuda::LinearPrefetch{.begin = 1024, .bytes = 1152, .blocks = 416}));
+  // 405B's head and 8B's whole: of two groups to a block half as many warps find room, with as much for each row.
+  EXPECT_EQ(cuda::PlanLinearPrefetch(16, 16032, 16384, 4),
+            (cuda::LinearPrefetch{.begin = 1024, .bytes = 1024, .blocks = 501}));
+  EXPECT_EQ(cuda::PlanLinearPrefetch(16, 128256, 4096, 4),
+            (cuda::LinearPrefetch{.begin = 1024, .bytes = 896, .blocks = 528}));
+  EXPECT_EQ(cuda::LinearEarlyBytes(16, 128256, 4096), 528 * 32 * (1024 + 896));
   // Rows that are loaded whole, and the rest of a row.
   EXPECT_EQ(cuda::PlanLinearPrefetch(1, 4096, 512, 4).bytes, 0);
   EXPECT_EQ(cuda::PlanLinearPrefetch(1, 4096, 200, 4), (cuda::LinearPrefetch{.begin = 400, .bytes = 0, .blocks = 256}));
@@ -416,11 +529,12 @@ TEST(CudaLinearPlan, KeepsTheMemoryBusyInEveryShape) {
                                                     {128256 / ranks, m.hidden}};
       for (const auto& [n, k] : shapes) {
         const int parts = cuda::LinearParts(n, k);
-        for (int64_t tokens : {1, 16, 64}) {
+        for (int64_t tokens : {1, 8, 16, 64}) {
           const cuda::LaunchShape shape = cuda::MmaLinearPlan(tokens, n, parts);
           EXPECT_LE(shape.threads, cuda::kMostLinearThreads);
           const int64_t warps = int64_t{shape.grid_x} * parts;
-          const int64_t in_flight = warps * std::min<int64_t>(cuda::kLinearUnroll, k / 32 / parts) * 16 * 64;
+          const int64_t rows = 16 * cuda::LinearRowGroups(tokens, n);
+          const int64_t in_flight = warps * std::min<int64_t>(cuda::kLinearUnroll, k / 32 / parts) * rows * 64;
           EXPECT_TRUE(in_flight >= 2'000'000 || parts * cuda::kLinearUnroll * 64 > k)
               << n << " x " << k << ": " << parts << " parts, " << in_flight << " bytes in flight";
         }
