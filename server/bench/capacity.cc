@@ -27,6 +27,10 @@ constexpr double kAllReduceBytesPerSecond = 67108864 / 316e-6;  // 64 MiB in 316
 constexpr double kStepUs = 150;
 constexpr double kSequenceUs = 1;
 
+double WeightReadUs(double bytes, const Gpu& gpu) {
+  return bytes / (kWeightEfficiency * gpu.bytes_per_second) * 1e6;
+}
+
 // Read once for every step: all but the embedding, of which a step reads a row for each token.
 double MatrixParameters(const ModelConfig& c) {
   const double layer =
@@ -38,6 +42,24 @@ double MatrixParameters(const ModelConfig& c) {
 double OneShotUs(uint64_t bytes) {
   constexpr double kFrom = 32 << 10, kTo = 256 << 10;
   return 7.8 + (static_cast<double>(bytes) - kFrom) * (16.7 - 7.8) / (kTo - kFrom);
+}
+
+// hidden_weights_us: of the weights, read while ranks sum.
+StepCost CostOf(const ModelConfig& c, const Gpu& gpu, int ranks, double hidden_weights_us) {
+  const Shard shard = Shard::Make(c, 0, ranks).value();
+  const double parameters = MatrixParameters(c) / ranks;
+  const AllReduces sums = AllReducesOf(c, ranks);
+  const auto calls = static_cast<double>(sums.calls);
+  StepCost cost;
+  cost.step_us = kStepUs + calls * sums.one_token_us;
+  cost.weights_us = WeightReadUs(parameters * SizeOf(DType::kBF16), gpu) - hidden_weights_us;
+  cost.token_us = 2 * parameters / kGemmFlops * 1e6 +
+                  calls * static_cast<double>(sums.token_bytes) / kAllReduceBytesPerSecond * 1e6;
+  cost.sequence_us = kSequenceUs;
+  cost.kv_token_us =
+      static_cast<double>(shard.kv_bytes_per_token(c, DType::kBF16)) / (kKvEfficiency * gpu.bytes_per_second) * 1e6;
+  cost.attention_us = 4.0 * static_cast<double>(c.layers * c.q_size()) / ranks / kAttentionFlops * 1e6;
+  return cost;
 }
 
 }  // namespace
@@ -82,28 +104,14 @@ double HiddenWeightsUs(const ModelConfig& c, const Gpu& gpu, int ranks) {
   if (sums.calls == 0) return 0;
   const Llama::EarlyWeights early = Llama::EarlyWeightBytes(c, Shard::Make(c, 0, ranks).value());
   const auto beside_a_call = [&](int64_t bytes) {
-    return std::min(sums.one_token_us, static_cast<double>(bytes) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6);
+    return std::min(sums.one_token_us, WeightReadUs(static_cast<double>(bytes), gpu));
   };
   const auto layers = static_cast<double>(c.layers);
   return layers * beside_a_call(early.qkv) + layers * beside_a_call(early.gate_up) + beside_a_call(early.head);
 }
 
 StepCost DeriveStepCost(const ModelConfig& c, const Gpu& gpu, int ranks) {
-  const Shard shard = Shard::Make(c, 0, ranks).value();
-  const double parameters = MatrixParameters(c) / ranks;
-  const AllReduces sums = AllReducesOf(c, ranks);
-  const auto calls = static_cast<double>(sums.calls);
-  StepCost cost;
-  cost.step_us = kStepUs + calls * sums.one_token_us;
-  cost.weights_us = parameters * SizeOf(DType::kBF16) / (kWeightEfficiency * gpu.bytes_per_second) * 1e6 -
-                    HiddenWeightsUs(c, gpu, ranks);
-  cost.token_us = 2 * parameters / kGemmFlops * 1e6 +
-                  calls * static_cast<double>(sums.token_bytes) / kAllReduceBytesPerSecond * 1e6;
-  cost.sequence_us = kSequenceUs;
-  cost.kv_token_us =
-      static_cast<double>(shard.kv_bytes_per_token(c, DType::kBF16)) / (kKvEfficiency * gpu.bytes_per_second) * 1e6;
-  cost.attention_us = 4.0 * static_cast<double>(c.layers * c.q_size()) / ranks / kAttentionFlops * 1e6;
-  return cost;
+  return CostOf(c, gpu, ranks, HiddenWeightsUs(c, gpu, ranks));
 }
 
 Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& demand, const ServingLimits& limits) {
@@ -146,7 +154,7 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
   }
   plan.all_reduces = AllReducesOf(c, ranks);
   plan.hidden_weights_us = HiddenWeightsUs(c, gpus.gpu, ranks);
-  plan.cost = DeriveStepCost(c, gpus.gpu, ranks);
+  plan.cost = CostOf(c, gpus.gpu, ranks, plan.hidden_weights_us);
 
   const int64_t prompt = demand.context - demand.answer_tokens;
   for (int64_t at = 0; at < prompt; at += limits.token_budget) {

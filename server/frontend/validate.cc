@@ -119,27 +119,21 @@ void CheckOutput(const GenerateInput& input, const FrontendLimits& limits, Viola
   }
 }
 
-bool IsVisibleAscii(std::string_view text) {
-  return std::all_of(text.begin(), text.end(), [](char c) { return c >= '!' && c <= '~'; });
+// Empty: none is given.
+void CheckName(std::string_view field, std::string_view name, int64_t most_bytes, Violations* out) {
+  out->AtMost(field, name.size(), most_bytes, "bytes");
+  if (std::any_of(name.begin(), name.end(), [](char c) { return c < '!' || c > '~'; })) {
+    out->Add(std::string(field), "has a byte outside of visible ASCII ('!' to '~')");
+  }
 }
 
-}  // namespace
-
-bool IsRequestId(std::string_view text, const FrontendLimits& limits) {
-  return !text.empty() && static_cast<int64_t>(text.size()) <= limits.max_request_id_bytes && IsVisibleAscii(text);
+void CheckRequestId(std::string_view id, const FrontendLimits& limits, Violations* out) {
+  CheckName("request_id", id, limits.max_request_id_bytes, out);
 }
-
-namespace {
 
 void CheckNames(const GenerateInput& input, const FrontendLimits& limits, Violations* out) {
-  out->AtMost("request_id", input.request_id.size(), limits.max_request_id_bytes, "bytes");
-  if (!IsVisibleAscii(input.request_id)) {
-    out->Add("request_id", "has a byte outside of visible ASCII ('!' to '~')");
-  }
-  out->AtMost("scheduling.tenant", input.tenant.size(), limits.max_tenant_bytes, "bytes");
-  if (!IsVisibleAscii(input.tenant)) {
-    out->Add("scheduling.tenant", "has a byte outside of visible ASCII ('!' to '~')");
-  }
+  CheckRequestId(input.request_id, limits, out);
+  CheckName("scheduling.tenant", input.tenant, limits.max_tenant_bytes, out);
   out->AtMost("cache.salt", input.cache_salt.size(), limits.max_cache_salt_bytes, "bytes");
   CheckDuration("scheduling.queue_timeout", input.queue_timeout, out);
   CheckDuration("scheduling.ttft_target", input.ttft_target, out);
@@ -210,6 +204,12 @@ Status CheckChatSupport(const ChatInput& chat, const ServedModel& model) {
 }
 
 }  // namespace
+
+bool IsRequestId(std::string_view text, const FrontendLimits& limits) {
+  Violations violations;
+  CheckRequestId(text, limits, &violations);
+  return !text.empty() && violations.Take().ok();
+}
 
 std::optional<Duration> ToDuration(const DurationInput& input) {
   constexpr int64_t kTenYears = int64_t{10} * 366 * 24 * 3600;
