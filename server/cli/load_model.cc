@@ -347,7 +347,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     }
     ASSIGN_OR_RETURN(Ranks ranks, MakeRanks(*model.checkpoint, model.leader.get(), executor_options));
     SetSize(ranks.scheduler, &options.scheduler);
-    if (replicas > 1) options.name = StrCat("replica ", replica);
+    if (replicas > 1) options.replica = replica;
     executor_options.kv_bytes = ranks.kv_bytes;  // of the next replica on the CPU, and of one made again
     if (!on_gpus) executor_options.progress = {};
     if (config.scheduler().on_engine_failure() == "restart") {

@@ -40,6 +40,7 @@ class Engine::Impl final : private ExecutorObserver {
   Impl(EngineOptions options, std::unique_ptr<FlightRecorder> recorder, std::unique_ptr<Scheduler> scheduler,
        std::unique_ptr<Executor> executor, std::function<void()> on_step)
       : options_(std::move(options)),
+        replica_(options_.replica.value_or(0)),
         recorder_(std::move(recorder)),
         clock_(*options_.clock),
         on_step_(std::move(on_step)),
@@ -380,22 +381,22 @@ class Engine::Impl final : private ExecutorObserver {
 
   // The device failed: everything ends, nothing new is taken, health turns.
   void Fail(const Status& status) {
-    log::Error("engine failed", {{"engine", options_.name}, {"error", status.ToString()}});
+    log::Error("engine failed", {{"replica", replica_}, {"error", status.ToString()}});
     down_.store(true, std::memory_order_release);
     failures_.fetch_add(1, std::memory_order_release);
     if (options_.on_failure) options_.on_failure(recorder_ == nullptr ? "" : FlightRecord().value());
-    scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat(options_.name, " failed: ", status.message())), clock_.Now(),
-                      &events_);
+    const std::string what = options_.replica ? StrCat("replica ", replica_) : "the engine";
+    scheduler_->Abort(Unavailable("ENGINE_DOWN", StrCat(what, " failed: ", status.message())), clock_.Now(), &events_);
     Deliver();
   }
 
   // Makes the ranks again. False: down for good.
   bool Restart() {
     if (options_.restart && !restarted_ && executor_->replaceable()) {
-      log::Warn("the engine starts again", {{"engine", options_.name}});
+      log::Warn("the engine starts again", {{"replica", replica_}});
       executor_.reset();  // first: there may be no room for two
       StatusOr<std::unique_ptr<Executor>> executor = options_.restart([this](const Status& why) {
-        log::Error("the engine cannot start again", {{"engine", options_.name}, {"error", why.ToString()}});
+        log::Error("the engine cannot start again", {{"replica", replica_}, {"error", why.ToString()}});
         GiveUp();
       });
       if (executor.ok() && !failed_for_good()) {
@@ -410,12 +411,12 @@ class Engine::Impl final : private ExecutorObserver {
         restarted_ = true;
         SetRunning(nullptr);
         down_.store(false, std::memory_order_release);
-        log::Info("the engine serves again", {{"engine", options_.name}});
+        log::Info("the engine serves again", {{"replica", replica_}});
         return true;
       }
-      if (!executor.ok())
-        log::Error("the engine cannot start again",
-                   {{"engine", options_.name}, {"error", executor.status().ToString()}});
+      if (!executor.ok()) {
+        log::Error("the engine cannot start again", {{"replica", replica_}, {"error", executor.status().ToString()}});
+      }
     }
     GiveUp();
     return false;
@@ -471,6 +472,7 @@ class Engine::Impl final : private ExecutorObserver {
 
   // Constant after construction.
   const EngineOptions options_;
+  const int replica_;                               // 0 when there is one
   const std::unique_ptr<FlightRecorder> recorder_;  // null: none is kept
   const Clock& clock_;
   const std::function<void()> on_step_;

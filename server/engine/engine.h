@@ -4,6 +4,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,9 +30,9 @@ struct EngineOptions {
   // The engine is unhealthy while a step has got nowhere for this long, or for some times as long as it was predicted
   // to take, where that is longer.
   Duration health_deadline = std::chrono::seconds(4);
-  std::string name = "the engine";  // among several, in logs and errors
-  size_t flight_record_bytes = 0;   // of the scheduler's last steps, kept for people; 0: none
-  std::string crash_record_path;    // the new file they go to if the process dies; empty: none
+  std::optional<int> replica;      // among several: which one, for logs and errors
+  size_t flight_record_bytes = 0;  // of the scheduler's last steps, kept for people; 0: none
+  std::string crash_record_path;   // the new file they go to if the process dies; empty: none
   // A step failed: with the flight record, "" when none is kept. Engine thread, before live requests end.
   std::function<void(const std::string& flight_record)> on_failure;
   // failed_for_good() has become true. Any thread, once.

@@ -316,6 +316,7 @@ TEST_F(FaultDrill, ARankThatThrowsEndsTheProgramWithExit75AndLeavesItsRecord) {
   EXPECT_EQ(status.code(), Code::kUnavailable) << status.ToString();
   EXPECT_EQ(status.reason(), "ENGINE_DOWN");
   EXPECT_EQ(server_->process().Wait(), 75) << server_->process().Errors();
+  EXPECT_THAT(server_->process().Errors(), HasSubstr(R"("engine failed","replica":0,)"));
   std::vector<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) files.push_back(entry.path());
   ASSERT_EQ(files.size(), 1u);
@@ -501,6 +502,7 @@ TEST(Replicas, OneIsLostTheOtherServesAndTheProgramDrains) {
   }
   server.process().Signal(SIGTERM);
   EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+  EXPECT_THAT(server.process().Errors(), HasSubstr(R"("engine failed","replica":1,)"));
 }
 
 TEST(Replicas, AnOverdueOneGetsNothingNew) {
