@@ -33,7 +33,7 @@ function(altiplano_test name)
   if(ALTIPLANO_SANITIZE)
     math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 10")
   endif()
-  add_executable(${name} ${sources})
+  add_executable(${name} ${sources} ${CMAKE_SOURCE_DIR}/tests/temp_folder_testlib.cc)
   target_link_libraries(${name} PRIVATE altiplano_options ${ARG_DEPS} GTest::gmock GTest::gtest_main)
   target_compile_definitions(${name} PRIVATE
     ALTIPLANO_SOURCE_DIR="${CMAKE_SOURCE_DIR}" ALTIPLANO_BINARY_DIR="${CMAKE_BINARY_DIR}"

@@ -1,6 +1,7 @@
 #include "tests/e2e/process_testlib.h"
 
 #include <fcntl.h>
+#include <gtest/gtest.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -8,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -39,12 +41,16 @@ std::string ReadAll(const std::string& path) {
 
 Process::Process(std::vector<std::string> arguments, std::optional<int> network) {
   signal(SIGPIPE, SIG_IGN);
-  char errors[] = "/tmp/altiplano-e2e-XXXXXX";
-  int error_file = mkostemp(errors, O_CLOEXEC);
+  const std::string folder = ::testing::TempDir();
+  std::string errors = folder + "/errors-XXXXXX";
+  int error_file = mkostemp(errors.data(), O_CLOEXEC);
   CHECK(error_file >= 0);
   errors_path_ = errors;
   int input[2], output[2];
   CHECK(pipe2(input, O_CLOEXEC) == 0 && pipe2(output, O_CLOEXEC) == 0);
+  if (arguments[0] == "serve" && std::ranges::find(arguments, "--flight-record-dir") == arguments.end()) {
+    arguments.insert(arguments.end(), {"--flight-record-dir", folder});
+  }
   arguments.insert(arguments.begin(), ALTIPLANO_BINARY_DIR "/altiplano");
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());

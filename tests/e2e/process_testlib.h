@@ -19,7 +19,8 @@ inline constexpr int kPatience = 60;
 
 class Process {
  public:
-  // arguments: of the program at ALTIPLANO_BINARY_DIR/altiplano. stderr goes to a file. network: of a namespace that it
+  // arguments: of the program at ALTIPLANO_BINARY_DIR/altiplano; flight records of one that serves go to the test's
+  // temporary folder unless they say where. stderr goes to a file. network: of a namespace that it
   // runs in (network_testlib.h). Killed when the thread that makes it ends, so that no test leaves it behind.
   explicit Process(std::vector<std::string> arguments, std::optional<int> network = std::nullopt);
   Process(const Process&) = delete;
