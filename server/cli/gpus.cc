@@ -20,10 +20,10 @@ StatusOr<std::vector<std::vector<int>>> AssignGpus(std::string_view list, int re
     for (int ordinal = 0; ordinal < wanted; ++ordinal) ordinals.push_back(ordinal);
   } else {
     const auto named = ParseCounts(list, 0, std::numeric_limits<int>::max());
-    if (!named.ok()) return Status(Code::kInvalidArgument, StrCat("--devices: ", named.status().message()));
+    if (!named.ok()) return Status(Code::kOutOfRange, StrCat("--devices: ", named.status().message()));
     for (const int64_t ordinal : *named) ordinals.push_back(static_cast<int>(ordinal));
     if (static_cast<int>(ordinals.size()) != wanted) {
-      return Status(Code::kInvalidArgument, StrCat("--devices names ", ordinals.size(), ": ", want));
+      return Status(Code::kOutOfRange, StrCat("--devices names ", ordinals.size(), ": ", want));
     }
     for (const int ordinal : ordinals) {
       if (ordinal < present) continue;

@@ -193,7 +193,7 @@ StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64
 
 Status CheckBudget(int64_t max_num_batched_tokens, int64_t block_size) {
   if (max_num_batched_tokens >= block_size) return OkStatus();
-  return Status(Code::kInvalidArgument,
+  return Status(Code::kOutOfRange,
                 StrCat("--max-num-batched-tokens is ", max_num_batched_tokens, ", less than a block of ", block_size,
                        " tokens; raise it or lower --block-size"));
 }
@@ -309,8 +309,8 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
   }
   if (const int64_t most = model.checkpoint->config().max_position; config.model().max_context() > most) {
-    return Status(Code::kInvalidArgument, StrCat("--max-model-len is ", config.model().max_context(),
-                                                 ", the model was made for ", most, " positions"));
+    return Status(Code::kOutOfRange, StrCat("--max-model-len is ", config.model().max_context(),
+                                            ", the model was made for ", most, " positions"));
   }
   model.name = config.model().name().empty() ? model.checkpoint->config().name : config.model().name();
   model.dtype = config.model().dtype();

@@ -46,10 +46,10 @@ constexpr int64_t BlockSize(int64_t given, Device device) {
 StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64_t max_num_seqs,
                                                     int64_t max_queued_requests, int64_t max_queued_tokens);
 
-// INVALID_ARGUMENT for a step that has no room for a block: the one that the first prompt gets whatever the ceiling.
+// OUT_OF_RANGE for a step that has no room for a block: the one that the first prompt gets whatever the ceiling.
 Status CheckBudget(int64_t max_num_batched_tokens, int64_t block_size);
 
-// What of the scheduler's configuration can be told to be wrong without a model: INVALID_ARGUMENT, with what to change.
+// What of the scheduler's configuration can be told to be wrong without a model: an error with what to change.
 // A block's size that follows from the device is taken to be that of a CPU.
 Status CheckScheduling(const config::v1::ServerConfig& config);
 

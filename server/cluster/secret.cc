@@ -43,11 +43,11 @@ std::string FollowerProof(std::string_view secret, const Exchange& exchange) {
 StatusOr<std::string> ReadSecret(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   std::string secret((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  if (!in) return Status(Code::kInvalidArgument, StrCat("--node-secret-file ", path, " cannot be read"));
+  if (!in) return Status(Code::kOutOfRange, StrCat("--node-secret-file ", path, " cannot be read"));
   secret.erase(secret.find_last_not_of(" \t\r\n") + 1);
   if (secret.size() < kShortestSecret) {
-    return Status(Code::kInvalidArgument, StrCat("--node-secret-file ", path, " holds ", secret.size(),
-                                                 " bytes; a secret has at least ", kShortestSecret));
+    return Status(Code::kOutOfRange, StrCat("--node-secret-file ", path, " holds ", secret.size(),
+                                            " bytes; a secret has at least ", kShortestSecret));
   }
   return secret;
 }

@@ -20,7 +20,7 @@ struct Exchange {
 std::string LeaderProof(std::string_view secret, const Exchange& exchange);
 std::string FollowerProof(std::string_view secret, const Exchange& exchange);
 
-// The file's contents without white space at the end. INVALID_ARGUMENT when they cannot be read, or are shorter than 16
+// The file's contents without white space at the end. OUT_OF_RANGE when they cannot be read, or are shorter than 16
 // bytes.
 StatusOr<std::string> ReadSecret(const std::string& path);
 

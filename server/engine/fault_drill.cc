@@ -36,7 +36,7 @@ StatusOr<std::function<void(int rank, uint64_t step)>> FaultDrillFromEnvironment
   int victim = 0;
   uint64_t from_step = 0;
   if (!TakeNumber(&text, &victim) || !TakeNumber(&text, &from_step) || (text != "throw" && text != "hang")) {
-    return Status(Code::kInvalidArgument,
+    return Status(Code::kOutOfRange,
                   StrCat("ALTIPLANO_FAULT=", value, ": must be RANK:STEP:throw or RANK:STEP:hang, as 1:20:throw"));
   }
   log::Warn("a failure will be caused on purpose", {{"ALTIPLANO_FAULT", value}});

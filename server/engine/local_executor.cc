@@ -261,8 +261,8 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   const ModelConfig& config = checkpoint.config();
   int32_t max_context = static_cast<int32_t>(std::min<int64_t>(config.max_position, INT32_MAX / 2));
   if (options.max_context > max_context) {
-    return Status(Code::kInvalidArgument, StrCat("max_context is ", options.max_context, ", the model was made for ",
-                                                 max_context, " positions"));
+    return Status(Code::kOutOfRange, StrCat("max_context is ", options.max_context, ", the model was made for ",
+                                            max_context, " positions"));
   }
   if (options.max_context > 0) max_context = options.max_context;
 

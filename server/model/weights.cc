@@ -303,17 +303,17 @@ class Loader {
 
 StatusOr<Shard> Shard::Make(const ModelConfig& config, int rank, int size, int stage, int stages) {
   auto refuse = [&](std::string_view what, int64_t n) {
-    return Status(Code::kInvalidArgument, StrCat("the model cannot be split into ", size, " ranks: ", n, " ", what,
-                                                 " do not divide by ", size));
+    return Status(Code::kOutOfRange, StrCat("the model cannot be split into ", size, " ranks: ", n, " ", what,
+                                            " do not divide by ", size));
   };
   if (size < 1 || rank < 0 || rank >= size) {
-    return Status(Code::kInvalidArgument, StrCat("rank ", rank, " of ", size, " does not exist"));
+    return Status(Code::kOutOfRange, StrCat("rank ", rank, " of ", size, " does not exist"));
   }
   if (stages < 1 || stage < 0 || stage >= stages) {
-    return Status(Code::kInvalidArgument, StrCat("stage ", stage, " of ", stages, " does not exist"));
+    return Status(Code::kOutOfRange, StrCat("stage ", stage, " of ", stages, " does not exist"));
   }
   if (stages > config.layers) {
-    return Status(Code::kInvalidArgument,
+    return Status(Code::kOutOfRange,
                   StrCat("the model cannot be split into ", stages, " stages: it has ", config.layers, " layers"));
   }
   if (config.q_heads % size != 0) return refuse("query heads", config.q_heads);

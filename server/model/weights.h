@@ -26,7 +26,7 @@ struct Shard {
   int stage = 0;
   int stages = 1;
 
-  // INVALID_ARGUMENT saying which dimension cannot be divided.
+  // OUT_OF_RANGE saying which dimension cannot be divided.
   static StatusOr<Shard> Make(const ModelConfig& config, int rank, int size, int stage = 0, int stages = 1);
 
   bool first_stage() const { return stage == 0; }

@@ -594,6 +594,23 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   fs::remove_all(folder);
 }
 
+TEST(BadStart, SettingsThatDoNotSuitTheModelAre64) {
+  struct {
+    std::vector<std::string> flags;
+    std::string part;
+  } cases[] = {{{"--tensor-parallel", "3"}, "cannot be split into 3 ranks"},
+               {{"--pipeline-parallel", "5"}, "cannot be split into 5 stages"},
+               {{"--max-model-len", "200000"}, "--max-model-len is 200000"}};
+  for (const auto& c : cases) {
+    std::vector<std::string> arguments = {"serve", "--model", kTiny, "--listen", "127.0.0.1:0", "--log-level", "off"};
+    arguments.insert(arguments.end(), c.flags.begin(), c.flags.end());
+    Finished finished = RunToEnd(arguments);
+    EXPECT_EQ(finished.code, 64) << finished.err;
+    EXPECT_THAT(finished.err, HasSubstr(c.part));
+    EXPECT_EQ(std::count(finished.err.begin(), finished.err.end(), '\n'), 1) << finished.err;
+  }
+}
+
 TEST(BadStart, NoDeviceNoMemoryNoAddressAre69) {
   setenv("CUDA_VISIBLE_DEVICES", "", 1);  // whatever the machine has
   Server first;

@@ -20,13 +20,13 @@ TEST(AssignGpus, RefusesTooFewWithTheNumbers) {
   EXPECT_EQ(few.status().message(), "--device cuda: 6 GPUs are wanted here, 2 for each of 3 replicas, and there are 4");
   EXPECT_EQ(AssignGpus("0,1,2,4", 2, 2, 4).status().message(), "--devices: no GPU 4, there are 4");
   auto list = AssignGpus("0,1,2", 1, 4, 8);
-  EXPECT_EQ(list.status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(list.status().code(), Code::kOutOfRange);
   EXPECT_EQ(list.status().message(), "--devices names 3: 4 GPUs are wanted here, 4 for each of 1 replica");
 }
 
 TEST(AssignGpus, RefusesWhatIsNoList) {
   for (const char* list : {",", "0,", "0,,1", "a", "0;1", "-1", "0, 1", "99999999999"}) {
-    EXPECT_EQ(AssignGpus(list, 1, 2, 8).status().code(), Code::kInvalidArgument) << list;
+    EXPECT_EQ(AssignGpus(list, 1, 2, 8).status().code(), Code::kOutOfRange) << list;
   }
   EXPECT_EQ(AssignGpus("0,1,", 1, 2, 8).status().message(),
             "--devices: \"0,1,\" has an empty element: write commas between values only");
