@@ -203,6 +203,17 @@ StatusOr<std::vector<Objective>> ParseGoodput(std::string_view text) {
                        "ttft:500,tpot:50"));
 }
 
+void BenchReport::EndAfter(size_t sent) {
+  not_sent = static_cast<int64_t>(requests.size() - sent);
+  requests.resize(sent);
+  // One that came too late to change anything has interrupted nothing.
+  interrupted = not_sent > 0 || std::ranges::any_of(requests, &RequestRecord::cancelled);
+  if (!interrupted) return;
+  notes.push_back(sent == 0 ? "interrupted before the first request was sent: nothing was measured"
+                            : StrFormat("interrupted after %.1f s: tokens of cancelled requests are in no number",
+                                        Seconds(duration)));
+}
+
 std::string BenchReport::ToText() const {
   Totals totals = Sum(*this);
   double seconds = std::max(Seconds(duration), 1e-9);

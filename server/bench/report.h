@@ -65,6 +65,10 @@ struct BenchReport {
   std::vector<std::pair<std::string, double>> rows;  // more lines of the table
   std::vector<std::string> notes;                    // what to know before believing the numbers
 
+  // Of a load that has ended, after as many requests were sent as `sent` says: leaves out the others, and notes the
+  // interruption if that, or cancelled requests, show one.
+  void EndAfter(size_t sent);
+
   std::string ToText() const;
   // detailed: with the values of each request.
   OrderedJson ToJson(bool detailed = false) const;

@@ -37,6 +37,10 @@ class Simulation {
     std::shared_ptr<const StepPlan> running;
     TimePoint running_end{};
     for (;;) {
+      if (options_.interrupted && options_.interrupted()) {
+        CutOff();
+        break;
+      }
       Send();
       std::shared_ptr<const StepPlan> next = scheduler_->Plan(now_, &events_);
       totals_.peak_blocks = std::max(totals_.peak_blocks, scheduler_->load().blocks_used);
@@ -61,6 +65,7 @@ class Simulation {
       Deliver();
     }
     report_.duration = last_end_ - kBegin;
+    report_.EndAfter(next_to_send_);
     totals_.load = scheduler_->load();
     return totals_;
   }
@@ -105,6 +110,18 @@ class Simulation {
   static void Fail(const Status& status, RequestRecord* record) {
     record->error_code = StrCat(CodeName(status.code()), status.reason().empty() ? "" : " ", status.reason());
     record->error = status.ToString();
+  }
+  // What is live ends here.
+  void CutOff() {
+    for (size_t i = 0; i < next_to_send_; ++i) {
+      RequestRecord& record = report_.requests[i];
+      const bool ended = record.ok || !record.error_code.empty();
+      if (ended) continue;
+      Fail(Status(Code::kCancelled, "interrupted"), &record);
+      record.cancelled = true;
+      record.latency = now_ - kBegin - record.start;
+    }
+    last_end_ = std::max(last_end_, now_);
   }
   void LeaveQueue(RequestKey key, bool admitted) {
     if (!queued_[key]) return;

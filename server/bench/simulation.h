@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "server/base/status.h"
@@ -17,6 +18,7 @@ struct SimulationOptions {
   StepCost cost;
   int32_t max_queued_requests = 512;  // as the engine's
   int64_t max_queued_tokens = 4 << 20;
+  std::function<bool()> interrupted;  // asked before each step; true: it ends as it is
 };
 
 struct SimulationTotals {

@@ -137,16 +137,7 @@ class LoadRun {
   // After the end: nothing else runs.
   void Report() {
     report_.duration = last_end_ - begin_;
-    report_.not_sent = static_cast<int64_t>(report_.requests.size() - sent_);
-    report_.requests.resize(sent_);
-    // One that came too late to change anything has interrupted nothing.
-    report_.interrupted =
-        report_.not_sent > 0 || std::ranges::any_of(report_.requests, &bench::RequestRecord::cancelled);
-    if (!report_.interrupted) return;
-    report_.notes.push_back(sent_ == 0
-                                ? "interrupted before the first request was sent: nothing was measured"
-                                : StrFormat("interrupted after %.1f s: tokens of cancelled requests are in no number",
-                                            Seconds(report_.duration)));
+    report_.EndAfter(sent_);
   }
 
   void End(size_t i, const bench::RequestRecord& times, bench::RequestRecord record) {

@@ -10,6 +10,7 @@
 #include "server/cli/config.h"
 #include "server/cli/load_flags.h"
 #include "server/cli/load_model.h"
+#include "server/cli/load_run.h"
 #include "server/cli/write_file.h"
 #include "server/scheduler/flight_recorder.h"
 
@@ -58,6 +59,8 @@ StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const ben
 
 int Run(const ParsedFlags& flags) {
   constexpr std::string_view kName = "simulate";
+  LoadInterrupt interrupt;
+  InterruptOnSignal on_signal(kName, &interrupt);
   auto plan = PlanLoad(flags);
   if (!plan.ok()) return Fail(kName, plan.status().message(), kExitUsage);
   auto machine = bench::FindMachine(flags.text("step-cost"));
@@ -82,6 +85,8 @@ int Run(const ParsedFlags& flags) {
     recorder.emplace(scheduler, kRecordBytes);
     options->scheduler.recorder = &*recorder;
   }
+  options->interrupted = [&interrupt] { return interrupt.interrupted(); };
+  on_signal.Arm();
   auto totals = bench::Simulate(load->dataset, load->arrivals, *options, &report);
   if (!totals.ok()) return Fail(kName, totals.status().message(), kExitUsage);
   if (recorder) {
@@ -148,7 +153,9 @@ Subcommand SimulateCommand() {
                        "--request-rate trace",
            .notes =
                "The scheduler is the server's own, the clock is turned from step to step, and a step takes what the\n"
-               "formula of docs/load_tests.md says. The same arguments give the same table.",
+               "formula of docs/load_tests.md says. The same arguments give the same table.\n"
+               "SIGINT or SIGTERM: what has been simulated is reported, exit code 130. A second one ends the\n"
+               "program at once.",
            .flags = {{.name = "step-cost",
                       .type = FlagType::kText,
                       .default_value = "8b-h200",

@@ -317,6 +317,23 @@ TEST(BenchInterrupt, ServeReportsWhatHasFinished) {
   ExpectInterrupted(*json, 100000);
 }
 
+TEST(BenchInterrupt, SimulateReportsWhatHasFinished) {
+  std::string output;
+  // A signal that comes before the simulation ends the program without a report.
+  for (int wait_ms = 100; output.empty() && wait_ms < 20000; wait_ms *= 2) {
+    Process simulate({"simulate", "--num-prompts", "100000", "--request-rate", "1", "--output-len", "2000", "--json"});
+    ASSERT_TRUE(simulate.WaitUntilTermIsHandled());
+    std::this_thread::sleep_for(std::chrono::milliseconds(wait_ms));
+    simulate.Signal(SIGINT);
+    EXPECT_EQ(simulate.Wait(), 130) << simulate.Errors();
+    EXPECT_THAT(simulate.Errors(), HasSubstr("altiplano simulate: interrupted"));
+    output = simulate.output();
+  }
+  auto json = ParseJson(output);
+  ASSERT_TRUE(json.ok()) << output;
+  ExpectInterrupted(*json, 100000);
+}
+
 TEST(BenchInterrupt, InTheWarmUpNothingWasMeasured) {
   Server server;
   ASSERT_FALSE(server.address().empty()) << server.process().Errors();

@@ -148,6 +148,24 @@ TEST(Simulation, TheSameArgumentsGiveTheSameTable) {
   EXPECT_EQ(a.ToText(), b.ToText());
 }
 
+// Two at a time: when it is asked before the ninth step, two have ended, two are live and two were never sent.
+TEST(Simulation, AnInterruptionLeavesWhatHasEnded) {
+  BenchReport report;
+  report.max_concurrency = 2;
+  SimulationOptions options = TenMillisecondSteps();
+  int asked = 0;
+  options.interrupted = [&] { return report.requests[1].ok && ++asked > 3; };
+  ASSERT_TRUE(Simulate(RandomRequests(6, 10, 3), std::vector<Duration>(6), options, &report).ok());
+  EXPECT_TRUE(report.interrupted);
+  EXPECT_EQ(report.not_sent, 2);
+  ASSERT_EQ(report.requests.size(), 4u);
+  for (size_t i : {0, 1}) EXPECT_TRUE(report.requests[i].ok);
+  for (size_t i : {2, 3}) EXPECT_TRUE(report.requests[i].cancelled);
+  EXPECT_GT(report.duration, report.requests[1].latency);
+  EXPECT_EQ(report.ToJson()["completed"], 2);
+  EXPECT_EQ(report.ToJson()["failed"], 0);
+}
+
 TEST(Simulation, ContradictingOptionsAreRefused) {
   SimulationOptions options = TenMillisecondSteps();
   options.scheduler.block_size = 12;
