@@ -3,6 +3,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <utility>
 #include <vector>
@@ -127,8 +128,9 @@ struct Result {
   int64_t streams = 0;
   double ttft_mean = 0, ttft_max = 0;  // seconds
   double prefill_rate = 0;             // prompt tokens a second until the last stream has its first token
-  double decode_rate = 0;              // tokens a second of all streams while all decode
-  double rate = 0;                     // tokens a second, prompts and answers, from the first to the last
+  // Tokens a second of all streams while all decode; none: they never do.
+  std::optional<double> decode_rate = {};
+  double rate = 0;  // tokens a second, prompts and answers, from the first to the last
   DecodeSteps decode_steps = {};
 };
 
@@ -318,7 +320,7 @@ OrderedJson ToJson(const Result& result) {
           {"mean_ttft_ms", result.ttft_mean * 1e3},
           {"max_ttft_ms", result.ttft_max * 1e3},
           {"prefill_tokens_per_second", result.prefill_rate},
-          {"decode_tokens_per_second", result.decode_rate},
+          {"decode_tokens_per_second", result.decode_rate ? OrderedJson(*result.decode_rate) : OrderedJson()},
           {"tokens_per_second", result.rate},
           {"decode_steps", result.decode_steps.count},
           {"decode_steps_from_graphs", result.decode_steps.from_graphs},
@@ -355,6 +357,7 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
     std::printf("%8s %14s %14s %16s %16s %14s %12s %10s\n", "streams", "mean TTFT ms", "max TTFT ms", "prefill tok/s",
                 "decode tok/s", "weights GB/s", "host gap us", "issue us");
   }
+  bool all_decoded = true;
   for (int64_t count : streams) {
     const auto seed = static_cast<uint64_t>(flags.count("seed"));
     auto result = Measure(model, log, count, input_len, output_len, seed, interrupt);
@@ -362,13 +365,23 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
     if (!result.ok()) return Fail("bench offline", result.status().ToString(), kExitFailure);
     json["results"].push_back(ToJson(*result));
     // While all streams decode, each step reads every weight once and yields one token for each stream.
-    double steps = result->decode_rate / static_cast<double>(count);
+    std::string decode = "-", weights = "-";
+    if (result->decode_rate) {
+      decode = StrFormat("%.1f", *result->decode_rate);
+      const double steps = *result->decode_rate / static_cast<double>(count);
+      weights = StrFormat("%.2f", steps * static_cast<double>(model.weight_bytes) / 1e9);
+    }
+    all_decoded = all_decoded && result->decode_rate;
     if (as_json) continue;
-    std::printf("%8lld %14.1f %14.1f %16.1f %16.1f %14.2f %12.1f %10.1f\n", static_cast<long long>(count),
-                result->ttft_mean * 1e3, result->ttft_max * 1e3, result->prefill_rate, result->decode_rate,
-                steps * static_cast<double>(model.weight_bytes) / 1e9, result->decode_steps.idle.median,
-                result->decode_steps.issue.median);
+    std::printf("%8lld %14.1f %14.1f %16.1f %16s %14s %12.1f %10.1f\n", static_cast<long long>(count),
+                result->ttft_mean * 1e3, result->ttft_max * 1e3, result->prefill_rate, decode.c_str(), weights.c_str(),
+                result->decode_steps.idle.median, result->decode_steps.issue.median);
     std::fflush(stdout);
+  }
+  if (!as_json && !all_decoded) {
+    std::printf(
+        "-: at no time all streams decoded, since some had ended before others began; raise --output-len,\n"
+        "--max-num-seqs or --kv-memory\n");
   }
   const bool interrupted = json["results"].size() < streams.size();
   json["interrupted"] = interrupted;

@@ -462,6 +462,23 @@ TEST(Offline, BenchMeasuresEachNumberOfStreams) {
   EXPECT_GT((*parsed)["results"][1]["tokens_per_second"], 0);
 }
 
+TEST(Offline, BenchHasNoDecodeRateWhereStreamsTakeTurns) {
+  std::vector<std::string> arguments = {"bench",          "offline", "--model",      kTiny, "--streams",   "1,2",
+                                        "--input-len",    "8",       "--output-len", "4",   "--kv-memory", "16MiB",
+                                        "--max-num-seqs", "1"};
+  Finished text = RunToEnd(arguments);
+  ASSERT_EQ(text.code, 0) << text.err;
+  EXPECT_THAT(text.out, HasSubstr("\n-: at no time all streams decoded"));
+  EXPECT_THAT(text.out, HasSubstr("-              -")) << "of decode and weights";
+  arguments.push_back("--json");
+  Finished bench = RunToEnd(arguments);
+  auto parsed = ParseJson(bench.out);
+  ASSERT_TRUE(parsed.ok()) << bench.out;
+  EXPECT_GT((*parsed)["results"][0]["decode_tokens_per_second"], 0);
+  EXPECT_TRUE((*parsed)["results"][1]["decode_tokens_per_second"].is_null());
+  EXPECT_GT((*parsed)["results"][1]["tokens_per_second"], 0);
+}
+
 TEST(Offline, BenchLeavesOutTheSumsOfRanks) {
   std::vector<std::string> arguments = {
       "bench", "offline",      "--model", kTiny,         "--streams", "1",      "--input-len",

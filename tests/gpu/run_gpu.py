@@ -187,6 +187,8 @@ def measured_together(out):
     for model, ranks, layers in TOGETHER:
         summed, unsummed = (json_in(out / f"together_{model}_{ranks}{what}.log") for what in ("", "_unsummed"))
         for with_, without in zip(summed.get("results", []), unsummed.get("results", [])):
+            if None in (with_["decode_tokens_per_second"], without["decode_tokens_per_second"]):
+                continue  # at no time did all streams decode
             calls, streams = summed["all_reduces"]["a_step"], with_["streams"]
             rows.append({"model": model, "ranks": ranks, "layers": layers, "streams": streams, "calls": calls,
                          "message_bytes": streams * summed["all_reduces"]["token_bytes"], "step_ms": step_ms(with_),
@@ -297,10 +299,10 @@ def summary(parts, state, out, about):
         said = json_in(path)
         for result in said.get("results", []):
             decode, streams = result["decode_tokens_per_second"], result["streams"]
-            weights = decode / streams * said["weight_bytes"] * 1e-9
+            rates = "– | –" if decode is None else f"{decode:.1f} | {decode / streams * said['weight_bytes'] * 1e-9:.0f}"
             gap, issue, step = (result[name]["median"] for name in ("host_gap_us", "issue_us", "device_step_us"))
             rows.append(f"| {path.stem} | {streams} | {said['input_len']} | {result['mean_ttft_ms']:.1f} | "
-                        f"{result['prefill_tokens_per_second']:.0f} | {decode:.1f} | {weights:.0f} | {gap:.1f} | "
+                        f"{result['prefill_tokens_per_second']:.0f} | {rates} | {gap:.1f} | "
                         f"{result['host_gap_us']['p90']:.1f} | {issue:.0f} | {step:.0f} | "
                         f"{result['decode_steps_from_graphs']} of {result['decode_steps']} |")
     if rows:
