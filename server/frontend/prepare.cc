@@ -47,22 +47,54 @@ SamplingParams SamplingOf(const GenerateInput& input, const ServedModel& model) 
   return out;
 }
 
-Status TooLong(Code code, std::string_view reason, std::string_view what, int64_t actual, int64_t limit) {
+// A tokenizer that leaves off where a prompt is longer than it may be: the rest would only take time.
+class PromptTokenizer : public Tokenizer {
+ public:
+  PromptTokenizer(const Tokenizer& tokenizer, int64_t most) : inner_(tokenizer), most_(static_cast<size_t>(most)) {}
+  // All that it was given has been encoded.
+  bool whole() const { return whole_; }
+
+  void Encode(std::string_view text, std::vector<TokenId>* ids) const override {
+    whole_ = whole_ && inner_.EncodeUpTo(most_, text, ids);
+  }
+  std::string_view TokenBytes(TokenId id) const override { return inner_.TokenBytes(id); }
+  bool IsSpecial(TokenId id) const override { return inner_.IsSpecial(id); }
+  std::optional<TokenId> Special(std::string_view name) const override { return inner_.Special(name); }
+  int32_t vocab_size() const override { return inner_.vocab_size(); }
+  std::optional<TokenId> bos() const override { return inner_.bos(); }
+
+ private:
+  const Tokenizer& inner_;
+  const size_t most_;
+  mutable bool whole_ = true;
+};
+
+// What the prompt becomes. whole: false when only its beginning is in ids, which is too long already.
+struct Prompt {
+  std::vector<TokenId> ids;
+  bool whole = true;
+};
+
+// actual: of a prompt that is not whole, at least.
+Status TooLong(Code code, std::string_view reason, std::string_view what, int64_t actual, int64_t limit,
+               bool whole = true) {
   ErrorDetail detail;
   detail.reason = std::string(reason);
   detail.metadata = {{"limit", StrCat(limit)}, {"actual", StrCat(actual)}};
   return Status(code,
-                StrCat("the prompt and at least one new token (or min_new_tokens) are ", actual, " tokens, ", what,
-                       " takes ", limit),
+                StrCat("the prompt and at least one new token (or min_new_tokens) are ", whole ? "" : "at least ",
+                       actual, " tokens, ", what, " takes ", limit),
                 std::move(detail));
 }
 
 // Fills max_new_tokens with what both the context and this server's KV pool leave.
-Status FitLength(const StoppingInput& in, int64_t prompt_tokens, const PrepareContext& context, StopParams* out) {
+Status FitLength(const StoppingInput& in, const Prompt& prompt, const PrepareContext& context, StopParams* out) {
+  const auto prompt_tokens = static_cast<int64_t>(prompt.ids.size());
   int64_t least = prompt_tokens + std::max<int64_t>(1, in.min_new_tokens);
   int64_t max_context = context.model.max_context;
   if (least > max_context) {
-    return TooLong(Code::kInvalidArgument, "CONTEXT_LENGTH_EXCEEDED", "the model's context", least, max_context);
+    return TooLong(Code::kInvalidArgument, "CONTEXT_LENGTH_EXCEEDED", "the model's context", least, max_context,
+                   prompt.whole);
   }
   int64_t servable = context.max_servable_tokens;
   if (least > servable) {
@@ -80,17 +112,43 @@ TimePoint After(TimePoint now, Duration wait) {
   return wait > kNever - now ? kNever : now + wait;
 }
 
-StatusOr<std::vector<TokenId>> PromptIds(GenerateInput* input, const ServedModel& model) {
+StatusOr<RenderedPrompt> Render(ChatInput chat, const ChatFormat& format, const Tokenizer& tokenizer) {
+  Conversation conversation;
+  conversation.messages.reserve(chat.messages.size());
+  for (ChatMessageInput& in : chat.messages) {
+    ChatMessage message;
+    message.role = *in.role;
+    message.content = std::move(in.content);
+    message.tool_calls = std::move(in.tool_calls);
+    message.tool_call_id = std::move(in.tool_call_id);
+    conversation.messages.push_back(std::move(message));
+  }
+  // With "none" the model is not told of its tools: it cannot call what it does not know.
+  if (chat.tool_choice != ToolChoiceKind::kNone) conversation.tools_json = std::move(chat.tools_json);
+  conversation.continue_final_message = chat.continue_final_message;
+  conversation.date = std::move(chat.date);
+  auto rendered = format.Render(conversation, tokenizer);
+  if (!rendered.ok()) return WithPrefix(rendered.status(), "chat.");
+  return rendered;
+}
+
+StatusOr<Prompt> PromptOf(GenerateInput* input, const ServedModel& model) {
+  const PromptTokenizer tokenizer(*model.tokenizer, model.max_context);
+  Prompt prompt;
   switch (input->prompt) {
     case PromptKind::kChat: {
-      ASSIGN_OR_RETURN(RenderedPrompt rendered, RenderChat(std::move(input->chat), model));
-      return std::move(rendered.ids);
+      ASSIGN_OR_RETURN(RenderedPrompt rendered, Render(std::move(input->chat), *model.chat_format, tokenizer));
+      prompt.ids = std::move(rendered.ids);
+      break;
     }
     case PromptKind::kTokenIds:
-      return std::vector<TokenId>(input->token_ids.begin(), input->token_ids.end());
+      prompt.ids.assign(input->token_ids.begin(), input->token_ids.end());
+      break;
     default:
-      return EncodeText(input->text, /*omit_bos=*/false, *model.tokenizer);
+      prompt.ids = EncodeText(input->text, /*omit_bos=*/false, tokenizer);
   }
+  prompt.whole = tokenizer.whole();
+  return prompt;
 }
 
 Status OfferTools(const ChatInput& chat, const ServedModel& model, PreparedRequest* out) {
@@ -122,23 +180,7 @@ std::string DecodeTokens(const std::vector<TokenId>& ids, bool keep_special,
 }
 
 StatusOr<RenderedPrompt> RenderChat(ChatInput chat, const ServedModel& model) {
-  Conversation conversation;
-  conversation.messages.reserve(chat.messages.size());
-  for (ChatMessageInput& in : chat.messages) {
-    ChatMessage message;
-    message.role = *in.role;
-    message.content = std::move(in.content);
-    message.tool_calls = std::move(in.tool_calls);
-    message.tool_call_id = std::move(in.tool_call_id);
-    conversation.messages.push_back(std::move(message));
-  }
-  // With "none" the model is not told of its tools: it cannot call what it does not know.
-  if (chat.tool_choice != ToolChoiceKind::kNone) conversation.tools_json = std::move(chat.tools_json);
-  conversation.continue_final_message = chat.continue_final_message;
-  conversation.date = std::move(chat.date);
-  auto rendered = model.chat_format->Render(conversation, *model.tokenizer);
-  if (!rendered.ok()) return WithPrefix(rendered.status(), "chat.");
-  return rendered;
+  return Render(std::move(chat), *model.chat_format, *model.tokenizer);
 }
 
 StatusOr<PreparedRequest> Prepare(GenerateInput input, const PrepareContext& context) {
@@ -147,8 +189,9 @@ StatusOr<PreparedRequest> Prepare(GenerateInput input, const PrepareContext& con
   if (input.prompt == PromptKind::kChat) RETURN_IF_ERROR(OfferTools(input.chat, model, &out));
 
   auto request = std::make_shared<Request>();
-  ASSIGN_OR_RETURN(request->prompt, PromptIds(&input, model));
-  RETURN_IF_ERROR(FitLength(input.stopping, static_cast<int64_t>(request->prompt.size()), context, &request->stop));
+  ASSIGN_OR_RETURN(Prompt prompt, PromptOf(&input, model));
+  RETURN_IF_ERROR(FitLength(input.stopping, prompt, context, &request->stop));
+  request->prompt = std::move(prompt.ids);
   request->id = std::move(input.request_id);
   request->num_sequences = static_cast<int32_t>(input.sampling.num_sequences.value_or(1));
   request->sampling = SamplingOf(input, model);

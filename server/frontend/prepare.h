@@ -38,7 +38,8 @@ struct PrepareContext {
 };
 
 // `input` has passed ValidateInput and has a request id. Errors: the chat format's (fields below "chat."),
-// INVALID_ARGUMENT CONTEXT_LENGTH_EXCEEDED, FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER.
+// INVALID_ARGUMENT CONTEXT_LENGTH_EXCEEDED, FAILED_PRECONDITION REQUEST_TOO_LARGE_FOR_SERVER; of a text far too long
+// only the beginning is tokenized, and "actual" is what that alone has.
 StatusOr<PreparedRequest> Prepare(GenerateInput input, const PrepareContext& context);
 
 // `chat` has passed ValidateChat. Fields in errors begin with "chat.".

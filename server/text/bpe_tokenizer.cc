@@ -57,8 +57,8 @@ std::optional<TokenId> BpeTokenizer::Special(std::string_view name) const {
   return it->second;
 }
 
-void BpeTokenizer::Encode(std::string_view text, std::vector<TokenId>* ids) const {
-  if (tables_.verbatim.empty()) return EncodePlain(text, ids);
+bool BpeTokenizer::EncodeUpTo(size_t most, std::string_view text, std::vector<TokenId>* ids) const {
+  if (tables_.verbatim.empty()) return EncodePlain(most, text, ids);
   size_t begin = 0;
   for (size_t at = 0; at < text.size();) {
     const TokenId id = VerbatimAt(text.substr(at));
@@ -66,11 +66,11 @@ void BpeTokenizer::Encode(std::string_view text, std::vector<TokenId>* ids) cons
       ++at;
       continue;
     }
-    EncodePlain(text.substr(begin, at - begin), ids);
+    if (!EncodePlain(most, text.substr(begin, at - begin), ids)) return false;
     ids->push_back(id);
     begin = at += TokenBytes(id).size();
   }
-  EncodePlain(text.substr(begin), ids);
+  return EncodePlain(most, text.substr(begin), ids);
 }
 
 TokenId BpeTokenizer::VerbatimAt(std::string_view text) const {
@@ -80,8 +80,9 @@ TokenId BpeTokenizer::VerbatimAt(std::string_view text) const {
   return -1;
 }
 
-void BpeTokenizer::EncodePlain(std::string_view text, std::vector<TokenId>* ids) const {
+bool BpeTokenizer::EncodePlain(size_t most, std::string_view text, std::vector<TokenId>* ids) const {
   while (!text.empty()) {
+    if (ids->size() > most) return false;
     const std::string_view piece = text.substr(0, FirstPiece(tables_.split, text));
     text.remove_prefix(piece.size());
     const TokenId id = piece.size() <= tables_.vocabulary.max_text_bytes() ? tables_.vocabulary.Find(piece) : -1;
@@ -91,6 +92,7 @@ void BpeTokenizer::EncodePlain(std::string_view text, std::vector<TokenId>* ids)
       Merge(piece, ids);
     }
   }
+  return true;
 }
 
 void BpeTokenizer::Merge(std::string_view piece, std::vector<TokenId>* ids) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -39,7 +40,8 @@ class BpeTokenizer : public Tokenizer {
   // then vanish from the text as they do with Hugging Face.
   static StatusOr<std::shared_ptr<const Tokenizer>> Make(BpeTables tables);
 
-  void Encode(std::string_view text, std::vector<TokenId>* ids) const override;
+  void Encode(std::string_view text, std::vector<TokenId>* ids) const override { EncodeUpTo(SIZE_MAX, text, ids); }
+  bool EncodeUpTo(size_t most, std::string_view text, std::vector<TokenId>* ids) const override;
   std::string_view TokenBytes(TokenId id) const override { return tables_.vocabulary.Bytes(id); }
   bool IsSpecial(TokenId id) const override { return tables_.vocabulary.kind(id) == BpeVocabulary::Kind::kSpecial; }
   std::optional<TokenId> Special(std::string_view name) const override;
@@ -49,7 +51,8 @@ class BpeTokenizer : public Tokenizer {
  private:
   explicit BpeTokenizer(BpeTables tables);
 
-  void EncodePlain(std::string_view text, std::vector<TokenId>* ids) const;  // without verbatim tokens
+  // Text without verbatim tokens.
+  bool EncodePlain(size_t most, std::string_view text, std::vector<TokenId>* ids) const;
   void Merge(std::string_view piece, std::vector<TokenId>* ids) const;
   TokenId VerbatimAt(std::string_view text) const;  // the longest verbatim token that `text` starts with, or -1
 

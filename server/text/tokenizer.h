@@ -2,6 +2,7 @@
 // ignore_merges). Immutable after construction; any thread.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <optional>
 #include <string>
@@ -36,6 +37,12 @@ class Tokenizer {
   // Appends the ids of plain text. Never produces a special token, whatever the text spells. Linear time.
   // The text need not be valid UTF-8.
   virtual void Encode(std::string_view text, std::vector<TokenId>* ids) const = 0;
+  // The same, but it may stop where *ids holds more than `most`, without the rest. False: it did.
+  virtual bool EncodeUpTo(size_t most, std::string_view text, std::vector<TokenId>* ids) const {
+    (void)most;
+    Encode(text, ids);
+    return true;
+  }
 
   // The token's bytes; of a special its name, "<|eot_id|>"; "" for ids outside the vocabulary.
   virtual std::string_view TokenBytes(TokenId id) const = 0;

@@ -1,5 +1,6 @@
 #include "server/frontend/prepare.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "tests/server/frontend/frontend_testlib.h"
@@ -54,6 +55,31 @@ TEST_F(PrepareTest, LengthAtItsBounds) {
   EXPECT_EQ(Run(input, 1000).status().code(), Code::kFailedPrecondition);
   input.stopping.min_new_tokens = 904;
   EXPECT_TRUE(Run(input, 1000).ok());
+}
+
+TEST_F(PrepareTest, TextFarTooLongIsTokenizedNoFurtherThanTheContext) {
+  GenerateInput text;
+  text.prompt = PromptKind::kText;
+  for (int i = 0; i < 100'000; ++i) text.text += "7 ";
+  GenerateInput chat;
+  chat.prompt = PromptKind::kChat;
+  ChatMessageInput message;
+  message.role = Role::kUser;
+  message.content = text.text;
+  chat.chat.messages = {message, message};
+  for (const GenerateInput& input : {text, chat}) {
+    const Status status = Run(input).status();
+    EXPECT_EQ(status.code(), Code::kInvalidArgument);
+    EXPECT_EQ(status.reason(), "CONTEXT_LENGTH_EXCEEDED");
+    EXPECT_THAT(status.message(), ::testing::HasSubstr("are at least 4"));
+    EXPECT_LE(std::stoi(status.detail()->metadata.at("actual")), 4096 + 100);
+    EXPECT_EQ(status.detail()->metadata.at("limit"), "4096");
+  }
+  // What is too long by a little is counted.
+  text.text.resize(4096);
+  const auto tokens = EncodeText(text.text, /*omit_bos=*/false, *model_.tokenizer).size();
+  ASSERT_GE(tokens, 4096u);
+  EXPECT_EQ(Run(text).status().detail()->metadata.at("actual"), std::to_string(tokens + 1));
 }
 
 TEST_F(PrepareTest, TopKBeyondTheVocabularyIsOffAndTinyTemperaturesAreGreedy) {

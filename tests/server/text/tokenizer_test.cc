@@ -227,6 +227,26 @@ TEST(Tokenizer, HostileTextsOfAMegabyte) {
   }
 }
 
+TEST(Tokenizer, EncodesUpToALength) {
+  std::vector<std::shared_ptr<const Tokenizer>> tokenizers = {TinyTokenizer()};
+  if (Llama3OrNull()) tokenizers.push_back(Llama3OrNull());
+  const std::string text = "Snow fell on 12 hills, and <|eot_id|> on  none.\n\nWho saw it?";
+  for (const auto& tokenizer : tokenizers) {
+    const Ids all = Encode(*tokenizer, text);
+    for (size_t most = 0; most <= all.size() + 1; ++most) {
+      Ids ids;
+      const bool whole = tokenizer->EncodeUpTo(most, text, &ids);
+      EXPECT_EQ(whole, ids.size() == all.size()) << most;
+      EXPECT_TRUE(whole || ids.size() > most) << most;
+      EXPECT_TRUE(ids.size() <= all.size() && std::equal(ids.begin(), ids.end(), all.begin())) << most;
+      EXPECT_TRUE(whole || most < all.size()) << most;
+    }
+    Ids first;
+    EXPECT_FALSE(tokenizer->EncodeUpTo(0, text, &first));
+    EXPECT_LT(first.size(), 5u);
+  }
+}
+
 TEST(Tokenizer, AnyBytesSurvive) {
   std::mt19937_64 random(2);
   const auto tokenizer = TinyTokenizer();
