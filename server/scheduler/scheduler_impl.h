@@ -105,6 +105,10 @@ class Scheduler::Impl {
   void PlanPrefills(StepPlan* plan);
   void AdmitWaiting(StepPlan* plan, const Call& call);
   bool TryAdmit(Sequence* sequence, const Call& call);
+  bool FindRoom(Sequence* sequence, int32_t num_blocks);
+  void TakeBlocks(Sequence* sequence, int32_t num_blocks);
+  void StartRunning(Sequence* sequence);
+  void CountAdmission(const Sequence& sequence, const Call& call);
   void ReserveAnswer(Sequence* sequence);
   int32_t Headroom(const Sequence& sequence) const;
   int32_t PrefillRoom(int32_t first_position) const;
@@ -221,7 +225,7 @@ class Scheduler::Impl {
   Duration late_total_{}, late_most_{};
   uint64_t targets_met_ = 0, targets_missed_ = 0, hopeless_ = 0;
 
-  std::vector<BlockId> match_;          // scratch of TryAdmit
+  std::vector<BlockId> match_;          // scratch of TryAdmit: the prefix that FindRoom found
   std::vector<TokenId> token_scratch_;  // scratch of hashing and publishing
 };
 

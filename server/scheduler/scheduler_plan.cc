@@ -308,21 +308,37 @@ bool Scheduler::Impl::StopHurrying(Sequence* sequence, TimePoint now) {
 // Blocks for all known tokens and the next one are taken at once, so that a prompt under way never has to wait or
 // preempt.
 bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
-  LiveRequest& request = *sequence->request;
   // Else results of an earlier run would meet this one.
   CHECK(sequence->pending == 0 && FindInFlight(sequence->last_step) == nullptr);
+  const int32_t num_blocks = BlocksFor(std::min(sequence->known() + 1, sequence->request->limit - 1));
+  if (!FindRoom(sequence, num_blocks)) return false;
+  AccountOf(*sequence).waiting.erase(sequence);
+  TakeBlocks(sequence, num_blocks);
+  StartRunning(sequence);
+  LiveRequest& request = *sequence->request;
+  if (!request.admitted) CountAdmission(*sequence, call);
+  if (!sequence->admitted) {
+    sequence->admitted = true;
+    ReserveAnswer(sequence);
+    --request.num_unadmitted;
+    DropShareIfUnused(request);
+  }
+  return true;
+}
+
+// Whether the sequence can have that many blocks, match_ among them, and leave the headroom. False: it is blocked_.
+bool Scheduler::Impl::FindRoom(Sequence* sequence, int32_t num_blocks) {
   if (sequence == blocked_ && num_running_ > 0 && pool_.available() < blocked_until_available_ &&
       step_ < blocked_until_step_) {
     return false;
   }
   blocked_ = nullptr;
-  const int32_t wanted = BlocksFor(std::min(sequence->known() + 1, request.limit - 1));
   for (;;) {
     MatchPrefix(sequence, &match_);
     const auto unreferenced = std::ranges::count_if(match_, [&](BlockId block) { return pool_.refs(block) == 0; });
-    const int32_t needed = wanted - static_cast<int32_t>(match_.size()) + static_cast<int32_t>(unreferenced);
+    const int32_t needed = num_blocks - static_cast<int32_t>(match_.size()) + static_cast<int32_t>(unreferenced);
     const int32_t headroom = Headroom(*sequence);
-    if (needed + headroom <= pool_.available()) break;
+    if (needed + headroom <= pool_.available()) return true;
     if (num_running_ == 0 && in_flight_.size() == 1 && !sharing_.empty()) {
       // Nothing runs: prompts kept for later siblings must not keep it so.
       DropShare(*sharing_.back());
@@ -333,20 +349,26 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
     blocked_until_step_ = step_ + kRetryBlockedAfterSteps;
     return false;
   }
+}
 
-  Account& account = AccountOf(*sequence);
-  account.waiting.erase(sequence);
+// Those of match_ first.
+void Scheduler::Impl::TakeBlocks(Sequence* sequence, int32_t num_blocks) {
   for (BlockId block : match_) pool_.Ref(block);
   sequence->blocks.assign(match_.begin(), match_.end());
-  while (static_cast<int32_t>(sequence->blocks.size()) < wanted) {
+  while (static_cast<int32_t>(sequence->blocks.size()) < num_blocks) {
     std::optional<BlockId> block = cache_.Allocate();
     CHECK(block.has_value());
     sequence->blocks.push_back(*block);
   }
-  sequence->state = Sequence::State::kRunning;
   // Whoever computed them has offered them to the cache, which may know by then that they are not to be trusted.
   sequence->published = static_cast<int32_t>(match_.size());
   sequence->computed = sequence->scheduled = sequence->published * options_.block_size;
+}
+
+void Scheduler::Impl::StartRunning(Sequence* sequence) {
+  LiveRequest& request = *sequence->request;
+  Account& account = AccountOf(*sequence);
+  sequence->state = Sequence::State::kRunning;
   sequence->slot = free_slots_.back();
   free_slots_.pop_back();
   sequence->needs_init = true;
@@ -355,32 +377,29 @@ bool Scheduler::Impl::TryAdmit(Sequence* sequence, const Call& call) {
   ++num_running_;
   ++account.load.running_sequences;
   account.running.insert(std::ranges::upper_bound(account.running, sequence, ComesBefore()), sequence);
-  if (!request.admitted) {
-    if (EarliestExpiry(request) <= next_expiry_) next_expiry_stale_ = true;
-    request.admitted = true;
-    request.admitted_at = call.now;
-    --waiting_requests_;
-    waiting_tokens_ -= request.prompt_size;
-    // Several have a use for these: one that nobody has found since is taken before them.
-    for (BlockId block : match_) pool_.SetValued(block);
-    prompt_tokens_ += static_cast<uint64_t>(request.prompt_size);
-    --account.load.waiting_requests;
-    account.load.waiting_tokens -= request.prompt_size;
-    account.load.prompt_tokens += static_cast<uint64_t>(request.prompt_size);
-    cached_tokens_ += static_cast<uint64_t>(sequence->computed);
-    Event& event = call.events->emplace_back();
-    event.kind = Event::Kind::kAdmitted;
-    event.request = request.key;
-    event.cached_tokens = static_cast<uint32_t>(sequence->computed);
-    event.timing.queued = call.now - request.request->arrival;
-  }
-  if (!sequence->admitted) {
-    sequence->admitted = true;
-    ReserveAnswer(sequence);
-    --request.num_unadmitted;
-    DropShareIfUnused(request);
-  }
-  return true;
+}
+
+// Of a request whose first sequence this is to run.
+void Scheduler::Impl::CountAdmission(const Sequence& sequence, const Call& call) {
+  LiveRequest& request = *sequence.request;
+  Account& account = AccountOf(sequence);
+  if (EarliestExpiry(request) <= next_expiry_) next_expiry_stale_ = true;
+  request.admitted = true;
+  request.admitted_at = call.now;
+  --waiting_requests_;
+  waiting_tokens_ -= request.prompt_size;
+  // Several have a use for these: one that nobody has found since is taken before them.
+  for (BlockId block : match_) pool_.SetValued(block);
+  prompt_tokens_ += static_cast<uint64_t>(request.prompt_size);
+  --account.load.waiting_requests;
+  account.load.waiting_tokens -= request.prompt_size;
+  account.load.prompt_tokens += static_cast<uint64_t>(request.prompt_size);
+  cached_tokens_ += static_cast<uint64_t>(sequence.computed);
+  Event& event = call.events->emplace_back();
+  event.kind = Event::Kind::kAdmitted;
+  event.request = request.key;
+  event.cached_tokens = static_cast<uint32_t>(sequence.computed);
+  event.timing.queued = call.now - request.request->arrival;
 }
 
 void Scheduler::Impl::ReserveAnswer(Sequence* sequence) {

@@ -139,8 +139,8 @@ MUTATIONS = [
      "auto block = sequence->blocks.begin(); block != sequence->blocks.end(); ++block"),
     ("the last block of a prefix is not found", "scheduler_plan.cc", "i < most; ++i", "i + 1 < most; ++i"),
     ("cached tokens are counted as the prompt's", "scheduler_plan.cc",
-     "event.cached_tokens = static_cast<uint32_t>(sequence->computed);",
-     "event.cached_tokens = static_cast<uint32_t>(std::min(sequence->computed + options_.block_size,"
+     "event.cached_tokens = static_cast<uint32_t>(sequence.computed);",
+     "event.cached_tokens = static_cast<uint32_t>(std::min(sequence.computed + options_.block_size,"
      " request.prompt_size - 1) / options_.block_size * options_.block_size);"),
     ("a tenant's prompts are counted when they arrive", "scheduler.cc",
      "account.load.waiting_tokens += prompt_size;",
