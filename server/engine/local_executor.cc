@@ -50,6 +50,26 @@ int GpuOf(const LocalExecutorOptions& options, size_t rank) {
   return options.gpus.empty() ? static_cast<int>(rank) : options.gpus.at(rank);
 }
 
+// As asked, or the model's own.
+StatusOr<int32_t> ChooseContext(const ModelConfig& config, int32_t asked) {
+  const auto most = static_cast<int32_t>(std::min<int64_t>(config.max_position, INT32_MAX / 2));
+  if (asked <= most) return asked > 0 ? asked : most;
+  return Status(Code::kOutOfRange, StrCat("max_context is ", asked, ", the model was made for ", most, " positions"));
+}
+
+// Of each rank's cache, but for its pages.
+std::vector<KvCache::Shape> CacheShapes(const ModelConfig& config, const LocalExecutorOptions& options,
+                                        const std::vector<Shard>& shards) {
+  KvCache::Shape shape;
+  shape.kv_heads = shards.front().kv_heads(config);
+  shape.page_size = options.page_size;
+  shape.head_dim = config.head_dim;
+  shape.dtype = options.dtype;
+  std::vector<KvCache::Shape> shapes(shards.size(), shape);
+  for (size_t i = 0; i < shards.size(); ++i) shapes[i].layers = shards[i].layers(config);
+  return shapes;
+}
+
 // How many pages there may be, of each rank's KV cache, and words for what decides it.
 struct Room {
   uint64_t most = 0;      // that may be asked for
@@ -84,11 +104,10 @@ Room FindRoom(const LocalExecutorOptions& options, const std::vector<KvCache::Sh
 }
 
 // Pages for the KV cache of each rank: as asked, or as many as could be used within the room that there is.
-StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const std::vector<KvCache::Shape>& shapes,
-                              int32_t max_context) {
+StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const std::vector<KvCache::Shape>& shapes) {
   uint64_t page_bytes = 0;  // of all ranks
   for (const KvCache::Shape& shape : shapes) page_bytes += shape.page_bytes();
-  const int64_t pages_for_one = (max_context + options.page_size - 1) / options.page_size;
+  const int64_t pages_for_one = (options.max_context + options.page_size - 1) / options.page_size;
   const Room room = FindRoom(options, shapes);
   uint64_t pages = options.kv_bytes / page_bytes;
   if (options.kv_bytes == 0) {
@@ -139,6 +158,15 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
   });
   auto weights = LoadAllRanks(checkpoint, load, shards, gpus);
   watch->End();
+  return weights;
+}
+
+// Of each rank: those given, or its own from the checkpoint.
+StatusOr<std::vector<LlamaWeights>> LoadOrShare(const Checkpoint& checkpoint, const LocalExecutorOptions& options,
+                                                StartWatch* watch) {
+  if (options.weights == nullptr) return Load(checkpoint, options, watch);
+  std::vector<LlamaWeights> weights;
+  for (const auto& rank : *options.weights) weights.push_back(Share(rank));
   return weights;
 }
 
@@ -259,52 +287,56 @@ StatusOr<std::shared_ptr<const RankWeights>> LocalExecutor::LoadShared(const Che
 StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint& checkpoint,
                                                                LocalExecutorOptions options) {
   const ModelConfig& config = checkpoint.config();
-  int32_t max_context = static_cast<int32_t>(std::min<int64_t>(config.max_position, INT32_MAX / 2));
-  if (options.max_context > max_context) {
-    return Status(Code::kOutOfRange, StrCat("max_context is ", options.max_context, ", the model was made for ",
-                                            max_context, " positions"));
-  }
-  if (options.max_context > 0) max_context = options.max_context;
-
+  ASSIGN_OR_RETURN(options.max_context, ChooseContext(config, options.max_context));
   cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
   StartWatch watch(options.start_patience, options.on_start_hang);
   watch.Begin("connecting the ranks");
   ASSIGN_OR_RETURN(Ranks ranks, Connect(config, options));  // before weights are read for GPUs that are not there
-  std::vector<LlamaWeights> weights;
-  if (options.weights != nullptr) {
-    for (const auto& rank : *options.weights) weights.push_back(Share(rank));
-  } else {
-    ASSIGN_OR_RETURN(weights, Load(checkpoint, options, &watch));
-  }
+  ASSIGN_OR_RETURN(std::vector<LlamaWeights> weights, LoadOrShare(checkpoint, options, &watch));
   watch.Begin("making the ranks");
+  RETURN_IF_ERROR(MakeWorkers(ranks, checkpoint, options, shards, std::move(weights)));
+  watch.End();  // other nodes watch themselves
+  if (options.meet) RETURN_IF_ERROR(options.meet());
+  std::vector<KvCache::Shape> shapes = CacheShapes(config, options, shards);
+  RETURN_IF_ERROR(WarmUp(ranks, &watch, options, shapes));
+  watch.Begin("allocating the KV cache");
+  ASSIGN_OR_RETURN(const int32_t pages, ChoosePages(options, shapes));
+  for (KvCache::Shape& shape : shapes) shape.pages = pages;
+  RETURN_IF_ERROR(AllocateCaches(ranks, shapes));
+  if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, &watch, options));
 
+  SchedulerOptions scheduler;
+  scheduler.num_blocks = pages;
+  scheduler.block_size = options.page_size;
+  scheduler.max_running = options.max_running;
+  scheduler.token_budget = options.token_budget;
+  scheduler.max_context = options.max_context;
+  scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
+  return std::unique_ptr<LocalExecutor>(new LocalExecutor(std::move(ranks), std::move(scheduler), options));
+}
+
+Status LocalExecutor::MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoint, const LocalExecutorOptions& options,
+                                  const std::vector<Shard>& shards, std::vector<LlamaWeights> weights) {
   Llama::Limits limits;
   limits.max_tokens = options.token_budget;
   limits.batch_invariant = options.batch_invariant;
   limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
-  if (options.device == Device::kCuda) limits.max_context = max_context;
+  if (options.device == Device::kCuda) limits.max_context = options.max_context;
   RankWorker::Limits worker_limits;
   worker_limits.slots = options.max_running;
   worker_limits.max_tokens = options.token_budget;
-  worker_limits.max_context = max_context;
+  worker_limits.max_context = options.max_context;
   worker_limits.page_size = options.page_size;
-  KvCache::Shape shape;
-  shape.kv_heads = shards.front().kv_heads(config);
-  shape.page_size = options.page_size;
-  shape.head_dim = config.head_dim;
-  shape.dtype = options.dtype;
-  std::vector<KvCache::Shape> shapes(shards.size(), shape);
-  for (size_t i = 0; i < shards.size(); ++i) shapes[i].layers = shards[i].layers(config);
-
   const int threads = options.threads > 0 ? options.threads : UsableCores();
+  const int threads_each = std::max(1, threads / static_cast<int>(ranks.size()));
   for (size_t i = 0; i < ranks.size(); ++i) {
     Rank& rank = *ranks[i];
     std::string error;
-    auto stream =
-        Stream::Open(options.device, GpuOf(options, i), std::max(1, threads / static_cast<int>(ranks.size())), &error);
+    auto stream = Stream::Open(options.device, GpuOf(options, i), threads_each, &error);
     if (stream == nullptr) return Status(Code::kUnavailable, error);
-    auto model = Llama::Create(*stream, config, shards[i], std::move(weights[i]), limits, rank.communicator.get());
+    auto model =
+        Llama::Create(*stream, checkpoint.config(), shards[i], std::move(weights[i]), limits, rank.communicator.get());
     if (model == nullptr) {
       return Status(Code::kResourceExhausted,
                     StrCat("no memory for the activations of ", options.token_budget, " tokens in one step"));
@@ -317,40 +349,35 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
                     StrCat("no memory for the logits and the sampling of ", options.max_running, " sequences"));
     }
   }
-  watch.End();  // other nodes watch themselves
-  if (options.meet) RETURN_IF_ERROR(options.meet());
-  const auto warm_up = [&](int32_t tokens) {
-    return OnAllRanks(ranks, &watch, "the warm-up", [&](size_t i, RankWorker& worker) {
+  return OkStatus();
+}
+
+Status LocalExecutor::WarmUp(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options,
+                             const std::vector<KvCache::Shape>& shapes) {
+  const auto step = [&](int32_t tokens) {
+    return OnAllRanks(ranks, watch, "the warm-up", [&](size_t i, RankWorker& worker) {
       if (options.before_step) options.before_step(ranks[i]->number, 0);
       return worker.WarmUp(tokens, shapes[i]);
     });
   };
-  RETURN_IF_ERROR(warm_up(1));
+  RETURN_IF_ERROR(step(1));
+  if (options.device != Device::kCuda) return OkStatus();
   // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
-  const int64_t largest = std::min<int64_t>(options.token_budget, int64_t{max_context} * options.max_running);
-  if (options.device == Device::kCuda) RETURN_IF_ERROR(warm_up(static_cast<int32_t>(largest)));
-  watch.Begin("allocating the KV cache");
-  ASSIGN_OR_RETURN(int32_t pages, ChoosePages(options, shapes, max_context));
+  return step(static_cast<int32_t>(
+      std::min<int64_t>(options.token_budget, int64_t{options.max_context} * options.max_running)));
+}
+
+Status LocalExecutor::AllocateCaches(const Ranks& ranks, const std::vector<KvCache::Shape>& shapes) {
   for (size_t i = 0; i < ranks.size(); ++i) {
-    shapes[i].pages = pages;
     std::optional<KvCache> cache = KvCache::Create(shapes[i], ranks[i]->worker->stream());
     if (!cache) {
       return Status(Code::kResourceExhausted,
                     StrCat("no memory for the KV cache of rank ", i, ": ",
-                           HumanBytes(shapes[i].page_bytes() * static_cast<uint64_t>(pages))));
+                           HumanBytes(shapes[i].page_bytes() * static_cast<uint64_t>(shapes[i].pages))));
     }
     ranks[i]->worker->SetCache(std::move(*cache));
   }
-  if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, &watch, options));
-
-  SchedulerOptions scheduler;
-  scheduler.num_blocks = pages;
-  scheduler.block_size = options.page_size;
-  scheduler.max_running = options.max_running;
-  scheduler.token_budget = options.token_budget;
-  scheduler.max_context = max_context;
-  scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
-  return std::unique_ptr<LocalExecutor>(new LocalExecutor(std::move(ranks), std::move(scheduler), options));
+  return OkStatus();
 }
 
 StatusOr<LocalExecutor::Ranks> LocalExecutor::Connect(const ModelConfig& config, const LocalExecutorOptions& options) {

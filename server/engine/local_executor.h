@@ -133,6 +133,12 @@ class LocalExecutor : public Executor {
 
   LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options);
   static StatusOr<Ranks> Connect(const ModelConfig& config, const LocalExecutorOptions& options);  // without workers
+  // Gives each rank its worker.
+  static Status MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoint, const LocalExecutorOptions& options,
+                            const std::vector<Shard>& shards, std::vector<LlamaWeights> weights);
+  static Status WarmUp(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options,
+                       const std::vector<KvCache::Shape>& shapes);
+  static Status AllocateCaches(const Ranks& ranks, const std::vector<KvCache::Shape>& shapes);
   // The work of each rank, all at once: they meet in it. The first error ends the group. what: for the watch.
   static Status OnAllRanks(const Ranks& ranks, StartWatch* watch, std::string what,
                            const std::function<Status(size_t index, RankWorker& worker)>& work);
