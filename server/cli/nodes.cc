@@ -117,10 +117,11 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
   const cluster::Place& place = options->place;
   log::Info("joining the leader", {{"leader", place.leader}, {"node", place.rank}, {"nodes", place.nodes}});
+  bool served = false;
   for (;;) {
     ready = false;
     const Status end = cluster::Follow(*options, **checkpoint, *executor_options, [&] {
-      ready = true;
+      ready = served = true;
       std::printf("READY node=%d of=%d leader=%s\n", place.rank, place.nodes, place.leader.c_str());
       std::fflush(stdout);
     });
@@ -130,7 +131,9 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
     }
     if (!ready) {
       const bool refused = end.code() == Code::kFailedPrecondition || end.code() == Code::kInvalidArgument;
-      return Fail("serve", end.message(), refused ? kExitUsage : ExitCodeOfLoad(end));
+      // A leader whose group cannot be formed again ends with this code, too.
+      const bool lost_again = served && end.code() == Code::kUnavailable;
+      return Fail("serve", end.message(), refused ? kExitUsage : lost_again ? kExitRestart : ExitCodeOfLoad(end));
     }
     log::Error("the group has ended", {{"why", end.message()}});
     if (config.scheduler().on_engine_failure() != "restart") return kExitRestart;

@@ -164,6 +164,19 @@ TEST_F(Nodes, WithRestartTheGroupIsFormedAgainWhenTheFollowerIs) {
   EXPECT_EQ(follower_->Wait(), 0) << follower_->Errors();
 }
 
+// The leader that comes back fails in its warm-up: the group that served cannot be formed again.
+TEST_F(Nodes, WithRestartAFollowerOfAGroupThatIsNotFormedAgainEndsWithExit75) {
+  Start({"--on-engine-failure", "restart"});
+  leader_->process().Signal(SIGKILL);
+  leader_->process().Wait();
+  setenv("ALTIPLANO_FAULT", "0:0:throw", 1);
+  leader_ = std::make_unique<Server>(group_);
+  unsetenv("ALTIPLANO_FAULT");
+  EXPECT_NE(leader_->process().Wait(), 0);
+  EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
+  EXPECT_THAT(follower_->Errors(), HasSubstr("altiplano serve: rank 0: failed on purpose"));
+}
+
 // The follower's rank 3 hangs before anything serves.
 TEST_F(Nodes, AFollowerThatHangsInItsWarmUpEndsAllWithExit75) {
   group_ = {"--nodes", "2", "--leader", FreeAddress(), "--tp", "2", "--step-deadline", "1s", "--start-timeout", "2s"};
