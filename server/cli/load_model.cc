@@ -21,6 +21,7 @@
 #include "server/engine/fault_drill.h"
 #include "server/engine/local_executor.h"
 #include "server/engine/start_watch.h"
+#include "server/scheduler/flight_recorder.h"
 
 namespace altiplano::cli {
 
@@ -162,6 +163,14 @@ Status CheckRecordMemory(uint64_t bytes) {
   return Status(Code::kInvalidArgument,
                 StrCat("--flight-record-memory is ", bytes,
                        " bytes, too little for a record; raise it to 64KiB at least, or 0 for none"));
+}
+
+// Blocks are known only when all is loaded: too late to refuse for a record that can still be read.
+void WarnOfRecordMemory(uint64_t bytes, int32_t num_blocks) {
+  const size_t least = FlightRecorder::LeastBytes(num_blocks);
+  if (bytes == 0 || bytes >= least) return;
+  log::Warn("flight records of a full KV cache cannot be replayed: raise --flight-record-memory",
+            {{"is", HumanBytes(bytes)}, {"at_least", HumanBytes(least)}, {"kv_blocks", num_blocks}});
 }
 
 // What the executor says of itself.
@@ -347,6 +356,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     }
     ASSIGN_OR_RETURN(Ranks ranks, MakeRanks(*model.checkpoint, model.leader.get(), executor_options));
     SetSize(ranks.scheduler, &options.scheduler);
+    if (replica == 0) WarnOfRecordMemory(options.flight_record_bytes, options.scheduler.num_blocks);
     if (replicas > 1) options.replica = replica;
     executor_options.kv_bytes = ranks.kv_bytes;  // of the next replica on the CPU, and of one made again
     if (!on_gpus) executor_options.progress = {};

@@ -60,6 +60,13 @@ std::string HeaderOf(const SchedulerOptions& options) {
 
 // --- The ring --------------------------------------------------------------------------------------------------------
 
+size_t FlightRecorder::LeastBytes(int32_t num_blocks) {
+  // A block's name, said before a checkpoint; in it the time since when it is cached, and two bits.
+  constexpr size_t kNameAndTime = 2 * sizeof(uint64_t), kBlocksInAByte = 4, kRest = 4096;
+  const auto blocks = static_cast<size_t>(num_blocks);
+  return 4 * (kNameAndTime * blocks + blocks / kBlocksInAByte + kRest);
+}
+
 FlightRecorder::FlightRecorder(const SchedulerOptions& options, size_t bytes, size_t between)
     : header_(HeaderOf(options)), between_(between), ring_(bytes) {
   CHECK(bytes > 0);

@@ -30,6 +30,9 @@ void PutPlanned(const StepPlan& plan, FlightFrameWriter* out);
 class FlightRecorder : private crash::LastAct {
  public:
   static constexpr size_t kNoCheckpoints = SIZE_MAX;
+  // A ring of fewer has no room for checkpoints once the prefix cache fills a pool of that many blocks: such a record
+  // can be read, but not replayed. What live requests take comes to it.
+  static size_t LeastBytes(int32_t num_blocks);
 
   // Of one scheduler, made with these options; `bytes` of frames are kept. A checkpoint comes after every `between`
   // bytes of other frames: by default so often that a full ring always has one with what was said for it, if both

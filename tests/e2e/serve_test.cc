@@ -545,6 +545,15 @@ TEST(Replicas, ALostOneIsMadeAgainWithTheSharedWeights) {
   }
 }
 
+TEST(FlightRecords, AWarningSaysWhatAFullCacheNeeds) {
+  const std::string_view warning = "flight records of a full KV cache cannot be replayed";
+  Server small({"--flight-record-memory", "64KiB", "--block-size", "4"}), usual;
+  ASSERT_NE(small.address(), "");
+  ASSERT_NE(usual.address(), "");
+  EXPECT_THAT(small.process().Errors(), HasSubstr(warning));
+  EXPECT_THAT(usual.process().Errors(), Not(HasSubstr(warning)));
+}
+
 TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   namespace fs = std::filesystem;
   fs::path folder = fs::path(::testing::TempDir()) / StrCat("altiplano-e2e-", getpid());

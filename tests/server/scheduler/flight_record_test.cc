@@ -353,6 +353,24 @@ TEST(FlightCheckpoint, OneIsInTheRingAtEveryMomentOnceItIsFull) {
   EXPECT_GT(replayed, 1000u);
 }
 
+TEST(FlightCheckpoint, TheLeastBytesHaveRoomForAFullCache) {
+  SchedulerOptions options = SmallOptions();
+  options.num_blocks = 1000;
+  auto checkpoints_with = [&](size_t bytes) {
+    Recorded recorded(options, bytes, bytes / 5);
+    for (int key = 1; key <= 3000; ++key) {
+      recorded.driver->Add(static_cast<RequestKey>(key), MakeRequest(20, 2, 1000 * key));
+      recorded.driver.RunAll();
+    }
+    const FlightRecord record = recorded.Read();
+    EXPECT_GT(record.dropped_frames, 1000u);
+    EXPECT_GT(All<FlightPlan>(record).back().notes.blocks_cached, 990);
+    return All<FlightCheckpoint>(record).size();
+  };
+  EXPECT_GT(checkpoints_with(FlightRecorder::LeastBytes(1000)), 0u);
+  EXPECT_EQ(checkpoints_with(FlightRecorder::LeastBytes(1000) / 3), 0u);
+}
+
 TEST(FlightCheckpoint, AStateThatNoSchedulerComesToIsRefused) {
   Recorded recorded(BusyOptions(), 1 << 20, /*between=*/1);
   LiveThrough(recorded.driver, 60);
