@@ -282,8 +282,10 @@ TEST(Engine, DrainRefusesNewAndFinishesLive) {
 
 TEST(Engine, FailedStepEndsEverythingAndTurnsHealth) {
   std::atomic<bool> fail{false};
-  auto engine = Engine::Start(SmallOptions(), std::make_unique<CountingExecutor>([&](const StepPlan&) {
-                                return fail ? Status(Code::kInternal, "device lost") : OkStatus();
+  auto engine = Engine::Start(SmallOptions(), std::make_unique<CountingExecutor>([&](const StepPlan& plan) {
+                                if (plan.step < 10) return OkStatus();
+                                while (!fail) std::this_thread::yield();
+                                return Status(Code::kInternal, "device lost");
                               }));
   ASSERT_TRUE(engine.ok());
   Submitted call = MustSubmit(**engine, MakeRequest(3, 190));
