@@ -75,7 +75,8 @@ class TimedExecutor : public Executor {
     Step& step = steps_[ended_++];
     step.model = std::chrono::duration<double>(result.device_time).count();
     step.cpu = process - (ended_ > 1 ? last_process_ : begin_process_);
-    if (ended_ > 1) step.period = now - last_end_, step.engine_cpu = cpu - last_cpu_;
+    // Where the end before was noticed late, this one seems to come at once: it took what the model did at least.
+    if (ended_ > 1) step.period = std::max(now - last_end_, step.model), step.engine_cpu = cpu - last_cpu_;
     last_end_ = now;
     last_cpu_ = cpu;
     last_process_ = process;
