@@ -1,33 +1,33 @@
 // Times every op on a GPU, in the shapes of Llama 3.1, and the memory bandwidth that they are held against.
 //
-//   gpu_bench --json FILE [--part NAME] [--dry]
+//   gpu_bench --json FILE [--part NAME] [--dry | --rehearse]
 //
 // FILE gets a JSON line for each case: its sizes, the bytes and products that it must at least move and compute, and
-// microseconds. --dry writes the same lines without times and needs no GPU. run_gpu.py makes a table of them.
+// microseconds. --dry writes the same lines without times and needs no GPU. --rehearse measures the small cases alone,
+// of those that need little memory, with fewer bytes and few calls: what the simulator can do. run_gpu.py makes a table
+// of them.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "kernels/comm/all_reduce_plan.h"
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "tests/gpu/gpu_cases.h"
 #include "tests/gpu/gpu_timer.h"
+#include "tests/gpu/rank_cases.h"
+#ifdef ALTIPLANO_IN_SIMULATOR
+#include "kernels/cuda/sim/sim.h"
+#endif
 
 namespace altiplano::gpu {
 namespace {
-
-int Usage() {
-  std::fputs("usage: gpu_bench --json FILE [--part NAME] [--dry]\nparts: limits", stderr);
-  std::string last;
-  for (const Case& c : AllCases()) {
-    if (c.part != last) std::fprintf(stderr, " %s", c.part.c_str());
-    last = c.part;
-  }
-  std::fputs("\n", stderr);
-  return 64;
-}
 
 // Copy and read bandwidth are cases like others; both count the bytes that memory sees.
 std::vector<Case> LimitCases() {
@@ -52,22 +52,49 @@ std::vector<Case> LimitCases() {
   return {copy, read};
 }
 
+std::vector<Case> Cases() {
+  std::vector<Case> cases = LimitCases();
+  for (std::vector<Case> more : {AllCases(), AllReduceCases(CountGpus())}) {
+    std::move(more.begin(), more.end(), std::back_inserter(cases));
+  }
+  return cases;
+}
+
+int Usage() {
+  std::fputs("usage: gpu_bench --json FILE [--part NAME] [--dry | --rehearse]\nparts:", stderr);
+  std::string last;
+  for (const Case& c : Cases()) {
+    if (c.part != last) std::fprintf(stderr, " %s", c.part.c_str());
+    last = c.part;
+  }
+  std::fputs("\n", stderr);
+  return 64;
+}
+
+// A rehearsal's.
+constexpr Effort kLittleEffort = {.runs = 2, .run_seconds = 0, .most_calls = 3, .small = true};
+constexpr int64_t kSmallMessage = 16 << 10;
+
 int Main(int argc, char** argv) {
   std::string path, part;
-  bool dry = false;
+  bool dry = false, rehearse = false;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word == "--dry") {
       dry = true;
+    } else if (word == "--rehearse") {
+      rehearse = true;
     } else if ((word == "--json" || word == "--part") && i + 1 < argc) {
       (word == "--json" ? path : part) = argv[++i];
     } else {
       return Usage();
     }
   }
-  if (path.empty()) return Usage();
-  std::vector<Case> cases = LimitCases();
-  for (Case& c : AllCases()) cases.push_back(std::move(c));
+  if (path.empty() || (dry && rehearse)) return Usage();
+  std::vector<Case> cases = Cases();
+  if (rehearse) {
+    std::erase_if(cases, [](const Case& c) { return c.measure == nullptr || c.sizes.at("message") > kSmallMessage; });
+  }
   if (!part.empty()) std::erase_if(cases, [&](const Case& c) { return c.part != part; });
   if (cases.empty()) return Usage();
 
@@ -81,8 +108,10 @@ int Main(int argc, char** argv) {
       std::fprintf(stderr, "gpu_bench: %s\n", error.c_str());
       return 69;
     }
-    arena = std::make_unique<Arena>(*stream);
-    if (!*arena) {
+    if (std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.measure == nullptr; })) {
+      arena = std::make_unique<Arena>(*stream);
+    }
+    if (arena != nullptr && !*arena) {
       std::fprintf(stderr, "gpu_bench: the GPU has no %s left\n",
                    HumanBytes(Arena::kInputBytes + Arena::kOutputBytes).c_str());
       return 69;
@@ -94,7 +123,8 @@ int Main(int argc, char** argv) {
     OrderedJson line = {{"part", c.part}, {"name", c.name}, {"bytes", c.bytes}, {"flops", c.flops}};
     for (const auto& [size, value] : c.sizes) line[size] = value;
     if (!dry) {
-      const Time time = Measure(*stream, c.captured, c.prepare(*arena));
+      const Time time = c.measure != nullptr ? c.measure(rehearse ? kLittleEffort : Effort())
+                                             : Measure(*stream, c.captured, c.prepare(*arena));
       if (!time.error.empty()) {
         line["error"] = time.error;
         std::printf("%-60s %s\n", c.name.c_str(), time.error.c_str());
@@ -120,5 +150,8 @@ int Main(int argc, char** argv) {
 }  // namespace altiplano::gpu
 
 int main(int argc, char** argv) {
+#ifdef ALTIPLANO_IN_SIMULATOR
+  altiplano::sim::SetGpus(altiplano::kMostPeers);
+#endif
   return altiplano::gpu::Main(argc, argv);
 }

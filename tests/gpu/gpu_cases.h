@@ -10,6 +10,7 @@
 #include "kernels/cuda/architectures.h"
 #include "kernels/device.h"
 #include "kernels/tensor.h"
+#include "tests/gpu/gpu_timer.h"
 
 namespace altiplano::gpu {
 
@@ -56,6 +57,8 @@ struct Case {
   bool captured = true;         // can be part of a CUDA graph
   // The op's calls; one call a turn. Runs on the device from here on.
   std::function<std::function<void(Stream&, int turn)>(Arena&)> prepare;
+  // Instead, of what has streams and memory of its own.
+  std::function<Time(const Effort&)> measure;
 };
 
 std::vector<Case> AllCases();

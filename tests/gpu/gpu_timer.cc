@@ -9,10 +9,6 @@ namespace altiplano::gpu {
 
 namespace {
 
-constexpr int kRuns = 9;
-constexpr double kRunSeconds = 0.004;  // far above the grain of events and the gap before the first kernel
-constexpr int kMostCalls = 2000;
-
 class Timer {
  public:
   explicit Timer(Stream& stream) : stream_(stream) {}
@@ -39,7 +35,8 @@ Time Measure(Stream& stream, bool captured, const std::function<void(Stream&, in
   if (time.error = stream.Synchronize(); !time.error.empty()) return time;
   Timer timer(stream);
   const double once = timer.Seconds([&] { call(stream, 1); });
-  time.calls = std::clamp(static_cast<int>(kRunSeconds / std::max(once, 1e-7)), 3, kMostCalls);
+  constexpr Effort kEffort;
+  time.calls = std::clamp(static_cast<int>(kEffort.run_seconds / std::max(once, 1e-7)), 3, kEffort.most_calls);
   const auto all = [&] {
     for (int turn = 0; turn < time.calls; ++turn) call(stream, turn);
   };
@@ -53,11 +50,11 @@ Time Measure(Stream& stream, bool captured, const std::function<void(Stream&, in
   }
   run();
   std::vector<double> seconds;
-  for (int i = 0; i < kRuns; ++i) seconds.push_back(timer.Seconds(run) / time.calls);
+  for (int i = 0; i < kEffort.runs; ++i) seconds.push_back(timer.Seconds(run) / time.calls);
   time.error = stream.Synchronize();
   std::sort(seconds.begin(), seconds.end());
   time.least = seconds.front();
-  time.median = seconds[kRuns / 2];
+  time.median = seconds[seconds.size() / 2];
   return time;
 }
 

@@ -8,6 +8,14 @@
 
 namespace altiplano::gpu {
 
+// How much measuring a case is worth. The least is enough to see that it can be measured.
+struct Effort {
+  int runs = 9;
+  double run_seconds = 0.004;  // far above the grain of events and the gap before the first kernel
+  int most_calls = 2000;
+  bool small = false;  // sizes may be less than the case says
+};
+
 struct Time {
   std::string error;  // empty, or what the device said
   double median = 0;  // seconds of one call

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The bundle of a build and ./run gpu --dry with it, in a folder of its own.
+# The bundle of a build and ./run gpu --dry with it, in a folder of its own; then what of gpu_bench the simulator can
+# measure, whose times say nothing: every small call between ranks, on one GPU and on several.
 #   rehearse.sh BUILD
 set -euo pipefail
 . tests/gpu/programs.sh
@@ -7,3 +8,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 ALTIPLANO_BUNDLE_CHECK=1 tests/gpu/make_bundle.sh "$1" "$folder/bundle" "${gpu_programs[@]}"
 tests/gpu/run_gpu.py --dry --programs "$folder/bundle/bin" --out "$folder/out"
+"$1/tests/gpu/simulated_gpu_bench" --rehearse --json "$folder/rehearsed"
+cases=$(wc -l <"$folder/rehearsed") measured=$(grep -c '"us":' "$folder/rehearsed" || true)
+[ "$cases" -eq 12 ] && [ "$measured" -eq 12 ] ||
+  { echo "rehearse: of $cases cases $measured were measured, not 12 of 12: 2, 4 and 8 ranks, with norm and without, on one GPU and on several" >&2; exit 1; }

@@ -46,9 +46,9 @@ def parts_of(programs, out):
     def program(name):
         return str(programs / name)
 
-    def bench(part, seconds):
+    def bench(part, seconds, env=None):
         base = [program("gpu_bench"), "--part", part, "--json", str(out / f"{part}.jsonl")]
-        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"])
+        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"], env=env)
 
     def tests(name, seconds):
         base = [program(name)]
@@ -123,6 +123,7 @@ def parts_of(programs, out):
         # Last, should a GPU in whose kernels ranks wait for each other not recover; whether they sum rightly first.
         Part("tiny_model_together", compare + ["--ranks", "2,4,8"], 300, program("altiplano"),
              compare + ["--ranks", "2,4,8", "--dry"], "correctness", env=TOGETHER_ENV),
+        bench("all_reduce", 120, env=TOGETHER_ENV),
         *(together(*case, extra) for case in TOGETHER for extra in ([], ["--without-all-reduces"])),
     ]
     return parts
@@ -222,6 +223,25 @@ def together(rows):
             "|---|---|---|---|---|---|---|---|", *lines]
 
 
+def all_reduces(out, copy):
+    """The section of README.md. copy: GB/s of this GPU, or None."""
+    rows = []
+    for line in json_lines(out / "all_reduce.jsonl"):
+        if "us" in line:
+            rate = line["bytes"] / line["us"] * 1e-3
+            share = f"{100 * rate / copy:.0f} %" if copy and line["gpus"] == 1 else ""
+            rows.append(f"| {line['name']} | {line['message'] >> 10} | {line['us']:.2f} | {line['least_us']:.2f} | "
+                        f"{line['bytes'] / (1 << 20):.2f} | {rate:.0f} | {share} |")
+    if not rows:
+        return []
+    return ["", "## All-reduces", "",
+            "Measured: graphs of calls of our own kernels, each rank a thread of one process with a stream of its own; the time of one",
+            "call, from the rank that began last. Moved: by all ranks together, through mailboxes that L2 may keep; share: of this GPU's",
+            "copy bandwidth. On one GPU that is the kernel, its launch and its waits for the others, **not NVLink**: what it would",
+            "cost without a link. Several GPUs are there only where the machine has them and they reach each other's memory.", "",
+            "| | KiB a rank | us a call | least us | MiB moved | GB/s | share |", "|---|---|---|---|---|---|---|", *rows]
+
+
 def projection(out, together_rows):
     """Tokens per second of a whole group, from the step that one rank's part was measured to take."""
     rows = []
@@ -316,7 +336,7 @@ def summary(parts, state, out, about):
     rows = [] if about["dry"] else measured_together(out)
     if rows:
         (out / "together.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text += together(rows) + projection(out, rows)
+    text += all_reduces(out, limits.get("copy")) + together(rows) + projection(out, rows)
     (out / "README.md").write_text("\n".join(text) + "\n")
     return "\n".join(text)
 

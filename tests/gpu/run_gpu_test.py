@@ -12,18 +12,21 @@ import unittest
 HERE = pathlib.Path(__file__).resolve().parent
 
 BENCH = """#!{python}
-import json, sys, time
+import json, os, sys, time
 words = sys.argv[1:]
 part = words[words.index("--part") + 1] if "--part" in words else "all"
 if part == "row_ops" and {break_row_ops}:
     print("CUDA error: misaligned address")
     sys.exit(1)
 lines = {{"limits": [("copy of 1 GiB", 2e9, 0, 1000.0), ("read of 2 GiB", 2e9, 0, 1000.0)],
-         "linear": [("Linear 8b qkv, 1 tokens", 1e9, 1e9, 1000.0)]}}.get(part, [])
+         "linear": [("Linear 8b qkv, 1 tokens", 1e9, 1e9, 1000.0)],
+         "all_reduce": [("AllReduceSum 70b, 1 tokens, 8 ranks on 1 GPU", 1 << 20, 0, 10.0)]}}.get(part, [])
+if part == "all_reduce" and "--dry" not in words:
+    assert os.environ["CUDA_MODULE_LOADING"] == "EAGER" and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
 with open(words[words.index("--json") + 1], "w") as out:
     for name, bytes_, flops, us in lines:
-        out.write(json.dumps({{"part": part, "name": name, "bytes": bytes_, "flops": flops,
-                              **({{}} if "--dry" in words else {{"us": us}})}}) + "\\n")
+        out.write(json.dumps({{"part": part, "name": name, "bytes": bytes_, "flops": flops, "message": 32768, "gpus": 1,
+                              **({{}} if "--dry" in words else {{"us": us, "least_us": us - 1}})}}) + "\\n")
 """
 TESTS = """#!{python}
 import json, sys
@@ -109,6 +112,7 @@ class RunGpu(unittest.TestCase):
         self.assertIn("| Linear 8b qkv, 1 tokens | 1000.0 | 1000 | 1.0 | 50 % |", table)
         self.assertIn("| engine_decode_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 127 of 127 |", table)
         self.assertIn("| engine_decode_256_eager | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 0 of 127 |", table)
+        self.assertIn("| AllReduceSum 70b, 1 tokens, 8 ranks on 1 GPU | 32 | 10.00 | 9.00 | 1.00 | 105 | 5 % |", table)
         # 5 ms a step with sums, 2.5 or, of 8 streams, 4 without; 33 calls.
         self.assertIn("| 70b, 16 layers | 8 | 1 | 32 | 33 | 5.000 | 2.500 | 75.76 |", table)
         self.assertIn("| 70b, 16 layers | 4 | 8 | 256 | 33 | 5.000 | 4.000 | 30.30 |", table)

@@ -1,4 +1,5 @@
-// Communicators of ranks with GPUs: the (simulated) GPU is shared by all of them. NCCL is a stand-in.
+// What communicators of ranks with GPUs have beyond communicator_test.cc: both devices, and NCCL, which is a stand-in.
+// The (simulated) GPU is shared by all ranks, or there are two of it.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -11,7 +12,7 @@
 
 #include "kernels/comm/communicator.h"
 #include "kernels/comm/nccl_api.h"
-#include "tests/kernels/cuda/cuda_testlib.h"
+#include "tests/kernels/cuda/ranks_testlib.h"
 #ifndef ALTIPLANO_ON_GPU
 #include "tests/kernels/cuda/simulator_nccl_testlib.h"
 #endif
@@ -21,10 +22,6 @@ namespace {
 
 using std::chrono::milliseconds;
 using testing::HasSubstr;
-using Members = std::vector<std::unique_ptr<Communicator>>;
-
-// On a machine that is busy a simulated kernel may take long; a rank that does not come is none of these tests' matter.
-constexpr auto kPatient = std::chrono::minutes(10);
 
 class CudaGroupTest : public CudaTest {
  protected:
@@ -38,65 +35,13 @@ class CudaGroupTest : public CudaTest {
     EXPECT_EQ(error, "");
     return group;
   }
-  // fn(rank, member, stream) on a thread for each rank.
   void OnEachRank(const Members& group, const std::function<void(size_t, Communicator&, Stream&)>& fn) {
-    std::vector<std::thread> threads;
-    for (size_t rank = 0; rank < group.size(); ++rank) {
-      threads.emplace_back([&, rank] {
-        std::string error;
-        const auto stream = Stream::Cuda(ordinals_[rank], &error);
-        ASSERT_NE(stream, nullptr) << error;
-        fn(rank, *group[rank], *stream);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
+    altiplano::OnEachRank(group, fn, ordinals_);
   }
 
  private:
   std::vector<int> ordinals_;  // of the group made last
 };
-
-// x of each rank on the host, all-reduced by ranks on the CPU.
-std::vector<std::unique_ptr<Matrix>> SumsOnTheCpu(size_t ranks, int64_t rows, int64_t columns, DType dtype) {
-  std::vector<std::unique_ptr<Matrix>> x;
-  const Members group = MakeInProcessGroup(static_cast<int>(ranks), kPatient);
-  std::vector<std::thread> threads;
-  for (size_t rank = 0; rank < ranks; ++rank) {
-    x.push_back(std::make_unique<Matrix>(rows, columns, dtype));
-    x.back()->FillNormal(static_cast<uint32_t>(rank), 100);
-  }
-  for (size_t rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      const auto stream = Stream::Cpu(1);
-      EXPECT_TRUE(group[rank]->AllReduceSum(*stream, x[rank]->view()));
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return x;
-}
-
-TEST_F(CudaGroupTest, SumsToTheBitsOfRanksOnTheCpu) {
-  for (int ranks : {1, 2, 3}) {
-    for (DType dtype : {DType::kF32, DType::kBF16}) {
-      for (int64_t columns : {7, 128}) {
-        SCOPED_TRACE(testing::Message() << ranks << " ranks, " << columns << " columns, " << Name(dtype));
-        const auto sums = SumsOnTheCpu(static_cast<size_t>(ranks), 3, columns, dtype);
-        OnEachRank(Make(std::vector<int>(static_cast<size_t>(ranks))),
-                   [&](size_t rank, Communicator& member, Stream& stream) {
-                     EXPECT_EQ(member.rank(), static_cast<int>(rank));
-                     EXPECT_EQ(member.size(), ranks);
-                     Matrix x(3, columns, dtype);
-                     x.FillNormal(static_cast<uint32_t>(rank), 100);
-                     const OnDevice on_device(stream, x);
-                     EXPECT_TRUE(member.AllReduceSum(stream, on_device.view()));
-                     on_device.Fetch(x);
-                     for (int64_t i = 0; i < 3; ++i) EXPECT_EQ(x.RowBytes(i), sums[rank]->RowBytes(i));
-                     EXPECT_EQ(member.error(), "");
-                   });
-      }
-    }
-  }
-}
 
 TEST_F(CudaGroupTest, EveryCallWorksOnBothDevices) {
   OnEachRank(Make({0, 0}), [&](size_t rank, Communicator& member, Stream& stream) {
@@ -136,64 +81,6 @@ TEST_F(CudaGroupTest, EveryCallWorksOnBothDevices) {
       EXPECT_EQ(sent.RowBytes(i), cpu_sent.RowBytes(i));
       EXPECT_EQ(summed.RowBytes(i), residual.RowBytes(i));
       for (int64_t j = 0; j < 8; ++j) EXPECT_NEAR(normed.at(i, j), out.at(i, j), 1e-5);
-    }
-  });
-}
-
-// Nothing is sampled in a step: no rows on any rank.
-TEST_F(CudaGroupTest, NoRowsAreNoWork) {
-  OnEachRank(Make({0, 0}), [&](size_t, Communicator& member, Stream& stream) {
-    const TensorView none = TensorView::Make(nullptr, DType::kF32, {0, 4}, Device::kCuda);
-    EXPECT_TRUE(member.AllReduceSum(stream, none));
-    EXPECT_TRUE(member.AllGather(stream, {}, none));
-    EXPECT_TRUE(member.Broadcast(stream, none));
-    EXPECT_EQ(stream.Synchronize(), "");
-  });
-}
-
-bool Reduce(Communicator& member, Stream& stream) {
-  Matrix x(1, 8, DType::kF32);
-  x.FillNormal(1);
-  const OnDevice on_device(stream, x);
-  const bool issued = member.AllReduceSum(stream, on_device.view());
-  EXPECT_EQ(stream.Synchronize(), "");
-  return issued && member.error().empty();
-}
-
-TEST_F(CudaGroupTest, ARankThatDoesNotComeIsNamed) {
-  const Members group = Make({0, 0, 0}, milliseconds(200));
-  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
-    if (rank == 1) return;
-    EXPECT_FALSE(Reduce(member, stream));
-    EXPECT_EQ(member.error(), "no word for 200 ms from rank 1");
-    EXPECT_FALSE(Reduce(member, stream));  // and nobody waits again
-  });
-  const auto cpu = Stream::Cpu(1);
-  float one = 1;
-  EXPECT_FALSE(group[1]->AllReduceSum(*cpu, TensorView::Make(&one, DType::kF32, {1})));
-  EXPECT_EQ(group[1]->error(), "no word for 200 ms from rank 1");
-}
-
-TEST_F(CudaGroupTest, AnAbortEndsEveryWaitAndEveryLaterCall) {
-  const Members group = Make({0, 0, 0});
-  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
-    if (rank == 2) {
-      member.Abort("rank 2 has caught fire");
-      member.Abort("and drowned");
-    }
-    EXPECT_FALSE(Reduce(member, stream));
-    EXPECT_EQ(member.error(), "rank 2 has caught fire");
-  });
-}
-
-TEST_F(CudaGroupTest, AMemberThatIsDestroyedEndsTheGroup) {
-  Members group = Make({0, 0});
-  OnEachRank(group, [&](size_t rank, Communicator& member, Stream& stream) {
-    if (rank == 1) {
-      group[1].reset();
-    } else {
-      EXPECT_FALSE(Reduce(member, stream));
-      EXPECT_EQ(member.error(), "a rank has left");
     }
   });
 }
