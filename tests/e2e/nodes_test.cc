@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <memory>
+#include <stdexcept>
 
 #include "server/base/strings.h"
 #include "server/cli/client.h"
@@ -32,10 +33,11 @@ class Nodes : public ::testing::Test {
     group_.insert(group_.end(), more.begin(), more.end());
     leader_ = std::make_unique<Server>(group_);
     StartFollower();
-    ASSERT_NE(leader_->address(), "") << leader_->process().Errors() << follower_->Errors();
+    // Thrown: a test has nothing to go on with.
+    if (leader_->address().empty()) throw std::runtime_error(leader_->process().Errors() + follower_->Errors());
     EXPECT_THAT(follower_->ReadLine(), StartsWith("READY node=1 of=2"));
     auto client = Client::Connect(leader_->address(), std::chrono::seconds(kPatience));
-    ASSERT_TRUE(client.ok()) << client.status().ToString();
+    if (!client.ok()) throw std::runtime_error(client.status().ToString());
     client_ = std::move(*client);
   }
   void StartFollower() {
