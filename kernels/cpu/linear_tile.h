@@ -103,6 +103,20 @@ struct LinearTile {
     }
   }
 
+  // Where a tile's weights come from: rows as they are stored,
+  struct Rows {
+    static constexpr bool kPadded = false;
+    const Weight* at;
+    int64_t stride;
+    auto Load(int64_t j, int row, int half) const { return V::LoadWeight(at + row * stride + j, half); }
+  };
+  // or a panel packed as x is, where zeros stand for what K lacks of a step.
+  struct PackedRows {
+    static constexpr bool kPadded = true;
+    const Element* at;
+    auto Load(int64_t j, int row, int half) const { return V::LoadX(at + j * V::kPanel + row * V::kStep, half); }
+  };
+
   template <int kTokens, int kRows>
   static void TailStep(typename V::Acc* acc, const Weight* weight, int64_t stride, const Element* x, int count) {
     for (int half = 0; half < V::kHalves; ++half) {
@@ -117,12 +131,12 @@ struct LinearTile {
     }
   }
 
-  template <int kTokens, int kRows, int kLines>
-  static void Tile(const Weight* weight, int64_t stride, const Element* x, int64_t k, const Ahead& ahead, float* flat) {
+  template <int kTokens, int kRows, int kLines, class Source>
+  static void Tile(Source weights, const Element* x, int64_t k, const Ahead& ahead, float* flat) {
     typename V::Acc acc[kTokens * kRows];
 #pragma GCC unroll 32
     for (int i = 0; i < kTokens * kRows; ++i) acc[i] = V::Zero();
-    const int64_t whole = k / V::kStep * V::kStep;
+    const int64_t whole = Source::kPadded ? k : k / V::kStep * V::kStep;
     for (int64_t j = 0; j < whole; j += V::kStep) {
       Prefetch<kLines>(ahead, j);
 #pragma GCC unroll 2
@@ -132,40 +146,19 @@ struct LinearTile {
         for (int i = 0; i < kTokens; ++i) lanes[i] = V::LoadX(x + j * kTokens + i * V::kStep, half);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const auto w = V::LoadWeight(weight + r * stride + j, half);
+          const auto w = weights.Load(j, r, half);
 #pragma GCC unroll 8
           for (int i = 0; i < kTokens; ++i) acc[i * kRows + r] = V::Dot(acc[i * kRows + r], w, lanes[i]);
         }
       }
     }
-    if (whole < k) {
-      TailStep<kTokens, kRows>(acc, weight + whole, stride, x + whole * kTokens, static_cast<int>(k - whole));
-    }
-    V::template Reduce<kTokens * kRows>(acc, flat);
-  }
-
-  // As Tile, of a panel packed as x is: zeros stand for what K lacks of a step.
-  template <int kTokens, int kLines>
-  static void PackedTile(const Element* panel, const Element* x, int64_t k, const Ahead& ahead, float* flat) {
-    typename V::Acc acc[kTokens * V::kPanel];
-#pragma GCC unroll 32
-    for (int i = 0; i < kTokens * V::kPanel; ++i) acc[i] = V::Zero();
-    for (int64_t j = 0; j < k; j += V::kStep) {
-      Prefetch<kLines>(ahead, j);
-#pragma GCC unroll 2
-      for (int half = 0; half < V::kHalves; ++half) {
-        typename V::X lanes[kTokens];
-#pragma GCC unroll 8
-        for (int i = 0; i < kTokens; ++i) lanes[i] = V::LoadX(x + j * kTokens + i * V::kStep, half);
-#pragma GCC unroll 8
-        for (int r = 0; r < V::kPanel; ++r) {
-          const auto w = V::LoadX(panel + j * V::kPanel + r * V::kStep, half);
-#pragma GCC unroll 8
-          for (int i = 0; i < kTokens; ++i) acc[i * V::kPanel + r] = V::Dot(acc[i * V::kPanel + r], w, lanes[i]);
-        }
+    if constexpr (!Source::kPadded) {
+      if (whole < k) {
+        TailStep<kTokens, kRows>(acc, weights.at + whole, weights.stride, x + whole * kTokens,
+                                 static_cast<int>(k - whole));
       }
     }
-    V::template Reduce<kTokens * V::kPanel>(acc, flat);
+    V::template Reduce<kTokens * kRows>(acc, flat);
   }
 
   template <int kLines>
@@ -206,25 +199,14 @@ struct LinearTile {
     }
   }
 
-  template <int kTokens, int kRows, int kLines>
-  static void TileAndStore(const Block& block, int64_t t0, int64_t n) {
+  template <int kTokens, int kRows, int kLines, class Source>
+  static void TileAndStore(Source weights, const Block& block, int64_t t0, int64_t n) {
     const LinearTask& task = *block.task;
     alignas(64) float flat[(kTokens * kRows + 15) / 16 * 16 + 16];
     Tile<kTokens, kRows, kLines>(
-        static_cast<const Weight*>(task.weight) + n * task.weight_stride + block.k0, task.weight_stride,
-        static_cast<const Element*>(task.packed) + PackedOffset(task.tokens, task.k, block.k0, t0), block.k,
+        weights, static_cast<const Element*>(task.packed) + PackedOffset(task.tokens, task.k, block.k0, t0), block.k,
         AheadOf<kLines>(block, n, t0 / V::kGroup), flat);
     StoreTile<kTokens, kRows>(block, t0, n, flat);
-  }
-
-  template <int kTokens, int kLines>
-  static void PackedTileAndStore(const Block& block, int64_t t0, int64_t n) {
-    const LinearTask& task = *block.task;
-    alignas(64) float flat[(kTokens * V::kPanel + 15) / 16 * 16 + 16];
-    PackedTile<kTokens, kLines>(
-        block.panel, static_cast<const Element*>(task.packed) + PackedOffset(task.tokens, task.k, block.k0, t0),
-        block.k, AheadOf<kLines>(block, n, t0 / V::kGroup), flat);
-    StoreTile<kTokens, V::kPanel>(block, t0, n, flat);
   }
 
   // Few tokens and all of K in one block: nothing but reading weights. Panels that lie `apart` rows from each other are
@@ -284,20 +266,40 @@ struct LinearTile {
   }
 
   // Up to `count` whole groups from token t on; returns the token after them.
-  template <int kRows, int kLines>
-  static int64_t Groups(const Block& block, int64_t n, int64_t t, int64_t count) {
+  template <int kRows, int kLines, class Source>
+  static int64_t Groups(Source weights, const Block& block, int64_t n, int64_t t, int64_t count) {
     for (; count > 0 && t + V::kGroup <= block.task->tokens; t += V::kGroup, --count) {
-      TileAndStore<V::kGroup, kRows, kLines>(block, t, n);
+      TileAndStore<V::kGroup, kRows, kLines>(weights, block, t, n);
     }
     return t;
   }
 
   // The last group, of fewer tokens.
-  template <int kTokens, int kRows>
-  static void Rest(const Block& block, int64_t n) {
+  template <int kTokens, int kRows, class Source>
+  static void Last(Source weights, const Block& block, int64_t n) {
     const int64_t t = block.task->tokens - kTokens;
-    if (t > 0 || kRows < V::kPanel) return TileAndStore<kTokens, kRows, 0>(block, t, n);
-    TileAndStore<kTokens, kRows, kRows>(block, t, n);
+    if (t > 0 || kRows < V::kPanel) return TileAndStore<kTokens, kRows, 0>(weights, block, t, n);
+    TileAndStore<kTokens, kRows, kRows>(weights, block, t, n);
+  }
+
+  // The tokens from t on.
+  template <int kRows, class Source>
+  static void Rest(Source weights, const Block& block, int64_t n, int64_t t) {
+    const int64_t tokens = block.task->tokens;
+    t = Groups<kRows, 0>(weights, block, n, t, tokens / V::kGroup);
+    switch (tokens - t) {
+      case 3:
+        if constexpr (V::kGroup > 3) Last<3, kRows>(weights, block, n);
+        break;
+      case 2:
+        if constexpr (V::kGroup > 2) Last<2, kRows>(weights, block, n);
+        break;
+      case 1:
+        Last<1, kRows>(weights, block, n);
+        break;
+      default:
+        break;
+    }
   }
 
   // A panel times many tokens.
@@ -310,54 +312,28 @@ struct LinearTile {
                     block.panel + j * V::kPanel + r * V::kStep);
       }
     }
-    int64_t t = 0;
-    for (; t < V::kPanel * V::kGroup; t += V::kGroup) PackedTileAndStore<V::kGroup, 1>(block, t, n);
-    for (; t + V::kGroup <= task.tokens; t += V::kGroup) PackedTileAndStore<V::kGroup, 0>(block, t, n);
-    switch (task.tokens - t) {
-      case 3:
-        if constexpr (V::kGroup > 3) PackedTileAndStore<3, 0>(block, t, n);
-        break;
-      case 2:
-        if constexpr (V::kGroup > 2) PackedTileAndStore<2, 0>(block, t, n);
-        break;
-      case 1:
-        PackedTileAndStore<1, 0>(block, t, n);
-        break;
-      default:
-        break;
-    }
+    const PackedRows weights{block.panel};
+    Rest<V::kPanel>(weights, block, n, Groups<V::kPanel, 1>(weights, block, n, 0, kPackedGroups));
   }
 
   // One panel's rows (or a row left over) times all tokens.
   template <int kRows>
   static void Panel(const Block& block, int64_t n) {
-    const int64_t tokens = block.task->tokens;
-    const int64_t groups = tokens / V::kGroup;
+    const LinearTask& task = *block.task;
+    const int64_t groups = task.tokens / V::kGroup;
+    const Rows weights{static_cast<const Weight*>(task.weight) + n * task.weight_stride + block.k0, task.weight_stride};
     int64_t t = 0;
     if constexpr (kRows == V::kPanel) {  // six lines a step, shared by the groups
       if (groups >= kPackedGroups) return PackedPanel(block, n);
       if (groups == 1) {
-        t = Groups<kRows, 6>(block, n, t, 1);
+        t = Groups<kRows, 6>(weights, block, n, t, 1);
       } else if (groups == 2) {
-        t = Groups<kRows, 3>(block, n, t, 2);
+        t = Groups<kRows, 3>(weights, block, n, t, 2);
       } else {
-        t = Groups<kRows, 2>(block, n, t, 3);
+        t = Groups<kRows, 2>(weights, block, n, t, 3);
       }
     }
-    t = Groups<kRows, 0>(block, n, t, groups);
-    switch (tokens - t) {
-      case 3:
-        if constexpr (V::kGroup > 3) Rest<3, kRows>(block, n);
-        break;
-      case 2:
-        if constexpr (V::kGroup > 2) Rest<2, kRows>(block, n);
-        break;
-      case 1:
-        Rest<1, kRows>(block, n);
-        break;
-      default:
-        break;
-    }
+    Rest<kRows>(weights, block, n, t);
   }
 
   static void Run(const LinearTask& task, int64_t begin, int64_t end, float* partial) {
