@@ -1,5 +1,15 @@
 # One library per folder, one test program per folder: a new file is built because it is there.
 
+# A file takes most of its time for headers, and for inline functions that other files compile too. Only release is built
+# with ALTIPLANO_UNITY; where it is off, a file cannot lean on what another includes.
+function(altiplano_several_at_once name)
+  set_target_properties(${name} PROPERTIES UNITY_BUILD ${ALTIPLANO_UNITY} UNITY_BUILD_BATCH_SIZE 8)
+  if(ALTIPLANO_UNITY AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # It takes a .cc among others for a header, whose classes should have no members of an unnamed namespace.
+    target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wno-subobject-linkage>)
+  endif()
+endfunction()
+
 # altiplano_library(NAME DIR sources' folder  DEPS ...)
 function(altiplano_library name)
   cmake_parse_arguments(ARG "" "DIR" "DEPS;PRIVATE_DEPS;EXCLUDE" ${ARGN})
@@ -10,6 +20,7 @@ function(altiplano_library name)
   if(sources)
     add_library(${name} STATIC ${sources})
     target_link_libraries(${name} PUBLIC altiplano_options ${ARG_DEPS} PRIVATE ${ARG_PRIVATE_DEPS})
+    altiplano_several_at_once(${name})
   else()
     add_library(${name} INTERFACE)
     target_link_libraries(${name} INTERFACE altiplano_options ${ARG_DEPS})

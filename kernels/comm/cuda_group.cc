@@ -2,7 +2,6 @@
 // through NCCL where there is one; all_reduce_plan.h has the table. Tensors on the CPU go as in MakeInProcessGroup.
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <set>
@@ -11,6 +10,7 @@
 
 #include "kernels/comm/all_reduce_plan.h"
 #include "kernels/comm/communicator.h"
+#include "kernels/comm/die.h"
 #include "kernels/comm/message_parts.h"
 #include "kernels/comm/nccl_rank.h"
 #include "kernels/cuda/backend.h"
@@ -25,21 +25,16 @@ using cuda::Peers;
 using cuda::PeerSignals;
 using cuda::PeerVerdicts;
 
-[[noreturn]] void Die(const char* sentence) {
-  std::fprintf(stderr, "%s\n", sentence);
-  std::abort();
-}
-
 size_t BytesOf(const TensorView& x) {
   return static_cast<size_t>(x.elements()) * SizeOf(x.dtype);
 }
 
 // What the ranks share.
-class Group {
+class GpuGroup {
  public:
-  Group(const CudaGroupOptions& options)
+  GpuGroup(const CudaGroupOptions& options)
       : options_(options), host_(MakeInProcessGroup(static_cast<int>(options.ordinals.size()), options.patience)) {}
-  ~Group() {
+  ~GpuGroup() {
     for (const auto& rank : nccl_) rank->Abort();
     for (const auto& rank : nccl_) rank->End();
     nccl_.clear();
@@ -163,7 +158,7 @@ class Group {
 
 class CudaRank : public Communicator {
  public:
-  CudaRank(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), peers_(group_->peers(rank)) {}
+  CudaRank(std::shared_ptr<GpuGroup> group, int rank) : group_(std::move(group)), peers_(group_->peers(rank)) {}
   ~CudaRank() override { group_->Abort("a rank has left"); }
 
   int rank() const override { return peers_.rank; }
@@ -256,7 +251,7 @@ class CudaRank : public Communicator {
   // As far as the host knows without waiting.
   bool alive() const { return group_->host(rank()).error().empty() && !cuda::HasFailed(*peers_.verdicts); }
 
-  const std::shared_ptr<Group> group_;
+  const std::shared_ptr<GpuGroup> group_;
   const Peers peers_;
 };
 
@@ -265,7 +260,7 @@ class CudaRank : public Communicator {
 std::vector<std::unique_ptr<Communicator>> MakeCudaGroup(const CudaGroupOptions& options, std::string* error) {
   if (options.ordinals.empty()) Die("MakeCudaGroup: wants at least one rank");
   std::vector<std::unique_ptr<Communicator>> members;
-  auto group = std::make_shared<Group>(options);
+  auto group = std::make_shared<GpuGroup>(options);
   if (*error = group->Form(); !error->empty()) return members;
   for (int rank = 0; rank < group->size(); ++rank) members.push_back(std::make_unique<CudaRank>(group, rank));
   return members;

@@ -8,24 +8,18 @@
 #include <array>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <mutex>
 #include <string>
 #include <utility>
 
 #include "kernels/comm/arrivals.h"
+#include "kernels/comm/die.h"
 #include "kernels/comm/link.h"
 #include "kernels/cuda/backend.h"
 
 namespace altiplano {
 
 namespace {
-
-[[noreturn]] void Die(const char* sentence) {
-  std::fprintf(stderr, "%s\n", sentence);
-  std::abort();
-}
 
 class Channel {
  public:

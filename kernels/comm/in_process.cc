@@ -4,7 +4,6 @@
 // After an abort a rank may leave early, but only when nobody is at work: others may be reading its tensors.
 #include <algorithm>
 #include <condition_variable>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -13,6 +12,7 @@
 #include <utility>
 
 #include "kernels/comm/communicator.h"
+#include "kernels/comm/die.h"
 
 namespace altiplano {
 
@@ -33,19 +33,14 @@ bool Communicator::CheckSame(std::string_view, uint64_t) {
 
 namespace {
 
-[[noreturn]] void Die(const char* sentence) {
-  std::fprintf(stderr, "%s\n", sentence);
-  std::abort();
-}
-
 // What a rank brings to a meeting.
 struct Contribution {
   TensorView x;
 };
 
-class Group {
+class ThreadGroup {
  public:
-  Group(int ranks, std::chrono::milliseconds patience)
+  ThreadGroup(int ranks, std::chrono::milliseconds patience)
       : patience_(patience), contributions_(static_cast<size_t>(ranks)), present_(static_cast<size_t>(ranks)) {}
 
   int size() const { return static_cast<int>(contributions_.size()); }
@@ -147,7 +142,7 @@ void SumColumns(const std::vector<Contribution>& ranks, int64_t row, int64_t beg
 
 class InProcess : public Communicator {
  public:
-  InProcess(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
+  InProcess(std::shared_ptr<ThreadGroup> group, int rank) : group_(std::move(group)), rank_(rank) {}
   ~InProcess() override { group_->Abort("a rank has left"); }
 
   int rank() const override { return rank_; }
@@ -223,7 +218,7 @@ class InProcess : public Communicator {
   }
 
  private:
-  const std::shared_ptr<Group> group_;
+  const std::shared_ptr<ThreadGroup> group_;
   const int rank_;
 };
 
@@ -231,7 +226,7 @@ class InProcess : public Communicator {
 
 std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int ranks, std::chrono::milliseconds patience) {
   if (ranks < 1) Die("MakeInProcessGroup: wants at least one rank");
-  auto group = std::make_shared<Group>(ranks, patience);
+  auto group = std::make_shared<ThreadGroup>(ranks, patience);
   std::vector<std::unique_ptr<Communicator>> members;
   for (int rank = 0; rank < ranks; ++rank) members.push_back(std::make_unique<InProcess>(group, rank));
   return members;

@@ -1,8 +1,6 @@
 // Tensors are copied into a queue: a stage goes on with its next step while the other end is still busy with this one.
 #include <array>
 #include <condition_variable>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -10,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/comm/die.h"
 #include "kernels/comm/link.h"
 
 namespace altiplano {
@@ -18,11 +17,6 @@ namespace {
 
 // More than there are steps in flight.
 constexpr size_t kMostQueued = 4;
-
-[[noreturn]] void Die(const char* sentence) {
-  std::fprintf(stderr, "%s\n", sentence);
-  std::abort();
-}
 
 struct Shared {
   explicit Shared(std::chrono::milliseconds p) : patience(p) {}

@@ -5,12 +5,11 @@
 
 #include <array>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <mutex>
 #include <utility>
 
 #include "kernels/comm/arrivals.h"
+#include "kernels/comm/die.h"
 #include "kernels/comm/nccl_rank.h"
 
 namespace altiplano {
@@ -18,11 +17,6 @@ namespace altiplano {
 namespace {
 
 constexpr int kSender = 0, kReceiver = 1;  // ranks
-
-[[noreturn]] void Die(const char* sentence) {
-  std::fprintf(stderr, "%s\n", sentence);
-  std::abort();
-}
 
 class NcclLink : public Link {
  public:

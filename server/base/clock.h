@@ -32,4 +32,8 @@ inline double Seconds(Duration d) {
   return std::chrono::duration<double>(d).count();
 }
 
+inline double Milliseconds(Duration d) {
+  return Seconds(d) * 1e3;
+}
+
 }  // namespace altiplano

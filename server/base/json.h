@@ -6,14 +6,10 @@
 #include <string>
 #include <string_view>
 
+#include "server/base/json_fwd.h"
 #include "server/base/status.h"
 
 namespace altiplano {
-
-using Json = nlohmann::json;                 // keys sorted
-using OrderedJson = nlohmann::ordered_json;  // keys in the order of the text
-
-inline constexpr int kMaxJsonDepth = 64;
 
 // INVALID_ARGUMENT with byte offset on malformed text, trailing bytes, invalid UTF-8, duplicate keys or depth >
 // max_depth.

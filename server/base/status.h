@@ -79,6 +79,10 @@ inline Status OkStatus() {
   return Status();
 }
 
+inline Status InvalidArgument(std::string message) {
+  return Status(Code::kInvalidArgument, std::move(message));
+}
+
 // Either a value or the Status that says why there is none.
 template <typename T>
 class [[nodiscard]] StatusOr {

@@ -30,10 +30,6 @@ std::string_view FinishName(FinishReason reason) {
   return "";
 }
 
-double Milliseconds(Duration time) {
-  return Seconds(time) * 1e3;
-}
-
 // Lines, each with its time, to be put in order.
 class Lines {
  public:

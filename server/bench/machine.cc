@@ -43,10 +43,6 @@ const std::array<Machine, 6>& Presets() {
   return presets;
 }
 
-Status Invalid(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 }  // namespace
 
 std::span<const Machine> MachinePresets() {
@@ -55,12 +51,12 @@ std::span<const Machine> MachinePresets() {
 
 StatusOr<Machine> ParseMachine(std::string_view text) {
   ASSIGN_OR_RETURN(Json json, ParseJson(text));
-  if (!json.is_object()) return Invalid("must be a JSON object");
+  if (!json.is_object()) return InvalidArgument("must be a JSON object");
   Machine machine;
   for (const Field& field : kFields) {
     auto it = json.find(field.name);
     if (it == json.end() || !it->is_number() || !(it->get<double>() >= 0 && it->get<double>() <= 1e9)) {
-      return Invalid(StrCat(field.name, " must be a number of microseconds from 0 to 1e9"));
+      return InvalidArgument(StrCat(field.name, " must be a number of microseconds from 0 to 1e9"));
     }
     machine.cost.*field.value = it->get<double>();
     json.erase(it);
@@ -68,17 +64,17 @@ StatusOr<Machine> ParseMachine(std::string_view text) {
   auto kv_tokens = json.find("kv_tokens");
   if (kv_tokens == json.end() || !kv_tokens->is_number_unsigned() || kv_tokens->get<uint64_t>() < 1 ||
       kv_tokens->get<uint64_t>() > INT32_MAX) {
-    return Invalid("kv_tokens must be a whole number from 1 to 2147483647");
+    return InvalidArgument("kv_tokens must be a whole number from 1 to 2147483647");
   }
   machine.kv_tokens = kv_tokens->get<int64_t>();
   json.erase(kv_tokens);
   auto description = json.find("description");
-  if (description == json.end() || !description->is_string()) return Invalid("description must be a string");
+  if (description == json.end() || !description->is_string()) return InvalidArgument("description must be a string");
   machine.description = description->get<std::string>();
   json.erase(description);
-  if (!json.empty()) return Invalid(StrCat("\"", json.begin().key(), "\" is not a field of a step cost"));
+  if (!json.empty()) return InvalidArgument(StrCat("\"", json.begin().key(), "\" is not a field of a step cost"));
   if (machine.cost.step_us + std::max(machine.cost.weights_us, machine.cost.token_us) <= 0) {
-    return Invalid("a step must take time: step_us, weights_us and token_us are all 0");
+    return InvalidArgument("a step must take time: step_us, weights_us and token_us are all 0");
   }
   return machine;
 }

@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "server/base/json.h"
+#include "server/base/json_fwd.h"
 #include "server/base/status.h"
 #include "server/scheduler/step_cost.h"
 

@@ -7,15 +7,12 @@
 #include <map>
 
 #include "server/base/check.h"
+#include "server/base/json.h"
 #include "server/base/strings.h"
 
 namespace altiplano::bench {
 
 namespace {
-
-double Milliseconds(Duration d) {
-  return Seconds(d) * 1e3;
-}
 
 constexpr size_t kNumMetrics = 5;
 struct MetricName {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "server/base/clock.h"
-#include "server/base/json.h"
+#include "server/base/json_fwd.h"
 #include "server/base/status.h"
 
 namespace altiplano::bench {

@@ -390,7 +390,7 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
   return WriteStepCost(flags, model);
 }
 
-int Run(const ParsedFlags& flags) {
+int RunBenchOffline(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench offline";
   LoadInterrupt interrupt;
   InterruptOnSignal on_signal(kName, &interrupt);
@@ -451,7 +451,7 @@ Subcommand BenchOfflineCommand() {
                       .meaning = "Fit what a step costs to the steps measured here and write it to this file, "
                                  "for --step-cost of serve and simulate.",
                       .example = "step_cost.json"}}},
-      .run = Run};
+      .run = RunBenchOffline};
   for (Flag& flag : LoadFlags()) subcommand.command.flags.push_back(flag);
   for (Flag& flag : OfflineFlags()) subcommand.command.flags.push_back(flag);
   return subcommand;

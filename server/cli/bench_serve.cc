@@ -6,6 +6,7 @@
 #include <memory>
 #include <thread>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/cli/command.h"
 #include "server/cli/load_flags.h"
@@ -119,7 +120,7 @@ StatusOr<std::vector<std::unique_ptr<Client>>> ConnectAll(const ParsedFlags& fla
   return clients;
 }
 
-int Run(const ParsedFlags& flags) {
+int RunBenchServe(const ParsedFlags& flags) {
   constexpr std::string_view kName = "bench serve";
   LoadInterrupt interrupt;
   InterruptOnSignal on_signal(kName, &interrupt);
@@ -194,7 +195,7 @@ Subcommand BenchServeCommand() {
                "have finished, exit code 130. A second one ends the program at once.\n"
                "Names are those of vLLM's bench serve.",
            .flags = {UrlFlag()}},
-      .run = Run};
+      .run = RunBenchServe};
   for (Flag& flag : LoadFlags()) subcommand.command.flags.push_back(flag);
   subcommand.command.flags.push_back({.name = "num-warmups",
                                       .type = FlagType::kCount,

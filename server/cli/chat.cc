@@ -166,7 +166,7 @@ class Repl {
   bool quit_ = false;
 };
 
-int Run(const ParsedFlags& flags) {
+int RunChat(const ParsedFlags& flags) {
   InterruptWatcher interrupts;
   auto client = ConnectTo(flags);
   if (!client.ok()) return Fail("chat", client.status().message(), kExitUnavailable);
@@ -203,7 +203,7 @@ Subcommand ChatCommand() {
                                                .type = FlagType::kText,
                                                .meaning = "The system message.",
                                                .example = "'Answer in one sentence.'"}}},
-                        .run = Run};
+                        .run = RunChat};
   for (Flag& flag : SamplingFlags()) subcommand.command.flags.push_back(flag);
   return subcommand;
 }

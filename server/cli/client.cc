@@ -2,12 +2,18 @@
 
 #include <google/rpc/error_details.pb.h>
 #include <google/rpc/status.pb.h>
+#include <grpcpp/channel.h>
+#include <grpcpp/client_context.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/support/client_callback.h>
 
 #include <climits>
 #include <optional>
 
+#include "altiplano/inference/v1/admin.grpc.pb.h"
+#include "altiplano/inference/v1/inference.grpc.pb.h"
+#include "altiplano/inference/v1/model.grpc.pb.h"
+#include "altiplano/inference/v1/status.grpc.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "server/base/strings.h"
 #include "server/cli/units.h"
@@ -148,11 +154,21 @@ void Cancellation::Leave(const Context& context) {
   contexts_.erase(context);
 }
 
+struct Client::Stubs {
+  explicit Stubs(const std::shared_ptr<grpc::Channel>& channel)
+      : inference(v1::InferenceService::NewStub(channel)),
+        model(v1::ModelService::NewStub(channel)),
+        status(v1::StatusService::NewStub(channel)) {}
+
+  const std::unique_ptr<v1::InferenceService::Stub> inference;
+  const std::unique_ptr<v1::ModelService::Stub> model;
+  const std::unique_ptr<v1::StatusService::Stub> status;
+};
+
 Client::Client(std::shared_ptr<grpc::Channel> channel)
-    : channel_(std::move(channel)),
-      inference_stub_(v1::InferenceService::NewStub(channel_)),
-      model_stub_(v1::ModelService::NewStub(channel_)),
-      status_stub_(v1::StatusService::NewStub(channel_)) {}
+    : channel_(std::move(channel)), stubs_(std::make_unique<Stubs>(channel_)) {}
+
+Client::~Client() = default;
 
 StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& url, Duration wait) {
   const std::string target(AddressOfUrl(url));
@@ -177,7 +193,7 @@ Status Client::StreamGenerate(const v1::GenerateRequest& request, const OnDelta&
   const auto context = std::make_shared<grpc::ClientContext>();
   if (cancellation != nullptr) cancellation->Enter(context);
   StreamRecorder recorder(answer);
-  auto reader = inference_stub_->StreamGenerate(context.get(), message);
+  auto reader = stubs_->inference->StreamGenerate(context.get(), message);
   v1::StreamGenerateResponse response;
   while (reader->Read(&response)) recorder.Take(response, on_delta);
   Status status = recorder.Finish(reader->Finish());
@@ -188,41 +204,41 @@ Status Client::StreamGenerate(const v1::GenerateRequest& request, const OnDelta&
 void Client::StartGenerate(const v1::GenerateRequest& request, OnDelta on_delta, OnEnd done,
                            Cancellation* cancellation) {
   auto* call = new GenerateReactor(std::move(on_delta), std::move(done), cancellation);
-  call->Start(inference_stub_.get(), request);
+  call->Start(stubs_->inference.get(), request);
 }
 
 StatusOr<v1::TokenizeResponse> Client::Tokenize(const v1::TokenizeRequest& request) {
   grpc::ClientContext context;
   v1::TokenizeResponse response;
-  RETURN_IF_ERROR(FromGrpc(inference_stub_->Tokenize(&context, request, &response)));
+  RETURN_IF_ERROR(FromGrpc(stubs_->inference->Tokenize(&context, request, &response)));
   return response;
 }
 
 StatusOr<v1::DetokenizeResponse> Client::Detokenize(const v1::DetokenizeRequest& request) {
   grpc::ClientContext context;
   v1::DetokenizeResponse response;
-  RETURN_IF_ERROR(FromGrpc(inference_stub_->Detokenize(&context, request, &response)));
+  RETURN_IF_ERROR(FromGrpc(stubs_->inference->Detokenize(&context, request, &response)));
   return response;
 }
 
 StatusOr<v1::ListModelsResponse> Client::ListModels() {
   grpc::ClientContext context;
   v1::ListModelsResponse response;
-  RETURN_IF_ERROR(FromGrpc(model_stub_->ListModels(&context, {}, &response)));
+  RETURN_IF_ERROR(FromGrpc(stubs_->model->ListModels(&context, {}, &response)));
   return response;
 }
 
 StatusOr<v1::GetServerInfoResponse> Client::GetServerInfo() {
   grpc::ClientContext context;
   v1::GetServerInfoResponse response;
-  RETURN_IF_ERROR(FromGrpc(status_stub_->GetServerInfo(&context, {}, &response)));
+  RETURN_IF_ERROR(FromGrpc(stubs_->status->GetServerInfo(&context, {}, &response)));
   return response;
 }
 
 StatusOr<v1::Load> Client::GetLoad() {
   grpc::ClientContext context;
   v1::Load response;
-  RETURN_IF_ERROR(FromGrpc(status_stub_->GetLoad(&context, {}, &response)));
+  RETURN_IF_ERROR(FromGrpc(stubs_->status->GetLoad(&context, {}, &response)));
   return response;
 }
 

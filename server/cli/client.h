@@ -1,9 +1,6 @@
 // The native gRPC client of the commands: one server, blocking calls, errors as Status with the server's details.
 #pragma once
 
-#include <grpcpp/channel.h>
-#include <grpcpp/client_context.h>
-
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -12,12 +9,18 @@
 #include <unordered_set>
 #include <vector>
 
-#include "altiplano/inference/v1/admin.grpc.pb.h"
-#include "altiplano/inference/v1/inference.grpc.pb.h"
-#include "altiplano/inference/v1/model.grpc.pb.h"
-#include "altiplano/inference/v1/status.grpc.pb.h"
+#include "altiplano/inference/v1/inference.pb.h"
+#include "altiplano/inference/v1/model.pb.h"
+#include "altiplano/inference/v1/status.pb.h"
 #include "server/base/clock.h"
 #include "server/base/status.h"
+
+// gRPC's headers and the generated services are seconds of compiling for each file that sees them.
+namespace grpc {
+class Channel;
+class ClientContext;
+class Status;
+}  // namespace grpc
 
 namespace altiplano::cli {
 
@@ -61,6 +64,8 @@ struct Answer {
 // Any thread; calls may run side by side.
 class Client {
  public:
+  ~Client();
+
   // url: "HOST:PORT", "unix:/path" or with the scheme grpc://. UNAVAILABLE when no connection comes about in `wait`.
   static StatusOr<std::unique_ptr<Client>> Connect(const std::string& url, Duration wait);
 
@@ -85,12 +90,11 @@ class Client {
   StatusOr<std::string> Health(const std::string& service, Duration timeout);
 
  private:
+  struct Stubs;
   explicit Client(std::shared_ptr<grpc::Channel> channel);
 
   std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<v1::InferenceService::Stub> inference_stub_;
-  std::unique_ptr<v1::ModelService::Stub> model_stub_;
-  std::unique_ptr<v1::StatusService::Stub> status_stub_;
+  std::unique_ptr<Stubs> stubs_;
 };
 
 // With the google.rpc details (reason, metadata, field violations, retry) that came along.

@@ -78,7 +78,7 @@ void PrintSummary(const std::vector<Stream>& streams, Duration total, const v1::
               static_cast<unsigned long long>(peak.kv_blocks_total()), share, peak.kv_block_tokens());
 }
 
-int Run(const ParsedFlags& flags) {
+int RunDemo(const ParsedFlags& flags) {
   auto client = ConnectTo(flags);
   if (!client.ok()) return Fail("demo", client.status().message(), kExitUnavailable);
   auto models = (*client)->ListModels();
@@ -142,7 +142,7 @@ Subcommand DemoCommand() {
                       .meaning = "A question. Without any: two that come with the program.",
                       .example = "'Why is the sky blue?'",
                       .repeated = true}}},
-      .run = Run};
+      .run = RunDemo};
   for (Flag& flag : SamplingFlags()) subcommand.command.flags.push_back(flag);
   return subcommand;
 }

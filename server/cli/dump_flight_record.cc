@@ -11,23 +11,25 @@ namespace altiplano::cli {
 
 namespace {
 
-constexpr std::string_view kName = "admin dump-flight-record";
+constexpr std::string_view kDumpFlightRecord = "admin dump-flight-record";
 
-int Run(const ParsedFlags& flags) {
-  if (flags.positional().size() != 1) return Fail(kName, "needs one FILE to write", kExitUsage);
+int RunDumpFlightRecord(const ParsedFlags& flags) {
+  if (flags.positional().size() != 1) return Fail(kDumpFlightRecord, "needs one FILE to write", kExitUsage);
   const std::string& path = flags.positional()[0];
-  if (!flags.given("url")) return Fail(kName, "needs --url: what the server was given as --admin-listen", kExitUsage);
+  if (!flags.given("url"))
+    return Fail(kDumpFlightRecord, "needs --url: what the server was given as --admin-listen", kExitUsage);
   auto client = Client::Connect(flags.text("url"), std::chrono::seconds(5));
-  if (!client.ok()) return Fail(kName, client.status().message(), kExitUnavailable);
+  if (!client.ok()) return Fail(kDumpFlightRecord, client.status().message(), kExitUnavailable);
   auto record = (*client)->DumpFlightRecord(static_cast<uint32_t>(flags.count("replica")));
   if (record.status().code() == Code::kUnimplemented) {
     return Fail(
-        kName,
+        kDumpFlightRecord,
         StrCat(flags.text("url"), " has no AdminService: give --url what the server was given as --admin-listen"),
         kExitUsage);
   }
-  if (!record.ok()) return FailCall(kName, record.status());
-  if (Status status = WriteFile(path, *record); !status.ok()) return Fail(kName, status.message(), kExitUnavailable);
+  if (!record.ok()) return FailCall(kDumpFlightRecord, record.status());
+  if (Status status = WriteFile(path, *record); !status.ok())
+    return Fail(kDumpFlightRecord, status.message(), kExitUnavailable);
   std::printf("%s: %s\n", path.c_str(), HumanBytes(record->size()).c_str());
   return kExitOk;
 }
@@ -39,7 +41,7 @@ Subcommand DumpFlightRecordCommand() {
   url.meaning = "The server's admin address.";
   url.default_value = "";
   url.example = "127.0.0.1:50052";
-  return {.command = {.name = kName,
+  return {.command = {.name = kDumpFlightRecord,
                       .summary = "fetch the record of the scheduler's last steps from a server",
                       .synopsis = "altiplano admin dump-flight-record FILE --url ADMIN_HOST:PORT",
                       .notes = "altiplano replay FILE shows what is in it. No prompts or answers are.",
@@ -51,7 +53,7 @@ Subcommand DumpFlightRecordCommand() {
                                  .example = "1",
                                  .max = 1023}},
                       .max_positional = 1},
-          .run = Run};
+          .run = RunDumpFlightRecord};
 }
 
 }  // namespace altiplano::cli

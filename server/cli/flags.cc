@@ -10,10 +10,6 @@ namespace altiplano::cli {
 
 namespace {
 
-Status Invalid(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 const Flag* FindFlag(std::span<const Flag> flags, std::string_view name) {
   for (const Flag& flag : flags) {
     if (flag.name == name || (!flag.alias.empty() && flag.alias == name)) return &flag;
@@ -30,7 +26,7 @@ Status UnknownFlag(const Command& command, std::string_view name) {
   std::string_view nearest = Nearest(name, names);
   std::string hint =
       nearest.empty() ? StrCat("see altiplano ", command.name, " --help") : StrCat("did you mean --", nearest, "?");
-  return Invalid(StrCat("unknown flag --", name, "; ", hint));
+  return InvalidArgument(StrCat("unknown flag --", name, "; ", hint));
 }
 
 // Choices that take more than this are listed below the meaning.
@@ -109,10 +105,10 @@ void AppendFlag(std::string& out, const Flag& flag) {
 Status CheckValue(const Flag& flag, std::string_view value) {
   switch (flag.type) {
     case FlagType::kText:
-      return IsValidUtf8(value) ? OkStatus() : Invalid("is not valid UTF-8");
+      return IsValidUtf8(value) ? OkStatus() : InvalidArgument("is not valid UTF-8");
     case FlagType::kPath:
-      if (value.find('\0') != std::string_view::npos) return Invalid("has a NUL byte");
-      return IsValidUtf8(value) ? OkStatus() : Invalid("is not valid UTF-8");
+      if (value.find('\0') != std::string_view::npos) return InvalidArgument("has a NUL byte");
+      return IsValidUtf8(value) ? OkStatus() : InvalidArgument("is not valid UTF-8");
     case FlagType::kAddress:
       return value.empty() ? OkStatus() : CheckAddress(value);
     case FlagType::kUrl:
@@ -138,7 +134,7 @@ Status CheckValue(const Flag& flag, std::string_view value) {
   }
   if (std::find(names.begin(), names.end(), value) != names.end()) return OkStatus();
   std::string_view nearest = Nearest(value, names);
-  return Invalid(
+  return InvalidArgument(
       StrCat("must be one of ", flag.choices, nearest.empty() ? "" : StrCat("; did you mean ", nearest, "?")));
 }
 
@@ -150,7 +146,8 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
     std::string_view argument = arguments[i];
     if (flags_ended || !argument.starts_with('-') || argument == "-") {
       if (parsed.positional_.size() == command.max_positional) {
-        return Invalid(StrCat("unexpected argument ", Quote(argument), "; see altiplano ", command.name, " --help"));
+        return InvalidArgument(
+            StrCat("unexpected argument ", Quote(argument), "; see altiplano ", command.name, " --help"));
       }
       parsed.positional_.emplace_back(argument);
       continue;
@@ -178,14 +175,15 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
     if (!has_value && flag->type == FlagType::kBool) {
       value = "true";
     } else if (!has_value) {
-      if (++i == arguments.size()) return Invalid(StrCat("--", name, " needs a value (", Placeholder(*flag), ")"));
+      if (++i == arguments.size())
+        return InvalidArgument(StrCat("--", name, " needs a value (", Placeholder(*flag), ")"));
       value = arguments[i];
     }
     if (Status bad = CheckValue(*flag, value); !bad.ok()) {
-      return Invalid(StrCat("--", name, " is ", Quote(value), ", ", bad.message()));
+      return InvalidArgument(StrCat("--", name, " is ", Quote(value), ", ", bad.message()));
     }
     auto& values = parsed.values_[flag->name];
-    if (!values.empty() && !flag->repeated) return Invalid(StrCat("--", flag->name, " is given twice"));
+    if (!values.empty() && !flag->repeated) return InvalidArgument(StrCat("--", flag->name, " is given twice"));
     values.push_back(std::move(value));
   }
   return parsed;

@@ -45,7 +45,7 @@ void PrintJson(const std::string& text, const Answer& answer) {
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
 }
 
-int Run(const ParsedFlags& flags) {
+int RunGenerate(const ParsedFlags& flags) {
   if (flags.given("system") && !flags.boolean("chat")) {
     return Fail("generate", "--system needs --chat", kExitUsage);
   }
@@ -104,7 +104,7 @@ Subcommand GenerateCommand() {
                              .default_value = "false",
                              .meaning = "Print one JSON object at the end instead of streaming: text, finish_reason, "
                                         "token counts, times in milliseconds."}}},
-      .run = Run};
+      .run = RunGenerate};
   auto& list = subcommand.command.flags;
   for (Flag& flag : SamplingFlags()) list.push_back(flag);
   list.push_back(UrlFlag());

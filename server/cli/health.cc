@@ -9,7 +9,7 @@ namespace altiplano::cli {
 
 namespace {
 
-int Run(const ParsedFlags& flags) {
+int RunHealth(const ParsedFlags& flags) {
   TimePoint deadline = Clock::Real().Now() + flags.duration("timeout");
   auto client = Client::Connect(flags.text("url"), flags.duration("timeout"));
   if (!client.ok()) return Fail("health", client.status().message(), kExitFailure);
@@ -37,7 +37,7 @@ Subcommand HealthCommand() {
                           .default_value = "2s",
                           .meaning = "How long to wait for connection and answer together.",
                           .example = "500ms"}}},
-          .run = Run};
+          .run = RunHealth};
 }
 
 }  // namespace altiplano::cli

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/cli/command.h"
 #include "server/cli/config.h"
@@ -11,7 +12,7 @@ namespace altiplano::cli {
 
 namespace {
 
-int Run(const ParsedFlags& flags) {
+int RunInspect(const ParsedFlags& flags) {
   if (flags.given("model") == !flags.positional().empty()) {
     return Fail("inspect", "needs one model: altiplano inspect DIR_OR_GGUF", kExitUsage);
   }
@@ -59,7 +60,7 @@ Subcommand InspectCommand() {
                              .default_value = "false",
                              .meaning = "List every tensor too."}},
                   .max_positional = 1},
-      .run = Run};
+      .run = RunInspect};
   for (const Flag& flag : Settings()) {
     if (flag.name == "model") subcommand.command.flags.push_back(flag);
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/cli/command.h"
 #include "server/cli/units.h"

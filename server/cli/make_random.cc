@@ -12,14 +12,14 @@ namespace altiplano::cli {
 
 namespace {
 
-constexpr std::string_view kName = "make-random";
+constexpr std::string_view kMakeRandom = "make-random";
 
-int Run(const ParsedFlags& flags) {
-  if (flags.positional().empty()) return Fail(kName, "needs the folder to write", kExitUsage);
+int RunMakeRandom(const ParsedFlags& flags) {
+  if (flags.positional().empty()) return Fail(kMakeRandom, "needs the folder to write", kExitUsage);
   std::string name = StrCat(kRandomPrefix, flags.text("like"), ",seed=", flags.count("seed"));
   if (flags.given("layers")) name += StrCat(",layers=", flags.count("layers"));
   auto model = ParseRandomModel(name);
-  if (!model.ok()) return Fail(kName, model.status().message(), kExitUsage);
+  if (!model.ok()) return Fail(kMakeRandom, model.status().message(), kExitUsage);
   const auto checkpoint = MakeRandomCheckpoint(*model);
   WriteOptions options;
   options.max_file_bytes = flags.bytes("max-file-size");
@@ -28,7 +28,8 @@ int Run(const ParsedFlags& flags) {
   options.cancelled = [&stop] { return stop.count() > 0; };
   const std::string& folder = flags.positional()[0];
   if (Status status = WriteFolder(*checkpoint, folder, options); !status.ok()) {
-    return Fail(kName, status.message(), status.code() == Code::kFailedPrecondition ? kExitUsage : kExitUnavailable);
+    return Fail(kMakeRandom, status.message(),
+                status.code() == Code::kFailedPrecondition ? kExitUsage : kExitUnavailable);
   }
   std::printf("%s: %s of random bf16 weights and a byte tokenizer\n", folder.c_str(),
               HumanBytes(checkpoint->total_bytes()).c_str());
@@ -39,7 +40,7 @@ int Run(const ParsedFlags& flags) {
 
 Subcommand MakeRandomCommand() {
   return {
-      .command = {.name = kName,
+      .command = {.name = kMakeRandom,
                   .summary = "write a checkpoint of random weights, to measure with",
                   .synopsis = "altiplano make-random --like 8b [--layers N] FOLDER",
                   .notes =
@@ -72,7 +73,7 @@ Subcommand MakeRandomCommand() {
                              .meaning = "Weights of one file; more are spread over several with an index.",
                              .example = "2GB"}},
                   .max_positional = 1},
-      .run = Run};
+      .run = RunMakeRandom};
 }
 
 }  // namespace altiplano::cli

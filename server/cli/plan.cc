@@ -16,7 +16,7 @@ namespace altiplano::cli {
 
 namespace {
 
-constexpr std::string_view kName = "plan";
+constexpr std::string_view kPlan = "plan";
 static_assert(bench::kMostTensorParallelGpus == kMostPeers);
 
 // A published model's name, a folder of which only config.json is read (the weights need not be there yet), or a GGUF.
@@ -39,10 +39,6 @@ StatusOr<ModelConfig> FindConfig(const std::string& model) {
   }
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(model));
   return checkpoint->config();
-}
-
-double Ms(Duration duration) {
-  return Seconds(duration) * 1e3;
 }
 
 // "8xH100", "2 nodes of 8xH100"
@@ -107,8 +103,9 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
                                     HumanBytes(plan.all_reduces.token_bytes).c_str(), plan.all_reduces.one_token_us));
       line("  beside them", StrFormat("weights that take %.2f ms of a decode step", plan.hidden_weights_us * 1e-3));
     }
-    line("predicted", StrFormat("TTFT %.1f ms when idle; ITL %.2f ms; %.1f tokens/s each, %.0f in all", Ms(plan.ttft),
-                                Ms(plan.itl), 1e3 / Ms(plan.itl), plan.tokens_per_second));
+    line("predicted",
+         StrFormat("TTFT %.1f ms when idle; ITL %.2f ms; %.1f tokens/s each, %.0f in all", Milliseconds(plan.ttft),
+                   Milliseconds(plan.itl), 1e3 / Milliseconds(plan.itl), plan.tokens_per_second));
   }
   std::printf("Speeds follow from datasheet rates and what good engines reach of them; none is a measurement.\n");
 }
@@ -138,8 +135,9 @@ void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   json["kv_tokens"] = plan.kv_tokens;
   json["largest_batch"] = plan.largest_batch;
   json["longest_context"] = plan.longest_context;
-  json["predicted"] = {
-      {"ttft_ms", Ms(plan.ttft)}, {"itl_ms", Ms(plan.itl)}, {"tokens_per_second", plan.tokens_per_second}};
+  json["predicted"] = {{"ttft_ms", Milliseconds(plan.ttft)},
+                       {"itl_ms", Milliseconds(plan.itl)},
+                       {"tokens_per_second", plan.tokens_per_second}};
   json["all_reduces"] = {{"a_step", plan.all_reduces.calls},
                          {"token_bytes", plan.all_reduces.token_bytes},
                          {"one_token_us", plan.all_reduces.one_token_us},
@@ -148,17 +146,17 @@ void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
 }
 
-int Run(const ParsedFlags& flags) {
-  if (!flags.given("model")) return Fail(kName, "needs --model DIR_OR_GGUF, 8b, 70b or 405b", kExitUsage);
+int RunPlan(const ParsedFlags& flags) {
+  if (!flags.given("model")) return Fail(kPlan, "needs --model DIR_OR_GGUF, 8b, 70b or 405b", kExitUsage);
   auto gpus = bench::ParseGpus(flags.text("gpus"));
-  if (!gpus.ok()) return Fail(kName, StrCat("--gpus: ", gpus.status().message()), kExitUsage);
+  if (!gpus.ok()) return Fail(kPlan, StrCat("--gpus: ", gpus.status().message()), kExitUsage);
   bench::Demand demand;
   demand.context = flags.count("context");
   demand.answer_tokens =
       flags.given("answer-tokens") ? flags.count("answer-tokens") : std::min<int64_t>(512, demand.context / 2);
   demand.concurrency = flags.count("concurrency");
   if (demand.answer_tokens >= demand.context) {
-    return Fail(kName,
+    return Fail(kPlan,
                 StrCat("--answer-tokens ", demand.answer_tokens, " leave nothing of --context ", demand.context,
                        " for a prompt"),
                 kExitUsage);
@@ -170,7 +168,7 @@ int Run(const ParsedFlags& flags) {
   limits.stages = flags.given("pipeline-parallel") ? static_cast<int>(flags.count("pipeline-parallel")) : limits.nodes;
   limits.memory_fraction = static_cast<double>(flags.count("memory-percent")) / 100;
   auto config = FindConfig(flags.text("model"));
-  if (!config.ok()) return Fail(kName, config.status().message(), ExitCodeOfLoad(config.status()));
+  if (!config.ok()) return Fail(kPlan, config.status().message(), ExitCodeOfLoad(config.status()));
 
   const bench::Capacity plan = PlanCapacity(*config, *gpus, demand, limits);
   std::vector<std::string> advice;
@@ -196,7 +194,7 @@ Subcommand PlanCommand() {
   constexpr int64_t kMost = 1 << 24;
   return {
       .command =
-          {.name = kName,
+          {.name = kPlan,
            .summary = "would a model fit on these GPUs, and what would they give?",
            .synopsis = "altiplano plan --model 70b --gpus 4xH200 --context 8192 --concurrency 32",
            .notes = "Sizes are those of the program's own allocator, for bf16. Speeds are\n"
@@ -229,7 +227,7 @@ Subcommand PlanCommand() {
                       .default_value = "false",
                       .meaning = "Print one JSON object; sizes are bytes."}},
            .max_positional = 0},
-      .run = Run};
+      .run = RunPlan};
 }
 
 }  // namespace altiplano::cli

@@ -15,7 +15,7 @@ namespace altiplano::cli {
 
 namespace {
 
-constexpr std::string_view kName = "replay";
+constexpr std::string_view kReplay = "replay";
 
 std::string Utc(int64_t unix_ns) {
   const std::time_t seconds = static_cast<std::time_t>(unix_ns / 1'000'000'000);
@@ -43,27 +43,27 @@ void PrintSummary(const FlightRecord& record, const bench::FlightHistory& histor
   std::printf("\n");
 }
 
-int Run(const ParsedFlags& flags) {
-  if (flags.positional().size() != 1) return Fail(kName, "needs one FILE: altiplano replay FILE", kExitUsage);
+int RunReplay(const ParsedFlags& flags) {
+  if (flags.positional().size() != 1) return Fail(kReplay, "needs one FILE: altiplano replay FILE", kExitUsage);
   const std::string& path = flags.positional()[0];
   auto file = bench::ReadMaybeGzipped(path);
-  if (!file.ok()) return Fail(kName, file.status().message(), kExitData);
+  if (!file.ok()) return Fail(kReplay, file.status().message(), kExitData);
   auto record = ParseFlightRecord(*file);
-  if (!record.ok()) return Fail(kName, StrCat(path, " ", record.status().message()), kExitData);
+  if (!record.ok()) return Fail(kReplay, StrCat(path, " ", record.status().message()), kExitData);
   const bench::FlightHistory history = bench::HistoryOf(*record);
   bench::TimelineOptions options{.request = flags.text("request"), .from = flags.duration("from"), .until = {}};
   if (flags.given("until")) options.until = flags.duration("until");
   auto timeline = bench::FlightTimeline(history, record->options, options);
-  if (!timeline.ok()) return Fail(kName, timeline.status().message(), kExitUsage);
+  if (!timeline.ok()) return Fail(kReplay, timeline.status().message(), kExitUsage);
   if (flags.given("perfetto")) {
     Status status = WriteFile(flags.text("perfetto"), bench::FlightTrace(history));
-    if (!status.ok()) return Fail(kName, status.message(), kExitUnavailable);
+    if (!status.ok()) return Fail(kReplay, status.message(), kExitUnavailable);
   }
 
   if (flags.given("write-step-cost")) {
     const int64_t kv_tokens = int64_t{record->options.num_blocks} * record->options.block_size;
     auto said = FitAndWriteStepCost(*record, "fitted to a flight record", kv_tokens, flags.text("write-step-cost"));
-    if (!said.ok()) return Fail(kName, StrCat("--write-step-cost: ", said.status().message()), kExitData);
+    if (!said.ok()) return Fail(kReplay, StrCat("--write-step-cost: ", said.status().message()), kExitData);
     std::fprintf(stderr, "%s\n", said->c_str());
   }
 
@@ -82,7 +82,7 @@ int Run(const ParsedFlags& flags) {
   } else if (replay.status().code() == Code::kFailedPrecondition) {
     std::printf("not replayed: %s\n", replay.status().message().c_str());
   } else {
-    return Fail(kName, StrCat(path, ": ", replay.status().message()), kExitData);
+    return Fail(kReplay, StrCat(path, ": ", replay.status().message()), kExitData);
   }
   if (flags.boolean("timeline")) std::fputs(timeline->c_str(), stdout);
   return code;
@@ -93,7 +93,7 @@ int Run(const ParsedFlags& flags) {
 Subcommand ReplayCommand() {
   return {
       .command =
-          {.name = kName,
+          {.name = kReplay,
            .summary = "run the scheduler again on a flight record, and show who waited for what",
            .synopsis = "altiplano replay FILE [--request ID] [--from 1.5s] [--until 3s] [--perfetto OUT.json]",
            .notes =
@@ -129,7 +129,7 @@ Subcommand ReplayCommand() {
                                  "--step-cost of serve and simulate.",
                       .example = "step_cost.json"}},
            .max_positional = 1},
-      .run = Run};
+      .run = RunReplay};
 }
 
 }  // namespace altiplano::cli

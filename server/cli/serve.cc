@@ -125,7 +125,7 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
   return kExitOk;
 }
 
-int Run(const ParsedFlags& flags) {
+int RunServe(const ParsedFlags& flags) {
   // The second signal ends the process whatever hangs.
   StopSignal stop([](int count) {
     if (count == 2) EndWithin(kAtOnce, kExitOk);
@@ -183,7 +183,7 @@ Subcommand ServeCommand() {
                       .meaning = "Check flags and config file, load nothing, and end.",
                       .group = "Configuration"}},
            .max_positional = 0},
-      .run = Run};
+      .run = RunServe};
   for (const Flag& flag : Settings()) subcommand.command.flags.push_back(flag);
   return subcommand;
 }

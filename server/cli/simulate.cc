@@ -3,6 +3,7 @@
 #include <chrono>
 #include <optional>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
 #include "server/bench/simulation.h"
@@ -57,7 +58,7 @@ StatusOr<bench::SimulationOptions> OptionsOf(const ParsedFlags& flags, const ben
   return options;
 }
 
-int Run(const ParsedFlags& flags) {
+int RunSimulate(const ParsedFlags& flags) {
   constexpr std::string_view kName = "simulate";
   LoadInterrupt interrupt;
   InterruptOnSignal on_signal(kName, &interrupt);
@@ -190,7 +191,7 @@ Subcommand SimulateCommand() {
                                  "replay. Times in it count from an hour before the load begins.",
                       .example = "simulated.flight",
                       .group = "Report"}}},
-      .run = Run};
+      .run = RunSimulate};
   std::vector<Flag>& flags = subcommand.command.flags;
   for (Flag& flag : LoadFlags()) flags.push_back(flag);
   for (const Flag& setting : Settings()) {

@@ -1,5 +1,6 @@
 #include "server/cli/step_cost_file.h"
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
 #include "server/bench/step_cost_fit.h"

@@ -78,7 +78,7 @@ std::string Quoted(const std::string& piece) {
   return out + '"';
 }
 
-int Run(const ParsedFlags& flags) {
+int RunTokenize(const ParsedFlags& flags) {
   if (flags.given("model") == flags.given("url")) {
     return Fail("tokenize", "needs one of --model (loads only the tokenizer) and --url (asks a server)", kExitUsage);
   }
@@ -130,7 +130,7 @@ Subcommand TokenizeCommand() {
                       .default_value = "false",
                       .meaning = "Print one JSON object: count, ids, pieces."},
                      UrlFlag()}},
-      .run = Run};
+      .run = RunTokenize};
   for (const Flag& flag : Settings()) {
     if (flag.name == "model" || flag.name == "chat-format") subcommand.command.flags.push_back(flag);
   }

@@ -14,10 +14,6 @@ namespace altiplano::cli {
 
 namespace {
 
-Status Invalid(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 // Splits "1.5 GB" into 1.5 and "GB". Only plain decimals: no sign, exponent, hex or "inf".
 bool SplitNumber(std::string_view text, double* number, std::string_view* unit) {
   size_t end = text.find_first_not_of("0123456789.");
@@ -58,32 +54,33 @@ constexpr std::array kTimeUnits = {
 StatusOr<uint64_t> ParseBytes(std::string_view text) {
   double number = 0;
   std::string_view unit;
-  if (!SplitNumber(text, &number, &unit)) return Invalid("must be a size such as 16GiB, 512MB or 4096 (bytes)");
+  if (!SplitNumber(text, &number, &unit)) return InvalidArgument("must be a size such as 16GiB, 512MB or 4096 (bytes)");
   for (const Unit& known : kByteUnits) {
     if (known.name != unit) continue;
     double bytes = number * known.factor;
-    if (bytes > 9e18) return Invalid("is more than 2^63 bytes");
-    if (bytes != std::floor(bytes)) return Invalid("is not a whole number of bytes");
+    if (bytes > 9e18) return InvalidArgument("is more than 2^63 bytes");
+    if (bytes != std::floor(bytes)) return InvalidArgument("is not a whole number of bytes");
     return static_cast<uint64_t>(bytes);
   }
-  return Invalid(StrCat("has the unit ", Quote(unit), ", must be one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB"));
+  return InvalidArgument(
+      StrCat("has the unit ", Quote(unit), ", must be one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB"));
 }
 
 StatusOr<Duration> ParseDuration(std::string_view text) {
   double number = 0;
   std::string_view unit;
-  if (!SplitNumber(text, &number, &unit)) return Invalid("must be a duration such as 30s, 250ms or 1.5m");
+  if (!SplitNumber(text, &number, &unit)) return InvalidArgument("must be a duration such as 30s, 250ms or 1.5m");
   if (unit.empty()) {
     if (number == 0) return Duration::zero();
-    return Invalid(StrCat("has no unit: write ", text, "s for seconds, ", text, "ms for milliseconds"));
+    return InvalidArgument(StrCat("has no unit: write ", text, "s for seconds, ", text, "ms for milliseconds"));
   }
   for (const Unit& known : kTimeUnits) {
     if (known.name != unit) continue;
     double nanoseconds = number * known.factor;
-    if (nanoseconds > 1000.0 * 86400e9) return Invalid("is more than 1000 days");
+    if (nanoseconds > 1000.0 * 86400e9) return InvalidArgument("is more than 1000 days");
     return Duration(static_cast<Duration::rep>(std::llround(nanoseconds)));
   }
-  return Invalid(StrCat("has the unit ", Quote(unit), ", must be one of ns, us, ms, s, m, h"));
+  return InvalidArgument(StrCat("has the unit ", Quote(unit), ", must be one of ns, us, ms, s, m, h"));
 }
 
 uint64_t CheckedBytes(std::string_view text) {
@@ -98,14 +95,15 @@ StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max) {
   auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   bool whole = error == std::errc() && rest == text.data() + text.size() && !text.empty();
   if (whole && value >= min && value <= max) return value;
-  if (max == std::numeric_limits<int64_t>::max()) return Invalid(StrCat("must be a whole number of at least ", min));
-  return Invalid(StrCat("must be a whole number from ", min, " to ", max));
+  if (max == std::numeric_limits<int64_t>::max())
+    return InvalidArgument(StrCat("must be a whole number of at least ", min));
+  return InvalidArgument(StrCat("must be a whole number from ", min, " to ", max));
 }
 
 StatusOr<std::vector<std::string>> ParseWords(std::string_view text) {
   const std::vector<std::string_view> words = Split(text, ',');
   if (std::ranges::count(words, "") > 0) {
-    return Invalid(StrCat(Quote(text), " has an empty element: write commas between values only"));
+    return InvalidArgument(StrCat(Quote(text), " has an empty element: write commas between values only"));
   }
   return std::vector<std::string>(words.begin(), words.end());
 }
@@ -115,7 +113,7 @@ StatusOr<std::vector<int64_t>> ParseCounts(std::string_view text, int64_t min, i
   std::vector<int64_t> counts;
   for (const std::string& word : words) {
     const auto count = ParseCount(word, min, max);
-    if (!count.ok()) return Invalid(StrCat(Quote(word), " ", count.status().message()));
+    if (!count.ok()) return InvalidArgument(StrCat(Quote(word), " ", count.status().message()));
     counts.push_back(*count);
   }
   return counts;
@@ -125,7 +123,7 @@ StatusOr<double> ParseReal(std::string_view text) {
   double value = 0;
   auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || rest != text.data() + text.size() || !std::isfinite(value)) {
-    return Invalid("must be a number such as 0.7");
+    return InvalidArgument("must be a number such as 0.7");
   }
   return value;
 }
@@ -137,7 +135,7 @@ StatusOr<bool> ParseBool(std::string_view text) {
   for (std::string_view no : {"false", "no", "off", "0"}) {
     if (text == no) return false;
   }
-  return Invalid("must be true or false");
+  return InvalidArgument("must be true or false");
 }
 
 std::string_view AddressOfUrl(std::string_view url) {
@@ -150,18 +148,19 @@ std::string_view AddressOfUrl(std::string_view url) {
 
 Status CheckAddress(std::string_view text) {
   if (text.starts_with("unix:")) {
-    if (text.size() > 5 + 107) return Invalid("is a unix socket path of more than 107 bytes");
-    return text.size() > 5 ? OkStatus() : Invalid("must name a socket, as unix:/run/altiplano.sock");
+    if (text.size() > 5 + 107) return InvalidArgument("is a unix socket path of more than 107 bytes");
+    return text.size() > 5 ? OkStatus() : InvalidArgument("must name a socket, as unix:/run/altiplano.sock");
   }
   size_t colon = text.rfind(':');
-  if (colon == std::string_view::npos || colon == 0) return Invalid("must be HOST:PORT such as 127.0.0.1:50051");
+  if (colon == std::string_view::npos || colon == 0)
+    return InvalidArgument("must be HOST:PORT such as 127.0.0.1:50051");
   std::string_view host = text.substr(0, colon);
   bool bracketed = host.front() == '[' && host.back() == ']';
   if (host.find(':') != std::string_view::npos && !bracketed) {
-    return Invalid("must have its IPv6 address in brackets, as [::1]:50051");
+    return InvalidArgument("must have its IPv6 address in brackets, as [::1]:50051");
   }
   if (auto port = ParseCount(text.substr(colon + 1), 0, 65535); !port.ok()) {
-    return Invalid("must end with a port from 0 to 65535 (0: any free one)");
+    return InvalidArgument("must end with a port from 0 to 65535 (0: any free one)");
   }
   return OkStatus();
 }

@@ -1,7 +1,7 @@
 #include "server/cli/version.h"
 
 #include <google/protobuf/stubs/common.h>
-#include <grpcpp/grpcpp.h>
+#include <grpc/grpc.h>
 
 #include <cstdio>
 
@@ -13,13 +13,13 @@ namespace altiplano::cli {
 
 namespace {
 
-int Run(const ParsedFlags& flags) {
+int RunVersion(const ParsedFlags& flags) {
   if (flags.boolean("json")) {
     OrderedJson json = {{"version", kVersion},
                         {"commit", kCommit},
                         {"api", "altiplano.inference.v1"},
                         {"compiler", __VERSION__},
-                        {"grpc", grpc::Version()},
+                        {"grpc", grpc_version_string()},
                         {"protobuf", google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION)}};
     std::printf("%s\n", json.dump(2).c_str());
   } else {
@@ -38,7 +38,7 @@ Subcommand VersionCommand() {
                                  .type = FlagType::kBool,
                                  .default_value = "false",
                                  .meaning = "Print a JSON object, with the compiler and the libraries too."}}},
-          .run = Run};
+          .run = RunVersion};
 }
 
 }  // namespace altiplano::cli

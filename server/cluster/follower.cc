@@ -24,13 +24,7 @@ namespace altiplano::cluster {
 
 namespace {
 
-using SteadyTime = std::chrono::steady_clock::time_point;
-
-SteadyTime Now() {
-  return std::chrono::steady_clock::now();
-}
-
-constexpr auto kFarewell = std::chrono::seconds(3);
+constexpr auto kLastWord = std::chrono::seconds(3);
 
 v1::FollowerMessage FailureMessage(const Status& status) {
   StepResult result;
@@ -72,11 +66,11 @@ class Call {
   // The next heartbeat says so. Any thread.
   void GotOn() { got_on_ = true; }
 
-  // The last that this node says: until the leader has hung up, or for kFarewell. Any thread.
+  // The last that this node says: until the leader has hung up, or for kLastWord. Any thread.
   void SendFarewell(const Status& status) {
     Send(FailureMessage(status));
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, kFarewell, [this] { return closed_; });
+    changed_.wait_for(lock, kLastWord, [this] { return closed_; });
   }
 
   // The last message was that the group has ended. The thread that calls Next.

@@ -8,6 +8,11 @@
 
 namespace altiplano::cluster {
 
+using SteadyTime = std::chrono::steady_clock::time_point;
+inline SteadyTime Now() {
+  return std::chrono::steady_clock::now();
+}
+
 inline constexpr auto kPollInterval = std::chrono::milliseconds(50);  // for what may be cancelled
 
 // Several fit into the silence that makes a group unhealthy or, where that is shorter, ends it.

@@ -23,7 +23,6 @@ namespace altiplano::cluster {
 
 namespace {
 
-using SteadyTime = std::chrono::steady_clock::time_point;
 using Message = std::shared_ptr<const v1::LeaderMessage>;
 
 constexpr auto kFarewell = std::chrono::seconds(1);       // for a follower to hang up by itself
@@ -32,10 +31,6 @@ constexpr auto kIntroduction = std::chrono::seconds(10);  // from a caller's fir
 constexpr auto kCausePatience = std::chrono::milliseconds(500);
 // Beyond the time after which a node says by itself that its start hangs.
 constexpr auto kStartMargin = std::chrono::seconds(5);
-
-SteadyTime Now() {
-  return std::chrono::steady_clock::now();
-}
 
 Status Lost(std::string why) {
   return Status(Code::kUnavailable, std::move(why));

@@ -1,6 +1,7 @@
 #include "server/frontend/error_mapping.h"
 
 #include <google/protobuf/util/time_util.h>
+#include <grpcpp/server_context.h>
 
 #include <utility>
 

@@ -2,13 +2,17 @@
 // grpc-retry-pushback-ms where it is worth trying again. The errors that several services share are made here too.
 #pragma once
 
-#include <grpcpp/grpcpp.h>
+#include <grpcpp/support/status.h>
 
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "server/base/status.h"
+
+namespace grpc {
+class ServerContextBase;
+}  // namespace grpc
 
 namespace altiplano {
 

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "server/base/strings.h"
+#include "server/model/checkpoint_tensors.h"
 
 namespace altiplano {
 
@@ -252,12 +253,6 @@ void TakeMetadata(Cursor& in, uint64_t count, GgufFile* gguf) {
   }
 }
 
-std::string Dims(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += StrCat(i ? ", " : "", shape[i]);
-  return text + "]";
-}
-
 GgufTensor TakeTensor(Cursor& in) {
   GgufTensor tensor;
   tensor.name = in.TakeString("a tensor's name", kMaxGgufName);
@@ -290,7 +285,8 @@ GgufTensor TakeTensor(Cursor& in) {
     uint64_t n = static_cast<uint64_t>(tensor.shape[d]);
     if (d + 1 == tensor.shape.size()) n /= static_cast<uint64_t>(traits.block_elements);
     if (__builtin_mul_overflow(tensor.bytes, n, &tensor.bytes)) {
-      fail(Code::kInvalidArgument, StrCat("shape ", Dims(tensor.shape), " of ", traits.name, " overflows 64 bits"));
+      fail(Code::kInvalidArgument,
+           StrCat("shape ", ShowShape(tensor.shape), " of ", traits.name, " overflows 64 bits"));
       break;
     }
   }

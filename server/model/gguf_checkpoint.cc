@@ -139,7 +139,7 @@ Status TakeRopeFactors(const ByteSource& file, GgufFile* gguf, ModelConfig* conf
   return OkStatus();
 }
 
-std::string NameOf(const std::string& path) {
+std::string NameOfFile(const std::string& path) {
   std::string name = path.substr(path.rfind('/') + 1);
   return name.ends_with(".gguf") ? name.substr(0, name.size() - 5) : name;
 }
@@ -299,7 +299,7 @@ StatusOr<std::unique_ptr<Checkpoint>> OpenGguf(std::shared_ptr<const ByteSource>
   auto config = GgufModelConfig(gguf);
   if (!config.ok()) return in_file(config.status());
   parts.config = std::move(*config);
-  if (parts.config.name.empty()) parts.config.name = NameOf(path);
+  if (parts.config.name.empty()) parts.config.name = NameOfFile(path);
   RETURN_IF_ERROR(TakeRopeFactors(*file, &gguf, &parts.config));
   auto text = GgufTextAssets(gguf, parts.config.vocab);
   if (!text.ok()) return in_file(text.status());

@@ -199,7 +199,7 @@ Status ReadText(const Folder& folder, TextAssets* text) {
   return OkStatus();
 }
 
-std::string NameOf(const std::string& path) {
+std::string NameOfFolder(const std::string& path) {
   fs::path p = fs::absolute(path).lexically_normal();
   if (!p.has_filename()) p = p.parent_path();
   // In the hub's cache the folder is models--ORG--NAME/snapshots/COMMIT.
@@ -259,7 +259,7 @@ StatusOr<std::unique_ptr<Checkpoint>> OpenHuggingFaceFolder(const std::string& p
   auto config = ParseModelConfig(config_json);
   if (!config.ok()) return In(folder.At("config.json"), config.status());
   parts.config = std::move(*config);
-  parts.config.name = NameOf(path);
+  parts.config.name = NameOfFolder(path);
   ASSIGN_OR_RETURN(std::string generation_json, folder.ReadIfThere("generation_config.json", kMaxConfigBytes));
   auto generation = ParseGenerationDefaults(generation_json, config_json);
   if (!generation.ok()) return In(folder.At("generation_config.json"), generation.status());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/model/weights.h"
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "server/base/json.h"
+#include "server/base/json_fwd.h"
 #include "server/model/checkpoint.h"
 #include "server/model/config.h"
 

@@ -8,6 +8,7 @@
 
 #include "server/base/json.h"
 #include "server/base/strings.h"
+#include "server/model/checkpoint_tensors.h"
 
 namespace altiplano {
 
@@ -163,12 +164,6 @@ class HeaderReader final : public nlohmann::json_sax<Json> {
   std::string error_;
 };
 
-std::string Dims(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += StrCat(i ? ", " : "", shape[i]);
-  return text + "]";
-}
-
 Status CheckSize(const std::string& file, const SafetensorsTensor& tensor, uint64_t data_bytes) {
   auto bad = [&](std::string why) {
     return Status(Code::kInvalidArgument, StrCat(file, ": tensor ", tensor.name, ": ", why));
@@ -177,7 +172,7 @@ Status CheckSize(const std::string& file, const SafetensorsTensor& tensor, uint6
   if (bytes == 0) return bad(StrCat("unknown dtype \"", Excerpt(tensor.dtype, 32), "\""));
   for (int64_t n : tensor.shape) {
     if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(n), &bytes)) {
-      return bad(StrCat("shape ", Dims(tensor.shape), " of ", tensor.dtype, " overflows 64 bits"));
+      return bad(StrCat("shape ", ShowShape(tensor.shape), " of ", tensor.dtype, " overflows 64 bits"));
     }
   }
   if (tensor.begin > tensor.end) {
@@ -189,7 +184,7 @@ Status CheckSize(const std::string& file, const SafetensorsTensor& tensor, uint6
   }
   if (tensor.end - tensor.begin != bytes) {
     return bad(StrCat("data_offsets span ", tensor.end - tensor.begin, " bytes, expected ", bytes, " for ",
-                      tensor.dtype, " ", Dims(tensor.shape)));
+                      tensor.dtype, " ", ShowShape(tensor.shape)));
   }
   return OkStatus();
 }

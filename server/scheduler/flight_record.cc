@@ -527,30 +527,27 @@ std::optional<FlightFrame> ReadFrame(Reader& in, Said* said) {
   return FlightCacheReset{};
 }
 
-Status Invalid(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 }  // namespace
 
 StatusOr<FlightRecord> ParseFlightRecord(std::string_view file) {
-  if (!file.starts_with(kFlightMagic)) return Invalid("is not a flight record: it does not begin with ALTIFLR");
+  if (!file.starts_with(kFlightMagic)) return InvalidArgument("is not a flight record: it does not begin with ALTIFLR");
   constexpr size_t kFixed = kFlightMagic.size() + sizeof kFlightVersion;
-  if (file.size() < kFixed) return Invalid("ends within its header");
+  if (file.size() < kFixed) return InvalidArgument("ends within its header");
   uint32_t version = 0;
   for (size_t i = 0; i < sizeof version; ++i) {
     version |= uint32_t{static_cast<uint8_t>(file[kFlightMagic.size() + i])} << (8 * i);
   }
   if (version != kFlightVersion) {
-    return Invalid(StrCat("is a flight record of version ", version, "; this program reads version ", kFlightVersion));
+    return InvalidArgument(
+        StrCat("is a flight record of version ", version, "; this program reads version ", kFlightVersion));
   }
-  if (file.size() < kFixed + kDigestBytes) return Invalid("ends within its header");
+  if (file.size() < kFixed + kDigestBytes) return InvalidArgument("ends within its header");
   const std::string_view body = file.substr(0, file.size() - kDigestBytes);
   Sha256 sha;
   sha.Update(body.data(), body.size());
   const Sha256Digest digest = sha.Finish();
   if (file.substr(body.size()) != std::string_view(reinterpret_cast<const char*>(digest.data()), digest.size())) {
-    return Invalid("is truncated or damaged: its checksum is not that of its contents");
+    return InvalidArgument("is truncated or damaged: its checksum is not that of its contents");
   }
 
   Reader in(body.substr(kFixed));
@@ -560,18 +557,18 @@ StatusOr<FlightRecord> ParseFlightRecord(std::string_view file) {
   record.written = in.Time("the time of writing");
   record.dropped_frames = in.Number();
   record.dropped_steps = in.Number();
-  if (!in.ok()) return Invalid(StrCat("has a bad header: ", in.error()));
+  if (!in.ok()) return InvalidArgument(StrCat("has a bad header: ", in.error()));
   record.frame_bytes = in.left();
   Said said;
   while (!in.done()) {
     Reader frame(in.Bytes(in.Number(), "a frame"));
-    if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
+    if (!in.ok()) return InvalidArgument(StrCat("frame ", record.frames.size(), ": ", in.error()));
     std::optional<FlightFrame> read = ReadFrame(frame, &said);
     if (frame.ok() && !frame.done()) frame.Fail(StrCat(frame.left(), " bytes are left over"));
-    if (!frame.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", frame.error()));
+    if (!frame.ok()) return InvalidArgument(StrCat("frame ", record.frames.size(), ": ", frame.error()));
     if (read) record.frames.push_back(*std::move(read));
   }
-  if (!in.ok()) return Invalid(StrCat("frame ", record.frames.size(), ": ", in.error()));
+  if (!in.ok()) return InvalidArgument(StrCat("frame ", record.frames.size(), ": ", in.error()));
   return record;
 }
 

@@ -25,10 +25,6 @@ constexpr int64_t kMostTokens = int64_t{1} << 30;  // of all prompts, and what a
 constexpr double kMostCost = 1e9;                  // microseconds, as in files of step costs
 constexpr int32_t kMostRunning = 1 << 20, kMostBudget = 1 << 24, kMostSequences = 1 << 16;
 
-Status Invalid(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 class RecordedNames : public BlockNamer {
  public:
   void Add(const FlightNames& names) {
@@ -65,7 +61,7 @@ class Replay {
     RETURN_IF_ERROR(Prepare());
     for (at_ = begin_; at_ < record_.frames.size() && !parted_; ++at_) {
       Status status = std::visit([this](const auto& frame) { return Take(frame); }, record_.frames[at_]);
-      if (!status.ok()) return Invalid(StrCat("frame ", at_, ": ", status.message()));
+      if (!status.ok()) return InvalidArgument(StrCat("frame ", at_, ": ", status.message()));
     }
     ASSIGN_OR_RETURN(result_.difference, Compare());
     return result_;
@@ -81,15 +77,15 @@ class Replay {
     SchedulerOptions options = record_.options;
     if (int64_t{options.num_blocks} * options.block_size > kMostPoolTokens || options.max_running > kMostRunning ||
         options.token_budget > kMostBudget) {
-      return Invalid(StrCat("the recorded scheduler is larger than a replay takes: ", options.num_blocks, " blocks of ",
-                            options.block_size, " tokens, ", options.max_running, " sequences, ", options.token_budget,
-                            " tokens in a step"));
+      return InvalidArgument(StrCat("the recorded scheduler is larger than a replay takes: ", options.num_blocks,
+                                    " blocks of ", options.block_size, " tokens, ", options.max_running, " sequences, ",
+                                    options.token_budget, " tokens in a step"));
     }
     const StepCost& cost = options.step_cost;
     for (double us :
          {cost.step_us, cost.weights_us, cost.token_us, cost.sequence_us, cost.kv_token_us, cost.attention_us}) {
       if (!(us >= 0 && us <= kMostCost))
-        return Invalid(StrCat("a recorded step cost is ", us, ", must be in [0, 1e9]"));
+        return InvalidArgument(StrCat("a recorded step cost is ", us, ", must be in [0, 1e9]"));
     }
     for (const FlightFrame& frame : record_.frames) {
       if (const auto* names = std::get_if<FlightNames>(&frame)) names_.Add(*names);
@@ -101,7 +97,7 @@ class Replay {
     options.recorder = recorder_.get();
     options.namer = &names_;
     auto scheduler = Scheduler::Create(options);
-    if (!scheduler.ok()) return Invalid(StrCat("the recorded options: ", scheduler.status().message()));
+    if (!scheduler.ok()) return InvalidArgument(StrCat("the recorded options: ", scheduler.status().message()));
     scheduler_ = std::move(*scheduler);
     return checkpoint == nullptr ? OkStatus() : Restore(options, *checkpoint);
   }
@@ -118,7 +114,7 @@ class Replay {
       }
     }
     if (tokens <= kMostTokens) return OkStatus();
-    return Invalid(StrCat("the recorded requests have ", tokens, " tokens, a replay takes ", kMostTokens));
+    return InvalidArgument(StrCat("the recorded requests have ", tokens, " tokens, a replay takes ", kMostTokens));
   }
 
   // The first one: everything from there on can be replayed.
@@ -153,12 +149,13 @@ class Replay {
   }
   StatusOr<std::shared_ptr<const Request>> Arrive(const FlightArrival& arrival) {
     ids_[arrival.key] = arrival.id;
-    if (!seen_.emplace(arrival.key, true).second) return Invalid(StrCat("request ", arrival.key, " arrives again"));
+    if (!seen_.emplace(arrival.key, true).second)
+      return InvalidArgument(StrCat("request ", arrival.key, " arrives again"));
     if (arrival.prompt_tokens < 1 || arrival.prompt_tokens >= scheduler_->max_servable_tokens() ||
         arrival.num_sequences < 1 || arrival.num_sequences > kMostSequences || arrival.max_new_tokens < 1) {
-      return Invalid(StrCat("request ", arrival.key, " could not be served: ", arrival.prompt_tokens,
-                            " prompt tokens, ", arrival.num_sequences, " sequences, ", arrival.max_new_tokens,
-                            " new tokens at most"));
+      return InvalidArgument(StrCat("request ", arrival.key, " could not be served: ", arrival.prompt_tokens,
+                                    " prompt tokens, ", arrival.num_sequences, " sequences, ", arrival.max_new_tokens,
+                                    " new tokens at most"));
     }
     auto request = std::make_shared<Request>();
     request->id = arrival.id;
@@ -197,7 +194,7 @@ class Replay {
   Status Take(const FlightNames&) { return OkStatus(); }
   Status Take(const FlightCheckpoint&) { return OkStatus(); }  // the replay knows its own state
   Status Take(const FlightPlan& recorded) {
-    if (in_flight_.size() > 1) return Invalid("a third plan before any result");
+    if (in_flight_.size() > 1) return InvalidArgument("a third plan before any result");
     std::shared_ptr<const StepPlan> plan = scheduler_->Plan(recorded.now, &events_);
     events_.clear();
     parted_ = (plan == nullptr) != (recorded.step == 0) ||
@@ -207,7 +204,7 @@ class Replay {
   }
   Status Take(const FlightResult& recorded) {
     if (in_flight_.empty() || in_flight_.front()->step != recorded.step) {
-      return Invalid(StrCat("the result of step ", recorded.step, ", which is not the oldest in flight"));
+      return InvalidArgument(StrCat("the result of step ", recorded.step, ", which is not the oldest in flight"));
     }
     const std::shared_ptr<const StepPlan> plan = std::move(in_flight_.front());
     in_flight_.pop_front();

@@ -13,10 +13,6 @@ namespace {
 
 constexpr size_t kMostTenants = 256;
 
-Status Invalid(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 // Cuts off what is before the next `separator`.
 std::string_view Next(std::string_view* text, char separator) {
   const size_t end = std::min(text->find(separator), text->size());
@@ -28,15 +24,17 @@ std::string_view Next(std::string_view* text, char separator) {
 Status ParseOne(std::string_view text, TenantOptions* tenant) {
   const bool has_settings = text.find(':') != std::string_view::npos;
   tenant->name = Next(&text, ':');
-  if (tenant->name.empty()) return Invalid("a tenant has no name; write NAME:weight=N");
-  if (has_settings && text.empty()) return Invalid(StrCat("tenant ", tenant->name, ": nothing follows the colon"));
+  if (tenant->name.empty()) return InvalidArgument("a tenant has no name; write NAME:weight=N");
+  if (has_settings && text.empty())
+    return InvalidArgument(StrCat("tenant ", tenant->name, ": nothing follows the colon"));
   for (std::string_view value : Split(text, ',')) {
-    if (value.empty()) return Invalid(StrCat("tenant ", tenant->name, ": there is a comma too many"));
+    if (value.empty()) return InvalidArgument(StrCat("tenant ", tenant->name, ": there is a comma too many"));
     const std::string_view name = Next(&value, '=');
     int64_t number = 0;
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
     if (error != std::errc() || end != value.data() + value.size() || number < 1) {
-      return Invalid(StrCat("tenant ", tenant->name, ": ", name, " is \"", value, "\", must be a whole number from 1"));
+      return InvalidArgument(
+          StrCat("tenant ", tenant->name, ": ", name, " is \"", value, "\", must be a whole number from 1"));
     }
     const auto small = static_cast<int32_t>(std::min<int64_t>(number, INT32_MAX));
     if (name == "weight") {
@@ -48,8 +46,8 @@ Status ParseOne(std::string_view text, TenantOptions* tenant) {
     } else if (name == "max-queued-tokens") {
       tenant->max_queued_tokens = number;
     } else {
-      return Invalid(StrCat("tenant ", tenant->name, " has no setting \"", name,
-                            "\"; there are weight, max-running, max-queued and max-queued-tokens"));
+      return InvalidArgument(StrCat("tenant ", tenant->name, " has no setting \"", name,
+                                    "\"; there are weight, max-running, max-queued and max-queued-tokens"));
     }
   }
   return OkStatus();
@@ -61,7 +59,7 @@ StatusOr<std::vector<TenantOptions>> ParseTenants(std::string_view text) {
   std::vector<TenantOptions> tenants;
   if (text.empty()) return tenants;
   for (std::string_view one : Split(text, ';')) {
-    if (one.empty()) return Invalid("there is a semicolon too many");
+    if (one.empty()) return InvalidArgument("there is a semicolon too many");
     RETURN_IF_ERROR(ParseOne(one, &tenants.emplace_back()));
   }
   return tenants;
@@ -70,20 +68,20 @@ StatusOr<std::vector<TenantOptions>> ParseTenants(std::string_view text) {
 StatusOr<std::vector<TenantOptions>> CompleteTenants(std::vector<TenantOptions> tenants, int32_t max_running) {
   std::set<std::string_view> names;
   for (const TenantOptions& tenant : tenants) {
-    if (!names.insert(tenant.name).second) return Invalid(StrCat("tenant ", tenant.name, " is listed twice"));
+    if (!names.insert(tenant.name).second) return InvalidArgument(StrCat("tenant ", tenant.name, " is listed twice"));
     if (tenant.name.empty() || !std::ranges::all_of(tenant.name, [](char c) { return c >= '!' && c <= '~'; })) {
-      return Invalid(StrCat("tenant \"", tenant.name, "\": no request can name it; use visible ASCII"));
+      return InvalidArgument(StrCat("tenant \"", tenant.name, "\": no request can name it; use visible ASCII"));
     }
     if (tenant.weight < 1 || tenant.weight > kMostWeight) {
-      return Invalid(StrCat("tenant ", tenant.name, ": weight is ", tenant.weight, ", must be from 1 to ", kMostWeight,
-                            "; only the weights' ratios matter"));
+      return InvalidArgument(StrCat("tenant ", tenant.name, ": weight is ", tenant.weight, ", must be from 1 to ",
+                                    kMostWeight, "; only the weights' ratios matter"));
     }
     if (tenant.max_running < 0 || tenant.max_running > max_running) {
-      return Invalid(StrCat("tenant ", tenant.name, ": max-running is ", tenant.max_running, ", but only ", max_running,
-                            " sequences run at one time; lower it or raise --max-num-seqs"));
+      return InvalidArgument(StrCat("tenant ", tenant.name, ": max-running is ", tenant.max_running, ", but only ",
+                                    max_running, " sequences run at one time; lower it or raise --max-num-seqs"));
     }
     if (tenant.max_queued_requests < 0 || tenant.max_queued_tokens < 0) {
-      return Invalid(StrCat("tenant ", tenant.name, ": max-queued and max-queued-tokens must not be negative"));
+      return InvalidArgument(StrCat("tenant ", tenant.name, ": max-queued and max-queued-tokens must not be negative"));
     }
   }
   auto others = std::ranges::find(tenants, kOtherTenants, &TenantOptions::name);
@@ -93,7 +91,7 @@ StatusOr<std::vector<TenantOptions>> CompleteTenants(std::vector<TenantOptions> 
     std::rotate(others, others + 1, tenants.end());
   }
   if (tenants.size() > kMostTenants) {
-    return Invalid(StrCat(tenants.size(), " tenants are listed, at most ", kMostTenants, " are possible"));
+    return InvalidArgument(StrCat(tenants.size(), " tenants are listed, at most ", kMostTenants, " are possible"));
   }
   return tenants;
 }

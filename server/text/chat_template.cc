@@ -232,9 +232,9 @@ constexpr std::string_view kPythonicTools[] = {
     "output",
     kToolSystem};
 
-constexpr std::string_view kChatMl[] = {"<|im_start|>", "\n", "<|im_end|>", "<|im_start|>assistant\n"};
+constexpr std::string_view kChatMlMarks[] = {"<|im_start|>", "\n", "<|im_end|>", "<|im_start|>assistant\n"};
 constexpr std::string_view kChatMlJoined[] = {"<|im_start|>", "\n", "<|im_end|>\n", "<|im_start|>assistant\n"};
-constexpr std::string_view kSmolLm2[] = {
+constexpr std::string_view kSmolLm2Words[] = {
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"};
 
 constexpr std::string_view kNoCode[] = {"bos_token", "tools", "strip("};
@@ -253,8 +253,8 @@ constexpr KnownTemplate kKnown[] = {
     {"vllm-llama3.1-json", kDated, kDatedWords, kSpacedJsonTools, 5, kToolsInUser, kStrip},
     {"vllm-llama3.2-json", kDated, kDatedWords, kSpacedJsonImageTools, 5, kToolsInSystem, kStrip},
     {"vllm-llama3.2-pythonic", kDated, kDatedWords, kPythonicTools, 3, kToolsInSystem, kStrip},
-    {"smollm2", kChatMl, kWords, kSmolLm2, 0, kFirstNotSystem, kNoCode},
-    {"chatml", kChatMl, kWords, {}, 0, {}, kNoCode},
+    {"smollm2", kChatMlMarks, kWords, kSmolLm2Words, 0, kFirstNotSystem, kNoCode},
+    {"chatml", kChatMlMarks, kWords, {}, 0, {}, kNoCode},
     {"chatml", kChatMlJoined, kWords, {}, 0, {}, kNoCode},
 };
 

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <set>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/text/unicode.h"
 

@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "server/base/json.h"
+#include "server/base/json_fwd.h"
 #include "server/base/status.h"
 
 namespace altiplano {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "server/base/check.h"
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/model/gguf.h"
 #include "server/model/gguf_checkpoint.h"

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "server/base/json.h"
+
 namespace altiplano::bench {
 namespace {
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "server/base/json.h"
 #include "server/bench/arrivals.h"
 #include "tests/server/bench/simulation_testlib.h"
 

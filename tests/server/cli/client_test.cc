@@ -13,6 +13,7 @@
 #include <mutex>
 #include <thread>
 
+#include "altiplano/inference/v1/inference.grpc.pb.h"
 #include "server/base/strings.h"
 
 namespace altiplano::cli {

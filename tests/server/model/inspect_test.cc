@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/model/gguf_checkpoint.h"
 #include "server/model/weights.h"
