@@ -4,7 +4,6 @@
 // After an abort a rank may leave early, but only when nobody is at work: others may be reading its tensors.
 #include <algorithm>
 #include <condition_variable>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <string>

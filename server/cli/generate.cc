@@ -39,8 +39,8 @@ void PrintJson(const std::string& text, const Answer& answer) {
       {"prompt_tokens", answer.usage.prompt_tokens()},
       {"cached_tokens", answer.usage.cached_tokens()},
       {"completion_tokens", answer.usage.completion_tokens()},
-      {"ttft_ms", Seconds(answer.first_token) * 1e3},
-      {"total_ms", Seconds(answer.total) * 1e3},
+      {"ttft_ms", Milliseconds(answer.first_token)},
+      {"total_ms", Milliseconds(answer.total)},
       {"tokens_per_second", answer.TokensPerSecond()}};
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
 }

@@ -16,10 +16,6 @@ namespace {
 constexpr std::string_view kGroupDataset = "Requests", kGroupArrivals = "When they are sent", kGroupReport = "Report";
 constexpr int64_t kMaxLength = 1 << 24;
 
-Status Usage(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
 }  // namespace
 
 std::vector<Flag> LoadFlags() {
@@ -181,10 +177,10 @@ namespace {
 Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
   ASSIGN_OR_RETURN(plan->ttft_targets, DurationsOf(flags, "ttft-target"));
   const auto priorities = ParseCounts(flags.text("priorities"), INT32_MIN, INT32_MAX);
-  if (!priorities.ok()) return Usage(StrCat("--priorities: ", priorities.status().message()));
+  if (!priorities.ok()) return InvalidArgument(StrCat("--priorities: ", priorities.status().message()));
   for (const int64_t priority : *priorities) plan->priorities.push_back(static_cast<int32_t>(priority));
   auto tenants = ParseWords(flags.text("request-tenants"));
-  if (!tenants.ok()) return Usage(StrCat("--request-tenants: ", tenants.status().message()));
+  if (!tenants.ok()) return InvalidArgument(StrCat("--request-tenants: ", tenants.status().message()));
   plan->tenants = *std::move(tenants);
   return OkStatus();
 }
@@ -193,11 +189,11 @@ Status PlanTurns(const ParsedFlags& flags, LoadPlan* plan) {
 
 StatusOr<std::vector<Duration>> DurationsOf(const ParsedFlags& flags, std::string_view name) {
   const auto words = ParseWords(flags.text(name));
-  if (!words.ok()) return Usage(StrCat("--", name, ": ", words.status().message()));
+  if (!words.ok()) return InvalidArgument(StrCat("--", name, ": ", words.status().message()));
   std::vector<Duration> durations;
   for (const std::string& text : *words) {
     auto duration = ParseDuration(text);
-    if (!duration.ok()) return Usage(StrCat("--", name, ": \"", text, "\" ", duration.status().message()));
+    if (!duration.ok()) return InvalidArgument(StrCat("--", name, ": \"", text, "\" ", duration.status().message()));
     durations.push_back(*duration);
   }
   return durations;
@@ -206,26 +202,28 @@ StatusOr<std::vector<Duration>> DurationsOf(const ParsedFlags& flags, std::strin
 StatusOr<LoadPlan> PlanLoad(const ParsedFlags& flags) {
   LoadPlan plan;
   auto name_it = [](std::string_view flag, const Status& status) {
-    return Usage(StrCat("--", flag, " ", status.message()));
+    return InvalidArgument(StrCat("--", flag, " ", status.message()));
   };
   auto positive = [&](std::string_view name) { return flags.real(name) > 0 && flags.real(name) <= 1e6; };
   bench::DatasetOptions& dataset = plan.dataset;
   dataset.name = flags.text("dataset-name");
   dataset.path = flags.text("dataset-path");
   if ((dataset.name == "random") != dataset.path.empty()) {
-    return Usage(dataset.path.empty() ? StrCat("--dataset-name ", dataset.name, " needs --dataset-path")
-                                      : "--dataset-path needs --dataset-name: random prompts come from no file");
+    return InvalidArgument(dataset.path.empty()
+                               ? StrCat("--dataset-name ", dataset.name, " needs --dataset-path")
+                               : "--dataset-path needs --dataset-name: random prompts come from no file");
   }
   dataset.num_prompts = flags.count("num-prompts");
   dataset.seed = static_cast<uint64_t>(flags.count("seed"));
   dataset.input_len = static_cast<int32_t>(flags.count("input-len"));
   if (flags.given("output-len")) dataset.output_len = static_cast<int32_t>(flags.count("output-len"));
   dataset.range_ratio = flags.real("random-range-ratio");
-  if (!(dataset.range_ratio >= 0 && dataset.range_ratio < 1)) return Usage("--random-range-ratio must be in [0, 1)");
+  if (!(dataset.range_ratio >= 0 && dataset.range_ratio < 1))
+    return InvalidArgument("--random-range-ratio must be in [0, 1)");
   dataset.prefix_len = static_cast<int32_t>(flags.count("random-prefix-len"));
   dataset.num_prefixes = static_cast<int32_t>(flags.count("num-prefixes"));
   for (std::string_view name : {"length-scale", "burstiness", "speed-up"}) {
-    if (!positive(name)) return Usage(StrCat("--", name, " must be above 0, at most 1000000"));
+    if (!positive(name)) return InvalidArgument(StrCat("--", name, " must be above 0, at most 1000000"));
   }
   dataset.length_scale = flags.real("length-scale");
   RETURN_IF_ERROR(PlanTurns(flags, &plan));

@@ -18,14 +18,6 @@
 
 namespace altiplano::cli {
 
-namespace {
-
-Status Refuse(std::string message) {
-  return Status(Code::kInvalidArgument, std::move(message));
-}
-
-}  // namespace
-
 uint32_t PipelineStages(const config::v1::ServerConfig& config) {
   const uint32_t stages = config.model().pipeline_parallel();
   return stages > 0 ? stages : config.nodes().count();
@@ -41,15 +33,17 @@ Status ResolveNodes(config::v1::ServerConfig* config) {
   }
   const uint32_t count = nodes.count();
   if (nodes.rank() >= count) {
-    return Refuse(StrCat("--node-rank is ", nodes.rank(), ", with --nodes ", count, " it must be less than ", count));
+    return InvalidArgument(
+        StrCat("--node-rank is ", nodes.rank(), ", with --nodes ", count, " it must be less than ", count));
   }
-  if (count > 1 && nodes.leader().empty()) return Refuse(StrCat("--nodes ", count, " needs --leader HOST:PORT"));
+  if (count > 1 && nodes.leader().empty())
+    return InvalidArgument(StrCat("--nodes ", count, " needs --leader HOST:PORT"));
   if (count > 1 && config->model().replicas() > 1) {
-    return Refuse("--replicas and --nodes exclude each other: run a group of nodes for each replica");
+    return InvalidArgument("--replicas and --nodes exclude each other: run a group of nodes for each replica");
   }
   const uint32_t stages = config->model().pipeline_parallel();
   if (stages % count != 0) {
-    return Refuse(
+    return InvalidArgument(
         StrCat("--pipeline-parallel is ", stages, ", with --nodes ", count, " it must be a multiple of ", count));
   }
   return OkStatus();

@@ -39,7 +39,7 @@ void PrintSummary(const FlightRecord& record, const bench::FlightHistory& histor
   std::printf("\n%d blocks of %d tokens, %d slots, %d tokens a step, %d of context, prefix cache %s",
               options.num_blocks, options.block_size, options.max_running, options.token_budget, options.max_context,
               options.prefix_cache ? "on" : "off");
-  if (options.max_itl > Duration(0)) std::printf(", ITL ceiling %.3f ms", Seconds(options.max_itl) * 1e3);
+  if (options.max_itl > Duration(0)) std::printf(", ITL ceiling %.3f ms", Milliseconds(options.max_itl));
   std::printf("\n");
 }
 

@@ -100,8 +100,8 @@ int RunSimulate(const ParsedFlags& flags) {
   const double steps = static_cast<double>(std::max<uint64_t>(1, totals->steps));
   const double seconds = std::max(Seconds(report.duration), 1e-9);
   report.rows = {{"Steps:", static_cast<double>(totals->steps)},
-                 {"Mean step (ms):", Seconds(totals->busy) * 1e3 / steps},
-                 {"Longest step (ms):", Seconds(totals->longest_step) * 1e3},
+                 {"Mean step (ms):", Milliseconds(totals->busy) / steps},
+                 {"Longest step (ms):", Milliseconds(totals->longest_step)},
                  {"Sequences in a step:", static_cast<double>(totals->sequences) / steps},
                  {"Tokens in a step:", static_cast<double>(totals->tokens) / steps},
                  {"Time in steps (%):", 100 * Seconds(totals->busy) / seconds},
@@ -109,7 +109,7 @@ int RunSimulate(const ParsedFlags& flags) {
   if (scheduler.max_itl > Duration(0)) {
     report.rows.insert(report.rows.end(),
                        {{"Tokens later than max-itl:", static_cast<double>(totals->load.late_tokens)},
-                        {"Latest by (ms):", Seconds(totals->load.late_most) * 1e3}});
+                        {"Latest by (ms):", Milliseconds(totals->load.late_most)}});
   }
   if (!plan->ttft_targets.empty()) {
     report.rows.insert(report.rows.end(), {{"TTFT targets met:", static_cast<double>(totals->load.targets_met)},
@@ -128,14 +128,14 @@ int RunSimulate(const ParsedFlags& flags) {
                       {"step_cost", machine->name},
                       {"kv_tokens", int64_t{scheduler.num_blocks} * scheduler.block_size},
                       {"steps", totals->steps},
-                      {"mean_step_ms", Seconds(totals->busy) * 1e3 / steps},
-                      {"longest_step_ms", Seconds(totals->longest_step) * 1e3},
+                      {"mean_step_ms", Milliseconds(totals->busy) / steps},
+                      {"longest_step_ms", Milliseconds(totals->longest_step)},
                       {"mean_step_sequences", static_cast<double>(totals->sequences) / steps},
                       {"mean_step_tokens", static_cast<double>(totals->tokens) / steps},
                       {"busy_percent", 100 * Seconds(totals->busy) / seconds},
                       {"late_tokens", totals->load.late_tokens},
-                      {"late_total_ms", Seconds(totals->load.late_total) * 1e3},
-                      {"late_most_ms", Seconds(totals->load.late_most) * 1e3},
+                      {"late_total_ms", Milliseconds(totals->load.late_total)},
+                      {"late_most_ms", Milliseconds(totals->load.late_most)},
                       {"targets_met", totals->load.targets_met},
                       {"targets_missed", totals->load.targets_missed},
                       {"hopeless", totals->load.hopeless},

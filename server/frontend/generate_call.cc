@@ -222,9 +222,9 @@ void GenerateCall::LogEnd(TimePoint now) const {
                                  {"prompt_tokens", prompt_tokens},
                                  {"cached_tokens", cached_tokens_},
                                  {"completion_tokens", tokens},
-                                 {"queued_ms", Seconds(timing_.queued) * 1e3},
-                                 {"ttft_ms", Seconds(timing_.first_token) * 1e3},
-                                 {"total_ms", Seconds(total) * 1e3},
+                                 {"queued_ms", Milliseconds(timing_.queued)},
+                                 {"ttft_ms", Milliseconds(timing_.first_token)},
+                                 {"total_ms", Milliseconds(total)},
                                  {"finish", finish}});
   if (status_.code() == Code::kInternal) {
     log::Error("request failed", {{"request_id", request_id_}, {"error_id", key_}, {"error", status_.message()}});

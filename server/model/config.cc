@@ -14,10 +14,6 @@ namespace {
 constexpr int64_t kMaxSize = INT32_MAX;
 constexpr int64_t kMaxLayers = 10'000;  // bounds the list of tensors that a config can ask for
 
-Status Bad(std::string why) {
-  return Status(Code::kInvalidArgument, std::move(why));
-}
-
 // Elements of all tensors; nullopt when they overflow.
 std::optional<uint64_t> CountParameters(const ModelConfig& c) {
   bool overflow = false;
@@ -45,33 +41,34 @@ std::optional<uint64_t> CountParameters(const ModelConfig& c) {
 Status CheckRope(const ModelConfig& c) {
   const RopeScaling& r = c.rope_scaling;
   if (!std::isfinite(c.rope_theta) || c.rope_theta < 1) {
-    return Bad(StrCat("rope_theta is ", c.rope_theta, ", expected a finite number of at least 1"));
+    return InvalidArgument(StrCat("rope_theta is ", c.rope_theta, ", expected a finite number of at least 1"));
   }
   if (r.type == RopeScaling::Type::kLinear || r.type == RopeScaling::Type::kLlama3) {
     if (!std::isfinite(r.factor) || r.factor < 1) {
-      return Bad(StrCat("RoPE scaling factor is ", r.factor, ", expected a finite number of at least 1"));
+      return InvalidArgument(StrCat("RoPE scaling factor is ", r.factor, ", expected a finite number of at least 1"));
     }
   }
   if (r.type == RopeScaling::Type::kLlama3) {
     if (!std::isfinite(r.low_freq_factor) || r.low_freq_factor <= 0) {
-      return Bad(StrCat("RoPE low_freq_factor is ", r.low_freq_factor, ", expected a positive number"));
+      return InvalidArgument(StrCat("RoPE low_freq_factor is ", r.low_freq_factor, ", expected a positive number"));
     }
     if (!std::isfinite(r.high_freq_factor) || r.high_freq_factor <= r.low_freq_factor) {
-      return Bad(StrCat("RoPE high_freq_factor is ", r.high_freq_factor,
-                        ", expected more than low_freq_factor, which is ", r.low_freq_factor));
+      return InvalidArgument(StrCat("RoPE high_freq_factor is ", r.high_freq_factor,
+                                    ", expected more than low_freq_factor, which is ", r.low_freq_factor));
     }
     if (r.original_max_position <= 0 || r.original_max_position > kMaxSize) {
-      return Bad(
+      return InvalidArgument(
           StrCat("RoPE original_max_position_embeddings is ", r.original_max_position, ", expected 1 to ", kMaxSize));
     }
   }
   if (r.type == RopeScaling::Type::kFactors) {
     if (static_cast<int64_t>(r.factors.size()) != c.head_dim / 2) {
-      return Bad(StrCat("there are ", r.factors.size(), " RoPE factors, expected head_dim / 2 = ", c.head_dim / 2));
+      return InvalidArgument(
+          StrCat("there are ", r.factors.size(), " RoPE factors, expected head_dim / 2 = ", c.head_dim / 2));
     }
     for (size_t i = 0; i < r.factors.size(); ++i) {
       if (!std::isfinite(r.factors[i]) || r.factors[i] <= 0) {
-        return Bad(StrCat("RoPE factor ", i, " is ", r.factors[i], ", expected a positive number"));
+        return InvalidArgument(StrCat("RoPE factor ", i, " is ", r.factors[i], ", expected a positive number"));
       }
     }
   }
@@ -91,33 +88,35 @@ Status CheckModelConfig(const ModelConfig& c) {
       {"context length", c.max_position},
   };
   for (const auto& [what, n] : sizes) {
-    if (n < 1 || n > kMaxSize) return Bad(StrCat(what, " is ", n, ", expected 1 to ", kMaxSize));
+    if (n < 1 || n > kMaxSize) return InvalidArgument(StrCat(what, " is ", n, ", expected 1 to ", kMaxSize));
   }
   if (c.layers < 1 || c.layers > kMaxLayers) {
-    return Bad(StrCat("number of layers is ", c.layers, ", expected 1 to ", kMaxLayers));
+    return InvalidArgument(StrCat("number of layers is ", c.layers, ", expected 1 to ", kMaxLayers));
   }
   if (c.q_heads % c.kv_heads != 0) {
-    return Bad(StrCat(c.q_heads, " query heads cannot be shared out to ", c.kv_heads,
-                      " KV heads: expected a divisor of ", c.q_heads));
+    return InvalidArgument(StrCat(c.q_heads, " query heads cannot be shared out to ", c.kv_heads,
+                                  " KV heads: expected a divisor of ", c.q_heads));
   }
   if (c.head_dim % 2 != 0)
-    return Bad(StrCat("head_dim is ", c.head_dim, ", expected an even number (RoPE turns pairs)"));
+    return InvalidArgument(StrCat("head_dim is ", c.head_dim, ", expected an even number (RoPE turns pairs)"));
   // An epsilon that is zero as a float would make NaN of a row of zeros.
   if (!std::isfinite(c.rms_eps) || c.rms_eps < 1e-30f || c.rms_eps >= 1) {
-    return Bad(StrCat("RMS norm epsilon is ", c.rms_eps, ", expected a positive number below 1"));
+    return InvalidArgument(StrCat("RMS norm epsilon is ", c.rms_eps, ", expected a positive number below 1"));
   }
   constexpr uint64_t kMaxElements = uint64_t{1} << 56;  // leaves room for bytes and alignment
   std::optional<uint64_t> parameters = CountParameters(c);
   if (!parameters || *parameters > kMaxElements) {
-    return Bad(StrCat("vocabulary ", c.vocab, ", hidden size ", c.hidden, ", ", c.layers, " layers, ", c.q_heads,
-                      " heads of ", c.head_dim, " and ffn ", c.ffn, " make more than 2^56 parameters"));
+    return InvalidArgument(StrCat("vocabulary ", c.vocab, ", hidden size ", c.hidden, ", ", c.layers, " layers, ",
+                                  c.q_heads, " heads of ", c.head_dim, " and ffn ", c.ffn,
+                                  " make more than 2^56 parameters"));
   }
   uint64_t kv_elements;
   if (__builtin_mul_overflow(static_cast<uint64_t>(c.kv_size()), static_cast<uint64_t>(c.layers), &kv_elements) ||
       __builtin_mul_overflow(kv_elements, static_cast<uint64_t>(c.max_position), &kv_elements) ||
       kv_elements > kMaxElements) {
-    return Bad(StrCat(c.layers, " layers of ", c.kv_heads, " KV heads of ", c.head_dim, " and context length ",
-                      c.max_position, " make a KV cache of more than 2^56 elements"));
+    return InvalidArgument(StrCat(c.layers, " layers of ", c.kv_heads, " KV heads of ", c.head_dim,
+                                  " and context length ", c.max_position,
+                                  " make a KV cache of more than 2^56 elements"));
   }
   return CheckRope(c);
 }

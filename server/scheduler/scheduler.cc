@@ -40,7 +40,7 @@ Status CheckOptions(const SchedulerOptions& options) {
   }
   if (options.max_itl > Duration(0) && options.max_itl < least) {
     return invalid(StrFormat("max_itl is %.4g ms, but by step_cost a step of one token takes %.4g ms; raise max_itl",
-                             Seconds(options.max_itl) * 1e3, Seconds(least) * 1e3));
+                             Milliseconds(options.max_itl), Milliseconds(least)));
   }
   if (options.default_ttft_target < Duration(0)) return invalid("default_ttft_target is negative");
   if (options.priority_ageing < Duration(0)) return invalid("priority_ageing is negative");
@@ -342,7 +342,7 @@ void Scheduler::Impl::RefuseIfHopeless(const Call& call, LiveRequest& request) {
   ++hopeless_;
   ErrorDetail detail;
   detail.reason = "HOPELESS";
-  const double left_ms = Seconds(request.request->deadline - call.now) * 1e3, prefill_ms = Seconds(prefill) * 1e3;
+  const double left_ms = Milliseconds(request.request->deadline - call.now), prefill_ms = Milliseconds(prefill);
   detail.metadata = {{"left_ms", StrCat(left_ms)}, {"prefill_ms", StrCat(prefill_ms)}};
   EndRequest(call, request,
              Status(Code::kDeadlineExceeded,
