@@ -152,9 +152,9 @@ class Repl {
     auto* message = request_.mutable_chat()->add_messages();
     message->set_role(v1::ROLE_ASSISTANT);
     message->set_content(text);
-    std::printf("\n%s[%s%llu tokens, TTFT %s, %.1f tok/s]%s\n", live_ ? "\033[2m" : "", cancelled ? "stopped, " : "",
-                static_cast<unsigned long long>(answer.tokens), HumanTime(answer.first_token).c_str(),
-                answer.TokensPerSecond(), live_ ? "\033[0m" : "");
+    std::printf("\n%s[%s%llu tokens, TTFT %s, %.1f tok/s]%s\n", TakesStyle(stdout) ? "\033[2m" : "",
+                cancelled ? "stopped, " : "", static_cast<unsigned long long>(answer.tokens),
+                HumanTime(answer.first_token).c_str(), answer.TokensPerSecond(), TakesStyle(stdout) ? "\033[0m" : "");
     return true;
   }
 

@@ -1,4 +1,6 @@
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <string>
 
 #include "server/base/strings.h"
@@ -72,7 +74,9 @@ int Fail(std::string_view name, std::string_view message, ExitCode code) {
   return code;
 }
 
-int Main(std::span<const std::string_view> arguments) {
+namespace {
+
+int RunCommand(std::span<const std::string_view> arguments) {
   std::string_view first = arguments.empty() ? "" : arguments[0];
   if (first.empty()) {
     std::fputs(Overview().c_str(), stderr);
@@ -123,6 +127,18 @@ int Main(std::span<const std::string_view> arguments) {
               StrCat(given, ": unknown command; ",
                      nearest.empty() ? "see altiplano help" : StrCat("did you mean ", nearest, "?")),
               kExitUsage);
+}
+
+}  // namespace
+
+int Main(std::span<const std::string_view> arguments) {
+  const int code = RunCommand(arguments);
+  // A full disk is noticed when what was printed leaves the buffer, or was when an earlier part did.
+  errno = 0;
+  const bool written = std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
+  if (written || code != kExitOk) return code;
+  return Fail(arguments[0], StrCat("cannot write to stdout", errno != 0 ? StrCat(": ", std::strerror(errno)) : ""),
+              kExitFailure);
 }
 
 }  // namespace altiplano::cli

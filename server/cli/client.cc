@@ -118,6 +118,12 @@ class GenerateReactor : public grpc::ClientReadReactor<v1::StreamGenerateRespons
 };
 
 double Answer::TokensPerSecond() const {
+  // The server's own times: here several tokens may have come in one message.
+  const double decode = Seconds(ToDuration(timing.total()) - ToDuration(timing.first_token()));
+  const uint64_t firsts = finishes.size();  // each sequence has a first token
+  if (decode > 0 && usage.completion_tokens() > firsts) {
+    return static_cast<double>(usage.completion_tokens() - firsts) / decode;
+  }
   double seconds = Seconds(total - first_token);
   return tokens > first_tokens && seconds > 0 ? static_cast<double>(tokens - first_tokens) / seconds : 0;
 }

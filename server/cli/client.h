@@ -57,7 +57,7 @@ struct Answer {
   uint64_t tokens = 0;              // of all deltas
   uint64_t first_tokens = 0;        // of the first
 
-  // Tokens per second after the first delta's; 0 when there are too few to say.
+  // Tokens per second after the first, by the server's times when it has said them; 0 when there are too few to say.
   double TokensPerSecond() const;
 };
 

@@ -103,7 +103,7 @@ int RunDemo(const ParsedFlags& flags) {
   }
   std::printf("\n");
 
-  InterleavedPrinter printer(stdout, labels, 96, IsTerminal(stdout));
+  InterleavedPrinter printer(stdout, labels, 96, TakesEscapes(stdout));
   LoadWatcher watcher(**client);
   TimePoint begin = Clock::Real().Now();
   std::vector<std::thread> threads;

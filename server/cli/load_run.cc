@@ -22,7 +22,7 @@ std::string DescribeLoad(const LoadState& state) {
 
 LoadStatePrinter::LoadStatePrinter(std::FILE* out)
     : out_(out),
-      live_(IsTerminal(out)),
+      live_(TakesEscapes(out)),
       period_(live_ ? Duration(std::chrono::milliseconds(500)) : std::chrono::seconds(5)) {}
 
 LoadStatePrinter::~LoadStatePrinter() {

@@ -116,8 +116,7 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
     ready = false;
     const Status end = cluster::Follow(*options, **checkpoint, *executor_options, [&] {
       ready = served = true;
-      std::printf("READY node=%d of=%d leader=%s\n", place.rank, place.nodes, place.leader.c_str());
-      std::fflush(stdout);
+      PrintReadyLine(StrFormat("READY node=%d of=%d leader=%s", place.rank, place.nodes, place.leader.c_str()));
     });
     if (end.ok() || end.code() == Code::kCancelled) {
       log::Info("stopped", {{"why", end.ok() ? "the leader has stopped" : "a signal"}});

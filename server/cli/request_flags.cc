@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <iostream>
 #include <iterator>
 
@@ -140,6 +142,7 @@ StatusOr<std::string> TextOrStdin(const ParsedFlags& flags, std::string_view nam
   if (flags.given(name)) return flags.text(name);
   if (isatty(STDIN_FILENO) != 0) std::fprintf(stderr, "Type the text; ctrl-D on a line of its own ends it.\n");
   std::string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
+  if (std::ferror(stdin) != 0) return InvalidArgument(StrCat("cannot read stdin: ", std::strerror(errno)));
   if (text.ends_with('\n')) text.pop_back();
   if (!IsValidUtf8(text)) return Status(Code::kInvalidArgument, "the text on stdin is not valid UTF-8");
   return text;

@@ -2,6 +2,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <ctime>
 #include <fstream>
@@ -64,9 +65,8 @@ void PrintReady(const Serving& serving, const LoadedModel& model) {
   for (char& c : name) {
     if (static_cast<unsigned char>(c) <= ' ') c = '_';
   }
-  std::printf("READY address=%s%s model=%s kv_tokens=%lld seconds=%.2f\n", serving.address().c_str(), admin.c_str(),
-              name.c_str(), static_cast<long long>(model.kv_tokens), SecondsSinceStart());
-  std::fflush(stdout);
+  PrintReadyLine(StrFormat("READY address=%s%s model=%s kv_tokens=%lld seconds=%.2f", serving.address().c_str(),
+                           admin.c_str(), name.c_str(), static_cast<long long>(model.kv_tokens), SecondsSinceStart()));
 }
 
 // Until none is live, the deadline, or the signals-th signal.
@@ -84,7 +84,7 @@ bool ServeUntilStopped(const Serving& serving, const std::string& on_failure, St
 // docs: reliability, life cycle. Ends when no request is live, at the timeout, or at the second signal.
 void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) {
   log::Info("draining", {{"delay", config.delay()}, {"timeout", config.timeout()}});
-  serving.SetNotServing();
+  serving.AnnounceEnd();
   TimePoint now = Clock::Real().Now();
   if (stop.WaitForCount(2, now + CheckedDuration(config.delay()))) return;
   serving.RefuseNew();
@@ -113,6 +113,7 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
   if (!ServeUntilStopped(**serving, config.values.scheduler().on_engine_failure(), stop)) {
     log::Error("the engine failed: ending, to be started again", {{"exit_code", static_cast<int>(kExitRestart)}});
     EndWithin(3 * kAtOnce, kExitRestart);  // a GPU that hangs may hang whoever lets go of it
+    (*serving)->AnnounceEnd();
     (*serving)->RefuseNew();
     WaitForLiveRequests(**serving, Clock::Real().Now() + kAtOnce, stop, 1);
     (*serving)->Stop();
@@ -147,6 +148,7 @@ int RunServe(const ParsedFlags& flags) {
   }
   InitLog(config->values.log());
   RaiseFileLimit();
+  std::signal(SIGPIPE, SIG_IGN);  // whoever read stdout or stderr may go, and live answers must not go with it
   return config->values.nodes().rank() == 0 ? Serve(*config, stop) : ServeAsFollower(config->values, stop);
 }
 
@@ -158,14 +160,14 @@ Subcommand ServeCommand() {
           {.name = "serve",
            .summary = "load a model and serve it over gRPC",
            .synopsis = "altiplano serve --model DIR_OR_GGUF [--listen 127.0.0.1:50051] [--config FILE.textproto]",
-           .notes =
-               "Prints one line on stdout when it serves:\n"
-               "  READY address=HOST:PORT [admin=HOST:PORT] model=NAME kv_tokens=N seconds=SINCE_START\n"
-               "SIGTERM or SIGINT: health NOT_SERVING, --drain-delay, new requests refused, live ones finish within\n"
-               "--drain-timeout, exit code 0. A second one ends live requests at once, exit code 0 too.\n"
-               "With --nodes, the others than the leader print READY node=R of=N leader=HOST:PORT instead.\n"
-               "Exit code 75: a device or a rank failed while serving (--on-engine-failure), or the start hung\n"
-               "(--start-timeout); start it again.",
+           .notes = "Prints one line on stdout when it serves:\n"
+                    "  READY address=HOST:PORT [admin=HOST:PORT] model=NAME kv_tokens=N seconds=SINCE_START\n"
+                    "SIGTERM, SIGINT or SIGHUP: health NOT_SERVING, --drain-delay, new requests refused, live ones\n"
+                    "finish within --drain-timeout, exit code 0. A second one ends live requests at once, exit code 0\n"
+                    "too.\n"
+                    "With --nodes, the others than the leader print READY node=R of=N leader=HOST:PORT instead.\n"
+                    "Exit code 75: a device or a rank failed while serving (--on-engine-failure), or the start hung\n"
+                    "(--start-timeout); start it again.",
            .flags = {{.name = "config",
                       .type = FlagType::kPath,
                       .meaning =

@@ -113,8 +113,8 @@ Status Serving::Load(LoadHooks hooks) {
   return OkStatus();
 }
 
-void Serving::SetNotServing() {
-  impl_->server->SetServing(false);
+void Serving::AnnounceEnd() {
+  impl_->server->AnnounceEnd();
 }
 void Serving::RefuseNew() {
   impl_->server->RefuseNew();

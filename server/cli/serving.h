@@ -25,8 +25,8 @@ class Serving {
   // Loads the model and serves it. hooks.on_step is not used. Errors as LoadModel's.
   Status Load(LoadHooks hooks);
 
-  void SetNotServing();  // health only: requests are still taken
-  void RefuseNew();      // UNAVAILABLE DRAINING
+  void AnnounceEnd();  // health NOT_SERVING for good; requests are still taken
+  void RefuseNew();    // UNAVAILABLE DRAINING
   int32_t live_requests() const;
   bool failed_for_good() const;  // the engine, after Load
   void Stop();                   // live requests end with UNAVAILABLE

@@ -10,11 +10,18 @@ namespace altiplano::cli {
 
 namespace {
 
+// A terminal that closes says SIGHUP; nohup has it ignored, and so it stays.
+bool HangUpStops() {
+  struct sigaction action {};
+  return sigaction(SIGHUP, nullptr, &action) == 0 && action.sa_handler != SIG_IGN;
+}
+
 sigset_t StopSet() {
   sigset_t set;
   sigemptyset(&set);
   sigaddset(&set, SIGTERM);
   sigaddset(&set, SIGINT);
+  if (HangUpStops()) sigaddset(&set, SIGHUP);
   return set;
 }
 

@@ -1,5 +1,5 @@
-// SIGTERM and SIGINT as something to wait for. Blocked from construction on, in this thread and all that it starts, so
-// that a signal at any moment is seen exactly once and none kills the process.
+// SIGTERM, SIGINT and SIGHUP (but under nohup) as something to wait for. Blocked from construction on, in this thread
+// and all that it starts, so that a signal at any moment is seen exactly once and none kills the process.
 #pragma once
 
 #include <condition_variable>
@@ -15,7 +15,7 @@ class StopSignal {
  public:
   // on_signal(n) runs on a thread of its own for the n-th signal, after count() shows it.
   explicit StopSignal(std::function<void(int)> on_signal = {});
-  ~StopSignal();  // SIGTERM and SIGINT stay blocked: the process is about to end
+  ~StopSignal();  // they stay blocked: the process is about to end
 
   int count();
   void WaitForCount(int count);

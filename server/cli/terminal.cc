@@ -3,6 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
 
 #include "server/base/log.h"
 #include "server/base/strings.h"
@@ -32,6 +35,24 @@ bool IsTerminal(std::FILE* file) {
   return isatty(fileno(file)) != 0;
 }
 
+bool TakesEscapes(std::FILE* file) {
+  const char* term = std::getenv("TERM");
+  return IsTerminal(file) && term != nullptr && std::string_view(term) != "dumb";
+}
+
+bool TakesStyle(std::FILE* file) {
+  const char* no_color = std::getenv("NO_COLOR");
+  return TakesEscapes(file) && (no_color == nullptr || *no_color == '\0');
+}
+
+// Not through stdio, which would keep what it cannot write and fail again at the end.
+void PrintReadyLine(std::string line) {
+  line += '\n';
+  if (write(STDOUT_FILENO, line.data(), line.size()) != static_cast<ssize_t>(line.size())) {
+    log::Warn("the READY line could not be written to stdout", {{"error", std::strerror(errno)}});
+  }
+}
+
 std::string HumanTime(Duration d) {
   double seconds = Seconds(d);
   return seconds < 1 ? StrFormat("%.1f ms", seconds * 1e3) : StrFormat("%.2f s", seconds);
@@ -58,7 +79,7 @@ void LoadProgressPrinter::operator()(const LoadProgress& progress) {
   double rate = progress.seconds > 0 ? static_cast<double>(progress.bytes_done) / progress.seconds / 1e9 : 0;
   bool done = progress.bytes_done == progress.bytes_total;
   if (!log::Enabled(log::Level::kInfo)) return;
-  if (IsTerminal(stderr)) {
+  if (TakesEscapes(stderr)) {
     std::fprintf(stderr, "\r\033[K%s: %s of %s, %.2f GB/s%s", std::string(doing_).c_str(),
                  HumanBytes(progress.bytes_done).c_str(), HumanBytes(progress.bytes_total).c_str(), rate,
                  done ? "\n" : "");

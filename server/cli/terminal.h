@@ -13,6 +13,12 @@
 namespace altiplano::cli {
 
 bool IsTerminal(std::FILE* file);
+bool TakesEscapes(std::FILE* file);  // a terminal that is not "dumb": lines can be drawn again
+bool TakesStyle(std::FILE* file);    // that, and the user has not set NO_COLOR (https://no-color.org)
+
+// One line for whoever started this program, on stdout at once. A reader that is gone is a warning, not an error:
+// the program goes on without it.
+void PrintReadyLine(std::string line);
 
 // "1.23 s", "45.6 ms".
 std::string HumanTime(Duration d);

@@ -71,8 +71,7 @@ grpc::ServerUnaryReactor* AdminService::Resume(grpc::CallbackServerContext* cont
   return AnswerUnary<v1::ResumeRequest, v1::ResumeResponse>(context, request, response,
                                                             [this](const v1::ResumeRequest&, v1::ResumeResponse*) {
                                                               log::Info("resuming, as an operator asks");
-                                                              actions_.resume();
-                                                              return OkStatus();
+                                                              return actions_.resume();
                                                             });
 }
 

@@ -20,7 +20,7 @@ class AdminService final : public inference::v1::AdminService::WithRawCallbackMe
   // What draining means is the server's business. Neither function waits.
   struct Actions {
     std::function<void(Duration grace)> drain;
-    std::function<void()> resume;
+    std::function<Status()> resume;
   };
   AdminService(FrontendState* state, Actions actions) : state_(state), actions_(std::move(actions)) {}
 

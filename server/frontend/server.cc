@@ -55,13 +55,23 @@ class Server::Impl {
     }
     hub.Wake();
   }
-  void Resume() {
+  Status Resume() {
     {
       std::lock_guard lock(mutex);
+      if (ending) return Status(Code::kFailedPrecondition, "the server is about to end");
       kill_at = kNever;
+      state.SetServing(true);
+      state.SetAccepting(true);
     }
-    state.SetServing(true);
-    state.SetAccepting(true);
+    hub.Wake();
+    return OkStatus();
+  }
+  void AnnounceEnd() {
+    {
+      std::lock_guard lock(mutex);
+      ending = true;
+      state.SetServing(false);
+    }
     hub.Wake();
   }
 
@@ -69,6 +79,7 @@ class Server::Impl {
     {
       std::lock_guard lock(mutex);
       if (std::exchange(stopped, true)) return;
+      ending = true;
     }
     state.SetAccepting(false);
     state.SetServing(false);
@@ -104,6 +115,7 @@ class Server::Impl {
 
   std::mutex mutex;
   TimePoint kill_at = kNever;  // guarded by mutex
+  bool ending = false;         // guarded by mutex; no Resume
   bool stopped = false;        // guarded by mutex
 
   // Destroyed from the last to the first: the gRPC servers, which wait for their calls, before what the calls use.
@@ -112,7 +124,8 @@ class Server::Impl {
   InferenceService inference{&state};
   ModelService models{&state};
   StatusService status{&state, &hub};
-  AdminService admin{&state, {.drain = [this](Duration grace) { BeginDrain(grace); }, .resume = [this] { Resume(); }}};
+  AdminService admin{&state,
+                     {.drain = [this](Duration grace) { BeginDrain(grace); }, .resume = [this] { return Resume(); }}};
   HealthService health{&state, &hub, {main_services.begin(), main_services.end()}};
   HealthService admin_health{&state, &hub, {admin_services.begin(), admin_services.end()}};
   ReflectionV1 reflection_v1{&main_services};
@@ -154,8 +167,12 @@ void Server::RefuseNew() {
   impl_->BeginDrain(Duration::max());
 }
 
-void Server::Resume() {
-  impl_->Resume();
+Status Server::Resume() {
+  return impl_->Resume();
+}
+
+void Server::AnnounceEnd() {
+  impl_->AnnounceEnd();
 }
 
 void Server::Drain(Duration grace) {

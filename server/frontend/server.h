@@ -85,10 +85,12 @@ class Server {
   // What health says while nothing else speaks against it (no model, draining, engine unhealthy). Calls are still
   // taken.
   void SetServing(bool serving);
+  // The process will end: health is NOT_SERVING for good, and AdminService.Resume is refused. Calls are still taken.
+  void AnnounceEnd();
   // New generations are refused with UNAVAILABLE DRAINING; health is NOT_SERVING. Live ones go on.
   void RefuseNew();
-  // Back to normal after SetServing(false), RefuseNew or Drain.
-  void Resume();
+  // Back to normal after SetServing(false), RefuseNew or Drain. FAILED_PRECONDITION after AnnounceEnd or Stop.
+  Status Resume();
   // RefuseNew, then waits until no generation is live or the grace is over; what is left ends with UNAVAILABLE.
   void Drain(Duration grace);
   // Stops at once: live calls end with UNAVAILABLE, listeners close. Idempotent. Afterwards nothing refers to the

@@ -58,10 +58,12 @@ class Folder {
     }
     return found;
   }
-  // "" when there is no such file.
+  // "" when there is no such file. An empty one is an error: it says nothing, and something else would be taken for it.
   StatusOr<std::string> ReadIfThere(std::string_view name, uint64_t max_bytes) const {
     if (!Has(name)) return std::string();
-    return ReadWholeFile(At(name), max_bytes);
+    ASSIGN_OR_RETURN(std::string text, ReadWholeFile(At(name), max_bytes));
+    if (text.empty()) return InvalidArgument(StrCat(At(name), ": is empty: incomplete download?"));
+    return text;
   }
 
  private:
@@ -183,9 +185,6 @@ Status CheckRedundantHead(const CheckpointParts& parts, const StoredTensor& head
 Status ReadText(const Folder& folder, TextAssets* text) {
   ASSIGN_OR_RETURN(text->tokenizer_json, folder.ReadIfThere("tokenizer.json", kMaxTokenizerBytes));
   ASSIGN_OR_RETURN(text->tiktoken_model, folder.ReadIfThere("tokenizer.model", kMaxTokenizerBytes));
-  if (text->tokenizer_json.empty() && folder.Has("tokenizer.json")) {
-    return In(folder.At("tokenizer.json"), Status(Code::kInvalidArgument, "is empty: incomplete download?"));
-  }
   ASSIGN_OR_RETURN(text->chat_template, folder.ReadIfThere("chat_template.jinja", kMaxConfigBytes));
   if (!text->chat_template.empty()) return OkStatus();  // takes precedence, as in transformers
   for (std::string_view name : {"chat_template.json", "tokenizer_config.json"}) {

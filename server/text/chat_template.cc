@@ -132,6 +132,7 @@ struct KnownTemplate {
   Texts required, optional;  // all texts of the template are among these
   Texts more_required;
   int trims;            // uses of the filter `trim`
+  int slices;           // of messages, where the first is taken apart
   Texts code, no_code;  // that the code must, and must not have
 };
 
@@ -246,26 +247,36 @@ constexpr std::string_view kFirstNotSystem[] = {"messages[0]['role']!='system'"}
 constexpr std::string_view kStrip[] = {"strip("};
 
 constexpr KnownTemplate kKnown[] = {
-    {"llama3", kLlama3, kWords, {}, 1, kBos, kPlainNoCode},
-    {"llama3-meta", kLlama3, kWords, {}, 0, kBos, kPlainNoCode},
-    {"llama3.1", kDated, kDatedWords, kBuiltinTools, 3, kToolsInUser, kStrip},  // 3.3's is the same
-    {"llama3.2", kDated, kDatedWords, kJsonTools, 3, kToolsInUser, kStrip},
-    {"vllm-llama3.1-json", kDated, kDatedWords, kSpacedJsonTools, 5, kToolsInUser, kStrip},
-    {"vllm-llama3.2-json", kDated, kDatedWords, kSpacedJsonImageTools, 5, kToolsInSystem, kStrip},
-    {"vllm-llama3.2-pythonic", kDated, kDatedWords, kPythonicTools, 3, kToolsInSystem, kStrip},
-    {"smollm2", kChatMlMarks, kWords, kSmolLm2Words, 0, kFirstNotSystem, kNoCode},
-    {"chatml", kChatMlMarks, kWords, {}, 0, {}, kNoCode},
-    {"chatml", kChatMlJoined, kWords, {}, 0, {}, kNoCode},
+    {"llama3", kLlama3, kWords, {}, 1, 0, kBos, kPlainNoCode},
+    {"llama3-meta", kLlama3, kWords, {}, 0, 0, kBos, kPlainNoCode},
+    {"llama3.1", kDated, kDatedWords, kBuiltinTools, 3, 2, kToolsInUser, kStrip},  // 3.3's is the same
+    {"llama3.2", kDated, kDatedWords, kJsonTools, 3, 2, kToolsInUser, kStrip},
+    {"vllm-llama3.1-json", kDated, kDatedWords, kSpacedJsonTools, 5, 2, kToolsInUser, kStrip},
+    {"vllm-llama3.2-json", kDated, kDatedWords, kSpacedJsonImageTools, 5, 2, kToolsInSystem, kStrip},
+    {"vllm-llama3.2-pythonic", kDated, kDatedWords, kPythonicTools, 3, 2, kToolsInSystem, kStrip},
+    {"smollm2", kChatMlMarks, kWords, kSmolLm2Words, 0, 0, kFirstNotSystem, kNoCode},
+    {"chatml", kChatMlMarks, kWords, {}, 0, 0, {}, kNoCode},
+    {"chatml", kChatMlJoined, kWords, {}, 0, 0, {}, kNoCode},
 };
 
 bool Contains(Texts texts, std::string_view text) {
   return std::find(texts.begin(), texts.end(), text) != texts.end();
 }
 
-int CountTrims(std::string_view code) {
+int Count(std::string_view code, std::string_view snippet) {
   int count = 0;
-  for (size_t at = code.find("|trim"); at != std::string_view::npos; at = code.find("|trim", at + 1)) ++count;
+  for (size_t at = code.find(snippet); at != std::string_view::npos; at = code.find(snippet, at + 1)) ++count;
   return count;
+}
+
+// Changes of logic that add no text: a second BOS token, the answer's header under another condition than that it is
+// asked for, a branch switched off, messages in another order.
+bool HasKnownLogic(std::string_view code) {
+  const bool has_default = Count(code, "{%ifnotadd_generation_promptisdefined%}{%setadd_generation_prompt=false%}") > 0;
+  return Count(code, "bos_token") <= 1 && Count(code, "{%ifadd_generation_prompt%}") <= 1 &&
+         Count(code, "add_generation_prompt") == Count(code, "{%ifadd_generation_prompt%}") + (has_default ? 2 : 0) &&
+         Count(code, "{%iffalse%}") + Count(code, "{%iftrue%}") == 0 &&
+         Count(code, "|reverse") + Count(code, "|sort") + Count(code, "[::") == 0;
 }
 
 bool Matches(const KnownTemplate& known, const TemplateParts& parts) {
@@ -280,7 +291,8 @@ bool Matches(const KnownTemplate& known, const TemplateParts& parts) {
                      }) &&
          std::all_of(known.required.begin(), known.required.end(), present) &&
          std::all_of(known.more_required.begin(), known.more_required.end(), present) &&
-         CountTrims(parts.code) == known.trims && std::all_of(known.code.begin(), known.code.end(), in_code) &&
+         Count(parts.code, "|trim") == known.trims && Count(parts.code, "[1:]") == known.slices &&
+         std::all_of(known.code.begin(), known.code.end(), in_code) &&
          std::none_of(known.no_code.begin(), known.no_code.end(), in_code);
 }
 
@@ -296,7 +308,7 @@ bool SplitTemplate(std::string_view jinja, TemplateParts* parts) {
 
 std::string_view RecogniseChatTemplate(std::string_view jinja) {
   TemplateParts parts;
-  if (!SplitTemplate(jinja, &parts)) return "";
+  if (!SplitTemplate(jinja, &parts) || !HasKnownLogic(parts.code)) return "";
   for (const KnownTemplate& known : kKnown) {
     if (Matches(known, parts)) return known.format;
   }

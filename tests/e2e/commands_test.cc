@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -497,6 +498,27 @@ TEST(Offline, BenchLeavesOutTheSumsOfRanks) {
     EXPECT_GT(json["all_reduces"]["a_step"], 0);
     EXPECT_GT(json["results"][0]["decode_tokens_per_second"], 0);
   }
+}
+
+// By the shell, for what a Process has no pipe for.
+int Shell(const std::string& arguments, std::string* errors) {
+  const std::string file = ::testing::TempDir() + "/shell-errors";
+  const int status = std::system((ALTIPLANO_BINARY_DIR "/altiplano " + arguments + " 2>" + file).c_str());
+  std::ostringstream text;
+  text << std::ifstream(file).rdbuf();
+  *errors = text.str();
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST(Offline, WhatCannotBeWrittenOrReadIsAnError) {
+  std::string errors;
+  for (const std::string& command : {std::string("version"), std::string("serve --help"), "inspect --json " + kTiny,
+                                     "tokenize --text x --model " + kTiny}) {
+    EXPECT_EQ(Shell(command + " >/dev/full", &errors), 1) << command;
+    EXPECT_THAT(errors, HasSubstr(": cannot write to stdout")) << command;
+  }
+  EXPECT_NE(Shell("tokenize --model " + kTiny + " </tmp", &errors), 0);
+  EXPECT_THAT(errors, HasSubstr("cannot read stdin: Is a directory"));
 }
 
 TEST(Offline, PlanSaysWhatFitsAndWhatWould) {

@@ -259,6 +259,18 @@ TEST(Drain, TimeoutEndsWhatStillRuns) {
   EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
 }
 
+TEST(Signals, AReaderThatGoesEndsNothingAndAHangUpDrains) {
+  Server server({"--log-level", "info"});
+  auto client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  server.process().Signal(SIGPIPE);  // what a write to a broken pipe sends
+  std::string text;
+  EXPECT_TRUE(Ask(*client, Chat("x"), &text).ok());
+  server.process().Signal(SIGHUP);
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+  EXPECT_THAT(server.process().Errors(), HasSubstr("draining"));
+}
+
 // Half of them while it starts, half with live streams.
 TEST(Signals, TermAtRandomMomentsExitsZero) {
   const char* wanted = std::getenv("ALTIPLANO_E2E_SIGTERMS");
@@ -572,7 +584,8 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   fs::path empty_tokenizer = copy("empty_tokenizer"), cut_tokenizer = copy("cut_tokenizer");
   fs::resize_file(empty_tokenizer / "tokenizer.json", 0);
   fs::resize_file(cut_tokenizer / "tokenizer.json", 5000);
-  fs::path other_template = copy("other_template");
+  fs::path other_template = copy("other_template"), empty_template = copy("empty_template");
+  fs::resize_file(empty_template / "chat_template.jinja", 0);
   write(other_template / "chat_template.jinja", "{{ messages }}");
   fs::path empty = folder / "empty";
   fs::create_directories(empty);
@@ -586,6 +599,7 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
                {no_tokenizer, "tokenizer"},
                {empty_tokenizer, "tokenizer.json: is empty"},
                {cut_tokenizer, "cut_tokenizer/tokenizer.json: not valid JSON"},
+               {empty_template, "chat_template.jinja: is empty"},
                {other_template, "--chat-format"}};
   for (const auto& c : cases) {
     Finished finished = RunToEnd({"serve", "--model", c.model, "--listen", "127.0.0.1:0", "--log-level", "off"});

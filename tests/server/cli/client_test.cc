@@ -94,6 +94,17 @@ TEST_F(ClientTest, StreamGathersAnAnswer) {
   EXPECT_GT(answer.TokensPerSecond(), 0);
 }
 
+TEST(AnswerTest, TheRateIsOfTheServersTimesWhenItHasSaidThem) {
+  Answer answer;
+  answer.tokens = answer.first_tokens = 21;  // all in one message: nothing to measure here
+  EXPECT_EQ(answer.TokensPerSecond(), 0);
+  answer.finishes.resize(1);
+  answer.usage.set_completion_tokens(21);
+  answer.timing.mutable_first_token()->set_seconds(3);
+  answer.timing.mutable_total()->set_seconds(5);
+  EXPECT_EQ(answer.TokensPerSecond(), 10);
+}
+
 TEST_F(ClientTest, ManyStreamsRunAtOnceWithoutAThreadEach) {
   constexpr size_t kStreams = 8;
   std::atomic<size_t> arrived = 0;

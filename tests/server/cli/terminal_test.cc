@@ -1,8 +1,11 @@
 #include "server/cli/terminal.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "server/base/log.h"
@@ -36,6 +39,27 @@ TEST(Terminal, ControlCharactersCannotSteerIt) {
             "a\xEF\xBF\xBD"
             "b");  // C1: CSI in one character
   EXPECT_EQ(Printable("\x7F\r"), "\xEF\xBF\xBD\xEF\xBF\xBD");
+}
+
+TEST(Terminal, EscapesAndStyleAreForThoseWhoTakeThem) {
+  Capture file;
+  EXPECT_FALSE(TakesEscapes(file.file()));
+  const int pty = posix_openpt(O_RDWR | O_NOCTTY);
+  ASSERT_GE(pty, 0);
+  ASSERT_EQ(grantpt(pty) + unlockpt(pty), 0);
+  std::FILE* terminal = std::fopen(ptsname(pty), "r+");
+  ASSERT_NE(terminal, nullptr);
+  setenv("TERM", "xterm", 1);
+  unsetenv("NO_COLOR");
+  EXPECT_TRUE(TakesEscapes(terminal) && TakesStyle(terminal));
+  setenv("NO_COLOR", "1", 1);
+  EXPECT_TRUE(TakesEscapes(terminal) && !TakesStyle(terminal));
+  unsetenv("NO_COLOR");
+  setenv("TERM", "dumb", 1);
+  EXPECT_FALSE(TakesEscapes(terminal) || TakesStyle(terminal));
+  unsetenv("TERM");
+  std::fclose(terminal);
+  close(pty);
 }
 
 TEST(Terminal, HumanTime) {

@@ -297,7 +297,7 @@ TEST(ErrorTest, DrainingRefusesNewAndFinishesLive) {
   EXPECT_EQ(ReasonOf(status), "DRAINING");
   server.Release();
   EXPECT_TRUE(live.End().ok());
-  server.server().Resume();
+  EXPECT_TRUE(server.server().Resume().ok());
   EXPECT_TRUE(Generate(server, TextRequest("hi", 1)).ok());
 }
 

@@ -354,8 +354,22 @@ TEST(HealthTest, FollowsModelDrainAndOwner) {
   server.server().SetServing(true);
   server.server().RefuseNew();
   EXPECT_EQ(Health(server), HealthCheckResponse::NOT_SERVING);
-  server.server().Resume();
+  EXPECT_TRUE(server.server().Resume().ok());
   EXPECT_EQ(Health(server), HealthCheckResponse::SERVING);
+}
+
+TEST(AdminServiceTest, NothingResumesAServerThatIsAboutToEnd) {
+  TestServer server;
+  server.server().AnnounceEnd();
+  EXPECT_EQ(Health(server), HealthCheckResponse::NOT_SERVING);
+  EXPECT_TRUE(Stream(server.stub(), TextRequest("hi", 1)).status.ok()) << "still taken";
+  server.server().RefuseNew();
+  grpc::ClientContext context;
+  v1::ResumeResponse response;
+  grpc::Status status = v1::AdminService::NewStub(server.Channel(/*admin=*/true))->Resume(&context, {}, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(Health(server), HealthCheckResponse::NOT_SERVING);
+  EXPECT_EQ(ReasonOf(Stream(server.stub(), TextRequest("hi")).status), "DRAINING");
 }
 
 TEST(HealthTest, AStuckStepIsNotServingThoughEverythingLives) {

@@ -351,6 +351,14 @@ INSTANTIATE_TEST_SUITE_P(
                 Shards([](const F& f) { f.Write("model.safetensors.index.json", R"({"weight_map":{"a":"b.bin"}})"); }),
                 kBad,
                 {"\"b.bin\"", ".safetensors"}},
+        Refusal{"empty_generation_config",
+                Shards([](const F& f) { f.Write("generation_config.json", ""); }),
+                kBad,
+                {"generation_config.json: is empty"}},
+        Refusal{"empty_tokenizer_config",
+                Shards([](const F& f) { f.Write("tokenizer_config.json", ""); }),
+                kBad,
+                {"tokenizer_config.json: is empty"}},
         Refusal{"index_short",
                 [](const F& f, M m) {
                   m.index = {{"weight_map", {{"model.norm.weight", kShard2}}}};

@@ -45,6 +45,10 @@ TEST(ChatTemplateTest, RecognisesWhatItKnows) {
   EXPECT_EQ(RecogniseChatTemplate(kLlama3), "llama3");
   EXPECT_EQ(RecogniseChatTemplate(kLlama3Otherwise), "llama3");
   EXPECT_EQ(RecogniseChatTemplate(Replaced(kLlama3, " | trim", "")), "llama3-meta");
+  EXPECT_EQ(RecogniseChatTemplate(StrCat("{% if not add_generation_prompt is defined %}{% set add_generation_prompt = "
+                                         "false %}{% endif %}",
+                                         kChatMl)),
+            "chatml");
   EXPECT_EQ(RecogniseChatTemplate(kSmolLm2), "smollm2");
   EXPECT_EQ(RecogniseChatTemplate(kChatMl), "chatml");
   EXPECT_EQ(RecogniseChatTemplate(Replaced(kChatMl, "'<|im_end|>' + '\\n'", "'<|im_end|>\\n'")), "chatml");
@@ -89,6 +93,12 @@ TEST(ChatTemplateTest, RefusesChangedTemplates) {
       {"tools_in_user_message = true", "tools_in_user_message = false"},
       {"\"<|eom_id|>\"", "\"<|eot_id|>\""},
       {"{{- bos_token }}", ""},
+      {"{{- bos_token }}", "{{- bos_token }}{{- bos_token }}"},
+      {"{%- if add_generation_prompt %}", "{%- if not add_generation_prompt %}"},
+      {"{%- if add_generation_prompt %}", "{%- if false %}"},
+      {"{%- if add_generation_prompt %}", "{%- if add_generation_prompt and tools %}"},
+      {"for message in messages %}", "for message in messages|reverse %}"},
+      {"for message in messages %}", "for message in messages[1:] %}"},
       {"messages[0]['content']|trim", "messages[0]['content'].strip()|trim"},
       {"{%- endif %}", "{%- endif "},
       {"\"<|python_tag|>\"", "\"<|python_tag|>"},
