@@ -132,6 +132,10 @@ void Linear(Stream& stream, const LinearArgs& args) {
   OnCuda(stream) ? cuda::Linear(stream, args) : cpu::Linear(stream.team(), args);
 }
 
+void PrepareLinear(const Stream& stream) {
+  if (stream.device() == Device::kCuda) cuda::PrepareLinear(stream);
+}
+
 void SiluMul(Stream& stream, const SiluMulArgs& args) {
   static constexpr char op[] = "SiluMul";
   const int64_t tokens = args.out.dim(0), ffn = args.out.dim(1);

@@ -58,6 +58,11 @@ struct LinearArgs {
 };
 void Linear(Stream& stream, const LinearArgs& args);
 
+// Takes what the vendor's library needs for products on this stream, a handle and 32 MiB of the GPU, since no op
+// allocates. Any thread, before the stream's first product: without it, or where the library or the memory cannot be
+// had, many rows are our own kernels' too. Nothing on the CPU.
+void PrepareLinear(const Stream& stream);
+
 // out = silu(gate) * up, where gate_up = [gate | up].
 struct SiluMulArgs {
   TensorView out;      // [T, F'] act

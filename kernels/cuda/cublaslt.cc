@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "kernels/cuda/backend.h"
 #include "kernels/device.h"
 
 namespace altiplano::cuda {
@@ -79,7 +80,7 @@ struct Choice {
   cublasLtMatrixLayoutOpaque_t weight, x, out;
 };
 
-// What belongs to a stream from its first product on; used by the thread that issues its ops.
+// What belongs to a stream from PrepareLinear on; used by the thread that issues its ops.
 class LtStream {
  public:
   explicit LtStream(int ordinal) {
@@ -178,8 +179,9 @@ Streams& AllStreams() {
   return *streams;
 }
 
-// Threads mostly issue ops on one stream, which is found again without the lock until any stream is forgotten.
-LtStream& Find(const Stream& stream) {
+// Threads mostly issue ops on one stream, which is found again without the lock until any stream is forgotten. Null: it
+// was not prepared.
+LtStream* Find(const Stream& stream) {
   thread_local struct {
     void* stream = nullptr;
     uint64_t forgotten = 0;
@@ -189,14 +191,22 @@ LtStream& Find(const Stream& stream) {
   void* const wanted = stream.cuda_stream();
   if (last.found == nullptr || last.stream != wanted || last.forgotten != streams.forgotten) {
     std::lock_guard lock(streams.mutex);
-    std::unique_ptr<LtStream>& found = streams.of[wanted];
-    if (found == nullptr) found = std::make_unique<LtStream>(stream.ordinal());
-    last = {wanted, streams.forgotten, found.get()};
+    const auto found = streams.of.find(wanted);
+    if (found == streams.of.end()) return nullptr;
+    last = {wanted, streams.forgotten, found->second.get()};
   }
-  return *last.found;
+  return last.found;
 }
 
 }  // namespace
+
+void PrepareLinear(const Stream& stream) {
+  UseGpu(stream.ordinal());  // a handle is of the thread's GPU
+  Streams& streams = AllStreams();
+  std::lock_guard lock(streams.mutex);
+  std::unique_ptr<LtStream>& found = streams.of[stream.cuda_stream()];
+  if (found == nullptr) found = std::make_unique<LtStream>(stream.ordinal());
+}
 
 void ForgetCublasLt(void* stream) {
   Streams& streams = AllStreams();
@@ -210,7 +220,8 @@ void ForgetCublasLt(void* stream) {
 }
 
 bool CublasLtLinear(Stream& stream, const LinearArgs& args) {
-  return Find(stream).Multiply(static_cast<cudaStream_t>(stream.cuda_stream()), args);
+  LtStream* const found = Find(stream);
+  return found != nullptr && found->Multiply(static_cast<cudaStream_t>(stream.cuda_stream()), args);
 }
 
 std::string DescribeCublasLt() {

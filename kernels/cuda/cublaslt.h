@@ -7,9 +7,9 @@
 
 namespace altiplano::cuda {
 
-// Of bf16, with all rows aligned to 16 bytes. False: cuBLASLt cannot be used for this, and nothing was launched.
-// A stream's first product takes a handle and memory for cuBLASLt to work in, and is not for a stream that captures;
-// without the library or the memory all products are our own kernels'.
+// Of bf16, with all rows aligned to 16 bytes. False: cuBLASLt cannot be used for this, and nothing was launched. It
+// works with the handle and in the memory that PrepareLinear took; without them, or without the library, all products
+// are our own kernels'.
 bool CublasLtLinear(Stream& stream, const LinearArgs& args);
 
 // Of a stream that ends.

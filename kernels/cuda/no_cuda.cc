@@ -142,6 +142,9 @@ void RmsNorm(Stream&, const RmsNormArgs&) {
 void AddRmsNorm(Stream&, const AddRmsNormArgs&) {
   Die();
 }
+void PrepareLinear(const Stream&) {
+  Die();
+}
 void Linear(Stream&, const LinearArgs&) {
   Die();
 }

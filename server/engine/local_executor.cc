@@ -352,13 +352,21 @@ Status LocalExecutor::MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoi
   return OkStatus();
 }
 
+// No rank takes or gives back memory of a GPU, or pinned memory, from the first collective of a step until all ranks
+// have ended it. To do so a driver may wait for its GPU and for all that reach its memory, so for the kernel in which a
+// peer waits for this rank, which waits for the driver. Hence all that a rank ever needs is taken before a step begins,
+// in the warm-up by all ranks before any enqueues, and later by none.
 Status LocalExecutor::WarmUp(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options,
                              const std::vector<KvCache::Shape>& shapes) {
-  const auto step = [&](int32_t tokens) {
-    return OnAllRanks(ranks, watch, "the warm-up", [&](size_t i, RankWorker& worker) {
+  const auto step = [&](int32_t tokens) -> Status {
+    watch->Begin("allocating for the warm-up");
+    for (size_t i = 0; i < ranks.size(); ++i) RETURN_IF_ERROR(ranks[i]->worker->BeginWarmUp(tokens, shapes[i]));
+    RETURN_IF_ERROR(OnAllRanks(ranks, watch, "the warm-up", [&](size_t i, RankWorker& worker) {
       if (options.before_step) options.before_step(ranks[i]->number, 0);
-      return worker.WarmUp(tokens, shapes[i]);
-    });
+      return worker.WarmUp();
+    }));
+    for (const auto& rank : ranks) rank->worker->EndWarmUp();
+    return OkStatus();
   };
   RETURN_IF_ERROR(step(1));
   if (options.device != Device::kCuda) return OkStatus();

@@ -327,7 +327,7 @@ bool RankWorker::SampleTokens(const StepPlan& plan, const TensorView& rows, bool
 
 // A prompt of all tokens, in sequences that are no longer than may be, with log-probabilities of as many as one call
 // for logits takes.
-Status RankWorker::WarmUp(int32_t tokens, KvCache::Shape shape) {
+Status RankWorker::BeginWarmUp(int32_t tokens, KvCache::Shape shape) {
   auto request = std::make_shared<Request>();
   request->sampling.temperature = 0;
   request->sampling.prompt_top_logprobs = 0;
@@ -361,9 +361,13 @@ Status RankWorker::WarmUp(int32_t tokens, KvCache::Shape shape) {
                   StrCat("no memory for the KV blocks of one step of ", tokens,
                          " tokens: ", HumanBytes(shape.page_bytes() * static_cast<uint64_t>(shape.pages))));
   }
-  RETURN_IF_ERROR(Enqueue(plan));
+  warm_up_ = std::move(plan);
+  return OkStatus();
+}
+
+Status RankWorker::WarmUp() {
+  RETURN_IF_ERROR(Enqueue(warm_up_));
   const StepResult result = Collect();
-  cache_.reset();
   RETURN_IF_ERROR(result.status);
   for (const TokenScore& score : result.sampled) {
     if (score.finite) continue;
@@ -372,6 +376,11 @@ Status RankWorker::WarmUp(int32_t tokens, KvCache::Shape shape) {
                   "this dtype");
   }
   return OkStatus();
+}
+
+void RankWorker::EndWarmUp() {
+  cache_.reset();
+  warm_up_ = {};
 }
 
 }  // namespace altiplano

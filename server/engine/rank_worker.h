@@ -48,10 +48,13 @@ class RankWorker {
 
   // Before the first step: from then on Collect tells of its times. False when the device has no more events.
   bool TimeSteps();
-  // Computes `tokens` tokens in a small cache of its own and checks that their logits are finite: weights that overflow
-  // are found before READY, and afterwards the device holds all that a step of that size makes it take. On all ranks
-  // at once. RESOURCE_EXHAUSTED when the cache does not fit.
-  Status WarmUp(int32_t tokens, KvCache::Shape shape);
+  // A step of `tokens` tokens in a small cache of its own, whose logits must be finite: weights that overflow are found
+  // before READY, and afterwards the device holds all that a step of that size makes it take. In three parts, of which
+  // all ranks end one before any begins the next: memory is taken, RESOURCE_EXHAUSTED if there is none; the step, on
+  // all ranks at once; the memory is given back.
+  Status BeginWarmUp(int32_t tokens, KvCache::Shape shape);
+  Status WarmUp();
+  void EndWarmUp();
   // Before the first Enqueue.
   void SetCache(KvCache cache);
   // On a GPU, after SetCache: steps that only decode are replayed from graphs of their padded shape from now on. On all
@@ -110,6 +113,7 @@ class RankWorker {
   const std::unique_ptr<Llama> llama_;
   // Enqueue's thread.
   std::optional<KvCache> cache_;
+  StepPlan warm_up_;
   std::optional<StepInputBuilder> inputs_;
   std::unique_ptr<SlotStates> slots_;  // of the one that samples
   Buffer sampled_;                     // [B] i32: what the last step sampled, where the next one finds it

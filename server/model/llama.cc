@@ -53,6 +53,7 @@ std::unique_ptr<Llama> Llama::Create(const Stream& stream, const ModelConfig& co
   CHECK(shard.size == 1 || communicator != nullptr);
   std::unique_ptr<Llama> llama(new Llama(config, shard, std::move(weights), limits, communicator));
   if (!llama->AllocateWorkspace(stream)) return nullptr;
+  if (!limits.batch_invariant) PrepareLinear(stream);
   return llama;
 }
 

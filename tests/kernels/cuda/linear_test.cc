@@ -96,6 +96,7 @@ TEST_F(CudaLinearTest, TwoGroupsOfRowsToABlockAreNearTheOracle) {
 
 // On a GPU by cuBLASLt, in the simulator by our tiles; cublaslt_test has what is asked of the library.
 TEST_F(CudaLinearTest, ManyTokensByWhicheverIsThereAreNearTheOracle) {
+  PrepareLinear(stream());
   batch_invariant_ = false;
   for (DType out : {DType::kF32, DType::kBF16}) {
     for (bool accumulate : {false, true}) ExpectNearOracle({130, 72, 264}, DType::kBF16, out, accumulate, 8);

@@ -26,6 +26,7 @@ class CublasLtTest : public CudaTest {
     refuses_products_ = static_cast<bool*>(dlsym(library, "fake_refuses_products"));
     *handles_ = *choices_ = *products_ = 0;
     *refuses_choices_ = *refuses_products_ = false;
+    PrepareLinear(stream());
   }
   void TearDown() override {
     cuda::ForgetCublasLt(stream().cuda_stream());
@@ -135,17 +136,33 @@ TEST_F(CublasLtTest, GateAndUpAreAProductAndSiluMul) {
   for (int64_t t = 0; t < kTokens; ++t) EXPECT_EQ(one.RowBytes(t), two.RowBytes(t)) << t;
 }
 
-TEST_F(CublasLtTest, AStreamTakesWhatItNeedsWithItsFirstProduct) {
-  ExpectSame({.tokens = 64, .n = 16, .k = 8}, 0);
-  EXPECT_EQ(*handles_, 0);
-  for (int i = 0; i < 2; ++i) ExpectSame({.tokens = 70, .n = 16, .k = 8}, 1);
-  EXPECT_EQ(*handles_, 1);
+TEST_F(CublasLtTest, AStreamTakesWhatItNeedsBeforeItsFirstProduct) {
+  for (int i = 0; i < 2; ++i) {
+    PrepareLinear(stream());
+    EXPECT_EQ(*handles_, 1);
+    ExpectSame({.tokens = 70, .n = 16, .k = 8}, 1);
+  }
   // Another stream may come to lie where one was.
   cuda::ForgetCublasLt(stream().cuda_stream());
   EXPECT_EQ(*handles_, 0);
+  ExpectSame({.tokens = 70, .n = 16, .k = 8}, 0);
+  EXPECT_EQ(*handles_, 0);
+  PrepareLinear(stream());
   ExpectSame({.tokens = 70, .n = 16, .k = 8}, 1);
   EXPECT_EQ(*handles_, 1);
   EXPECT_EQ(*choices_, 2);
+}
+
+// A rank that allocates may wait for another one's all-reduce, which waits for it.
+TEST_F(CublasLtTest, AProductTakesNoMemory) {
+  Matrix x(70, 8, DType::kBF16), weight(16, 8, DType::kBF16), out(70, 16, DType::kBF16);
+  x.FillNormal(1);
+  weight.FillNormal(2);
+  const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
+  const uint64_t allocations = Buffer::DeviceAllocations();
+  Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view()});
+  EXPECT_EQ(*products_, 1);
+  EXPECT_EQ(Buffer::DeviceAllocations(), allocations);
 }
 
 }  // namespace

@@ -5,10 +5,12 @@
 
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstddef>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -552,6 +554,69 @@ TEST(EngineOnGpu, StepsOfAllSizesRunBeforeTheFirstGraphIsMade) {
   ASSERT_GT(sizes.size(), 1u);
   ASSERT_GE(passes.size(), 2 * sizes.size());
   EXPECT_EQ(std::set<int64_t>(passes.begin(), passes.begin() + static_cast<std::ptrdiff_t>(sizes.size())), sizes);
+}
+
+// How much of the GPU's memory is free and how many allocations there were, whenever a rank comes to a collective.
+struct MemoryNotes {
+  std::mutex mutex;  // guards what follows
+  std::condition_variable changed;
+  std::vector<std::pair<size_t, uint64_t>> of[2];
+};
+
+class MemoryNotingCommunicator : public ForwardingCommunicator {
+ public:
+  MemoryNotingCommunicator(std::unique_ptr<Communicator> member, MemoryNotes* notes)
+      : ForwardingCommunicator(std::move(member)), notes_(*notes) {}
+  bool AllReduceSum(Stream& stream, const TensorView& x) override {
+    Note();
+    return member().AllReduceSum(stream, x);
+  }
+  bool AllGather(Stream& stream, const TensorView& out, const TensorView& x) override {
+    Note();
+    return member().AllGather(stream, out, x);
+  }
+  bool Broadcast(Stream& stream, const TensorView& x) override {
+    Note();
+    return member().Broadcast(stream, x);
+  }
+
+ private:
+  void Note() {
+    std::lock_guard lock(notes_.mutex);
+    notes_.of[rank()].emplace_back(QueryMemory(Device::kCuda).free_bytes, Buffer::DeviceAllocations());
+    notes_.changed.notify_all();
+  }
+  MemoryNotes& notes_;
+};
+
+// A driver that allocates or frees may wait for a peer's all-reduce, which waits for this rank. Here rank 1 begins each
+// step when rank 0 waits for it already.
+TEST(EngineOnGpu, NoRankTakesMemoryInTheWarmUpWhileAnotherWaitsForIt) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.ranks = 2;
+  options.gpus = {0, 0};
+  options.patience = std::chrono::minutes(10);
+  MemoryNotes notes;
+  options.wrap_communicator = [&](int, std::unique_ptr<Communicator> member) {
+    return std::make_unique<MemoryNotingCommunicator>(std::move(member), &notes);
+  };
+  std::vector<size_t> begins;  // of each step: how many notes there were before
+  options.before_step = [&](int rank, uint64_t) {
+    if (rank == 0) return;
+    std::unique_lock lock(notes.mutex);
+    begins.push_back(notes.of[1].size());
+    notes.changed.wait(lock, [&] { return notes.of[0].size() > begins.back(); });
+  };
+  ASSERT_TRUE(LocalExecutor::Create(Model(), options).ok());
+  ASSERT_EQ(begins.size(), 2u);
+  begins.push_back(notes.of[1].size());
+  ASSERT_EQ(notes.of[0].size(), begins.back());
+  for (size_t step = 0; step < 2; ++step) {
+    ASSERT_GT(begins[step + 1], begins[step]);
+    for (size_t i = begins[step]; i < begins[step + 1]; ++i) {
+      for (const auto& of_rank : notes.of) EXPECT_EQ(of_rank[i], notes.of[0][begins[step]]) << "step " << step;
+    }
+  }
 }
 
 TEST(EngineOnGpu, APrefixHitChangesNoToken) {
