@@ -77,6 +77,7 @@ std::vector<Answer> RunAll(const std::string& model, const std::vector<Golden>& 
   options.token_budget = token_budget;
   options.max_running = 64;
   options.kv_bytes = 512 << 20;
+  options.patience = std::chrono::hours(1);  // under sanitizers a step of thousands of tokens takes minutes
   auto executor = LocalExecutor::Create(**checkpoint, options);
   EXPECT_TRUE(executor.ok()) << executor.status().ToString();
   EngineOptions engine_options;
