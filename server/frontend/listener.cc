@@ -7,8 +7,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <climits>
+#include <cstdint>
 #include <cstring>
 #include <mutex>
 
@@ -23,7 +26,7 @@ constexpr std::string_view kUnix = "unix:";
 constexpr int kMaxHeaderBytes = 16 << 10;
 
 int Millis(Duration duration) {
-  return static_cast<int>(duration / std::chrono::milliseconds(1));
+  return static_cast<int>(std::min<int64_t>(duration / std::chrono::milliseconds(1), INT_MAX));
 }
 
 void SetArguments(const FrontendLimits& limits, grpc::ServerBuilder* builder) {

@@ -121,7 +121,7 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* StatusService::WatchLoad(grpc::Callb
   if (in.has_interval()) {
     auto asked = ToDuration(DurationFromProto(in.interval()));
     if (!asked || *asked < kLeastInterval) {
-      return new RefusedStream(context, InvalidField("interval", "must be at least 100 ms"));
+      return new RefusedStream(context, InvalidField("interval", "must be in [100 ms, ten years]"));
     }
     interval = *asked;
   }

@@ -219,9 +219,11 @@ StatusOr<TextAssets> GgufTextAssets(const GgufFile& gguf, int64_t vocab) {
                StrCat("has ", tokens->size(), " entries, but token_embd.weight has ", vocab, " rows"));
   }
   out.tokens = *tokens;
-  if (Has(gguf, "tokenizer.ggml.merges")) {
+  // Without merges text would become a token for each byte. Other models than gpt2 have none; the text layer names
+  // them.
+  if (out.model == "gpt2" || Has(gguf, "tokenizer.ggml.merges")) {
     const auto* merges = Find<std::vector<std::string>>(gguf, "tokenizer.ggml.merges");
-    if (merges == nullptr) return Bad("tokenizer.ggml.merges", "is not a list of strings");
+    if (merges == nullptr) return Bad("tokenizer.ggml.merges", "is missing or not a list of strings");
     out.merges = *merges;
   }
   if (Has(gguf, "tokenizer.ggml.token_type")) {

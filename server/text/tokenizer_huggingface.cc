@@ -155,7 +155,8 @@ StatusOr<SplitPattern> ReadPreTokenizer(const Json& top, Fields& fields) {
   if (shape == "Split ByteLevel ") return SplitPattern::kLlama3;
   if (shape == "Digits Gpt2 ") return SplitPattern::kGpt2SingleDigits;
   if (shape == "Gpt2 ") return SplitPattern::kGpt2;
-  return Unsupported("pre_tokenizer ", shape.empty() ? "null" : shape.c_str(), "as a sequence");
+  if (shape.empty()) return Unsupported("pre_tokenizer null");
+  return Unsupported("pre_tokenizer ", shape, "as a sequence");  // of names with a blank behind each
 }
 
 Status CheckNormalizerAndDecoder(const Json& top, Fields& fields) {

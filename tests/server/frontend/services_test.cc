@@ -190,7 +190,9 @@ TEST(StatusServiceTest, WatchLoadKeepsTelling) {
   grpc::ClientContext bad;
   reader = stub->WatchLoad(&bad, request);
   EXPECT_FALSE(reader->Read(&load));
-  EXPECT_EQ(FirstField(reader->Finish()), "interval");
+  const grpc::Status refused = reader->Finish();
+  EXPECT_EQ(FirstField(refused), "interval");
+  EXPECT_THAT(refused.error_message(), HasSubstr("must be in [100 ms, ten years]"));
 }
 
 TEST(StatusServiceTest, LoadingServerHasInfoAndNoLoad) {
