@@ -5,10 +5,10 @@
 #include <google/protobuf/message.h>
 #include <google/protobuf/text_format.h>
 
-#include <fstream>
-#include <iterator>
+#include <algorithm>
 
 #include "server/base/check.h"
+#include "server/base/read_file.h"
 #include "server/base/strings.h"
 #include "server/cli/units.h"
 
@@ -180,16 +180,20 @@ StatusOr<EffectiveConfig> ResolveConfig(const ParsedFlags& flags, const ConfigFi
     return Status(Code::kInvalidArgument, StrCat(effective.origins["kv.block_size"], ": the block size is ", block,
                                                  ", must be a power of two"));
   }
+  if (const std::string& listen = effective.values.listen();
+      listen == effective.values.admin_listen() && (listen.starts_with("unix:") || !listen.ends_with(":0"))) {
+    return Status(Code::kInvalidArgument, StrCat(effective.origins["admin_listen"], ": is ", listen,
+                                                 ", as --listen is: each needs an address of its own"));
+  }
   return effective;
 }
 
 StatusOr<EffectiveConfig> ResolveConfig(const ParsedFlags& flags) {
   if (!flags.has("config") || !flags.given("config")) return ResolveConfig(flags, nullptr);
   std::string path = flags.text("config");
-  std::ifstream in(path, std::ios::binary);
-  std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  if (!in.is_open() || in.bad()) return Status(Code::kNotFound, StrCat("cannot read the config file ", path));
-  ASSIGN_OR_RETURN(ConfigFile file, ParseConfig(text, path));
+  auto text = ReadFile(path, kMaxFileBytes);
+  if (!text.ok()) return Status(text.status().code(), StrCat("--config: ", text.status().message()));
+  ASSIGN_OR_RETURN(ConfigFile file, ParseConfig(*text, path));
   return ResolveConfig(flags, &file);
 }
 

@@ -45,7 +45,7 @@ StatusOr<ConfigFile> ParseConfig(std::string_view text, const std::string& file_
 
 // `file` may be null. Settings that the command does not have as flags come from file or default.
 StatusOr<EffectiveConfig> ResolveConfig(const ParsedFlags& flags, const ConfigFile* file);
-// Reads --config (when the command has it and it is given) and resolves. NOT_FOUND when it cannot be read.
+// Reads --config (when the command has it and it is given) and resolves. ReadFile's errors when it cannot be read.
 StatusOr<EffectiveConfig> ResolveConfig(const ParsedFlags& flags);
 
 // A textproto that ParseConfig reads back, each value followed by its origin as a comment.

@@ -45,6 +45,7 @@ std::string_view Placeholder(const Flag& flag) {
     case FlagType::kBool:
       return "";
     case FlagType::kCount:
+    case FlagType::kSeed:
       return "N";
     case FlagType::kReal:
       return "X";
@@ -95,6 +96,8 @@ void AppendFlag(std::string& out, const Flag& flag) {
     fact("default", flag.default_value.empty() ? "none" : flag.default_value);
   }
   if (!flag.example.empty()) fact("example", StrCat("--", flag.name, " ", flag.example));
+  if (flag.type == FlagType::kCount && flag.min > 0) fact("at least", StrCat(flag.min));
+  if (flag.least != "0") fact("at least", flag.least);
   if (flag.repeated) fact("may be", "repeated");
   if (!flag.field.empty()) fact("config", flag.field);
   if (!facts.empty()) out += StrCat("      ", facts, "\n");
@@ -112,17 +115,24 @@ Status CheckValue(const Flag& flag, std::string_view value) {
     case FlagType::kAddress:
       return value.empty() ? OkStatus() : CheckAddress(value);
     case FlagType::kUrl:
-      return CheckAddress(AddressOfUrl(value));
+      return CheckUrl(value);
     case FlagType::kBool:
       return ParseBool(value).status();
     case FlagType::kCount:
       return ParseCount(value, flag.min, flag.max).status();
+    case FlagType::kSeed:
+      return ParseSeed(value).status();
     case FlagType::kReal:
       return ParseReal(value).status();
-    case FlagType::kBytes:
-      return ParseBytes(value).status();
-    case FlagType::kDuration:
-      return ParseDuration(value).status();
+    case FlagType::kBytes: {
+      ASSIGN_OR_RETURN(const uint64_t bytes, ParseBytes(value));
+      return bytes >= CheckedBytes(flag.least) ? OkStatus() : InvalidArgument(StrCat("must be at least ", flag.least));
+    }
+    case FlagType::kDuration: {
+      ASSIGN_OR_RETURN(const Duration time, ParseDuration(value));
+      return time >= CheckedDuration(flag.least) ? OkStatus()
+                                                 : InvalidArgument(StrCat("must be at least ", flag.least));
+    }
     case FlagType::kChoice:
       break;
   }
@@ -213,6 +223,9 @@ std::vector<std::string> ParsedFlags::all(std::string_view name) const {
 int64_t ParsedFlags::count(std::string_view name) const {
   const Flag& flag = Find(name);
   return ParseCount(text(name), flag.min, flag.max).value();
+}
+uint64_t ParsedFlags::seed(std::string_view name) const {
+  return ParseSeed(text(name)).value();
 }
 double ParsedFlags::real(std::string_view name) const {
   return ParseReal(text(name)).value();

@@ -14,7 +14,7 @@
 
 namespace altiplano::cli {
 
-enum class FlagType { kText, kPath, kAddress, kUrl, kBool, kCount, kReal, kBytes, kDuration, kChoice };
+enum class FlagType { kText, kPath, kAddress, kUrl, kBool, kCount, kSeed, kReal, kBytes, kDuration, kChoice };
 
 struct Flag {
   std::string_view name;  // "max-num-seqs"
@@ -26,6 +26,7 @@ struct Flag {
   std::string_view choices = {};        // kChoice: "f32|bf16"
   int64_t min = 0;                      // kCount
   int64_t max = std::numeric_limits<int64_t>::max();
+  std::string_view least = "0";  // kBytes, kDuration: as one would write it
   bool repeated = false;
   std::string_view alias = {};  // a second spelling
   std::string_view group = {};  // heading in --help
@@ -57,6 +58,7 @@ class ParsedFlags {
   std::string text(std::string_view name) const;  // the last one given, or the default
   std::vector<std::string> all(std::string_view name) const;
   int64_t count(std::string_view name) const;
+  uint64_t seed(std::string_view name) const;
   double real(std::string_view name) const;
   bool boolean(std::string_view name) const;
   uint64_t bytes(std::string_view name) const;

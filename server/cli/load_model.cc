@@ -39,7 +39,7 @@ StatusOr<std::shared_ptr<const Tokenizer>> MakeTokenizer(const TextAssets& asset
                               .add_bos = assets.gguf->add_bos});
 }
 
-StatusOr<std::shared_ptr<const ChatFormat>> LoadChatFormat(const Checkpoint& checkpoint, std::string_view name) {
+StatusOr<std::shared_ptr<const ChatFormat>> FindChatFormat(const Checkpoint& checkpoint, std::string_view name) {
   if (name == "none") return std::shared_ptr<const ChatFormat>();
   if (name != "auto") return ChatFormat::FromName(name);
   const std::string& jinja = checkpoint.text_assets().chat_template;
@@ -47,6 +47,21 @@ StatusOr<std::shared_ptr<const ChatFormat>> LoadChatFormat(const Checkpoint& che
   log::Warn("the checkpoint has no chat template: plain text only, unless --chat-format names one",
             {{"model", checkpoint.path()}});
   return std::shared_ptr<const ChatFormat>();
+}
+
+// Its special tokens are in the tokenizer: found out here, not by each chat.
+StatusOr<std::shared_ptr<const ChatFormat>> LoadChatFormat(const Checkpoint& checkpoint, std::string_view name,
+                                                           const Tokenizer& tokenizer) {
+  ASSIGN_OR_RETURN(std::shared_ptr<const ChatFormat> format, FindChatFormat(checkpoint, name));
+  if (format == nullptr) return format;
+  Conversation shortest;
+  shortest.messages.push_back({.role = Role::kUser, .content = "x", .tool_calls = {}, .tool_call_id = {}});
+  const Status status = format->Render(shortest, tokenizer).status();
+  if (status.ok()) return format;
+  if (name != "auto") return Status(Code::kOutOfRange, StrCat("--chat-format ", name, ": ", status.message()));
+  return Status(Code::kFailedPrecondition,
+                StrCat(checkpoint.path(), ": its chat template is that of --chat-format ", format->name(), ", but ",
+                       status.message(), "; --chat-format none serves plain text"));
 }
 
 Status ChooseIsa(const std::string& name) {
@@ -165,6 +180,16 @@ Status CheckRecordMemory(uint64_t bytes) {
                        " bytes, too little for a record; raise it to 64KiB at least, or 0 for none"));
 }
 
+// Recorders take their memory at once: the ring, and a quarter of it for a checkpoint.
+Status CheckRecordFits(uint64_t bytes, int replicas) {
+  const uint64_t needed = bytes + bytes / 4, free = QueryMemory(Device::kCpu).free_bytes;
+  if (needed <= free / static_cast<uint64_t>(replicas)) return OkStatus();
+  return Status(Code::kResourceExhausted,
+                StrCat("--flight-record-memory is ", HumanBytes(bytes), ", and a quarter more is set aside, ",
+                       replicas > 1 ? StrCat("for each of ", replicas, " replicas, ") : "", "but only ",
+                       HumanBytes(free), " are free; lower it"));
+}
+
 // Blocks are known only when all is loaded: too late to refuse for a record that can still be read.
 void WarnOfRecordMemory(uint64_t bytes, int32_t num_blocks) {
   const size_t least = FlightRecorder::LeastBytes(num_blocks);
@@ -210,11 +235,15 @@ Status CheckBudget(int64_t max_num_batched_tokens, int64_t block_size) {
 Status CheckScheduling(const config::v1::ServerConfig& config) {
   ASSIGN_OR_RETURN(const StepCost cost, StepCostOf(config));
   SchedulerOptions options = EngineOptionsOf(config, {}, cost).scheduler;
-  options.num_blocks = 1;
+  options.num_blocks = 2;  // the fewest that a KV cache has
   options.block_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), Device::kCpu));
   options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = 2;
+  if (config.model().max_context() == 1) {
+    return Status(Code::kInvalidArgument,
+                  "--max-model-len is 1, must hold a prompt token and an answer token at least, or be 0");
+  }
   RETURN_IF_ERROR(CheckBudget(options.token_budget, options.block_size));
   RETURN_IF_ERROR(CheckRecordMemory(CheckedBytes(config.log().flight_record_memory())));
   ASSIGN_OR_RETURN(options.tenants,
@@ -227,7 +256,9 @@ StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const Checkpoint& check
   const TextAssets& assets = checkpoint.text_assets();
   if (assets.tokenizer_json.empty() && assets.tiktoken_model.empty() && !assets.gguf) {
     return Status(Code::kFailedPrecondition,
-                  StrCat(checkpoint.path(), ": there is neither tokenizer.json nor tokenizer.model"));
+                  StrCat(checkpoint.path(), checkpoint.format() == "gguf"
+                                                ? ": metadata tokenizer.ggml.model: is missing: there is no tokenizer"
+                                                : ": there is neither tokenizer.json nor tokenizer.model"));
   }
   auto tokenizer = MakeTokenizer(assets);
   if (!tokenizer.ok()) {  // the text layer knows no files
@@ -247,7 +278,7 @@ StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const Checkpoint& check
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format) {
   TextModel text;
   ASSIGN_OR_RETURN(text.tokenizer, LoadTokenizer(checkpoint));
-  ASSIGN_OR_RETURN(text.chat_format, LoadChatFormat(checkpoint, chat_format));
+  ASSIGN_OR_RETURN(text.chat_format, LoadChatFormat(checkpoint, chat_format, *text.tokenizer));
   return text;
 }
 
@@ -310,6 +341,8 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   ASSIGN_OR_RETURN(std::vector<TenantOptions> tenants,
                    CheckedTenants(config.scheduler().tenants(), config.scheduler().max_num_seqs(),
                                   config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));
+  const uint64_t record_bytes = CheckedBytes(config.log().flight_record_memory());
+  RETURN_IF_ERROR(CheckRecordFits(record_bytes, executor_options.executors));  // now, not when all is loaded
   LoadedModel model;
   {
     StartWatch watch(executor_options.start_patience, executor_options.on_start_hang);
@@ -375,6 +408,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
     model.weight_bytes = ranks.weight_bytes + (on_gpus ? model.weight_bytes : 0);  // on the CPU replicas share them
     model.kv_bytes += ranks.kv_bytes;
     model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;
+    RETURN_IF_ERROR(CheckRecordFits(record_bytes, 1));
     ASSIGN_OR_RETURN(auto engine, Engine::Start(options, std::move(ranks.executor), hooks.on_step));
     engines.push_back(std::move(engine));
   }

@@ -32,7 +32,8 @@ struct TextModel {
 StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const Checkpoint& checkpoint);
 
 // The tokenizer, and chat_format: "auto", "none" or a format's name. "auto" with a template that is not known is
-// NOT_FOUND naming --chat-format; "auto" without any template is plain text only, with a warning in the log.
+// NOT_FOUND naming --chat-format; "auto" without any template is plain text only, with a warning in the log. A format
+// with a special token that the tokenizer lacks is FAILED_PRECONDITION, or OUT_OF_RANGE where it was named.
 StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat_format);
 
 // --block-size, whose default depends on the device.

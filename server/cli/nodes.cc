@@ -46,6 +46,10 @@ Status ResolveNodes(config::v1::ServerConfig* config) {
     return InvalidArgument(
         StrCat("--pipeline-parallel is ", stages, ", with --nodes ", count, " it must be a multiple of ", count));
   }
+  // Found out now rather than when the leader listens already.
+  if (const std::string& file = nodes.secret_file(); count > 1 && !file.empty()) {
+    RETURN_IF_ERROR(cluster::ReadSecret(file).status());
+  }
   return OkStatus();
 }
 

@@ -1,11 +1,10 @@
 // altiplano plan: would a model fit on these GPUs, and what would they give?
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 
 #include "kernels/comm/all_reduce_plan.h"
 #include "server/base/json.h"
+#include "server/base/read_file.h"
 #include "server/base/strings.h"
 #include "server/bench/capacity.h"
 #include "server/bench/machine.h"
@@ -17,6 +16,7 @@ namespace altiplano::cli {
 namespace {
 
 constexpr std::string_view kPlan = "plan";
+constexpr size_t kMaxConfigBytes = 16 << 20;
 static_assert(bench::kMostTensorParallelGpus == kMostPeers);
 
 // A published model's name, a folder of which only config.json is read (the weights need not be there yet), or a GGUF.
@@ -26,8 +26,8 @@ StatusOr<ModelConfig> FindConfig(const std::string& model) {
   const fs::path json = fs::path(model) / "config.json";
   std::error_code ignored;
   if (fs::is_directory(model, ignored) && fs::is_regular_file(json, ignored)) {
-    std::ifstream in(json, std::ios::binary);
-    auto config = ParseModelConfig(std::string((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>()));
+    ASSIGN_OR_RETURN(const std::string text, ReadFile(json.string(), kMaxConfigBytes));
+    auto config = ParseModelConfig(text);
     if (!config.ok()) return Status(config.status().code(), StrCat(json.string(), ": ", config.status().message()));
     config->name = fs::path(model).filename().string();
     return config;

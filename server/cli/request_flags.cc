@@ -74,7 +74,7 @@ std::vector<Flag> SamplingFlags() {
        .example = "0.2",
        .group = kGroup},
       {.name = "seed",
-       .type = FlagType::kCount,
+       .type = FlagType::kSeed,
        .meaning = "The same seed gives the same answer. Without it: random.",
        .example = "1",
        .group = kGroup},
@@ -117,7 +117,7 @@ void FillSampling(const ParsedFlags& flags, v1::GenerateRequest* request) {
   }
   if (flags.given("min-tokens")) stopping->set_min_new_tokens(static_cast<uint32_t>(flags.count("min-tokens")));
   if (flags.given("ignore-eos")) stopping->set_ignore_eos(flags.boolean("ignore-eos"));
-  if (flags.given("seed")) sampling->set_seed(static_cast<uint64_t>(flags.count("seed")));
+  if (flags.given("seed")) sampling->set_seed(flags.seed("seed"));
   for (const std::string& stop : flags.all("stop")) stopping->add_sequences(stop);
 }
 

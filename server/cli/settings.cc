@@ -71,7 +71,7 @@ constexpr std::array kSettings = {
     Flag{.name = "max-model-len",
          .type = FlagType::kCount,
          .default_value = "0",
-         .meaning = "Most tokens of a prompt and its answer together. 0: as many as the model was made for.",
+         .meaning = "Most tokens of a prompt and its answer, at least 2. 0: as many as the model was made for.",
          .example = "8192",
          .field = "model.max_context",
          .max = 1 << 24,
@@ -230,6 +230,7 @@ constexpr std::array kSettings = {
          .meaning = "How long nodes wait for each other before they give up.",
          .example = "1h",
          .field = "nodes.join_timeout",
+         .least = "1ms",
          .group = kGroupNodes},
     Flag{.name = "kv-memory",
          .type = FlagType::kBytes,
@@ -352,6 +353,7 @@ constexpr std::array kSettings = {
                     "several gets no new requests then. That ends nothing: see --step-deadline.",
          .example = "2s",
          .field = "scheduler.health_deadline",
+         .least = "1ms",
          .group = kGroupScheduling},
     Flag{.name = "step-deadline",
          .type = FlagType::kDuration,
@@ -360,6 +362,7 @@ constexpr std::array kSettings = {
                     "does a node that is not heard of for longer: see --on-engine-failure.",
          .example = "10s",
          .field = "scheduler.step_deadline",
+         .least = "1ms",
          .group = kGroupScheduling},
     Flag{.name = "start-timeout",
          .type = FlagType::kDuration,
@@ -457,54 +460,59 @@ constexpr std::array kSettings = {
          .group = kGroupStopping},
 };
 
+// `least`: what a limit must be, so that not every request is refused by it.
 constexpr Flag Size(std::string_view name, std::string_view field, std::string_view bytes, std::string_view meaning,
-                    std::string_view example) {
+                    std::string_view example, std::string_view least = "0") {
   return {.name = name,
           .type = FlagType::kBytes,
           .default_value = bytes,
           .meaning = meaning,
           .example = example,
           .field = field,
+          .least = least,
           .group = kGroupLimits};
 }
 constexpr Flag Count(std::string_view name, std::string_view field, std::string_view count, std::string_view meaning,
-                     std::string_view example) {
+                     std::string_view example, int64_t least = 0) {
   return {.name = name,
           .type = FlagType::kCount,
           .default_value = count,
           .meaning = meaning,
           .example = example,
           .field = field,
+          .min = least,
           .max = kMillion,
           .group = kGroupLimits};
 }
 constexpr Flag Time(std::string_view name, std::string_view field, std::string_view time, std::string_view meaning,
-                    std::string_view example) {
+                    std::string_view example, std::string_view least = "0") {
   return {.name = name,
           .type = FlagType::kDuration,
           .default_value = time,
           .meaning = meaning,
           .example = example,
           .field = field,
+          .least = least,
           .group = kGroupLimits};
 }
 
 // frontend/limits.h; a test holds the defaults together.
 constexpr std::array kLimitSettings = {
-    Size("max-message-size", "limits.message_size", "16MiB", "Largest message taken from a client.", "32MiB"),
+    Size("max-message-size", "limits.message_size", "16MiB", "Largest message taken from a client.", "32MiB", "1KiB"),
     Count("max-streams-per-connection", "limits.streams_per_connection", "100",
-          "Most calls at one time on a connection.", "1000"),
+          "Most calls at one time on a connection.", "1000", 1),
     Time("keepalive-time", "limits.keepalive_time", "60s",
-         "A connection that is silent for this long is pinged, so that the blocks of dead clients come free.", "30s"),
+         "A connection that is silent for this long is pinged, so that the blocks of dead clients come free.", "30s",
+         "1s"),
     Time("keepalive-timeout", "limits.keepalive_timeout", "20s", "A ping not answered by then ends the connection.",
-         "5s"),
+         "5s", "1ms"),
     Time("min-client-ping-interval", "limits.min_client_ping_interval", "10s",
          "Clients that ping more often than this are cut off.", "5s"),
     Size("max-prompt-size", "limits.prompt_size", "4MiB",
-         "Largest prompt: text, or a chat's contents and tools together.", "1MiB"),
+         "Largest prompt: text, or a chat's contents and tools together.", "1MiB", "1B"),
     Count("max-chat-messages", "limits.chat_messages", "2048", "Most messages of a chat.", "100"),
     Count("max-tools", "limits.tools", "128", "Most tools offered in a request.", "16"),
-    Count("max-sequences", "limits.sequences", "16", "Most independent answers to one prompt.", "4"),
+    Count("max-sequences", "limits.sequences", "16", "Most independent answers to one prompt.", "4", 1),
     Count("max-stop-strings", "limits.stop_strings", "16", "Most stop strings of a request.", "4"),
     Size("max-stop-string-size", "limits.stop_string_size", "256", "Longest stop string.", "64"),
     Count("max-stop-ids", "limits.stop_ids", "128", "Most stop token ids of a request.", "16"),
@@ -514,14 +522,14 @@ constexpr std::array kLimitSettings = {
     Size("max-tenant-size", "limits.tenant_size", "128", "Longest name of a tenant.", "64"),
     Size("max-cache-salt-size", "limits.cache_salt_size", "128", "Longest salt of the prefix cache.", "64"),
     Time("max-queue-wait", "limits.queue_wait", "60s",
-         "A request not admitted by then is refused, also where it names no time of its own.", "10s"),
+         "A request not admitted by then is refused, also where it names no time of its own.", "10s", "1ms"),
     Count("max-unprepared-requests", "limits.unprepared_requests", "512", "Most requests waiting to be tokenized.",
-          "64"),
-    Size("max-unprepared-size", "limits.unprepared_size", "256MiB", "Most bytes of these together.", "64MiB"),
+          "64", 1),
+    Size("max-unprepared-size", "limits.unprepared_size", "256MiB", "Most bytes of these together.", "64MiB", "1KiB"),
     Size("max-unread-size", "limits.unread_size", "256KiB",
-         "A stream whose client leaves more output than this unread is ended.", "1MiB"),
+         "A stream whose client leaves more output than this unread is ended.", "1MiB", "1B"),
     Time("max-unread-time", "limits.unread_time", "30s", "So is one whose client takes no message for this long.",
-         "10s"),
+         "10s", "1ms"),
 };
 
 }  // namespace

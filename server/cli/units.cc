@@ -100,6 +100,13 @@ StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max) {
   return InvalidArgument(StrCat("must be a whole number from ", min, " to ", max));
 }
 
+StatusOr<uint64_t> ParseSeed(std::string_view text) {
+  uint64_t value = 0;
+  auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc() && rest == text.data() + text.size()) return value;
+  return InvalidArgument(StrCat("must be a whole number from 0 to ", std::numeric_limits<uint64_t>::max()));
+}
+
 StatusOr<std::vector<std::string>> ParseWords(std::string_view text) {
   const std::vector<std::string_view> words = Split(text, ',');
   if (std::ranges::count(words, "") > 0) {
@@ -157,12 +164,25 @@ Status CheckAddress(std::string_view text) {
   std::string_view host = text.substr(0, colon);
   bool bracketed = host.front() == '[' && host.back() == ']';
   if (host.find(':') != std::string_view::npos && !bracketed) {
-    return InvalidArgument("must have its IPv6 address in brackets, as [::1]:50051");
+    const bool ipv6 = host.find_first_not_of("0123456789abcdefABCDEF:.") == std::string_view::npos;
+    return InvalidArgument(ipv6 ? "must have its IPv6 address in brackets, as [::1]:50051"
+                                : "must be HOST:PORT such as 127.0.0.1:50051, or unix:/path");
   }
   if (auto port = ParseCount(text.substr(colon + 1), 0, 65535); !port.ok()) {
     return InvalidArgument("must end with a port from 0 to 65535 (0: any free one)");
   }
   return OkStatus();
+}
+
+Status CheckUrl(std::string_view text) {
+  const std::string_view address = AddressOfUrl(text);
+  // With "dns:", "ipv4:" and "ipv6:" gRPC's own names of resolvers, which no address begins with.
+  for (std::string_view scheme : {"://", "dns:", "ipv4:", "ipv6:"}) {
+    if (scheme == "://" ? address.find(scheme) == std::string_view::npos : !address.starts_with(scheme)) continue;
+    return InvalidArgument(
+        "must be HOST:PORT or unix:/path, with nothing, grpc:// or http:// before it (there is no TLS)");
+  }
+  return CheckAddress(address);
 }
 
 std::string Quote(std::string_view text) {

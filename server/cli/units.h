@@ -27,6 +27,9 @@ inline std::chrono::milliseconds CheckedMilliseconds(std::string_view text) {
 // A decimal integer within [min, max], underscores and commas not allowed.
 StatusOr<int64_t> ParseCount(std::string_view text, int64_t min, int64_t max);
 
+// A decimal integer of 64 bits, no sign: what a server may have drawn.
+StatusOr<uint64_t> ParseSeed(std::string_view text);
+
 // Words with commas between them, "blue,green"; an empty text has none. Where a comma has no word before or behind it,
 // that is an error.
 StatusOr<std::vector<std::string>> ParseWords(std::string_view text);
@@ -43,6 +46,9 @@ std::string_view AddressOfUrl(std::string_view url);
 
 // "127.0.0.1:50051", "[::1]:0", "localhost:80", "unix:/run/altiplano.sock".
 Status CheckAddress(std::string_view text);
+
+// Such an address, perhaps with what AddressOfUrl takes away.
+Status CheckUrl(std::string_view text);
 
 // In double quotes and on one line: quotes, backslashes and control bytes escaped as textproto reads them.
 std::string Quote(std::string_view text);

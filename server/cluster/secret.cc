@@ -1,17 +1,16 @@
 #include "server/cluster/secret.h"
 
-#include <fstream>
-#include <iterator>
 #include <random>
 
 #include "server/base/hmac.h"
+#include "server/base/read_file.h"
 #include "server/base/strings.h"
 
 namespace altiplano::cluster {
 
 namespace {
 
-constexpr size_t kShortestSecret = 16;
+constexpr size_t kShortestSecret = 16, kLongestSecret = 1 << 16;
 
 std::string Proof(std::string_view secret, std::string_view role, const Exchange& exchange) {
   std::string message(role);
@@ -41,12 +40,11 @@ std::string FollowerProof(std::string_view secret, const Exchange& exchange) {
 }
 
 StatusOr<std::string> ReadSecret(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::string secret((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  if (!in) return Status(Code::kOutOfRange, StrCat("--node-secret-file ", path, " cannot be read"));
-  secret.erase(secret.find_last_not_of(" \t\r\n") + 1);
-  if (secret.size() < kShortestSecret) {
-    return Status(Code::kOutOfRange, StrCat("--node-secret-file ", path, " holds ", secret.size(),
+  auto secret = ReadFile(path, kLongestSecret);
+  if (!secret.ok()) return Status(Code::kOutOfRange, StrCat("--node-secret-file: ", secret.status().message()));
+  secret->erase(secret->find_last_not_of(" \t\r\n") + 1);
+  if (secret->size() < kShortestSecret) {
+    return Status(Code::kOutOfRange, StrCat("--node-secret-file ", path, " holds ", secret->size(),
                                             " bytes; a secret has at least ", kShortestSecret));
   }
   return secret;

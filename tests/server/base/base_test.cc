@@ -2,12 +2,14 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <filesystem>
 #include <fstream>
 #include <string>
 
 #include "server/base/clock.h"
 #include "server/base/json.h"
 #include "server/base/log.h"
+#include "server/base/read_file.h"
 #include "server/base/split.h"
 #include "server/base/status.h"
 #include "server/base/strings.h"
@@ -85,6 +87,23 @@ TEST(Strings, NearestSuggestsOnlyWhatIsNear) {
   EXPECT_EQ(Nearest("lisen", names), "listen");
   EXPECT_EQ(Nearest("max-runing", names), "max-running");
   EXPECT_EQ(Nearest("temperature", names), "");
+}
+
+TEST(ReadFile, IsWholeOrSaysWhyNot) {
+  const std::string folder = ::testing::TempDir(), path = std::filesystem::path(folder) / "read_file";
+  const std::string bytes = std::string(40000, 'x') + std::string("\0\n", 2);
+  std::ofstream(path, std::ios::binary) << bytes;
+  EXPECT_EQ(ReadFile(path, bytes.size()).value(), bytes);
+  const Status large = ReadFile(path, bytes.size() - 1).status();
+  EXPECT_EQ(large.code(), Code::kResourceExhausted);
+  EXPECT_THAT(large.message(), HasSubstr(path + " has more than 39.06 KiB"));
+  std::ofstream(path, std::ios::trunc).close();
+  EXPECT_EQ(ReadFile(path, 0).value(), "");
+  std::filesystem::remove(path);
+  EXPECT_EQ(ReadFile(path, 9).status().code(), Code::kNotFound);
+  EXPECT_EQ(ReadFile(path, 9).status().message(), StrCat("cannot open ", path, ": No such file or directory"));
+  EXPECT_EQ(ReadFile(folder, 9).status().code(), Code::kDataLoss);
+  EXPECT_EQ(ReadFile(folder, 9).status().message(), StrCat("cannot read ", folder, ": Is a directory"));
 }
 
 TEST(ParseJson, RefusesWhatNlohmannLetsThrough) {

@@ -274,6 +274,11 @@ TEST(Commands, WhatTheSchedulerCannotDoIsRefusedBeforeAModelIsLoaded) {
   EXPECT_THAT(refusal({"--tenants", "a:max-queued=9", "--max-queued-requests", "8"}),
               HasSubstr("lower its max-queued"));
   EXPECT_THAT(refusal({"--flight-record-memory", "65535"}), HasSubstr("raise it to 64KiB at least, or 0 for none"));
+  EXPECT_THAT(refusal({"--max-model-len", "1", "--check"}),
+              HasSubstr("--max-model-len is 1, must hold a prompt token and an answer token"));
+  EXPECT_THAT(refusal({"--health-deadline", "0", "--check"}),
+              HasSubstr("--health-deadline is \"0\", must be at least 1ms"));
+  EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--block-size", "1", "--max-model-len", "2", "--check"}).code, 0);
   EXPECT_THAT(refusal({"--step-cost", "/nowhere"}), HasSubstr("--step-cost: there is no file /nowhere"));
   EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--max-num-batched-tokens", "32", "--block-size", "32", "--tenants",
                     "a;b", "--max-itl", "1s", "--step-cost", "8b-h200", "--check"})

@@ -161,7 +161,44 @@ TEST(Config, UnreadableFileIsNamed) {
   auto config = ResolveConfig(*flags);
   ASSERT_FALSE(config.ok());
   EXPECT_EQ(config.status().code(), Code::kNotFound);
-  EXPECT_THAT(config.status().message(), HasSubstr("/nowhere/a.textproto"));
+  EXPECT_THAT(config.status().message(), HasSubstr("cannot open /nowhere/a.textproto: No such file"));
+  const std::string folder = ::testing::TempDir();
+  flags = ParsedFlags::Parse(ServeLike(), std::vector<std::string_view>{"--config", folder});
+  EXPECT_EQ(ResolveConfig(*flags).status().message(), StrCat("--config: cannot read ", folder, ": Is a directory"));
+}
+
+// By each of these every request would be refused, or every step overdue.
+TEST(Config, LimitsThatAllowNothingAreRefusedByTheirFlags) {
+  for (const auto& [flag, least] : {std::pair{"max-message-size", "1KiB"},
+                                    {"max-streams-per-connection", "1 to"},
+                                    {"keepalive-time", "1s"},
+                                    {"keepalive-timeout", "1ms"},
+                                    {"max-prompt-size", "1B"},
+                                    {"max-sequences", "1 to"},
+                                    {"max-queue-wait", "1ms"},
+                                    {"max-unprepared-requests", "1 to"},
+                                    {"max-unprepared-size", "1KiB"},
+                                    {"max-unread-size", "1B"},
+                                    {"max-unread-time", "1ms"},
+                                    {"health-deadline", "1ms"},
+                                    {"step-deadline", "1ms"},
+                                    {"join-timeout", "1ms"}}) {
+    const std::string name = StrCat("--", flag);
+    const Status status = ParsedFlags::Parse(ServeLike(), std::vector<std::string_view>{name, "0"}).status();
+    EXPECT_THAT(status.message(), StartsWith(StrCat(name, " is \"0\", must be "))) << flag;
+    EXPECT_THAT(status.message(), HasSubstr(least)) << flag;
+  }
+  EXPECT_EQ(Resolve({}, "limits { queue_wait: \"0\" }").status().message(),
+            "x.textproto:1:10: limits.queue_wait is \"0\", must be at least 1ms");
+}
+
+TEST(Config, TwoListenersHaveTwoAddresses) {
+  for (const char* address : {"127.0.0.1:5", "unix:/run/altiplano:0"}) {
+    EXPECT_THAT(Resolve({"--listen", address, "--admin-listen", address}, "").status().message(),
+                HasSubstr(StrCat("--admin-listen: is ", address, ", as --listen is")));
+  }
+  EXPECT_TRUE(Resolve({"--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"}, "").ok());
+  EXPECT_TRUE(Resolve({"--listen", "127.0.0.1:5", "--admin-listen", "127.0.0.1:6"}, "").ok());
 }
 
 TEST(Config, ShippedConfigsAreValid) {

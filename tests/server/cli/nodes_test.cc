@@ -46,6 +46,7 @@ TEST(Nodes, ContradictionsAreRefusedByTheirFlags) {
         {"nodes { count: 2 leader: \"a:1\" } model { replicas: 2 }", "--replicas and --nodes"},
         {"nodes { count: 2 leader: \"a:1\" } model { pipeline_parallel: 3 }",
          "--pipeline-parallel is 3, with --nodes 2"},
+        {"nodes { count: 2 leader: \"a:1\" secret_file: \"/\" }", "--node-secret-file: cannot read /: Is a directory"},
         {"nodes { launcher: \"lws\" }", "LWS_WORKER_INDEX is not set"}}) {
     auto config = Parse(text);
     EXPECT_THAT(ResolveNodes(&config).message(), HasSubstr(part)) << text;

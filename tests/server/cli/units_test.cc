@@ -78,6 +78,8 @@ TEST(Units, Addresses) {
                           ":80", "unix:", "127.0.0.1:http"}) {
     EXPECT_FALSE(CheckAddress(bad).ok()) << bad;
   }
+  EXPECT_EQ(CheckAddress("::1:80").message(), "must have its IPv6 address in brackets, as [::1]:50051");
+  EXPECT_EQ(CheckAddress("http://host:80").message(), "must be HOST:PORT such as 127.0.0.1:50051, or unix:/path");
 }
 
 }  // namespace

@@ -35,7 +35,10 @@ TEST(Secret, ProofsDependOnEverything) {
 
 TEST(Secret, IsAFileOfAtLeast16Bytes) {
   const std::string path = std::filesystem::path(::testing::TempDir()) / "node_secret";
-  EXPECT_THAT(ReadSecret(path).status().message(), HasSubstr("cannot be read"));
+  EXPECT_EQ(ReadSecret(path).status().code(), Code::kOutOfRange);
+  EXPECT_THAT(ReadSecret(path).status().message(), HasSubstr("--node-secret-file: cannot open " + path));
+  EXPECT_EQ(ReadSecret(::testing::TempDir()).status().code(), Code::kOutOfRange);
+  EXPECT_THAT(ReadSecret(::testing::TempDir()).status().message(), HasSubstr("Is a directory"));
   std::ofstream(path) << "0123456789abcdef\r\n";
   EXPECT_EQ(ReadSecret(path).value(), "0123456789abcdef");
   std::ofstream(path) << "0123456789abcde \n";
