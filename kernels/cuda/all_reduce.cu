@@ -4,6 +4,8 @@
 //
 // Nobody waits for ever: a block that polls looks now and then at the verdicts of the host and the other ranks, and at
 // the time. all_reduce_plan.h says why two halves of a mailbox are enough.
+#include <type_traits>
+
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/peers.h"
@@ -111,75 +113,143 @@ PTX_FUNCTION void EndCall(const Peers& peers, uint32_t call) {
   ptx::StGlobal(&own->calls, call);
 }
 
-// Of one pack, everybody's.
-template <int kPack>
-PTX_FUNCTION void SumOver(const Peers& peers, uint32_t call, bool bf16, int64_t at, float (&sum)[kPack]) {
-  Load(MailOf(peers, 0, call, Mail::kMessage, bf16), at, sum);
-  for (int rank = 1; rank < peers.ranks; ++rank) {
-    float x[kPack];
-    Load(MailOf(peers, rank, call, Mail::kMessage, bf16), at, x);
-    PTX_UNROLL
-    for (int i = 0; i < kPack; ++i) sum[i] = ptx::Add(sum[i], x[i]);
-  }
+// What a thread has on its way at once, since each load that waits for the one before costs the time of flight again: a
+// microsecond over NVLink. Packs of its own that lie a block's threads apart, and of each those of up to kMost ranks.
+constexpr int PacksOfRanks(int most) {
+  return most > 4 ? 2 : 4;
 }
+
+// Packs of up to kMost ranks.
+template <int kPack, int kMost>
+struct RanksPacks {
+  static constexpr int kPacks = PacksOfRanks(kMost);
+  uint32_t raw[kPacks][kMost][kPack] = {};
+
+  // Of each rank, from its mailbox, the packs first, first + stride ... before `end`.
+  PTX_FUNCTION void Load(const Peers& peers, uint32_t call, bool bf16, int64_t first, int stride, int64_t end) {
+    // One branch for all loads, and none between them.
+    bf16 ? LoadAs<true>(peers, call, first, stride, end) : LoadAs<false>(peers, call, first, stride, end);
+  }
+  template <bool bf16>
+  PTX_FUNCTION void LoadAs(const Peers& peers, uint32_t call, int64_t first, int stride, int64_t end) {
+    PTX_UNROLL
+    for (int n = 0; n < kPacks; ++n) {
+      const int64_t pack = first + n * stride;
+      PTX_UNROLL
+      for (int rank = 0; rank < kMost; ++rank) {
+        if (pack >= end || rank >= peers.ranks) continue;
+        LoadRaw(MailOf(peers, rank, call, Mail::kMessage, bf16), pack * kPack, raw[n][rank]);
+      }
+    }
+  }
+  // Of the n-th, rank 0 first.
+  PTX_FUNCTION void Sum(const Peers& peers, bool bf16, int n, float (&sum)[kPack]) const {
+    Widen(raw[n][0], bf16, sum);
+    PTX_UNROLL
+    for (int rank = 1; rank < kMost; ++rank) {
+      if (rank >= peers.ranks) break;
+      float x[kPack];
+      Widen(raw[n][rank], bf16, x);
+      PTX_UNROLL
+      for (int i = 0; i < kPack; ++i) sum[i] = ptx::Add(sum[i], x[i]);
+    }
+  }
+};
 
 template <int kPack>
 PTX_FUNCTION void LayOut(const Peers& peers, uint32_t call, const Message& message, PackRange packs) {
+  constexpr int kPacks = 4;
   const Elements mail = MailOf(peers, peers.rank, call, Mail::kMessage, message.x.bf16);
-  for (int64_t pack = packs.begin + threadIdx.x; pack < packs.end; pack += blockDim.x) {
-    float x[kPack];
-    Load(message.x, PlaceOf(message.x.stride, message.columns, pack * kPack), x);
-    Store(mail, pack * kPack, x);
+  const int stride = static_cast<int>(blockDim.x);
+  for (int64_t first = packs.begin + threadIdx.x; first < packs.end; first += kPacks * stride) {
+    uint32_t raw[kPacks][kPack] = {};
+    PTX_UNROLL
+    for (int n = 0; n < kPacks; ++n) {
+      const int64_t pack = first + n * stride;
+      if (pack < packs.end) LoadRaw(message.x, PlaceOf(message.x.stride, message.columns, pack * kPack), raw[n]);
+    }
+    PTX_UNROLL
+    for (int n = 0; n < kPacks; ++n) {
+      const int64_t pack = first + n * stride;
+      if (pack >= packs.end) break;
+      float x[kPack];
+      Widen(raw[n], message.x.bf16, x);
+      Store(mail, pack * kPack, x);
+    }
   }
 }
 
-template <int kPack>
-__global__ void __launch_bounds__(kMostPeerThreads) OneShotKernel(Peers peers, Message message) {
+// The sums of all ranks' packs of a range go to `put`.
+template <int kPack, int kMost, typename Put>
+PTX_FUNCTION void SumPacks(const Peers& peers, uint32_t call, bool bf16, PackRange packs, const Put& put) {
+  const int stride = static_cast<int>(blockDim.x);
+  for (int64_t first = packs.begin + threadIdx.x; first < packs.end; first += PacksOfRanks(kMost) * stride) {
+    RanksPacks<kPack, kMost> of_ranks;
+    of_ranks.Load(peers, call, bf16, first, stride, packs.end);
+    PTX_UNROLL
+    for (int n = 0; n < PacksOfRanks(kMost); ++n) {
+      const int64_t pack = first + n * stride;
+      if (pack >= packs.end) break;
+      float sum[kPack];
+      of_ranks.Sum(peers, bf16, n, sum);
+      put(pack, sum);
+    }
+  }
+}
+
+template <int kPack, int kMost>
+__global__ void __launch_bounds__(kMostPeerThreads, 1) OneShotKernel(Peers peers, Message message) {
   const uint32_t call = BeginCall(peers);
   const PackRange own = BlockPacks(message.elements / kPack, gridDim.x, blockIdx.x);
   LayOut<kPack>(peers, call, message, own);
   if (!Meet(peers, 0, call)) return;
-  for (int64_t pack = own.begin + threadIdx.x; pack < own.end; pack += blockDim.x) {
-    float sum[kPack];
-    SumOver(peers, call, message.x.bf16, pack * kPack, sum);
+  SumPacks<kPack, kMost>(peers, call, message.x.bf16, own, [&](int64_t pack, const float(&sum)[kPack]) {
     Store(message.x, PlaceOf(message.x.stride, message.columns, pack * kPack), sum);
-  }
+  });
   EndCall(peers, call);
 }
 
-template <int kPack>
-__global__ void __launch_bounds__(kMostPeerThreads) TwoShotsKernel(Peers peers, Message message) {
+template <int kPack, int kMost>
+__global__ void __launch_bounds__(kMostPeerThreads, 1) TwoShotsKernel(Peers peers, Message message) {
   const uint32_t call = BeginCall(peers);
   const bool bf16 = message.x.bf16;
   const PackRange own = BlockPacks(message.elements / kPack, gridDim.x, blockIdx.x);
   LayOut<kPack>(peers, call, message, own);
   if (!Meet(peers, 0, call)) return;
-  const PackRange share = RankPacks(own, peers.ranks, peers.rank);
   const Elements sums = MailOf(peers, peers.rank, call, Mail::kSums, bf16);
-  for (int64_t pack = share.begin + threadIdx.x; pack < share.end; pack += blockDim.x) {
-    float sum[kPack];
-    SumOver(peers, call, bf16, pack * kPack, sum);
-    Store(sums, pack * kPack, sum);
-  }
+  SumPacks<kPack, kMost>(peers, call, bf16, RankPacks(own, peers.ranks, peers.rank),
+                         [&](int64_t pack, const float(&sum)[kPack]) { Store(sums, pack * kPack, sum); });
   if (!Meet(peers, 1, call)) return;
-  for (int rank = 0; rank < peers.ranks; ++rank) {
-    const PackRange other = RankPacks(own, peers.ranks, rank);
-    for (int64_t pack = other.begin + threadIdx.x; pack < other.end; pack += blockDim.x) {
+  // Of all shares at once, the first of which is the longest.
+  const PackRange longest = RankPacks(own, peers.ranks, 0);
+  for (int64_t at = threadIdx.x; at < longest.end - longest.begin; at += blockDim.x) {
+    uint32_t raw[kMost][kPack] = {};
+    PTX_UNROLL
+    for (int rank = 0; rank < kMost; ++rank) {
+      const PackRange share = RankPacks(own, peers.ranks, rank);
+      if (rank >= peers.ranks || at >= share.end - share.begin) break;
+      LoadRaw(MailOf(peers, rank, call, Mail::kSums, bf16), (share.begin + at) * kPack, raw[rank]);
+    }
+    PTX_UNROLL
+    for (int rank = 0; rank < kMost; ++rank) {
+      const PackRange share = RankPacks(own, peers.ranks, rank);
+      if (rank >= peers.ranks || at >= share.end - share.begin) break;
       float sum[kPack];
-      Load(MailOf(peers, rank, call, Mail::kSums, bf16), pack * kPack, sum);
-      Store(message.x, PlaceOf(message.x.stride, message.columns, pack * kPack), sum);
+      Widen(raw[rank], bf16, sum);
+      Store(message.x, PlaceOf(message.x.stride, message.columns, (share.begin + at) * kPack), sum);
     }
   }
   EndCall(peers, call);
 }
 
 // A block takes every gridDim.x-th row, with as many threads as AddRmsNorm has, so that sums of squares have its order.
-template <int kPack>
-__global__ void __launch_bounds__(kMostNormThreads)
+template <int kPack, int kMost>
+__global__ void __launch_bounds__(kMostNormThreads, 1)
     AllReduceAddRmsNormKernel(Peers peers, Elements out, Elements residual, Message message, Elements weight, float eps,
                               int rows) {
+  constexpr int kPacks = PacksOfRanks(kMost);
   const uint32_t call = BeginCall(peers);
-  const int width = static_cast<int>(message.columns), packs = width / kPack;
+  const int width = static_cast<int>(message.columns), packs = width / kPack, stride = static_cast<int>(blockDim.x);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     LayOut<kPack>(peers, call, message, {row * packs, (row + 1) * packs});
   }
@@ -187,20 +257,32 @@ __global__ void __launch_bounds__(kMostNormThreads)
   auto* waiting_row = static_cast<Waiting<kPack>*>(ptx::DynamicShared());
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     float squares = 0;
-    for (int pack = static_cast<int>(threadIdx.x); pack < packs; pack += static_cast<int>(blockDim.x)) {
-      const int64_t at = row * residual.stride + pack * kPack;
-      Waiting<kPack> waiting;
-      float sum[kPack];
-      SumOver(peers, call, message.x.bf16, row * width + pack * kPack, waiting.x);
-      Load(residual, at, sum);
+    for (int first = static_cast<int>(threadIdx.x); first < packs; first += kPacks * stride) {
+      uint32_t before[kPacks][kPack] = {};
       PTX_UNROLL
-      for (int i = 0; i < kPack; ++i) {
-        waiting.x[i] = Rounded(sum[i] + Rounded(waiting.x[i], message.x.bf16), residual.bf16);
+      for (int n = 0; n < kPacks; ++n) {
+        const int pack = first + n * stride;
+        if (pack < packs) LoadRaw(residual, row * residual.stride + pack * kPack, before[n]);
       }
-      Store(residual, at, waiting.x);
+      RanksPacks<kPack, kMost> of_ranks;
+      of_ranks.Load(peers, call, message.x.bf16, row * packs + first, stride, (row + 1) * packs);
       PTX_UNROLL
-      for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
-      ptx::StShared(&waiting_row[pack], waiting);
+      for (int n = 0; n < kPacks; ++n) {
+        const int pack = first + n * stride;
+        if (pack >= packs) break;
+        Waiting<kPack> waiting;
+        float sum[kPack];
+        of_ranks.Sum(peers, message.x.bf16, n, waiting.x);
+        Widen(before[n], residual.bf16, sum);
+        PTX_UNROLL
+        for (int i = 0; i < kPack; ++i) {
+          waiting.x[i] = Rounded(sum[i] + Rounded(waiting.x[i], message.x.bf16), residual.bf16);
+        }
+        Store(residual, row * residual.stride + pack * kPack, waiting.x);
+        PTX_UNROLL
+        for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
+        ptx::StShared(&waiting_row[pack], waiting);
+      }
     }
     ScaleRow(out, row * out.stride, weight, waiting_row, squares, eps, width);
     __syncthreads();  // before the next row's sums take the place of this one's
@@ -216,18 +298,37 @@ __global__ void __launch_bounds__(kMostPeerThreads, 1)
   const uint32_t call = BeginCall(peers);
   const PackRange own = BlockPacks(int64_t{rows} * words, gridDim.x, blockIdx.x);
   if (from < 0 || from == peers.rank) {
+    constexpr int kWords = 4;
     auto* mail = reinterpret_cast<Word*>(peers.mailbox[peers.rank] + MailOffset(call, Mail::kMessage));
-    for (int64_t word = own.begin + threadIdx.x; word < own.end; word += blockDim.x) {
-      ptx::StGlobal(mail + word, ptx::LdGlobal(x + PlaceOf(x_stride, words, word)));
+    const int stride = static_cast<int>(blockDim.x);
+    for (int64_t first = own.begin + threadIdx.x; first < own.end; first += kWords * stride) {
+      Word loaded[kWords] = {};
+      PTX_UNROLL
+      for (int n = 0; n < kWords; ++n) {
+        const int64_t word = first + n * stride;
+        if (word < own.end) loaded[n] = ptx::LdGlobal(x + PlaceOf(x_stride, words, word));
+      }
+      PTX_UNROLL
+      for (int n = 0; n < kWords; ++n) {
+        const int64_t word = first + n * stride;
+        if (word < own.end) ptx::StGlobal(mail + word, loaded[n]);
+      }
     }
   }
   if (!Meet(peers, 0, call)) return;
-  for (int rank = 0; out != nullptr && rank < peers.ranks; ++rank) {
-    if (from >= 0 && rank != from) continue;
-    const auto* mail = reinterpret_cast<const Word*>(peers.mailbox[rank] + MailOffset(call, Mail::kMessage));
-    Word* to = out + (from < 0 ? rank * words : 0);
-    for (int64_t word = own.begin + threadIdx.x; word < own.end; word += blockDim.x) {
-      ptx::StGlobal(to + PlaceOf(out_stride, words, word), ptx::LdGlobal(mail + word));
+  for (int64_t word = own.begin + threadIdx.x; out != nullptr && word < own.end; word += blockDim.x) {
+    const auto wanted = [&](int rank) { return from < 0 ? rank < peers.ranks : rank == from; };
+    Word loaded[kMostPeers] = {};
+    PTX_UNROLL
+    for (int rank = 0; rank < kMostPeers; ++rank) {
+      if (!wanted(rank)) continue;
+      const char* mailbox = peers.mailbox[rank] + MailOffset(call, Mail::kMessage);
+      loaded[rank] = ptx::LdGlobal(reinterpret_cast<const Word*>(mailbox) + word);
+    }
+    Word* const to = out + PlaceOf(out_stride, words, word);
+    PTX_UNROLL
+    for (int rank = 0; rank < kMostPeers; ++rank) {
+      if (wanted(rank)) ptx::StGlobal(to + (from < 0 ? rank * words : 0), loaded[rank]);
     }
   }
   EndCall(peers, call);
@@ -262,6 +363,14 @@ void GatherWords(Stream& stream, const Peers& peers, const char* name, const Ten
   Gather<uint16_t>(stream, peers, name, out, x, from);
 }
 
+// The kernel for at least as many ranks as there are.
+template <typename KernelFor>
+auto ForRanks(const Peers& peers, KernelFor&& kernel_for) {
+  return peers.ranks <= 2   ? kernel_for(std::integral_constant<int, 2>())
+         : peers.ranks <= 4 ? kernel_for(std::integral_constant<int, 4>())
+                            : kernel_for(std::integral_constant<int, kMostPeers>());
+}
+
 template <typename Kernel>
 void LaunchSum(Stream& stream, const Peers& peers, const char* name, const TensorView& x, Kernel packed, Kernel plain) {
   const bool by_packs = IsPacked(x, kRowPack);
@@ -273,21 +382,25 @@ void LaunchSum(Stream& stream, const Peers& peers, const char* name, const Tenso
 }  // namespace
 
 void AllReduceOneShot(Stream& stream, const Peers& peers, const TensorView& x) {
-  LaunchSum(stream, peers, "AllReduceOneShot", x, OneShotKernel<kRowPack>, OneShotKernel<1>);
+  const auto packed = ForRanks(peers, [](auto most) { return &OneShotKernel<kRowPack, decltype(most)::value>; });
+  LaunchSum(stream, peers, "AllReduceOneShot", x, packed, &OneShotKernel<1, kMostPeers>);
 }
 
 void AllReduceTwoShots(Stream& stream, const Peers& peers, const TensorView& x) {
-  LaunchSum(stream, peers, "AllReduceTwoShots", x, TwoShotsKernel<kRowPack>, TwoShotsKernel<1>);
+  const auto packed = ForRanks(peers, [](auto most) { return &TwoShotsKernel<kRowPack, decltype(most)::value>; });
+  LaunchSum(stream, peers, "AllReduceTwoShots", x, packed, &TwoShotsKernel<1, kMostPeers>);
 }
 
 void AllReduceAddRmsNorm(Stream& stream, const Peers& peers, const AddRmsNormArgs& args) {
   const int64_t rows = args.x.dim(0), width = args.x.dim(1);
-  const bool packed = IsPacked(args.out, kRowPack) && IsPacked(args.x, kRowPack) && IsPacked(args.weight, kRowPack) &&
-                      IsPacked(args.residual, kRowPack);
-  LaunchShape shape = NormPlan(rows, width, packed ? kRowPack : 1);
+  const bool by_packs = IsPacked(args.out, kRowPack) && IsPacked(args.x, kRowPack) && IsPacked(args.weight, kRowPack) &&
+                        IsPacked(args.residual, kRowPack);
+  LaunchShape shape = NormPlan(rows, width, by_packs ? kRowPack : 1);
   shape.grid_x = std::min(shape.grid_x, kMostPeerBlocks);
+  const auto packed =
+      ForRanks(peers, [](auto most) { return &AllReduceAddRmsNormKernel<kRowPack, decltype(most)::value>; });
   LaunchWithPeers(stream, peers, "AllReduceAddRmsNorm", shape,
-                  packed ? AllReduceAddRmsNormKernel<kRowPack> : AllReduceAddRmsNormKernel<1>, Elements(args.out),
+                  by_packs ? packed : &AllReduceAddRmsNormKernel<1, kMostPeers>, Elements(args.out),
                   Elements(args.residual), Message(args.x), Elements(args.weight), args.eps, static_cast<int>(rows));
 }
 
