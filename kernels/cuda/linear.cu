@@ -32,10 +32,11 @@ struct LaneRows {
           static_cast<const BF16*>(args.weight.data) + WeightRowOf(args, group, row + i % 2 * 8) * args.weight.stride;
     }
   }
-  // kLinearUnroll chunks of them that lie `stride` apart, the lane's part from k on.
-  PTX_FUNCTION void Load(int k, int stride, int k_end, uint4 (&a)[kLinearUnroll][kRows]) const {
+  // kUnroll chunks of them that lie `stride` apart, the lane's part from k on.
+  template <int kUnroll>
+  PTX_FUNCTION void Load(int k, int stride, int k_end, uint4 (&a)[kUnroll][kRows]) const {
     PTX_UNROLL
-    for (int u = 0; u < kLinearUnroll; ++u, k += stride) {
+    for (int u = 0; u < kUnroll; ++u, k += stride) {
       PTX_UNROLL
       for (int i = 0; i < kRows; ++i) {
         a[u][i] = {};
@@ -60,8 +61,8 @@ PTX_FUNCTION void PrefetchRows(const LinearOperands& args, int64_t first_group, 
   }
 }
 
-template <int kTokenTiles, int kRowGroups>
-__global__ void __launch_bounds__(kMostLinearThreads, LinearBlocksToFit(kTokenTiles, kRowGroups))
+template <int kTokenTiles, int kRowGroups, int kUnroll = kLinearUnroll>
+__global__ void __launch_bounds__(LinearMostThreads(kTokenTiles, kUnroll), LinearBlocksToFit(kTokenTiles, kRowGroups))
     MmaLinearKernel(LinearOperands args) {
   constexpr int kTokens = 8 * kTokenTiles, kPadded = MmaLinearPadded(kRowGroups);
   auto* sums = static_cast<float*>(ptx::DynamicShared());  // [parts, kTokens, kPadded]
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kMostLinearThreads, LinearBlocksToFit(kTokenTi
   float d[kRowGroups][kTokenTiles][4] = {};
   const int stride = kLinearChunk * args.parts, k_end = static_cast<int>(args.k);
   const LaneRows<kRowGroups> rows(args, first_group, row);
-  uint4 a[kLinearUnroll][2 * kRowGroups];
+  uint4 a[kUnroll][2 * kRowGroups];
   constexpr LinearLoadsOfX kTogether = LinearXTogether(kTokenTiles, kRowGroups);
   // Before sm_90 registers for it are too few but with two tiles or groups, and no plan has two of both.
   constexpr bool kHolds = kTokenTiles < 8 && (ptx::kKernelsOverlap || kTokenTiles * kRowGroups == 2);
@@ -87,10 +88,11 @@ __global__ void __launch_bounds__(kMostLinearThreads, LinearBlocksToFit(kTokenTi
   if (kAhead) rows.Load(begin + part * 8, stride, k_end, a);
   ptx::WaitForKernelsBefore();
   ptx::LetNextKernelStart();
-  for (int first = begin; first < k_end; first += kLinearUnroll * stride) {
+  for (int first = begin; first < k_end; first += kUnroll * stride) {
     if (!kAhead || first != begin) rows.Load(first + part * 8, stride, k_end, a);
+    if (kTokenTiles == 8) __syncwarp();  // as below, of the weights
     PTX_UNROLL
-    for (int chunk = 0; chunk < kLinearUnroll; chunk += kTogether.chunks) {
+    for (int chunk = 0; chunk < kUnroll; chunk += kTogether.chunks) {
       PTX_UNROLL
       for (int first_tile = 0; first_tile < kTokenTiles; first_tile += kTogether.tiles) {
         uint4 b[kTogether.chunks][kTogether.tiles];
@@ -204,7 +206,8 @@ void LaunchMmaLinear(Stream& stream, LinearOperands args, bool out_packed) {
   LaunchOverlapping(stream, "Linear", MmaLinearPlan(args.tokens, rows, args.parts, from_sm90),
                     tiles == 1   ? two_groups ? MmaLinearKernel<1, 2> : MmaLinearKernel<1, 1>
                       : tiles == 2 ? two_groups ? MmaLinearKernel<2, 2> : MmaLinearKernel<2, 1>
-                                   : MmaLinearKernel<8, 1>,
+                    : LinearUnroll(tiles, args.parts) == kLinearUnroll ? MmaLinearKernel<8, 1>
+                                                                       : MmaLinearKernel<8, 1, kLeastLinearUnroll>,
                     args);
 }
 
