@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Kernels that wait for memory have their loads on their way together: the machine code for sm_90a, read with cuobjdump,
+has as many loads of 16 bytes before anything that could wait for one. ptxas moves a load to where it is waited for
+unless something keeps it.
+
+    loads_test.py FOLDER [--table]     every *.cu.o below it; --table prints what was found
+"""
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+from ptxas_test import short
+
+SKIPPED = 77
+LEAST = {  # as docs/kernels.md counts them
+    "OneShotKernel<4, 2>": 8, "OneShotKernel<4, 4>": 16, "OneShotKernel<4, 8>": 16,
+    "TwoShotsKernel<4, 2>": 8, "TwoShotsKernel<4, 4>": 16, "TwoShotsKernel<4, 8>": 16,
+    "AllReduceAddRmsNormKernel<4, 2>": 12, "AllReduceAddRmsNormKernel<4, 4>": 20, "AllReduceAddRmsNormKernel<4, 8>": 18,
+    "GatherKernel<uint4>": 8,
+    "MmaLinearKernel<1, 1, 4>": 8 + 4, "MmaLinearKernel<1, 2, 4>": 16 + 2, "MmaLinearKernel<2, 1, 4>": 8 + 4,
+    "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 4, "MmaLinearKernel<8, 1, 2>": 4,
+}
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
+
+
+def cuobjdump():
+    """Beside nvcc, or in the Python package that has it; None where it is not."""
+    package = importlib.util.find_spec("nvidia")
+    folders = [pathlib.Path(p) for p in (package.submodule_search_locations if package else [])]
+    beside = [pathlib.Path("/usr/local/cuda/bin/cuobjdump"), *(p for f in folders for p in f.glob("*/bin/cuobjdump"))]
+    return shutil.which("cuobjdump") or next((p for p in beside if p.exists()), None)
+
+
+def most_together(code):
+    """The most loads of 16 bytes that follow each other with nothing between that waits for one."""
+    most = run = 0
+    for opcode in OPCODE.findall(code):
+        if opcode.startswith("LDG") and ".128" in opcode:
+            run += 1
+            most = max(most, run)
+        elif WAITS.match(opcode):
+            run = 0
+    return most
+
+
+def main():
+    tool = cuobjdump()
+    if tool is None:
+        print("no cuobjdump: it comes with the CUDA toolkit")
+        return SKIPPED
+    found = {}
+    for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.cu.o")):
+        if path.name in ("all_reduce.cu.o", "linear.cu.o"):
+            code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
+            for function in code.split("Function : ")[1:]:
+                found[short(function.split()[0])] = most_together(function)
+    if "--table" in sys.argv:
+        print("\n".join(f"{kernel}: {loads}" for kernel, loads in sorted(found.items())))
+    if not found:
+        print(f"no kernel for sm_90a below {sys.argv[1]}")
+        return SKIPPED
+    problems = [f"{kernel}: {found.get(kernel, 'not built, no')} loads together, at least {least} were"
+                for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
+    print("\n".join(problems) or f"{len(LEAST)} kernels have their loads together")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
