@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "kernels/comm/all_reduce_plan.h"
+#include "kernels/ops.h"
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "tests/gpu/gpu_cases.h"
