@@ -39,17 +39,26 @@ class Tree(typing.NamedTuple):
                               text=True).stdout.splitlines()
 
     def compile_commands(self, program, file):
-        """Of `file` or, when it is a header, of all sources of the program that include it: {source: command}."""
+        """Of `file` or, when it is a header, of all sources of the program that include it: {what is compiled: command}.
+        A source may be compiled with others, by a file of the build's that includes them (ALTIPLANO_UNITY)."""
         found = {}
         is_header = file.endswith((".h", ".cuh"))
         for command in self.commands(program):
-            match = re.search(rf" -c {re.escape(str(self.source))}/(\S+)$", command)
+            match = re.search(r" -c (\S+)$", command)
             if match is None:
                 continue
-            source = match.group(1)
-            if source == file or is_header and f'#include "{file}"' in (self.source / source).read_text():
-                found[source] = command
+            compiled = self.build / match.group(1)
+            sources = self.sources(compiled)
+            if file in sources or is_header and any(f'#include "{file}"' in (self.source / source).read_text()
+                                                    for source in sources):
+                found[compiled] = command
         return found
+
+    def sources(self, compiled):
+        """The project's sources that compiling `compiled` reads as such, by their names in SOURCE_DIR."""
+        together = re.findall(r'#include "(/\S+)"', compiled.read_text()) if compiled.name.startswith("unity_") else []
+        return [str(pathlib.Path(each).relative_to(self.source)) for each in together or [compiled]
+                if pathlib.Path(each).is_relative_to(self.source)]
 
     def link_command(self, program):
         command = next(c for c in reversed(self.commands(program)) if re.search(rf" -o \S*\b{program} ", c))
@@ -72,14 +81,21 @@ def build_broken(tree, scratch, mutation, text):
     copy.parent.mkdir(parents=True)
     copy.write_text(text)
     objects = []
-    for index, (source, command) in enumerate(tree.compile_commands(mutation.program, mutation.file).items()):
+    for index, (compiled, command) in enumerate(tree.compile_commands(mutation.program, mutation.file).items()):
         objects.append(f"{scratch}/{index}.o")
         command = re.sub(r" -MD| -M[TF] \S+", "", command).replace("-Werror", "-w")
         command = re.sub(r" -o \S+", f" -o {objects[-1]}", command)
         command = command.replace(f"-I{tree.source}", f"-I{scratch} -I{tree.source}", 1)
-        if source == mutation.file:
-            command = re.sub(r" -c \S+$", f" -c {copy}", command)
+        if compiled == tree.source / mutation.file:
+            compiled = copy
+        elif mutation.file in tree.sources(compiled):
+            together = scratch / f"{index}.cc"
+            together.write_text(compiled.read_text().replace(f'"{tree.source / mutation.file}"', f'"{copy}"'))
+            compiled = together
+        command = re.sub(r" -c \S+$", f" -c {compiled}", command)
         subprocess.run(command, shell=True, cwd=tree.build, check=True)
+    if not objects:
+        sys.exit(f"{mutation.name}: {mutation.program} is not compiled from {mutation.file}")
     program = scratch / mutation.program
     # Before the libraries, from which the linker takes only what is still missing.
     link = re.sub(r" -o \S+", f" {' '.join(objects)} -o {program}", tree.link_command(mutation.program))
