@@ -32,7 +32,8 @@ PlanCheck::PlanCheck(const SchedulerOptions& options, TokenId vocab)
       token_budget_(options.token_budget),
       max_context_(options.max_context),
       vocab_(vocab),
-      slots_(static_cast<size_t>(options.max_running)) {}
+      slots_(static_cast<size_t>(options.max_running)),
+      written_in_(static_cast<size_t>(options.num_blocks)) {}
 
 bool PlanCheck::AreTokens(const std::vector<TokenId>& ids) const {
   return std::all_of(ids.begin(), ids.end(), [this](TokenId id) { return IsToken(id); });
@@ -82,7 +83,10 @@ std::string PlanCheck::CheckInit(const SlotInit& init) {
   for (const int32_t top : {request.sampling.top_logprobs, request.sampling.prompt_top_logprobs}) {
     if (top < -1 || top > kMostTopLogprobs) return wrong(StrCat(top, " log-probabilities"));
   }
-  slots_[static_cast<size_t>(init.slot)] = {.taken = true};
+  Slot& slot = slots_[static_cast<size_t>(init.slot)];
+  slot.taken = true;
+  slot.sampled_last = false;
+  slot.blocks.clear();
   return "";
 }
 
@@ -110,17 +114,34 @@ std::string PlanCheck::CheckSequence(const StepPlan& plan, const PlannedSequence
   if (s.num_blocks > most_blocks || int64_t{s.num_blocks} * block_size_ < end) {
     return wrong(StrCat(s.num_blocks, " blocks of ", block_size_, " for ", end, " positions"));
   }
-  if (s.known_blocks < 0 || s.known_blocks > s.num_blocks || (s.known_blocks > 0 && s.known_blocks != slot.blocks)) {
-    return wrong(StrCat(s.known_blocks, " known blocks, it has named ", slot.blocks));
+  const auto named = static_cast<int32_t>(slot.blocks.size());
+  if (s.known_blocks < 0 || s.known_blocks > s.num_blocks || (s.known_blocks > 0 && s.known_blocks != named)) {
+    return wrong(StrCat(s.known_blocks, " known blocks, it has named ", named));
   }
   if (!Within(s.block_begin, s.new_blocks(), plan.block_ids.size())) {
     return wrong(StrCat("blocks from ", s.block_begin, ", ", s.new_blocks(), " of ", plan.block_ids.size()));
   }
-  slot.blocks = s.num_blocks;
+  const auto new_blocks = plan.block_ids.begin() + s.block_begin;
+  slot.blocks.resize(static_cast<size_t>(s.known_blocks));
+  slot.blocks.insert(slot.blocks.end(), new_blocks, new_blocks + s.new_blocks());
+  if (std::string error = CheckWrites(plan, s, slot.blocks); !error.empty()) return wrong(std::move(error));
   if (s.num_prompt_scores > s.num_tokens ||
       !Within(s.prompt_score_begin, s.num_prompt_scores, plan.prompt_score_ids.size())) {
     return wrong(
         StrCat("scores from ", s.prompt_score_begin, ", ", s.num_prompt_scores, " of ", plan.prompt_score_ids.size()));
+  }
+  return "";
+}
+
+// Blocks are shared by sequences that have the same tokens in them, and those are full: each that a step writes to is
+// one sequence's alone. Ranks store keys and values by several threads, in no order.
+std::string PlanCheck::CheckWrites(const StepPlan& plan, const PlannedSequence& s, const std::vector<int32_t>& blocks) {
+  const int32_t last = (s.first_position + s.num_tokens - 1) / block_size_;
+  for (int32_t i = s.first_position / block_size_; i <= last; ++i) {
+    const int32_t block = blocks[static_cast<size_t>(i)];
+    uint64_t& written_in = written_in_[static_cast<size_t>(block)];
+    if (written_in == plan.step) return StrCat("block ", block, " is written to twice");
+    written_in = plan.step;
   }
   return "";
 }

@@ -25,13 +25,14 @@ class PlanCheck {
 
  private:
   struct Slot {
-    bool taken = false;         // a sequence has come to it
-    int32_t blocks = 0;         // that its sequence has named
-    bool sampled_last = false;  // in the plan before
-    uint64_t planned_in = 0;    // the last step that it is part of
+    bool taken = false;           // a sequence has come to it
+    std::vector<int32_t> blocks;  // that its sequence has named
+    bool sampled_last = false;    // in the plan before
+    uint64_t planned_in = 0;      // the last step that it is part of
   };
   std::string CheckInit(const SlotInit& init);
   std::string CheckSequence(const StepPlan& plan, const PlannedSequence& sequence);
+  std::string CheckWrites(const StepPlan& plan, const PlannedSequence& sequence, const std::vector<int32_t>& blocks);
   bool IsToken(TokenId id) const { return id >= 0 && id < vocab_; }
   bool AreTokens(const std::vector<TokenId>& ids) const;
 
@@ -39,6 +40,7 @@ class PlanCheck {
   const TokenId vocab_;
   uint64_t step_ = 0;  // the last one's
   std::vector<Slot> slots_;
+  std::vector<uint64_t> written_in_;  // [blocks] the last step that writes to it
 };
 
 }  // namespace altiplano

@@ -137,6 +137,8 @@ TEST(PlanCheck, AFirstPlanThatIsBrokenIsRefused) {
       {"slot 0: -1 known blocks", [](StepPlan& p) { p.sequences[0].known_blocks = -1; }},
       {"slot 2: blocks from 3, 2 of 4", [](StepPlan& p) { p.sequences[1].block_begin = 3; }},
       {"slot 2: blocks from -1, 2 of 4", [](StepPlan& p) { p.sequences[1].block_begin = -1; }},
+      {"slot 2: block 9 is written to twice", [](StepPlan& p) { p.block_ids[2] = 9; }},
+      {"slot 0: block 9 is written to twice", [](StepPlan& p) { p.block_ids[0] = 9; }},
       {"slot 2: scores from 0, 6 of 4", [](StepPlan& p) { p.sequences[1].num_prompt_scores = 6; }},
       {"slot 2: scores from 0, -1 of 4", [](StepPlan& p) { p.sequences[1].num_prompt_scores = -1; }},
       {"slot 2: scores from 1, 4 of 4", [](StepPlan& p) { p.sequences[1].prompt_score_begin = 1; }},
@@ -156,6 +158,7 @@ TEST(PlanCheck, ALaterPlanThatIsBrokenIsRefused) {
       {"slot 0: 3 known blocks, it has named 2", [](StepPlan& p) { p.sequences[1].known_blocks = 3; }},
       {"slot 1: nobody has come to it", [](StepPlan& p) { p.sequences[1].slot = 1; }},
       {"slot 0: token -1 is not", [](StepPlan& p) { p.tokens[2] = -1; }},
+      {"slot 0: block 5 is written to twice", [](StepPlan& p) { p.block_ids[0] = 5; }},
       {"slot 0: 2 known blocks, it has named 0",
        [](StepPlan& p) {
          p.slot_inits = {{0, 0, MakeRequest(), {}}};
@@ -169,6 +172,16 @@ TEST(PlanCheck, ALaterPlanThatIsBrokenIsRefused) {
     if (!plan.slot_inits.empty()) plan.sequences[1].input_from_slot = false, plan.tokens[3] = 1;
     EXPECT_THAT(check.Check(plan), HasSubstr(error));
   }
+}
+
+// As a prefix that both have in common: only what a step writes to is one sequence's alone.
+TEST(PlanCheck, BlocksThatAreOnlyReadMayBeShared) {
+  PlanCheck check(Options(), kVocab);
+  StepPlan plan = First();
+  plan.sequences[1].first_position = 4;
+  plan.sequences[1].num_blocks = 3;
+  plan.block_ids = {0, 9, 0, 4, 5};
+  EXPECT_EQ(check.Check(plan), "");
 }
 
 // What a slot sampled is there for the next step alone.
