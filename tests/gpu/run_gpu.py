@@ -4,7 +4,7 @@
     run_gpu.py --programs DIR [--out DIR] [--dry] [--slice SECONDS] [--only PART,...]
 
 DIR holds gpu_bench, cuda_kernels_gpu_test, llama_on_real_gpu_test and altiplano (a part whose program is missing is left out,
-and the table says so). Each part may fail alone. state.json in the output folder remembers what is done: when the slice
+and the table says so). Each part may fail alone; each suite of tests is one, since a kernel's fault stays with its process. state.json in the output folder remembers what is done: when the slice
 of time is over, the same command goes on where this one stopped (exit code 75: call again). --dry runs nothing on a GPU
 and needs none. Exit code 0: all parts passed; 1: some failed; 69: there is no GPU.
 """
@@ -16,9 +16,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -42,7 +44,21 @@ class Part:
         self.dry, self.may_not_fit, self.env = dry, may_not_fit, env or {}
 
 
-def parts_of(programs, out):
+def suites_of(program, env):
+    """The names of a test program's suites; none where it does not say."""
+    try:
+        said = subprocess.run([program, "--gtest_list_tests"], capture_output=True, text=True, env=env, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.split()[0].removesuffix(".") for line in said.splitlines() if re.match(r"\S+\.(\s|$)", line)]
+
+
+def tool(name):
+    """A program of the toolkit, which is often not on the path; None where it is not at all."""
+    return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/local/cuda*/bin/{name}"), reverse=True)), None)
+
+
+def parts_of(programs, out, env):
     def program(name):
         return str(programs / name)
 
@@ -50,15 +66,17 @@ def parts_of(programs, out):
         base = [program("gpu_bench"), "--part", part, "--json", str(out / f"{part}.jsonl")]
         return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"], env=env)
 
-    def tests(name, seconds):
-        base = [program(name)]
-        return Part(name, base + [f"--gtest_output=json:{out / name}.json"], seconds, program(name),
-                    base + ["--gtest_list_tests"], "correctness")
+    def tests(name, seconds, env_of_tests=None):
+        def part(part_name, base):
+            return Part(part_name, base + [f"--gtest_output=json:{out / part_name}.json"], seconds, program(name),
+                        base + ["--gtest_list_tests"], "correctness", env=env_of_tests)
+        return [part(f"{name}.{suite.replace('/', '-')}", [program(name), f"--gtest_filter={suite}.*"])
+                for suite in suites_of(program(name), env)] or [part(name, [program(name)])]
 
-    def sanitizer(tool, seconds, tests_):
-        base = [program("cuda_kernels_gpu_test"), f"--gtest_filter={tests_}"]
-        return Part(f"sanitizer_{tool}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] + base, seconds,
-                    shutil.which("compute-sanitizer"), base + ["--gtest_list_tests"], "correctness")
+    def sanitizer(check, seconds, tests_):
+        base, found = [program("cuda_kernels_gpu_test"), f"--gtest_filter={tests_}"], tool("compute-sanitizer")
+        return Part(f"sanitizer_{check}", [found or "compute-sanitizer", "--tool", check, "--error-exitcode", "9"] + base,
+                    seconds, found, base + ["--gtest_list_tests"], "correctness")
 
     def engine(name, streams, input_len, output_len, extra=()):
         base = [program("altiplano"), "bench", "offline", "--json", "--streams", str(streams), *extra]
@@ -95,8 +113,9 @@ def parts_of(programs, out):
     compare = [sys.executable, str(HERE / "compare_devices.py"), program("altiplano"), str(ROOT / "tests/data/tiny")]
     parts = [
         Part("machine", ["nvidia-smi", "-q"], 30, shutil.which("nvidia-smi"), ["true"]),
-        tests("cuda_kernels_gpu_test", 300),
-        tests("llama_on_real_gpu_test", 120),
+        # Ranks share the GPU in some of them.
+        *tests("cuda_kernels_gpu_test", 120, TOGETHER_ENV),
+        *tests("llama_on_real_gpu_test", 120),
         Part("tiny_model", compare, 300, program("altiplano"), compare + ["--dry"], "correctness"),
         sanitizer("memcheck", 300, small),
         sanitizer("racecheck", 300, small),
@@ -129,6 +148,25 @@ def parts_of(programs, out):
     return parts
 
 
+def run_to_end(command, log, env, seconds):
+    """The exit code; None when it took longer. Neither it nor what it has started (compute-sanitizer and others start the
+    program that they look at) is left on the GPU, where the next part would measure it too."""
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass  # in a driver that hangs: the next part will tell
+
+
 def run_part(part, out, dry, env):
     """(state, reason)"""
     if part.needs is None or not os.path.exists(part.needs):
@@ -138,12 +176,11 @@ def run_part(part, out, dry, env):
         log.write(" ".join(command) + "\n\n")
         log.flush()
         try:
-            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env | part.env,
-                                    timeout=part.seconds).returncode
-        except subprocess.TimeoutExpired:
-            return "failed", f"took longer than {part.seconds} s"
+            result = run_to_end(command, log, env | part.env, part.seconds)
         except OSError as error:
             return "failed", str(error)
+    if result is None:
+        return "failed", f"took longer than {part.seconds} s"
     lines = (out / f"{part.name}.log").read_text(errors="replace").splitlines()[2:]
     if result == 69 and part.may_not_fit and any("memory" in line for line in lines):
         return "left out", "it does not fit: " + next(line for line in reversed(lines) if "memory" in line)[:160]
@@ -163,9 +200,14 @@ def run_part(part, out, dry, env):
 
 
 def json_lines(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    """But for a line that a program was ended in."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            pass
+    return lines
 
 
 def json_in(log):
@@ -250,6 +292,8 @@ def projection(out, together_rows):
         here = [row["call_us"] for row in together_rows
                 if (row["model"], row["ranks"], row["streams"]) == (model, ranks, 1) and row["call_us"] > 0]
         for result in said.get("results", []) if sums else []:
+            if result["decode_tokens_per_second"] is None:
+                continue
             step, weights = step_ms(result), said["weight_bytes"]
             beside = sums["hidden_weights_us"] / sums["a_step"]
             calls = (4.5, sums["one_token_us"], sums["one_token_us"] - beside, 24, *here)
@@ -337,7 +381,7 @@ def summary(parts, state, out, about):
     if rows:
         (out / "together.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text += all_reduces(out, limits.get("copy")) + together(rows) + projection(out, rows)
-    (out / "README.md").write_text("\n".join(text) + "\n")
+    write(out / "README.md", "\n".join(text) + "\n")
     return "\n".join(text)
 
 
@@ -374,7 +418,21 @@ def environment(programs):
     return dict(os.environ, LD_LIBRARY_PATH=":".join(folders + ([before] if before else [])), PYTHONUNBUFFERED="1")
 
 
+def write(path, text):
+    """All of it or nothing, also when the machine goes away."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def folder_of(base, day, card, commit):
+    """Today's, or yesterday's where midnight has come between."""
+    today, yesterday = (base / f"{(day - datetime.timedelta(days=ago)).isoformat()}-{card}-{commit}" for ago in (0, 1))
+    return yesterday if not today.exists() and (yesterday / "state.json").exists() else today
+
+
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of run_to_end, which ends what runs
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path)
@@ -388,26 +446,29 @@ def main():
     if card is None:
         print("run_gpu: nvidia-smi names no GPU on this machine; --dry rehearses without one", file=sys.stderr)
         return 69
-    about = {"date": datetime.date.today().isoformat(), "card": card, "commit": commit(programs), "dry": arguments.dry}
-    out = arguments.out or ROOT / ("build" if arguments.dry else "docs/measurements") / "-".join(
-        [about["date"], card, about["commit"]])
+    today = datetime.date.today()
+    about = {"date": today.isoformat(), "card": card, "commit": commit(programs), "dry": arguments.dry}
+    out = arguments.out or folder_of(ROOT / ("build" if arguments.dry else "docs/measurements"), today, card, about["commit"])
     out.mkdir(parents=True, exist_ok=True)
     state_path = out / "state.json"
     state = json.loads(state_path.read_text()) if state_path.exists() else {}
-    parts = parts_of(programs, out)
-    wanted = set(filter(None, arguments.only.split(",")))
-    if unknown := wanted - {part.name for part in parts}:
+    env = environment(programs)
+    parts = parts_of(programs, out, env)
+    wanted = set(filter(None, arguments.only.split(",")))  # parts, or test programs with all their suites
+    if unknown := wanted - {name for part in parts for name in (part.name, part.name.split(".")[0])}:
         print(f"run_gpu: no part {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in parts)}", file=sys.stderr)
         return 64
-    env = environment(programs)
 
     def save():
-        state_path.write_text(json.dumps(state, indent=1))
-        return summary(parts, state, out, about)
+        write(state_path, json.dumps(state, indent=1))
+        try:
+            return summary(parts, state, out, about)
+        except Exception:  # a result unlike what the table is made of is no reason to measure nothing else
+            return f"run_gpu: no table: {traceback.format_exc()}"
 
     ran = 0
     for part in parts:
-        if wanted and part.name not in wanted:
+        if wanted and not wanted & {part.name, part.name.split(".")[0]}:
             continue
         before = state.get(part.name, {"state": "", "tries": 0})
         # A part that was running when the machine went away is tried once more.
@@ -429,9 +490,10 @@ def main():
         state[part.name] |= {"state": result, "reason": reason, "seconds": round(time.monotonic() - started, 1)}
         print(f"run_gpu: {part.name}: {result} {reason}", flush=True)
         save()
-    print(save())
+    table = save()
+    print(table)
     print(f"\nrun_gpu: all of it in {out}")
-    return 1 if any(entry["state"] == "failed" for entry in state.values()) else 0
+    return 1 if table.startswith("run_gpu:") or any(entry["state"] == "failed" for entry in state.values()) else 0
 
 
 if __name__ == "__main__":

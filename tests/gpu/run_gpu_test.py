@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
 """run_gpu.py with programs that only pretend: order, failures that cost one part, going on after an interruption, the
 table. run_gpu_test.py"""
+import datetime
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.dont_write_bytecode = True
+import run_gpu  # noqa: E402
 
 BENCH = """#!{python}
 import json, os, sys, time
@@ -29,7 +34,16 @@ with open(words[words.index("--json") + 1], "w") as out:
                               **({{}} if "--dry" in words else {{"us": us, "least_us": us - 1}})}}) + "\\n")
 """
 TESTS = """#!{python}
-import json, sys
+import json, os, sys
+if "--gtest_list_tests" in sys.argv and not any("filter" in word for word in sys.argv):
+    print("Running main() from ./googletest/src/gtest_main.cc\\nCudaOne.\\n  Adds\\n  Takes\\nAll/CudaTwo.\\n  Adds/0  # GetParam() = 1")
+suite = next((word.split("=")[1] for word in sys.argv if word.startswith("--gtest_filter=")), "")
+if "kernels" in sys.argv[0] and suite and "--gtest_list_tests" not in sys.argv:
+    assert suite in ("CudaOne.*", "All/CudaTwo.*"), suite
+    assert os.environ["CUDA_MODULE_LOADING"] == "EAGER" and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    if {breaks_one} and suite == "CudaOne.*":
+        print("[  FAILED  ] CudaOne.Adds: cudaErrorIllegalAddress")
+        os.abort()
 report = [word.split(":", 1)[1] for word in sys.argv if word.startswith("--gtest_output=json:")]
 if report:
     case = {{"result": "SKIPPED" if {skipped} else "COMPLETED"}}
@@ -56,6 +70,9 @@ if words[0] == "bench":
     def rate(streams):
         return 200.0 if not unsummed else 400.0 if streams == 1 else 250.0
     print("a log line")
+    if {odd}:
+        print(json.dumps({{"results": [{{}}]}}, indent=2))
+        sys.exit(0)
     print(json.dumps({{"weight_bytes": 16e9, "input_len": 512, "all_reduces": {{"a_step": 33, "token_bytes": 32768}}, "results": [
           {{"streams": int(streams), "mean_ttft_ms": 5.0, "prefill_tokens_per_second": 100.0,
             "decode_tokens_per_second": rate(int(streams)) * (int(streams) if ranks > 1 else 1), "decode_steps": 127,
@@ -82,11 +99,12 @@ class RunGpu(unittest.TestCase):
         path.write_text(text.format(python=sys.executable, **values) if values or "{python}" in text else text)
         path.chmod(0o755)
 
-    def programs(self, break_row_ops=False, skipped=False, agrees=True, ranks_disagree=False):
+    def programs(self, break_row_ops=False, skipped=False, agrees=True, ranks_disagree=False, breaks_one=False, odd=False):
         self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops)
         for name in ("cuda_kernels_gpu_test", "llama_on_real_gpu_test"):
-            self.program(f"bundle/bin/{name}", TESTS, skipped=skipped)
-        self.program("bundle/bin/altiplano", ENGINE, agrees=agrees and not ranks_disagree, ranks_disagree=ranks_disagree)
+            self.program(f"bundle/bin/{name}", TESTS, skipped=skipped, breaks_one=breaks_one)
+        self.program("bundle/bin/altiplano", ENGINE, agrees=agrees and not ranks_disagree, ranks_disagree=ranks_disagree,
+                     odd=odd)
 
     def run_gpu(self, *arguments, path=None):
         env = dict(os.environ, PATH=path if path is not None else f"{self.root}/path:{os.environ['PATH']}")
@@ -104,7 +122,8 @@ class RunGpu(unittest.TestCase):
         self.assertEqual({k for k, v in state.items() if v == "left out"},
                          {k for k in state if k.startswith("sanitizer")} | {"shard_405b_8", "together_405b_8", "together_405b_8_unsummed"})
         order = list(state)
-        self.assertLess(order.index("cuda_kernels_gpu_test"), order.index("limits"))
+        self.assertLess(order.index("cuda_kernels_gpu_test.CudaOne"), order.index("limits"))
+        self.assertIn("cuda_kernels_gpu_test.All-CudaTwo", order)
         self.assertLess(order.index("sample"), order.index("engine_decode_1"))
         table = (self.out / "README.md").read_text()
         self.assertIn("h100-80gb-hbm3, abc1234", table)
@@ -134,6 +153,49 @@ class RunGpu(unittest.TestCase):
         self.programs()
         self.assertEqual(self.run_gpu().returncode, 1)
         self.assertEqual(self.state(), state)
+
+    def test_a_suite_whose_kernel_faults_costs_no_other(self):
+        self.programs(breaks_one=True)
+        self.assertEqual(self.run_gpu("--only", "cuda_kernels_gpu_test").returncode, 1)
+        self.assertEqual(self.state(), {"cuda_kernels_gpu_test.CudaOne": "failed", "cuda_kernels_gpu_test.All-CudaTwo": "passed"})
+        self.assertIn("| cuda_kernels_gpu_test.CudaOne | failed | exit code -6: [  FAILED  ] CudaOne.Adds: cudaErrorIllegalAddress |",
+                      (self.out / "README.md").read_text())
+
+    def test_what_a_part_has_started_ends_with_it(self):
+        # As compute-sanitizer starts the program that it looks at.
+        pid = self.root / "pid"
+        self.program("starts", f"#!/bin/sh\nsleep 60 &\necho $! >{pid}\nwait\n")
+        part = run_gpu.Part("starts", [str(self.root / "starts")], 1, str(self.root / "starts"))
+        self.assertEqual(run_gpu.run_part(part, self.root, False, dict(os.environ)), ("failed", "took longer than 1 s"))
+        running = pathlib.Path("/proc") / pid.read_text().strip() / "stat"
+        for _ in range(50):  # whoever takes in orphans may leave a zombie
+            if not running.exists() or running.read_text().split()[2] == "Z":
+                return
+            time.sleep(0.1)
+        self.fail("it runs on")
+
+    def test_results_unlike_any_end_nothing_but_the_table(self):
+        self.programs(odd=True)
+        result = self.run_gpu("--only", "engine_decode_1,engine_decode_2")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("run_gpu: no table: Traceback", result.stdout)
+        self.assertEqual(self.state(), {"engine_decode_1": "passed", "engine_decode_2": "passed"})
+
+    def test_a_line_that_a_program_was_ended_in_is_left_out(self):
+        path = self.root / "limits.jsonl"
+        path.write_text('{"us": 1}\n{"us": 2')
+        self.assertEqual(run_gpu.json_lines(path), [{"us": 1}])
+        self.assertEqual(run_gpu.json_lines(self.root / "none"), [])
+
+    def test_midnight_does_not_begin_it_anew(self):
+        day = datetime.date(2026, 3, 1)
+        folder = run_gpu.folder_of(self.root, day, "h100", "abc")
+        self.assertEqual(folder, self.root / "2026-03-01-h100-abc")
+        folder.mkdir()
+        self.assertEqual(run_gpu.folder_of(self.root, day + datetime.timedelta(1), "h100", "abc").name, "2026-03-02-h100-abc")
+        (folder / "state.json").write_text("{}")
+        self.assertEqual(run_gpu.folder_of(self.root, day + datetime.timedelta(1), "h100", "abc"), folder)
+        self.assertEqual(run_gpu.folder_of(self.root, day + datetime.timedelta(2), "h100", "abc").name, "2026-03-03-h100-abc")
 
     def test_tests_that_all_skip_did_not_pass(self):
         self.programs(skipped=True)
