@@ -32,22 +32,40 @@ cudaEvent_t EventOf(void* event) {
   return static_cast<cudaEvent_t>(event);
 }
 
+// Empty, or what it says. The caller tells of it, and no later call of the thread that asks for the last error.
+std::string Told(cudaError_t result) {
+  if (result == cudaSuccess || result == cudaErrorNotReady) return "";
+  cudaGetLastError();
+  return Sentence(result);
+}
+
+// Of the calling thread; -1: it has none. The runtime would say 0 then, and going back to that makes a context there.
+thread_local int current_gpu = -1;
+
+cudaError_t Choose(int ordinal) {
+  const cudaError_t result = cudaSetDevice(ordinal);
+  if (result == cudaSuccess) current_gpu = ordinal;
+  return result;
+}
+
 // The calling thread's current GPU, for as long as this lives.
 class CurrentGpu {
  public:
-  explicit CurrentGpu(int ordinal) : ordinal_(ordinal) {
-    if (cudaGetDevice(&before_) == cudaSuccess && before_ == ordinal) return;
-    good_ = cudaSetDevice(ordinal) == cudaSuccess;
+  explicit CurrentGpu(int ordinal) : before_(current_gpu) {
+    if (before_ != ordinal) error_ = Told(Choose(ordinal));
   }
   ~CurrentGpu() {
-    if (before_ != ordinal_) cudaSetDevice(before_);
+    if (before_ >= 0 && before_ != current_gpu) cudaSetDevice(before_);
+    current_gpu = before_;
   }
-  bool good() const { return good_; }
+  CurrentGpu(const CurrentGpu&) = delete;
+  CurrentGpu& operator=(const CurrentGpu&) = delete;
+  bool good() const { return error_.empty(); }
+  const std::string& error() const { return error_; }
 
  private:
-  const int ordinal_;
-  int before_ = 0;
-  bool good_ = true;
+  const int before_;
+  std::string error_;
 };
 
 // Written once, before the GPU's first stream is handed out; read without a lock by whoever has one.
@@ -84,7 +102,7 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
     if (known.architecture == nullptr) known = {cuda::FindArchitecture(capability), device.multiProcessorCount};
   }
   cudaStream_t stream = nullptr;
-  if (result == cudaSuccess) result = cudaSetDevice(ordinal);
+  if (result == cudaSuccess) result = Choose(ordinal);
   if (result == cudaSuccess) result = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   if (result != cudaSuccess) {
     cudaGetLastError();  // the caller learns of it
@@ -112,17 +130,17 @@ void DestroyStream(void* stream) {
 std::string Synchronize(void* stream) {
   cudaError_t result = cudaGetLastError();
   if (result == cudaSuccess) result = cudaStreamSynchronize(StreamOf(stream));
-  return result == cudaSuccess ? "" : Sentence(result);
+  return Told(result);
 }
 
 std::string Error(void* stream) {
   cudaError_t result = cudaGetLastError();
   if (result == cudaSuccess) result = cudaStreamQuery(StreamOf(stream));
-  return result == cudaSuccess || result == cudaErrorNotReady ? "" : Sentence(result);
+  return Told(result);
 }
 
 void UseGpu(int ordinal) {
-  cudaSetDevice(ordinal);  // it worked when the stream was opened
+  Choose(ordinal);  // it worked when the stream was opened
 }
 
 const GpuProperties& PropertiesOf(const Stream& stream) {
@@ -140,7 +158,7 @@ void* CreateEvent(int ordinal, bool timed) {
   const CurrentGpu gpu(ordinal);
   cudaEvent_t event = nullptr;
   const unsigned flags = cudaEventBlockingSync | (timed ? 0 : cudaEventDisableTiming);
-  return OrNull(cudaEventCreateWithFlags(&event, flags), event);
+  return gpu.good() ? OrNull(cudaEventCreateWithFlags(&event, flags), event) : nullptr;
 }
 
 void DestroyEvent(void* event) {
@@ -152,12 +170,13 @@ void RecordEvent(void* event, void* stream) {
 }
 
 bool EventPassed(void* event) {
-  return cudaEventQuery(EventOf(event)) != cudaErrorNotReady;
+  const cudaError_t result = cudaEventQuery(EventOf(event));
+  Told(result);  // by WaitForEvent
+  return result != cudaErrorNotReady;
 }
 
 std::string WaitForEvent(void* event) {
-  const cudaError_t result = cudaEventSynchronize(EventOf(event));
-  return result == cudaSuccess ? "" : Sentence(result);
+  return Told(cudaEventSynchronize(EventOf(event)));
 }
 
 std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
@@ -170,7 +189,7 @@ std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
 std::string BeginCapture(void* stream) {
   cudaError_t result = cudaGetLastError();
   if (result == cudaSuccess) result = cudaStreamBeginCapture(StreamOf(stream), cudaStreamCaptureModeThreadLocal);
-  return result == cudaSuccess ? "" : Sentence(result);
+  return Told(result);
 }
 
 void* EndCapture(void* stream, size_t* ops, std::string* error) {
@@ -214,12 +233,12 @@ void Free(void* data) {
 
 void SynchronizeGpu(int ordinal) {
   const CurrentGpu gpu(ordinal);
-  cudaDeviceSynchronize();  // its error is the streams'
+  if (gpu.good()) Told(cudaDeviceSynchronize());  // its error is the streams'
 }
 
 std::string EnablePeerAccess(const std::vector<int>& ordinals) {
   int count = 0;
-  if (cudaError_t result = cudaGetDeviceCount(&count); result != cudaSuccess) return Sentence(result);
+  if (std::string error = Told(cudaGetDeviceCount(&count)); !error.empty()) return error;
   for (int from : ordinals) {
     if (from < 0 || from >= count) {
       return "no GPU " + std::to_string(from) + ", this machine has " + std::to_string(count);
@@ -230,13 +249,13 @@ std::string EnablePeerAccess(const std::vector<int>& ordinals) {
       if (from == to) continue;
       const std::string pair = "GPU " + std::to_string(from) + " and the memory of GPU " + std::to_string(to) + ": ";
       int can = 0;
+      const CurrentGpu gpu(from);
+      if (!gpu.good()) return pair + gpu.error();
       cudaError_t result = cudaDeviceCanAccessPeer(&can, from, to);
       if (result == cudaSuccess && can == 0) return pair + "no way between them";
-      if (result == cudaSuccess) result = cudaSetDevice(from);
       if (result == cudaSuccess) result = cudaDeviceEnablePeerAccess(to, 0);
-      if (result == cudaErrorPeerAccessAlreadyEnabled) result = cudaSuccess;
-      cudaGetLastError();  // also what was enabled before is told as an error
-      if (result != cudaSuccess) return pair + Sentence(result);
+      const std::string error = Told(result);
+      if (!error.empty() && result != cudaErrorPeerAccessAlreadyEnabled) return pair + error;
     }
   }
   return "";

@@ -1,0 +1,622 @@
+#include "tests/kernels/cuda/runtime/fake_cudart_testlib.h"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+namespace altiplano::fake_cudart {
+namespace {
+
+enum class Kind { kDevice, kPinned };
+struct Memory {
+  Kind kind;
+  int gpu;
+  size_t bytes;
+};
+struct FakeStream {
+  int gpu;
+  bool capturing = false, broken = false;
+  const void* thread = nullptr;  // that began the capture
+  size_t ops = 0;
+};
+struct FakeEvent {
+  int gpu;
+  bool timed;
+  bool recorded = false;
+  bool asked = true;  // since it was recorded; who asks first hears that the GPU is not there yet
+};
+struct FakeGraph {
+  int gpu;
+  size_t ops;
+};
+struct Gpu {
+  int capability = 90;
+  size_t used = 0;
+  bool lost = false;
+  std::set<int> peers;
+  Counts counts;
+};
+
+struct World {
+  std::mutex mutex;  // guards all of it
+  Machine machine;
+  int generation = 0;
+  std::map<int, Gpu> gpus;
+  std::set<int> contexts;
+  std::vector<std::string> refusals;
+  std::map<const char*, Memory> memory;
+  std::set<FakeStream*> streams;
+  std::set<FakeEvent*> events;
+  std::set<FakeGraph*> graphs, executables;
+  std::map<std::pair<const void*, int>, int> shared_bytes;  // asked for, of each kernel on each GPU
+  std::function<void(void*, size_t)> fill;
+};
+World& The() {
+  static auto* world = new World();
+  return *world;
+}
+std::set<const void*>& Kernels() {  // registered before main
+  static auto* kernels = new std::set<const void*>();
+  return *kernels;
+}
+
+struct Thread {
+  int generation = 0;
+  int gpu = 0;
+  cudaError_t last = cudaSuccess;
+  FakeStream* capturing = nullptr;
+};
+Thread& This() {
+  thread_local Thread thread;
+  if (std::exchange(thread.generation, The().generation) != The().generation) {
+    thread = {.generation = The().generation};
+  }
+  return thread;
+}
+
+using Lock = std::lock_guard<std::mutex>;
+
+cudaError_t Refuse(const char* call, cudaError_t error) {
+  The().refusals.push_back(std::string(call) + ": " + cudaGetErrorName(error));
+  return This().last = error;
+}
+// Calls that may wait for a GPU: the thread that captures in its own mode is refused, and the capture is void.
+bool Unsafe() {
+  if (This().capturing != nullptr) This().capturing->broken = true;
+  return This().capturing != nullptr;
+}
+// Whatever needs a GPU makes a context on the thread's.
+int NeedGpu() {
+  The().contexts.insert(This().gpu);
+  return This().gpu;
+}
+template <typename Handle, typename Object>
+Object* Find(const std::set<Object*>& all, Handle handle) {
+  auto* object = reinterpret_cast<Object*>(handle);
+  return all.contains(object) ? object : nullptr;
+}
+// Null: the memory is nobody's, so pageable.
+const Memory* MemoryOf(const void* data, size_t bytes, bool* beyond) {
+  const auto* at = static_cast<const char*>(data);
+  auto found = The().memory.upper_bound(at);
+  if (found == The().memory.begin()) return nullptr;
+  --found;
+  if (at >= found->first + found->second.bytes) return nullptr;
+  *beyond = at + bytes > found->first + found->second.bytes;
+  return &found->second;
+}
+void* Allocate(Kind kind, int gpu, size_t bytes) {
+  auto* data = static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  std::memset(data, 0, bytes);
+  The().memory[data] = {kind, gpu, bytes};
+  return data;
+}
+size_t MostSharedBytes(int capability) {
+  return (capability == 80 ? 163 : capability == 89 ? 99 : 227) * size_t{1024};
+}
+
+CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* sizes,
+                     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
+                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                     CUtensorMapFloatOOBfill) {
+  const Lock lock(The().mutex);
+  bool good = reinterpret_cast<uintptr_t>(map) % 64 == 0 && type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 2 &&
+              reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+              (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 <= 128) && strides[0] % 16 == 0 &&
+              strides[0] < (uint64_t{1} << 40) && strides[0] >= sizes[0] * 2 && box[0] * 2 % 16 == 0;
+  for (cuuint32_t i = 0; i < rank && good; ++i) {
+    good = sizes[i] > 0 && sizes[i] <= (uint64_t{1} << 32) && box[i] > 0 && box[i] <= 256 && steps[i] >= 1 &&
+           steps[i] <= 8;
+  }
+  if (!good) The().refusals.push_back("cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_VALUE");
+  if (good) ++The().gpus[This().gpu].counts.tensor_maps;
+  return good ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+}  // namespace
+
+Machine AllArchitectures() {
+  return {.capabilities = {90, 90, 90, 80, 80, 80, 89, 89, 89}};
+}
+int FirstOf(int capability) {
+  return capability == 90 ? 0 : capability == 80 ? 3 : 6;
+}
+void Reset(const Machine& machine) {
+  World& world = The();
+  const Lock lock(world.mutex);
+  world.machine = machine;
+  ++world.generation;
+  world.gpus.clear();
+  for (size_t i = 0; i < machine.capabilities.size(); ++i) {
+    world.gpus[static_cast<int>(i)].capability = machine.capabilities[i];
+  }
+  world.contexts.clear();
+  world.refusals.clear();
+  world.shared_bytes.clear();
+  world.fill = nullptr;
+}
+void Lose(int gpu) {
+  const Lock lock(The().mutex);
+  The().gpus[gpu].lost = true;
+}
+std::vector<std::string> Refusals() {
+  const Lock lock(The().mutex);
+  return The().refusals;
+}
+std::set<int> Contexts() {
+  const Lock lock(The().mutex);
+  return The().contexts;
+}
+int CurrentGpu() {
+  const Lock lock(The().mutex);
+  return This().gpu;
+}
+int Left() {
+  const Lock lock(The().mutex);
+  const World& world = The();
+  return static_cast<int>(world.streams.size() + world.events.size() + world.graphs.size() + world.executables.size() +
+                          world.memory.size());
+}
+Counts Count(int gpu) {
+  const Lock lock(The().mutex);
+  return The().gpus[gpu].counts;
+}
+void AfterCopiesToHost(std::function<void(void*, size_t)> fill) {
+  const Lock lock(The().mutex);
+  The().fill = std::move(fill);
+}
+
+}  // namespace altiplano::fake_cudart
+
+using namespace altiplano::fake_cudart;  // NOLINT: the rest is the runtime itself
+
+extern "C" {
+
+// ---- what nvcc's code calls before main
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle = nullptr;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* function, char*, const char*, int, uint3*, uint3*, dim3*, dim3*, int*) {
+  Kernels().insert(function);
+}
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) {
+  std::abort();
+}
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
+  std::abort();
+}
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) {
+  std::abort();
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+  std::abort();
+}
+
+// ---- errors
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorNoDevice:
+      return "cudaErrorNoDevice";
+    case cudaErrorInsufficientDriver:
+      return "cudaErrorInsufficientDriver";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorIllegalAddress:
+      return "cudaErrorIllegalAddress";
+    case cudaErrorInvalidDeviceFunction:
+      return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorInvalidResourceHandle:
+      return "cudaErrorInvalidResourceHandle";
+    case cudaErrorPeerAccessAlreadyEnabled:
+      return "cudaErrorPeerAccessAlreadyEnabled";
+    case cudaErrorPeerAccessUnsupported:
+      return "cudaErrorPeerAccessUnsupported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated:
+      return "cudaErrorStreamCaptureInvalidated";
+    case cudaErrorStreamCaptureIsolation:
+      return "cudaErrorStreamCaptureIsolation";
+    case cudaErrorStreamCaptureWrongThread:
+      return "cudaErrorStreamCaptureWrongThread";
+    default:
+      return "cudaErrorUnknown";
+  }
+}
+const char* cudaGetErrorString(cudaError_t) {
+  return "in words";
+}
+cudaError_t cudaGetLastError() {
+  const Lock lock(The().mutex);
+  return std::exchange(This().last, cudaSuccess);
+}
+
+// ---- GPUs
+cudaError_t cudaGetDeviceCount(int* count) {
+  const Lock lock(The().mutex);
+  *count = 0;
+  if (The().machine.old_driver) return Refuse("cudaGetDeviceCount", cudaErrorInsufficientDriver);
+  *count = static_cast<int>(The().machine.capabilities.size());
+  return *count > 0 ? cudaSuccess : Refuse("cudaGetDeviceCount", cudaErrorNoDevice);
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int gpu) {
+  const Lock lock(The().mutex);
+  if (!The().gpus.contains(gpu)) return Refuse("cudaGetDeviceProperties", cudaErrorInvalidDevice);
+  *properties = {};
+  std::snprintf(properties->name, sizeof properties->name, "Fake %d", gpu);
+  properties->major = The().gpus[gpu].capability / 10;
+  properties->minor = The().gpus[gpu].capability % 10;
+  properties->multiProcessorCount = 132;
+  properties->totalGlobalMem = The().machine.bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* gpu) {
+  const Lock lock(The().mutex);
+  *gpu = This().gpu;
+  return cudaSuccess;
+}
+// "This function will also immediately initialize the runtime state on the primary context."
+cudaError_t cudaSetDevice(int gpu) {
+  const Lock lock(The().mutex);
+  if (!The().gpus.contains(gpu)) return Refuse("cudaSetDevice", cudaErrorInvalidDevice);
+  This().gpu = gpu;
+  NeedGpu();
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+  const Lock lock(The().mutex);
+  NeedGpu();
+  if (Unsafe()) return Refuse("cudaDeviceSynchronize", cudaErrorStreamCaptureUnsupported);
+  return The().gpus[This().gpu].lost ? Refuse("cudaDeviceSynchronize", cudaErrorIllegalAddress) : cudaSuccess;
+}
+cudaError_t cudaDeviceCanAccessPeer(int* can, int from, int to) {
+  const Lock lock(The().mutex);
+  *can = The().machine.peers && from != to;
+  return The().gpus.contains(from) && The().gpus.contains(to)
+             ? cudaSuccess
+             : Refuse("cudaDeviceCanAccessPeer", cudaErrorInvalidDevice);
+}
+cudaError_t cudaDeviceEnablePeerAccess(int to, unsigned flags) {
+  const Lock lock(The().mutex);
+  const int from = NeedGpu();
+  if (flags != 0) return Refuse("cudaDeviceEnablePeerAccess", cudaErrorInvalidValue);
+  if (!The().gpus.contains(to) || from == to) return Refuse("cudaDeviceEnablePeerAccess", cudaErrorInvalidDevice);
+  if (!The().machine.peers) return Refuse("cudaDeviceEnablePeerAccess", cudaErrorPeerAccessUnsupported);
+  if (!The().gpus[from].peers.insert(to).second) {
+    return Refuse("cudaDeviceEnablePeerAccess", cudaErrorPeerAccessAlreadyEnabled);
+  }
+  return cudaSuccess;
+}
+
+// ---- memory
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const Lock lock(The().mutex);
+  *data = nullptr;
+  const int gpu = NeedGpu();
+  if (Unsafe()) return Refuse("cudaMalloc", cudaErrorStreamCaptureUnsupported);
+  if (bytes > The().machine.bytes - The().gpus[gpu].used) return Refuse("cudaMalloc", cudaErrorMemoryAllocation);
+  if (bytes == 0) return cudaSuccess;
+  The().gpus[gpu].used += bytes;
+  *data = Allocate(Kind::kDevice, gpu, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
+  const Lock lock(The().mutex);
+  *data = nullptr;
+  const int gpu = NeedGpu();
+  if (Unsafe()) return Refuse("cudaHostAlloc", cudaErrorStreamCaptureUnsupported);
+  if (bytes > 0) *data = Allocate(Kind::kPinned, gpu, bytes);
+  return cudaSuccess;
+}
+static cudaError_t FreeMemory(const char* call, void* data, Kind kind) {
+  const Lock lock(The().mutex);
+  if (Unsafe()) return Refuse(call, cudaErrorStreamCaptureUnsupported);
+  if (data == nullptr) return cudaSuccess;
+  const auto found = The().memory.find(static_cast<char*>(data));
+  if (found == The().memory.end() || found->second.kind != kind) return Refuse(call, cudaErrorInvalidValue);
+  if (kind == Kind::kDevice) The().gpus[found->second.gpu].used -= found->second.bytes;
+  The().memory.erase(found);
+  std::free(data);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* data) {
+  return FreeMemory("cudaFree", data, Kind::kDevice);
+}
+cudaError_t cudaFreeHost(void* data) {
+  return FreeMemory("cudaFreeHost", data, Kind::kPinned);
+}
+cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+  const Lock lock(The().mutex);
+  *free_bytes = The().machine.bytes - The().gpus[NeedGpu()].used;
+  *total = The().machine.bytes;
+  return cudaSuccess;
+}
+
+// ---- streams
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  const Lock lock(The().mutex);
+  auto* made = new FakeStream{.gpu = NeedGpu()};
+  The().streams.insert(made);
+  *stream = reinterpret_cast<cudaStream_t>(made);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  if (found == nullptr) return Refuse("cudaStreamDestroy", cudaErrorInvalidResourceHandle);
+  The().streams.erase(found);
+  delete found;
+  return cudaSuccess;
+}
+static cudaError_t AskStream(const char* call, cudaStream_t stream) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
+  if (found->capturing) found->broken = true;
+  if (Unsafe() || found->capturing) return Refuse(call, cudaErrorStreamCaptureUnsupported);
+  return The().gpus[found->gpu].lost ? Refuse(call, cudaErrorIllegalAddress) : cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return AskStream("cudaStreamSynchronize", stream);
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return AskStream("cudaStreamQuery", stream);
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  FakeEvent* of = Find(The().events, event);
+  if (found == nullptr || of == nullptr) return Refuse("cudaStreamWaitEvent", cudaErrorInvalidResourceHandle);
+  if (!found->capturing || !of->recorded) return cudaSuccess;
+  found->broken = true;  // the event is of no op in the graph
+  return Refuse("cudaStreamWaitEvent", cudaErrorStreamCaptureIsolation);
+}
+
+// ---- graphs
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  if (found == nullptr || mode != cudaStreamCaptureModeThreadLocal || found->capturing || This().capturing != nullptr) {
+    return Refuse("cudaStreamBeginCapture", cudaErrorInvalidValue);
+  }
+  *found = {.gpu = found->gpu, .capturing = true, .thread = &This()};
+  This().capturing = found;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  const Lock lock(The().mutex);
+  *graph = nullptr;
+  FakeStream* found = Find(The().streams, stream);
+  if (found == nullptr || !found->capturing) return Refuse("cudaStreamEndCapture", cudaErrorInvalidValue);
+  if (found->thread != &This()) return Refuse("cudaStreamEndCapture", cudaErrorStreamCaptureWrongThread);
+  This().capturing = nullptr;
+  found->capturing = false;
+  if (found->broken) return Refuse("cudaStreamEndCapture", cudaErrorStreamCaptureInvalidated);
+  auto* made = new FakeGraph{.gpu = found->gpu, .ops = found->ops};
+  The().graphs.insert(made);
+  *graph = reinterpret_cast<cudaGraph_t>(made);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count) {
+  const Lock lock(The().mutex);
+  *count = reinterpret_cast<FakeGraph*>(graph)->ops;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  const Lock lock(The().mutex);
+  if (Unsafe()) return Refuse("cudaGraphInstantiate", cudaErrorStreamCaptureUnsupported);
+  auto* made = new FakeGraph(*reinterpret_cast<FakeGraph*>(graph));
+  The().executables.insert(made);
+  *executable = reinterpret_cast<cudaGraphExec_t>(made);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  const Lock lock(The().mutex);
+  FakeGraph* found = Find(The().graphs, graph);
+  if (found == nullptr) return Refuse("cudaGraphDestroy", cudaErrorInvalidValue);
+  The().graphs.erase(found);
+  delete found;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  const Lock lock(The().mutex);
+  FakeGraph* found = Find(The().executables, executable);
+  if (found == nullptr) return Refuse("cudaGraphExecDestroy", cudaErrorInvalidValue);
+  The().executables.erase(found);
+  delete found;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  FakeGraph* of = Find(The().executables, executable);
+  if (found == nullptr || of == nullptr) return Refuse("cudaGraphLaunch", cudaErrorInvalidResourceHandle);
+  if (found->capturing) return Refuse("cudaGraphLaunch", cudaErrorStreamCaptureUnsupported);
+  ++The().gpus[of->gpu].counts.graph_launches;
+  return cudaSuccess;
+}
+
+// ---- events
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  const Lock lock(The().mutex);
+  auto* made = new FakeEvent{.gpu = NeedGpu(), .timed = (flags & cudaEventDisableTiming) == 0};
+  The().events.insert(made);
+  *event = reinterpret_cast<cudaEvent_t>(made);
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  const Lock lock(The().mutex);
+  FakeEvent* found = Find(The().events, event);
+  if (found == nullptr) return Refuse("cudaEventDestroy", cudaErrorInvalidResourceHandle);
+  The().events.erase(found);
+  delete found;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  FakeEvent* of = Find(The().events, event);
+  if (found == nullptr || of == nullptr || of->gpu != found->gpu) {
+    return Refuse("cudaEventRecord", cudaErrorInvalidResourceHandle);
+  }
+  of->recorded = true;
+  of->asked = false;
+  return cudaSuccess;
+}
+// It is not an error, and cudaGetLastError does not tell of it.
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const Lock lock(The().mutex);
+  FakeEvent* found = Find(The().events, event);
+  if (found == nullptr) return Refuse("cudaEventQuery", cudaErrorInvalidResourceHandle);
+  if (Unsafe()) return Refuse("cudaEventQuery", cudaErrorStreamCaptureUnsupported);
+  if (The().gpus[found->gpu].lost) return Refuse("cudaEventQuery", cudaErrorIllegalAddress);
+  return std::exchange(found->asked, true) ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  const Lock lock(The().mutex);
+  FakeEvent* found = Find(The().events, event);
+  if (found == nullptr) return Refuse("cudaEventSynchronize", cudaErrorInvalidResourceHandle);
+  found->asked = true;
+  if (Unsafe()) return Refuse("cudaEventSynchronize", cudaErrorStreamCaptureUnsupported);
+  return The().gpus[found->gpu].lost ? Refuse("cudaEventSynchronize", cudaErrorIllegalAddress) : cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+  const Lock lock(The().mutex);
+  FakeEvent *first = Find(The().events, begin), *last = Find(The().events, end);
+  if (first == nullptr || last == nullptr || !first->timed || !last->timed || !first->recorded || !last->recorded ||
+      first->gpu != last->gpu) {
+    return Refuse("cudaEventElapsedTime", cudaErrorInvalidResourceHandle);
+  }
+  *milliseconds = 1;
+  return cudaSuccess;
+}
+
+// ---- what streams do
+static cudaError_t Issue(const char* call, cudaStream_t stream,
+                         std::initializer_list<std::pair<const void*, bool>> sides, size_t bytes,
+                         const std::function<void(const Memory* first)>& run) {
+  const Lock lock(The().mutex);
+  FakeStream* found = Find(The().streams, stream);
+  if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
+  const Memory* first = nullptr;
+  for (const auto& [data, may_be_pageable] : sides) {
+    bool beyond = false;
+    const Memory* memory = MemoryOf(data, bytes, &beyond);
+    if (data == sides.begin()->first) first = memory;
+    if (beyond || (memory == nullptr && !may_be_pageable)) return Refuse(call, cudaErrorInvalidValue);
+    if (memory == nullptr && found->capturing) {
+      found->broken = true;
+      return Refuse(call, cudaErrorStreamCaptureUnsupported);
+    }
+  }
+  if (found->capturing) {
+    ++found->ops;
+  } else {
+    run(first);
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind != cudaMemcpyDefault) std::abort();  // by that alone the runtime knows which side is where
+  return Issue("cudaMemcpyAsync", stream, {{to, true}, {from, true}}, bytes, [&](const Memory* memory) {
+    std::memcpy(to, from, bytes);
+    if (memory != nullptr && memory->kind == Kind::kPinned && The().fill) The().fill(to, bytes);
+  });
+}
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  return Issue("cudaMemsetAsync", stream, {{data, false}}, bytes,
+               [&](const Memory*) { std::memset(data, value, bytes); });
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  const Lock lock(The().mutex);
+  const int gpu = NeedGpu();
+  if (!Kernels().contains(function)) return Refuse("cudaFuncSetAttribute", cudaErrorInvalidDeviceFunction);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      static_cast<size_t>(value) > MostSharedBytes(The().gpus[gpu].capability)) {
+    return Refuse("cudaFuncSetAttribute", cudaErrorInvalidValue);
+  }
+  The().shared_bytes[{function, gpu}] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void**) {
+  const Lock lock(The().mutex);
+  const char* const call = "cudaLaunchKernelExC";
+  FakeStream* found = Find(The().streams, config->stream);
+  // "Kernel launch will fail if issued to a stream that is not associated to the current device."
+  if (found == nullptr || found->gpu != NeedGpu()) return Refuse(call, cudaErrorInvalidResourceHandle);
+  if (!Kernels().contains(function)) return Refuse(call, cudaErrorInvalidDeviceFunction);
+  Gpu& gpu = The().gpus[found->gpu];
+  const dim3 &grid = config->gridDim, &block = config->blockDim;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||
+      threads == 0 || threads > 1024 || block.z > 64) {
+    return Refuse(call, cudaErrorInvalidConfiguration);
+  }
+  const auto asked = The().shared_bytes.find({function, found->gpu});
+  const size_t may = asked == The().shared_bytes.end() ? 48 * 1024 : static_cast<size_t>(asked->second);
+  if (config->dynamicSmemBytes > std::max<size_t>(may, 48 * 1024)) return Refuse(call, cudaErrorInvalidValue);
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization || gpu.capability < 90) {
+      return Refuse(call, cudaErrorInvalidValue);
+    }
+    ++gpu.counts.overlapping;
+  }
+  ++gpu.counts.launches;
+  if (found->capturing) {
+    ++gpu.counts.captured;
+    ++found->ops;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool found = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0 && version >= 12000;
+  *function = found ? reinterpret_cast<void*>(&EncodeTiled) : nullptr;
+  *result = found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
+}  // extern "C"
