@@ -1,13 +1,16 @@
 // Times every op on a GPU, in the shapes of Llama 3.1, and the memory bandwidth that they are held against.
 //
-//   gpu_bench --json FILE [--part NAME] [--dry | --rehearse]
+//   gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]
 //
 // FILE gets a JSON line for each case: its sizes, the bytes and products that it must at least move and compute, and
-// microseconds. --dry writes the same lines without times and needs no GPU. --rehearse measures the small cases alone,
-// of those that need little memory, with fewer bytes and few calls: what the simulator can do. run_gpu.py makes a table
-// of them.
+// microseconds. A case that fails is the last: a kernel's fault stays with the process. --skip N goes on behind the
+// first N cases, whose lines are in FILE. --dry writes the same lines without times and needs no GPU. --rehearse
+// measures the small cases alone, of those that need little memory, with fewer bytes and few calls: what the simulator
+// can do. run_gpu.py makes a table of them.
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -62,7 +65,7 @@ std::vector<Case> Cases() {
 }
 
 int Usage() {
-  std::fputs("usage: gpu_bench --json FILE [--part NAME] [--dry | --rehearse]\nparts:", stderr);
+  std::fputs("usage: gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]\nparts:", stderr);
   std::string last;
   for (const Case& c : Cases()) {
     if (c.part != last) std::fprintf(stderr, " %s", c.part.c_str());
@@ -79,12 +82,15 @@ constexpr int64_t kSmallMessage = 16 << 10;
 int Main(int argc, char** argv) {
   std::string path, part;
   bool dry = false, rehearse = false;
+  size_t skipped = 0;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word == "--dry") {
       dry = true;
     } else if (word == "--rehearse") {
       rehearse = true;
+    } else if (word == "--skip" && i + 1 < argc) {
+      skipped = std::strtoul(argv[++i], nullptr, 10);
     } else if ((word == "--json" || word == "--part") && i + 1 < argc) {
       (word == "--json" ? path : part) = argv[++i];
     } else {
@@ -98,8 +104,9 @@ int Main(int argc, char** argv) {
   }
   if (!part.empty()) std::erase_if(cases, [&](const Case& c) { return c.part != part; });
   if (cases.empty()) return Usage();
+  cases.erase(cases.begin(), cases.begin() + static_cast<std::ptrdiff_t>(std::min(skipped, cases.size())));
 
-  std::ofstream file(path);
+  std::ofstream file(path, skipped > 0 ? std::ios::app : std::ios::trunc);
   std::unique_ptr<Stream> stream;
   std::unique_ptr<Arena> arena;
   if (!dry) {
@@ -141,7 +148,6 @@ int Main(int argc, char** argv) {
       std::fflush(stdout);
     }
     file << line.dump() << "\n" << std::flush;  // what was measured stays when the next case hangs
-    // A CUDA error of a kernel stays with the process: nothing after it can be measured.
     if (failed > 0) break;
   }
   if (!file) std::fprintf(stderr, "gpu_bench: %s cannot be written\n", path.c_str());

@@ -8,6 +8,11 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 ALTIPLANO_BUNDLE_CHECK=1 tests/gpu/make_bundle.sh "$1" "$folder/bundle" "${gpu_programs[@]}"
 tests/gpu/run_gpu.py --dry --programs "$folder/bundle/bin" --out "$folder/out"
+# As ./run gpu goes on behind a case that failed.
+"$folder/bundle/bin/gpu_bench" --dry --part row_ops --json "$folder/whole"
+head -n 3 "$folder/whole" >"$folder/pieces"
+"$folder/bundle/bin/gpu_bench" --dry --part row_ops --skip 3 --json "$folder/pieces"
+cmp "$folder/whole" "$folder/pieces"
 "$1/tests/gpu/simulated_gpu_bench" --rehearse --json "$folder/rehearsed"
 cases=$(wc -l <"$folder/rehearsed") measured=$(grep -c '"us":' "$folder/rehearsed" || true)
 [ "$cases" -eq 12 ] && [ "$measured" -eq 12 ] ||

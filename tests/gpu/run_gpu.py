@@ -37,11 +37,13 @@ TOGETHER_ENV = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAG
 
 
 class Part:
-    """One command. seconds: what it may take; unless so much is left of the slice, it waits for the next."""
+    """One command. seconds: what it may take; unless so much is left of the slice, it waits for the next. lines: a file
+    in which the command leaves a line for each thing that it has done, the one that it failed in included; with --skip N
+    it goes on behind those."""
 
-    def __init__(self, name, command, seconds, needs, dry=None, kind="speed", may_not_fit=False, env=None):
+    def __init__(self, name, command, seconds, needs, dry=None, kind="speed", may_not_fit=False, env=None, lines=None):
         self.name, self.command, self.seconds, self.needs, self.kind = name, command, seconds, needs, kind
-        self.dry, self.may_not_fit, self.env = dry, may_not_fit, env or {}
+        self.dry, self.may_not_fit, self.env, self.lines = dry, may_not_fit, env or {}, lines
 
 
 def suites_of(program, env):
@@ -64,7 +66,7 @@ def parts_of(programs, out, env):
 
     def bench(part, seconds, env=None):
         base = [program("gpu_bench"), "--part", part, "--json", str(out / f"{part}.jsonl")]
-        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"], env=env)
+        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"], env=env, lines=out / f"{part}.jsonl")
 
     def tests(name, seconds, env_of_tests=None):
         def part(part_name, base):
@@ -130,7 +132,8 @@ def parts_of(programs, out, env):
         Part("cases", [program("gpu_bench"), "--dry", "--json", cases], 10, program("gpu_bench"),
              [program("gpu_bench"), "--dry", "--json", cases]),
         Part("torch", [sys.executable, str(HERE / "torch_peers.py"), cases, str(out / "torch.jsonl")], 240,
-             str(HERE / "torch_peers.py"), [sys.executable, "-m", "py_compile", str(HERE / "torch_peers.py")]),
+             str(HERE / "torch_peers.py"), [sys.executable, "-m", "py_compile", str(HERE / "torch_peers.py")],
+             env={"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}),  # torch has libraries of its own
         # One call each: what a large batch cannot do costs the others nothing.
         *(engine(f"engine_decode_{n}", n, 512, 128) for n in STREAMS),
         # The same without what hides the host's time for launches.
@@ -176,7 +179,12 @@ def run_part(part, out, dry, env):
         log.write(" ".join(command) + "\n\n")
         log.flush()
         try:
+            begin, done = time.monotonic(), 0
             result = run_to_end(command, log, env | part.env, part.seconds)
+            while result == 1 and part.lines and done < (done := len(json_lines(part.lines))):
+                left = part.seconds - (time.monotonic() - begin)
+                if run_to_end(command + ["--skip", str(done)], log, env | part.env, max(0, left)) != 1:
+                    break
         except OSError as error:
             return "failed", str(error)
     if result is None:

@@ -23,12 +23,21 @@ part = words[words.index("--part") + 1] if "--part" in words else "all"
 if part == "row_ops" and {break_row_ops}:
     print("CUDA error: misaligned address")
     sys.exit(1)
+skip = int(words[words.index("--skip") + 1]) if "--skip" in words else 0
+if part == "sample" and {break_sample} and skip < 3:  # in the first and the third of four
+    with open(words[words.index("--json") + 1], "a" if skip else "w") as out:
+        for case in range(skip, 1 if skip == 0 else 3):
+            measured = {{"error": "misaligned address"}} if case != 1 else {{"us": 1.0}}
+            out.write(json.dumps({{"part": part, "name": f"Sample {{case}}", "bytes": 1e6, "flops": 0, **measured}}) + "\\n")
+    print("CUDA error: misaligned address")
+    sys.exit(1)
 lines = {{"limits": [("copy of 1 GiB", 2e9, 0, 1000.0), ("read of 2 GiB", 2e9, 0, 1000.0)],
          "linear": [("Linear 8b qkv, 1 tokens", 1e9, 1e9, 1000.0)],
+         "sample": [("Sample 3", 1e6, 0, 4.0)],
          "all_reduce": [("AllReduceSum 70b, 1 tokens, 8 ranks on 1 GPU", 1 << 20, 0, 10.0)]}}.get(part, [])
 if part == "all_reduce" and "--dry" not in words:
     assert os.environ["CUDA_MODULE_LOADING"] == "EAGER" and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
-with open(words[words.index("--json") + 1], "w") as out:
+with open(words[words.index("--json") + 1], "a" if skip else "w") as out:
     for name, bytes_, flops, us in lines:
         out.write(json.dumps({{"part": part, "name": name, "bytes": bytes_, "flops": flops, "message": 32768, "gpus": 1,
                               **({{}} if "--dry" in words else {{"us": us, "least_us": us - 1}})}}) + "\\n")
@@ -99,8 +108,8 @@ class RunGpu(unittest.TestCase):
         path.write_text(text.format(python=sys.executable, **values) if values or "{python}" in text else text)
         path.chmod(0o755)
 
-    def programs(self, break_row_ops=False, skipped=False, agrees=True, ranks_disagree=False, breaks_one=False, odd=False):
-        self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops)
+    def programs(self, break_row_ops=False, break_sample=False, skipped=False, agrees=True, ranks_disagree=False, breaks_one=False, odd=False):
+        self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops, break_sample=break_sample)
         for name in ("cuda_kernels_gpu_test", "llama_on_real_gpu_test"):
             self.program(f"bundle/bin/{name}", TESTS, skipped=skipped, breaks_one=breaks_one)
         self.program("bundle/bin/altiplano", ENGINE, agrees=agrees and not ranks_disagree, ranks_disagree=ranks_disagree,
@@ -154,6 +163,16 @@ class RunGpu(unittest.TestCase):
         self.assertEqual(self.run_gpu().returncode, 1)
         self.assertEqual(self.state(), state)
 
+    def test_a_case_whose_kernel_faults_costs_no_other(self):
+        self.programs(break_sample=True)
+        self.assertEqual(self.run_gpu("--only", "sample").returncode, 1)
+        table = (self.out / "README.md").read_text()
+        self.assertIn("| sample | failed | exit code 1: CUDA error: misaligned address |", table)
+        self.assertEqual([line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| Sample")],
+                         ["Sample 1", "Sample 3"])
+        self.assertEqual([line["name"] for line in run_gpu.json_lines(self.out / "sample.jsonl")],
+                         [f"Sample {case}" for case in range(4)])
+
     def test_a_suite_whose_kernel_faults_costs_no_other(self):
         self.programs(breaks_one=True)
         self.assertEqual(self.run_gpu("--only", "cuda_kernels_gpu_test").returncode, 1)
@@ -196,6 +215,13 @@ class RunGpu(unittest.TestCase):
         (folder / "state.json").write_text("{}")
         self.assertEqual(run_gpu.folder_of(self.root, day + datetime.timedelta(1), "h100", "abc"), folder)
         self.assertEqual(run_gpu.folder_of(self.root, day + datetime.timedelta(2), "h100", "abc").name, "2026-03-03-h100-abc")
+
+    def test_torch_finds_its_own_libraries(self):
+        (self.root / "torch.py").write_text("import os\nraise ImportError(os.environ['LD_LIBRARY_PATH'])\n")
+        os.environ |= {"PYTHONPATH": str(self.root), "LD_LIBRARY_PATH": "/of/mine"}
+        self.addCleanup(lambda: [os.environ.pop(name) for name in ("PYTHONPATH", "LD_LIBRARY_PATH")])
+        self.assertEqual(self.run_gpu("--only", "torch").returncode, 0)
+        self.assertIn("| torch | left out | torch_peers: /of/mine |", (self.out / "README.md").read_text())
 
     def test_tests_that_all_skip_did_not_pass(self):
         self.programs(skipped=True)
