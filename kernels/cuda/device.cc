@@ -39,6 +39,13 @@ std::string Told(cudaError_t result) {
   return Sentence(result);
 }
 
+// Of the calling thread, and forgotten: that it launched something impossible. What its questions were answered (not
+// ready) is no error; CUDA's guide says that it is not told either, PyTorch clears it all the same.
+cudaError_t TakeError() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaErrorNotReady ? cudaSuccess : error;
+}
+
 // Of the calling thread; -1: it has none. The runtime would say 0 then, and going back to that makes a context there.
 thread_local int current_gpu = -1;
 
@@ -128,13 +135,13 @@ void DestroyStream(void* stream) {
 
 // A launch that was refused leaves its error with the thread and not with the stream.
 std::string Synchronize(void* stream) {
-  cudaError_t result = cudaGetLastError();
+  cudaError_t result = TakeError();
   if (result == cudaSuccess) result = cudaStreamSynchronize(StreamOf(stream));
   return Told(result);
 }
 
 std::string Error(void* stream) {
-  cudaError_t result = cudaGetLastError();
+  cudaError_t result = TakeError();
   if (result == cudaSuccess) result = cudaStreamQuery(StreamOf(stream));
   return Told(result);
 }
@@ -187,13 +194,13 @@ std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
 
 // Other threads may allocate and wait meanwhile: they serve other GPUs.
 std::string BeginCapture(void* stream) {
-  cudaError_t result = cudaGetLastError();
+  cudaError_t result = TakeError();
   if (result == cudaSuccess) result = cudaStreamBeginCapture(StreamOf(stream), cudaStreamCaptureModeThreadLocal);
   return Told(result);
 }
 
 void* EndCapture(void* stream, size_t* ops, std::string* error) {
-  const cudaError_t refused = cudaGetLastError();  // a launch, before it was recorded
+  const cudaError_t refused = TakeError();  // a launch, before it was recorded
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   cudaError_t result = cudaStreamEndCapture(StreamOf(stream), &graph);

@@ -8,9 +8,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 
 namespace altiplano::fake_cudart {
@@ -64,9 +67,51 @@ World& The() {
   static auto* world = new World();
   return *world;
 }
-std::set<const void*>& Kernels() {  // registered before main
-  static auto* kernels = new std::set<const void*>();
+// By the address of its stub: the name. Registered before main.
+std::map<const void*, std::string>& Kernels() {
+  static auto* kernels = new std::map<const void*, std::string>();
   return *kernels;
+}
+
+struct Resources {
+  size_t registers = 0, shared_bytes = 0;  // of a thread; of a block, beside what a launch asks for
+};
+using ResourcesOf = std::map<std::string, Resources>;  // by name and target
+// From what ptxas said when the kernels were compiled.
+ResourcesOf ReadResources() {
+  ResourcesOf all;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(ALTIPLANO_BINARY_DIR "/kernels")) {
+    if (entry.path().extension() != ".ptxas") continue;
+    std::ifstream file(entry.path());
+    std::string name;
+    for (std::string line; std::getline(file, line);) {
+      if (line.find("Compiling entry function '") != line.npos) {
+        const size_t begin = line.find('\'') + 1, end = line.find("' for '", begin);
+        name = line.substr(begin, end - begin) + " " + line.substr(end + 7, line.rfind('\'') - end - 7);
+      } else if (const size_t used = line.find("Used "); used != line.npos) {
+        Resources& of = all[name];
+        of.registers = std::strtoul(line.c_str() + used + 5, nullptr, 10);
+        if (const size_t shared = line.find(" bytes smem"); shared != line.npos) {
+          of.shared_bytes = std::strtoul(line.c_str() + line.rfind(' ', shared - 1), nullptr, 10);
+        }
+      }
+    }
+  }
+  return all;
+}
+const Resources& ResourcesOn(int capability, const std::string& kernel) {
+  static const auto* all = new ResourcesOf(ReadResources());
+  const auto found = all->find(kernel + " sm_" + (capability == 90 ? "90a" : std::to_string(capability)));
+  if (found == all->end()) {
+    std::fprintf(stderr, "ptxas has said nothing of %s\n", kernel.c_str());
+    std::abort();
+  }
+  return found->second;
+}
+// Registers are given out to warps, in pieces of 256, and to four warps at once.
+bool RegistersSuffice(const Resources& of, uint64_t threads) {
+  const uint64_t warps = (threads + 127) / 128 * 4, of_warp = (of.registers * 32 + 255) / 256 * 256;
+  return warps * of_warp <= 65536;
 }
 
 struct Thread {
@@ -208,8 +253,9 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* function, char*, const char*, int, uint3*, uint3*, dim3*, dim3*, int*) {
-  Kernels().insert(function);
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  Kernels()[function] = name;
 }
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) {
   std::abort();
@@ -243,6 +289,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidConfiguration";
     case cudaErrorIllegalAddress:
       return "cudaErrorIllegalAddress";
+    case cudaErrorLaunchOutOfResources:
+      return "cudaErrorLaunchOutOfResources";
     case cudaErrorInvalidDeviceFunction:
       return "cudaErrorInvalidDeviceFunction";
     case cudaErrorInvalidResourceHandle:
@@ -394,6 +442,7 @@ static cudaError_t AskStream(const char* call, cudaStream_t stream) {
   if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
   if (found->capturing) found->broken = true;
   if (Unsafe() || found->capturing) return Refuse(call, cudaErrorStreamCaptureUnsupported);
+  ++The().gpus[found->gpu].counts.questions;
   return The().gpus[found->gpu].lost ? Refuse(call, cudaErrorIllegalAddress) : cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -506,14 +555,15 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   of->asked = false;
   return cudaSuccess;
 }
-// It is not an error, and cudaGetLastError does not tell of it.
+// Whether cudaGetLastError tells that something is not ready, documentation and users disagree: it does here.
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   const Lock lock(The().mutex);
   FakeEvent* found = Find(The().events, event);
   if (found == nullptr) return Refuse("cudaEventQuery", cudaErrorInvalidResourceHandle);
   if (Unsafe()) return Refuse("cudaEventQuery", cudaErrorStreamCaptureUnsupported);
   if (The().gpus[found->gpu].lost) return Refuse("cudaEventQuery", cudaErrorIllegalAddress);
-  return std::exchange(found->asked, true) ? cudaSuccess : cudaErrorNotReady;
+  if (std::exchange(found->asked, true)) return cudaSuccess;
+  return This().last = cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   const Lock lock(The().mutex);
@@ -573,9 +623,12 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   const Lock lock(The().mutex);
   const int gpu = NeedGpu();
+  const int capability = The().gpus[gpu].capability;
   if (!Kernels().contains(function)) return Refuse("cudaFuncSetAttribute", cudaErrorInvalidDeviceFunction);
+  // "The sum of this and the function attribute sharedSizeBytes cannot exceed" what a block may have.
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > MostSharedBytes(The().gpus[gpu].capability)) {
+      static_cast<size_t>(value) + ResourcesOn(capability, Kernels()[function]).shared_bytes >
+          MostSharedBytes(capability)) {
     return Refuse("cudaFuncSetAttribute", cudaErrorInvalidValue);
   }
   The().shared_bytes[{function, gpu}] = value;
@@ -595,9 +648,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
       threads == 0 || threads > 1024 || block.z > 64) {
     return Refuse(call, cudaErrorInvalidConfiguration);
   }
+  const Resources& resources = ResourcesOn(gpu.capability, Kernels()[function]);
   const auto asked = The().shared_bytes.find({function, found->gpu});
-  const size_t may = asked == The().shared_bytes.end() ? 48 * 1024 : static_cast<size_t>(asked->second);
-  if (config->dynamicSmemBytes > std::max<size_t>(may, 48 * 1024)) return Refuse(call, cudaErrorInvalidValue);
+  const size_t may = asked == The().shared_bytes.end() ? 0 : static_cast<size_t>(asked->second);
+  if (config->dynamicSmemBytes > may && config->dynamicSmemBytes + resources.shared_bytes > 48 * 1024) {
+    return Refuse(call, cudaErrorInvalidValue);
+  }
+  if (!RegistersSuffice(resources, threads)) return Refuse(call, cudaErrorLaunchOutOfResources);
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization || gpu.capability < 90) {
       return Refuse(call, cudaErrorInvalidValue);

@@ -36,6 +36,7 @@ int Left();                // streams, events, graphs and pieces of memory that 
 struct Counts {
   int launches = 0, overlapping = 0, captured = 0;  // of kernels
   int graph_launches = 0, tensor_maps = 0;
+  int questions = 0;  // how streams are, or waits for them
 };
 Counts Count(int gpu);
 // Of what was copied to pinned memory, before the copy's caller goes on: kernels have left nothing there.

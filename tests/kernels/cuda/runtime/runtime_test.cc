@@ -67,6 +67,13 @@ TEST_F(CudaRuntimeTest, WhatARefusedCallSaidIsNotTheStreams) {
   end->Record(*stream);
   EXPECT_FALSE(end->Passed());
   EXPECT_EQ(stream->Synchronize(), "") << "that a GPU is not there yet is no error";
+  EXPECT_EQ(fake_cudart::Count(0).questions, 3) << "and no reason not to wait";
+  end->Record(*stream);
+  EXPECT_FALSE(end->Passed());
+  std::string error;
+  const auto graph = StepGraph::Capture(
+      *stream, [] { return true; }, &error);
+  EXPECT_NE(graph, nullptr) << error;
   EXPECT_EQ(end->Since(*begin).count(), 0) << "they are not timed";
   EXPECT_EQ(stream->Synchronize(), "");
   EXPECT_THAT(
