@@ -4,7 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <string>
 
@@ -148,6 +150,23 @@ std::string Error(void* stream) {
 
 void UseGpu(int ordinal) {
   Choose(ordinal);  // it worked when the stream was opened
+}
+
+// To ask may load the kernel, and so wait for the GPU and for a kernel there that waits for another GPU's rank, which
+// must not wait for this: each GPU has a lock of its own.
+void AskForShared(const void* kernel, int ordinal, uint32_t bytes) {
+  struct OfGpu {
+    std::mutex mutex;
+    std::map<const void*, uint32_t> asked;  // guarded by mutex
+  };
+  static auto& of_gpus = *new std::array<OfGpu, kMostGpus>();
+  OfGpu& of = of_gpus[static_cast<size_t>(ordinal)];
+  std::lock_guard lock(of.mutex);
+  uint32_t& before = of.asked[kernel];
+  if (bytes <= before) return;
+  const cudaError_t result =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (result == cudaSuccess) before = bytes;  // else Synchronize and Error tell of it
 }
 
 const GpuProperties& PropertiesOf(const Stream& stream) {

@@ -19,6 +19,12 @@
 
 namespace altiplano::cuda {
 
+#ifdef __CUDACC__
+// That blocks of the kernel may have so many bytes of shared memory on this GPU, the thread's current one. Never less
+// than was asked for before: another rank's thread on the same GPU may be about to launch it.
+void AskForShared(const void* kernel, int ordinal, uint32_t bytes);
+#endif
+
 template <typename... Parameters, typename... Arguments>
 void LaunchAs(bool overlapping, Stream& stream, [[maybe_unused]] const char* name, const LaunchShape& shape,
               void (*kernel)(Parameters...), const Arguments&... arguments) {
@@ -27,7 +33,7 @@ void LaunchAs(bool overlapping, Stream& stream, [[maybe_unused]] const char* nam
   // What a block may have unasked, 48 KB, includes what the kernel declares, which is less than the other half of it.
   constexpr uint32_t kWithoutAsking = 24 * 1024;
   if (shape.shared_bytes > kWithoutAsking) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    AskForShared(reinterpret_cast<const void*>(kernel), stream.ordinal(), shape.shared_bytes);
   }
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -206,7 +206,6 @@ void Reset(const Machine& machine) {
   }
   world.contexts.clear();
   world.refusals.clear();
-  world.shared_bytes.clear();
   world.fill = nullptr;
 }
 void Lose(int gpu) {
@@ -631,7 +630,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
           MostSharedBytes(capability)) {
     return Refuse("cudaFuncSetAttribute", cudaErrorInvalidValue);
   }
-  The().shared_bytes[{function, gpu}] = value;
+  int& before = The().shared_bytes[{function, gpu}];
+  if (value < std::exchange(before, value)) ++The().gpus[gpu].counts.asked_for_less;
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void**) {

@@ -22,7 +22,8 @@ struct Machine {
 // ordinal may not be another kind in another test.
 Machine AllArchitectures();
 int FirstOf(int capability);  // its ordinal there
-// From now on it is this machine, on which nothing has happened. The calling thread has chosen no GPU.
+// From now on it is this machine, on which nothing has happened but that kernels were given shared memory. The calling
+// thread has chosen no GPU.
 void Reset(const Machine& machine = {});
 
 // A kernel has faulted: whatever waits for the GPU, or asks after it, says so from now on.
@@ -36,7 +37,8 @@ int Left();                // streams, events, graphs and pieces of memory that 
 struct Counts {
   int launches = 0, overlapping = 0, captured = 0;  // of kernels
   int graph_launches = 0, tensor_maps = 0;
-  int questions = 0;  // how streams are, or waits for them
+  int asked_for_less = 0;  // shared memory than before, of a kernel that another thread may be about to launch
+  int questions = 0;       // how streams are, or waits for them
 };
 Counts Count(int gpu);
 // Of what was copied to pinned memory, before the copy's caller goes on: kernels have left nothing there.

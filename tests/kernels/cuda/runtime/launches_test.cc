@@ -37,6 +37,7 @@ class LaunchesTest : public testing::TestWithParam<int> {
   void TearDown() override {
     EXPECT_THAT(fake_cudart::Refusals(), testing::IsEmpty());
     EXPECT_GT(fake_cudart::Count(gpu()).launches, 0);
+    EXPECT_EQ(fake_cudart::Count(gpu()).asked_for_less, 0);
   }
   static int gpu() { return fake_cudart::FirstOf(GetParam()); }
 
