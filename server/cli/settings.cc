@@ -506,8 +506,11 @@ constexpr std::array kLimitSettings = {
          "1s"),
     Time("keepalive-timeout", "limits.keepalive_timeout", "20s", "A ping not answered by then ends the connection.",
          "5s", "1ms"),
-    Time("min-client-ping-interval", "limits.min_client_ping_interval", "10s",
-         "Clients that ping more often than this are cut off.", "5s"),
+    Time(
+        "min-client-ping-interval", "limits.min_client_ping_interval", "5s",
+        "A client's pings that come sooner than this after one another end its connection at the third, if nothing was "
+        "sent to it meanwhile. 0: it may ping as often as it likes.",
+        "10s"),
     Size("max-prompt-size", "limits.prompt_size", "4MiB",
          "Largest prompt: text, or a chat's contents and tools together.", "1MiB", "1B"),
     Count("max-chat-messages", "limits.chat_messages", "2048", "Most messages of a chat.", "100"),

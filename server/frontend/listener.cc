@@ -38,11 +38,14 @@ void SetArguments(const FrontendLimits& limits, grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxHeaderBytes);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Millis(limits.keepalive_time));
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Millis(limits.keepalive_timeout));
-  // Clients that ping on their own must not be cut off: gRPC's defaults close after the third ping within 300 s.
+  // gRPC's own interval is 300 s, which would cut off clients that keep their connections alive as they are told to:
+  // those ping every 10 s at most. Of pings that come too soon, with nothing sent in between, it bears two; any number
+  // where it is told 0.
+  const bool bounded = limits.min_client_ping_interval > Duration(0);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
                               Millis(limits.min_client_ping_interval));
-  builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, bounded ? 2 : 0);
 }
 
 // gRPC would take port 443 where none is given.

@@ -8,6 +8,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <future>
 #include <set>
 
 #include "grpc/reflection/v1/reflection.grpc.pb.h"
@@ -391,6 +392,39 @@ TEST(HealthTest, AStuckStepIsNotServingThoughEverythingLives) {
   }
   EXPECT_TRUE(stream->Finish().ok());
   EXPECT_EQ(Health(server), HealthCheckResponse::SERVING);
+}
+
+// How a watch of health ends whose client pings as often as gRPC lets it, while nothing else is sent.
+grpc::StatusCode EndOfPingingWatch(Duration min_client_ping_interval, std::chrono::milliseconds patience) {
+  TestServer::Options options;
+  options.server.limits.min_client_ping_interval = min_client_ping_interval;
+  TestServer server(options);
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  auto channel = grpc::CreateCustomChannel(server.server().address(), grpc::InsecureChannelCredentials(), arguments);
+  auto stub = grpc::health::v1::Health::NewStub(channel);
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + patience);
+  auto reader = stub->Watch(&context, {});
+  HealthCheckResponse response;
+  EXPECT_TRUE(reader->Read(&response));
+  EXPECT_FALSE(reader->Read(&response));
+  return reader->Finish().error_code();
+}
+
+TEST(ListenerTest, ClientsThatPingTooOftenAreCutOff) {
+  EXPECT_EQ(EndOfPingingWatch(std::chrono::hours(1), std::chrono::seconds(60)), grpc::StatusCode::UNAVAILABLE);
+}
+
+// gRPC's client pings once a second at most, so that the third ping, which would end it, comes after three.
+TEST(ListenerTest, ClientsMayPingAsOftenAsTheyAreAllowed) {
+  auto any = std::async(std::launch::async, EndOfPingingWatch, Duration(0), std::chrono::milliseconds(4500));
+  auto seldom_enough = EndOfPingingWatch(std::chrono::milliseconds(1), std::chrono::milliseconds(4500));
+  EXPECT_EQ(seldom_enough, grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(any.get(), grpc::StatusCode::DEADLINE_EXCEEDED);
 }
 
 TEST(HealthTest, WatchTellsChangesOnce) {
