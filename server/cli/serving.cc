@@ -19,7 +19,7 @@ int32_t SmallSize(const std::string& text) {
   return static_cast<int32_t>(std::min<int64_t>(Size(text), INT32_MAX));
 }
 
-ServedModel Describe(const LoadedModel& model) {
+ServedModel Describe(const LoadedModel& model, const config::v1::ServerConfig& settings) {
   const ModelConfig& config = model.checkpoint->config();
   const GenerationDefaults& generation = model.checkpoint->generation_defaults();
   ServedModel served;
@@ -40,6 +40,7 @@ ServedModel Describe(const LoadedModel& model) {
   served.defaults.repetition_penalty = generation.repetition_penalty;
   served.tokenizer = model.text.tokenizer;
   served.chat_format = model.text.chat_format;
+  if (settings.kv().prefix_cache()) served.features.emplace_back("prefix_cache");
   return served;
 }
 
@@ -109,7 +110,7 @@ StatusOr<std::unique_ptr<Serving>> Serving::Listen(const config::v1::ServerConfi
 Status Serving::Load(LoadHooks hooks) {
   hooks.on_step = impl_->server->step_callback();
   ASSIGN_OR_RETURN(impl_->model, LoadModel(impl_->config, hooks));
-  impl_->server->Attach(impl_->model.engine.get(), Describe(impl_->model), impl_->model.device);
+  impl_->server->Attach(impl_->model.engine.get(), Describe(impl_->model, impl_->config), impl_->model.device);
   return OkStatus();
 }
 

@@ -1,7 +1,7 @@
 #include "server/cli/version.h"
 
 #include <google/protobuf/stubs/common.h>
-#include <grpc/grpc.h>
+#include <grpcpp/grpcpp.h>
 
 #include <cstdio>
 
@@ -19,7 +19,7 @@ int RunVersion(const ParsedFlags& flags) {
                         {"commit", kCommit},
                         {"api", "altiplano.inference.v1"},
                         {"compiler", __VERSION__},
-                        {"grpc", grpc_version_string()},
+                        {"grpc", grpc::Version()},
                         {"protobuf", google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION)}};
     std::printf("%s\n", json.dump(2).c_str());
   } else {

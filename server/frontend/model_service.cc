@@ -12,7 +12,7 @@ namespace {
 // What this front end can do with any model.
 constexpr std::string_view kFeatures[] = {"streaming",      "logprobs",  "prompt_logprobs", "num_sequences",
                                           "seed",           "penalties", "logit_bias",      "stop_strings",
-                                          "stop_token_ids", "echo",      "prefix_cache",    "priority"};
+                                          "stop_token_ids", "echo",      "priority"};
 
 void FillModel(const ServedModel& model, v1::Model* out) {
   out->set_name(model.name);

@@ -74,10 +74,10 @@ def generate_stubs(command, source, out):
 
 
 class Server:
-    def __init__(self, program, model):
+    def __init__(self, program, model, *more):
         self.process = subprocess.Popen(
             [program, "serve", "--model", model, "--listen", "127.0.0.1:0", "--dtype", "f32", "--threads", "1", "--kv-memory",
-             "64MiB", "--served-model-name", "tiny", "--log-level", "warn"], stdout=subprocess.PIPE, text=True)
+             "64MiB", "--served-model-name", "tiny", "--log-level", "warn", *more], stdout=subprocess.PIPE, text=True)
         self.ready = self.process.stdout.readline()
         if not self.ready.startswith("READY "):
             sys.exit(f"not READY: {self.ready!r}")
@@ -164,6 +164,34 @@ def test_health_and_reflection(out, channel):
         assert answers[1].file_descriptor_response.file_descriptor_proto, answers[1]
 
 
+def test_the_example_of_the_docs_runs(source, out, address, golden):
+    code = (source / "docs" / "clients.md").read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    for written, here in (("127.0.0.1:50051", address), ('"stubs"', repr(str(out)))):
+        assert code.count(written) == 1, written
+        code = code.replace(written, here)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == golden["greedy_text"] + " FINISH_REASON_EOS\n", done
+    # And says why not, where it is told off.
+    done = subprocess.run([sys.executable, "-c", code.replace("temperature=0", "temperature=-1")], capture_output=True, text=True,
+                          timeout=PATIENCE)
+    assert "INVALID_ARGUMENT" in done.stdout and "INVALID_FIELD" in done.stdout, done
+
+
+def test_features(program, model):
+    """Of a server by itself: whether prefixes are cached is a setting."""
+    import grpc
+    from altiplano.inference.v1 import model_pb2, model_pb2_grpc
+    for flag, cached in (("--enable-prefix-caching", True), ("--no-enable-prefix-caching", False)):
+        server = Server(program, model, flag)
+        try:
+            with grpc.insecure_channel(server.address) as channel:
+                stub = model_pb2_grpc.ModelServiceStub(channel)
+                served = stub.GetModel(model_pb2.GetModelRequest(), timeout=PATIENCE)
+            assert ("prefix_cache" in served.features) == cached, served
+        finally:
+            assert server.stop() == 0
+
+
 def test(program, source, work):
     """Runs inside the Python that has grpcio."""
     out = work / "stubs"
@@ -180,9 +208,11 @@ def test(program, source, work):
             test_errors_have_details(grpc, pb, stub)
             test_deadline_and_cancel(grpc, pb, stub, status_pb2_grpc.StatusServiceStub(channel), status_pb)
             test_health_and_reflection(out, channel)
+            test_the_example_of_the_docs_runs(source, out, server.address, golden)
     finally:
         code = server.stop()
     assert code == 0, f"exit code {code}"
+    test_features(program, str(model))
     print("python client: ok, grpcio", grpc.__version__)
 
 

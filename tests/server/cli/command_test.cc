@@ -1,6 +1,7 @@
 #include "server/cli/command.h"
 
 #include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -324,6 +325,7 @@ TEST(Commands, VersionIsTheProjects) {
   ASSERT_TRUE(json.ok());
   EXPECT_EQ((*json)["version"], kVersion);
   EXPECT_EQ((*json)["commit"], kCommit);
+  EXPECT_EQ((*json)["grpc"], grpc::Version()) << "the release's, not the core library's own";
 }
 
 TEST(Commands, VersionNamesTheCommit) {

@@ -109,6 +109,7 @@ TEST(ModelServiceTest, OneModel) {
   EXPECT_EQ(model.chat_format(), "llama3.1");
   EXPECT_THAT(model.eos_token_ids(), ::testing::ElementsAre(1793, 1800, 1801));
   EXPECT_THAT(model.features(), ::testing::IsSupersetOf({"chat", "tools", "logprobs", "from-the-program"}));
+  EXPECT_THAT(model.features(), ::testing::Not(::testing::Contains("prefix_cache"))) << "the program knows whether";
   v1::GetModelRequest get;
   get.set_name("tiny");
   grpc::ClientContext context;
