@@ -484,10 +484,17 @@ Status LocalExecutor::CaptureGraphs(const Ranks& ranks, StartWatch* watch, const
   const uint64_t free_before = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;
   RETURN_IF_ERROR(OnAllRanks(ranks, watch, "capturing the graphs of decode steps",
                              [](size_t, RankWorker& worker) { return worker.CaptureDecodeGraphs(); }));
+  size_t graphs = SIZE_MAX;
+  for (const auto& rank : ranks) graphs = std::min(graphs, rank->worker->decode_graphs());
+  for (const auto& rank : ranks) rank->worker->KeepDecodeGraphs(graphs);
+  if (const size_t wanted = ranks[0]->worker->decode_graph_shapes(); graphs < wanted) {
+    log::Warn("no memory for the graphs of all decode steps: those of smaller batches are issued op by op",
+              {{"graphs", graphs}, {"of", wanted}, {"remedy", "a smaller --kv-memory"}});
+  }
   const uint64_t free_after = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   log::Info("captured the graphs of decode steps",
-            {{"graphs", ranks[0]->worker->decode_graphs()},
+            {{"graphs", graphs},
              {"seconds", took.count()},
              {"driver_memory", HumanBytes(free_before - std::min(free_before, free_after))}});
   return OkStatus();

@@ -23,6 +23,10 @@ TokenScore ToScore(const SampleResult& result) {
   return score;
 }
 
+// Of a GPU's memory: with less than that left no more graphs are made. What a graph takes of it only its driver knows,
+// and what loads later needs some, too.
+constexpr uint64_t kFreeForGraphsPart = 256;
+
 // Elements [begin, begin + n) of a vector of i32.
 TensorView Slice(const TensorView& x, int64_t begin, int64_t n) {
   return TensorView::Make(x.as<int32_t>() + begin, DType::kI32, {n}, x.device);
@@ -118,10 +122,15 @@ Status RankWorker::CaptureDecodeGraphs() {
     ++prepared_;
   }
   std::vector<std::unique_ptr<StepGraph>> graphs;
+  size_t free_bytes = 0, most_bytes = 0;  // before the last one was made; that one has taken
   for (const DecodeShape& shape : shapes) {
     const StepInputBuilder::Step step = BuildInputs(StepPlan(), &shape);
     std::string error = stream_->Synchronize();  // the step's arrays are not part of the graph
     if (!error.empty()) return Status(Code::kInternal, error);
+    const MemoryInfo memory = QueryMemory(stream_->device(), stream_->ordinal());
+    if (!graphs.empty()) most_bytes = std::max(most_bytes, free_bytes - std::min(free_bytes, memory.free_bytes));
+    free_bytes = memory.free_bytes;
+    if (free_bytes < memory.total_bytes / kFreeForGraphsPart + most_bytes) break;
     graphs.push_back(StepGraph::Capture(
         *stream_, [&] { return compute(step); }, &error));
     if (graphs.back() != nullptr) {
@@ -135,6 +144,11 @@ Status RankWorker::CaptureDecodeGraphs() {
   graph_shapes_ = std::move(shapes);
   graphs_ = std::move(graphs);
   return OkStatus();
+}
+
+void RankWorker::KeepDecodeGraphs(size_t n) {
+  CHECK(n <= graphs_.size());
+  graphs_.resize(n);
 }
 
 uint64_t RankWorker::progress() const {

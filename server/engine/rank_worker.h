@@ -59,8 +59,12 @@ class RankWorker {
   void SetCache(KvCache cache);
   // On a GPU, after SetCache: steps that only decode are replayed from graphs of their padded shape from now on. On all
   // ranks at once: each shape runs before it is captured. Sampling is not captured, its parameters are arguments.
+  // Graphs of the largest shapes first, and as many as there is memory for: steps of the other shapes are issued op by
+  // op. Ranks of a group must have the same, since what they sum is padded alike.
   Status CaptureDecodeGraphs();
+  void KeepDecodeGraphs(size_t n);  // of those the first n
   size_t decode_graphs() const { return graphs_.size(); }
+  size_t decode_graph_shapes() const { return graph_shapes_.size(); }
   // Grows with each op on the CPU, and with each step and graph of CaptureDecodeGraphs. Any thread.
   uint64_t progress() const;
 
@@ -120,7 +124,7 @@ class RankWorker {
   Buffer sample_scratch_;              // likewise
   Buffer gathered_;                    // [R, V' * ranks] f32, of the one that samples of several
   std::vector<DecodeShape> graph_shapes_;
-  std::vector<std::unique_ptr<StepGraph>> graphs_;  // of each shape
+  std::vector<std::unique_ptr<StepGraph>> graphs_;  // of each shape, or of the first ones
   std::atomic<uint64_t> prepared_{0};               // steps and graphs, by CaptureDecodeGraphs
   std::vector<SampleParams> params_;                // reused between steps
   std::vector<int32_t> num_top_;                    // likewise

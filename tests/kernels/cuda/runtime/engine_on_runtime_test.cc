@@ -39,8 +39,9 @@ const Checkpoint& Model() {
 
 class EngineOnRuntimeTest : public testing::TestWithParam<int> {
  protected:
-  void SetUp() override {
-    fake_cudart::Reset(fake_cudart::AllArchitectures());
+  void SetUp() override { Reset(fake_cudart::AllArchitectures()); }
+  static void Reset(const fake_cudart::Machine& machine) {
+    fake_cudart::Reset(machine);
     // What kernels would have left: any token.
     fake_cudart::AfterCopiesToHost([](void* data, size_t bytes) {
       if (bytes % sizeof(SampleResult) != 0) return;
@@ -137,6 +138,25 @@ TEST_P(EngineOnRuntimeTest, RanksWithAGpuEach) {
     EXPECT_GT(fake_cudart::Count(gpu).launches, 500);
     EXPECT_GT(fake_cudart::Count(gpu).graph_launches, 0);
   }
+}
+
+// A rank's GPU is half another's: it has fewer graphs, and so have the others.
+TEST_P(EngineOnRuntimeTest, AsManyGraphsAsThereIsMemoryForOnAllRanks) {
+  fake_cudart::Machine machine = fake_cudart::AllArchitectures();
+  machine.graph_bytes = 4 << 20;
+  machine.crowded = first();
+  Reset(machine);
+  LocalExecutorOptions options = Options({second(), first()});
+  options.ranks = 2;
+  std::thread([&] {
+    const auto executor = LocalExecutor::Create(Model(), options);
+    ASSERT_TRUE(executor.ok()) << executor.status().ToString();
+    EXPECT_EQ(fake_cudart::Graphs(first()), fake_cudart::Graphs(second()));
+    EXPECT_GT(fake_cudart::Graphs(first()), 2);
+    EXPECT_LT(fake_cudart::Graphs(first()), 9);
+  }).join();
+  Serve(options);
+  EXPECT_EQ(fake_cudart::Count(first()).graph_launches, fake_cudart::Count(second()).graph_launches);
 }
 
 TEST_P(EngineOnRuntimeTest, StagesWithAGpuEach) {

@@ -204,6 +204,7 @@ void Reset(const Machine& machine) {
   for (size_t i = 0; i < machine.capabilities.size(); ++i) {
     world.gpus[static_cast<int>(i)].capability = machine.capabilities[i];
   }
+  if (machine.crowded >= 0) world.gpus[machine.crowded].used = machine.bytes / 2;
   world.contexts.clear();
   world.refusals.clear();
   world.fill = nullptr;
@@ -229,6 +230,11 @@ int Left() {
   const World& world = The();
   return static_cast<int>(world.streams.size() + world.events.size() + world.graphs.size() + world.executables.size() +
                           world.memory.size());
+}
+int Graphs(int gpu) {
+  const Lock lock(The().mutex);
+  return static_cast<int>(
+      std::count_if(The().executables.begin(), The().executables.end(), [&](auto* each) { return each->gpu == gpu; }));
 }
 Counts Count(int gpu) {
   const Lock lock(The().mutex);
@@ -493,7 +499,12 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
   const Lock lock(The().mutex);
   if (Unsafe()) return Refuse("cudaGraphInstantiate", cudaErrorStreamCaptureUnsupported);
-  auto* made = new FakeGraph(*reinterpret_cast<FakeGraph*>(graph));
+  const FakeGraph& of = *reinterpret_cast<FakeGraph*>(graph);
+  size_t& used = The().gpus[of.gpu].used;
+  const size_t bytes = of.ops * The().machine.graph_bytes;
+  if (bytes > The().machine.bytes - used) return Refuse("cudaGraphInstantiate", cudaErrorMemoryAllocation);
+  used += bytes;
+  auto* made = new FakeGraph(of);
   The().executables.insert(made);
   *executable = reinterpret_cast<cudaGraphExec_t>(made);
   return cudaSuccess;
@@ -514,6 +525,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   FakeGraph* found = Find(The().executables, executable);
   if (found == nullptr) return Refuse("cudaGraphExecDestroy", cudaErrorInvalidValue);
   The().executables.erase(found);
+  The().gpus[found->gpu].used -= found->ops * The().machine.graph_bytes;
   delete found;
   return cudaSuccess;
 }

@@ -15,6 +15,8 @@ namespace altiplano::fake_cudart {
 struct Machine {
   std::vector<int> capabilities = {90};  // of each GPU; none: no GPU
   size_t bytes = size_t{1} << 30;        // of each
+  size_t graph_bytes = 0;                // that an op of a graph takes of its GPU
+  int crowded = -1;                      // a GPU of which others have half
   bool old_driver = false;
   bool peers = true;  // GPUs reach each other's memory
 };
@@ -33,6 +35,7 @@ void Lose(int gpu);
 std::vector<std::string> Refusals();
 std::set<int> Contexts();  // GPUs
 int CurrentGpu();          // of the calling thread
+int Graphs(int gpu);       // that can be launched
 int Left();                // streams, events, graphs and pieces of memory that are not given back
 struct Counts {
   int launches = 0, overlapping = 0, captured = 0;  // of kernels
