@@ -19,13 +19,6 @@ constexpr size_t kMaxDescriptionBytes = 256;
 constexpr size_t kMaxViolationBytes = 2048;
 constexpr auto kRetryUnavailable = std::chrono::seconds(1);
 
-std::string_view ReasonOf(const Status& status) {
-  if (!status.reason().empty()) return status.reason();
-  if (status.code() == Code::kInvalidArgument) return "INVALID_FIELD";
-  if (status.code() == Code::kInternal) return "ENGINE_FAULT";
-  return CodeName(status.code());
-}
-
 void AddBadRequest(const ErrorDetail& detail, google::rpc::Status* out) {
   if (detail.field_violations.empty()) return;
   google::rpc::BadRequest bad;
@@ -54,6 +47,13 @@ std::string Shorten(std::string_view text, size_t bytes) {
   size_t end = bytes - 3;
   while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
   return StrCat(text.substr(0, end), "...");
+}
+
+std::string_view ReasonOf(const Status& status) {
+  if (status.ok() || !status.reason().empty()) return status.reason();
+  if (status.code() == Code::kInvalidArgument) return "INVALID_FIELD";
+  if (status.code() == Code::kInternal) return "ENGINE_FAULT";
+  return CodeName(status.code());
 }
 
 grpc::Status ToGrpcStatus(const Status& status) {

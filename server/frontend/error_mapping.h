@@ -18,6 +18,9 @@ namespace altiplano {
 
 inline constexpr std::string_view kErrorDomain = "altiplano.inference.v1";
 
+// The ErrorInfo's: the status's own, else one by its code. Empty of OK.
+std::string_view ReasonOf(const Status& status);
+
 // Every error carries one ErrorInfo; BadRequest and RetryInfo when the detail has fields or a delay. Long messages and
 // lists are cut: all of it travels in HTTP/2 headers, of which clients take 8 KiB.
 grpc::Status ToGrpcStatus(const Status& status);

@@ -218,7 +218,7 @@ void GenerateCall::LogEnd(TimePoint now) const {
   Duration total = timing_.total > Duration(0) ? timing_.total : now - arrival_;
   log::Info("request finished", {{"request_id", request_id_},
                                  {"status", CodeName(status_.code())},
-                                 {"reason", status_.reason()},
+                                 {"reason", ReasonOf(status_)},
                                  {"prompt_tokens", prompt_tokens},
                                  {"cached_tokens", cached_tokens_},
                                  {"completion_tokens", tokens},

@@ -69,11 +69,11 @@ Status QueueBounds::Refuse(size_t index, bool own_limit, TimePoint now) {
                   std::move(detail));
   }
   const TenantOptions& limits = options_.tenants[index];
-  detail.metadata = {{"tenant", limits.name},
-                     {"queued_requests", StrCat(tenant.requests)},
-                     {"max_queued_requests", StrCat(limits.max_queued_requests)},
-                     {"queued_tokens", StrCat(tenant.tokens)},
-                     {"max_queued_tokens", StrCat(limits.max_queued_tokens)}};
+  detail.metadata = {
+      {"tenant", limits.name}, {"queued_requests", StrCat(tenant.requests)}, {"queued_tokens", StrCat(tenant.tokens)}};
+  // 0 is no limit, and would read as the least.
+  if (limits.max_queued_requests > 0) detail.metadata["max_queued_requests"] = StrCat(limits.max_queued_requests);
+  if (limits.max_queued_tokens > 0) detail.metadata["max_queued_tokens"] = StrCat(limits.max_queued_tokens);
   return Status(Code::kResourceExhausted,
                 StrCat("tenant ", limits.name, " has ", tenant.requests, " requests with ", tenant.tokens,
                        " prompt tokens waiting, which is its limit"),

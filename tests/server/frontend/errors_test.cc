@@ -89,16 +89,18 @@ TEST(ErrorTest, BadFieldsAreNamedAllAtOnce) {
 }
 
 // Operators find a client's complaint in the log by its id.
-TEST(ErrorTest, WhatIsRefusedHasAnIdInTheLogToo) {
+TEST(ErrorTest, WhatIsRefusedHasItsIdAndReasonInTheLogToo) {
   TestServer server;
   v1::GenerateRequest bad = TextRequest("x");
   bad.mutable_sampling()->set_top_p(2);
   v1::GenerateRequest named = bad, malformed = bad;
   named.set_request_id("mine");
   malformed.set_request_id("not\nmine");
+  v1::GenerateRequest chat;
+  chat.mutable_chat()->add_messages()->set_role(v1::ROLE_TOOL);
   log::Init(log::Level::kInfo, log::Format::kJson);
   ::testing::internal::CaptureStderr();
-  for (const v1::GenerateRequest& request : {bad, named, malformed}) {
+  for (const v1::GenerateRequest& request : {bad, named, malformed, chat}) {
     EXPECT_EQ(Generate(server, request).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   }
   log::Flush();
@@ -108,10 +110,12 @@ TEST(ErrorTest, WhatIsRefusedHasAnIdInTheLogToo) {
   for (std::string line; std::getline(lines, line);) {
     auto json = ParseJson(line);
     ASSERT_TRUE(json.ok()) << line;
-    if ((*json)["event"] == "request finished") ids.push_back((*json)["request_id"]);
+    if ((*json)["event"] != "request finished") continue;
+    ids.push_back((*json)["request_id"]);
+    EXPECT_EQ((*json)["reason"], "INVALID_FIELD") << "as the client gets it: " << line;
   }
   constexpr size_t kUuid = 36;
-  ASSERT_EQ(ids.size(), 3U);
+  ASSERT_EQ(ids.size(), 4U);
   EXPECT_EQ(ids[0].size(), kUuid);
   EXPECT_EQ(ids[1], "mine");
   EXPECT_EQ(ids[2].size(), kUuid);

@@ -43,6 +43,8 @@ TEST(QueueBounds, ATenantsOwnLimitsHaveTheirOwnReason) {
   EXPECT_EQ(full.reason(), "TENANT_QUEUE_FULL");
   EXPECT_THAT(full.message(), HasSubstr("tenant a has 2 requests with 20 prompt tokens waiting"));
   EXPECT_EQ(full.detail()->metadata.at("tenant"), "a");
+  EXPECT_EQ(full.detail()->metadata.at("max_queued_requests"), "2");
+  EXPECT_FALSE(full.detail()->metadata.contains("max_queued_tokens")) << "it has none";
   EXPECT_TRUE(bounds.Enter(1, 60, kNow).ok());
   EXPECT_EQ(bounds.Enter(1, 1, kNow).reason(), "TENANT_QUEUE_FULL");
   EXPECT_TRUE(bounds.Enter(2, 100, kNow).ok());
