@@ -102,9 +102,8 @@ constexpr std::array kSettings = {
     Flag{.name = "isa",
          .type = FlagType::kChoice,
          .default_value = "auto",
-         .meaning =
-             "Highest CPU instruction set to use. auto is the fastest that this machine has; a level that it has not "
-             "ends with exit code 69.",
+         .meaning = "Highest CPU instruction set to use. auto is the fastest that this machine has (on Intel's never "
+                    "avx512_bf16); a level that it has not ends with exit code 69.",
          .example = "avx2",
          .field = "model.isa",
          .choices = "auto|avx2|avx512|avx512_bf16|amx_bf16",
