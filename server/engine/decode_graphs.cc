@@ -1,13 +1,12 @@
 #include "server/engine/decode_graphs.h"
 
 #include <algorithm>
-#include <iterator>
 
 namespace altiplano {
 
 namespace {
 
-// The steps of a ladder below `most`, then `most` itself where the ladder reaches it, largest first.
+// The steps of a ladder below `most`, then `most` itself where the ladder reaches it, smallest first.
 template <size_t kSteps>
 std::vector<int32_t> Rungs(const int32_t (&ladder)[kSteps], int32_t unit, int32_t most) {
   std::vector<int32_t> rungs;
@@ -15,7 +14,6 @@ std::vector<int32_t> Rungs(const int32_t (&ladder)[kSteps], int32_t unit, int32_
     const int32_t rung = std::min(most, (step + unit - 1) / unit);
     if (rung > 0 && (rungs.empty() || rungs.back() < rung)) rungs.push_back(rung);
   }
-  std::reverse(rungs.begin(), rungs.end());
   return rungs;
 }
 
@@ -39,8 +37,7 @@ size_t FindDecodeShape(const std::vector<DecodeShape>& shapes, const StepPlan& p
     pages = std::max(pages, sequence.num_blocks);
   }
   const auto fits = [&](const DecodeShape& shape) { return shape.sequences >= sequences && shape.pages >= pages; };
-  const auto found = std::find_if(shapes.rbegin(), shapes.rend(), fits);
-  return found == shapes.rend() ? shapes.size() : static_cast<size_t>(std::distance(found, shapes.rend()) - 1);
+  return static_cast<size_t>(std::find_if(shapes.begin(), shapes.end(), fits) - shapes.begin());
 }
 
 }  // namespace altiplano

@@ -29,7 +29,8 @@ struct DecodeGraphLimits {
   int32_t max_pages = 0;      // of a sequence
   int32_t page_size = 0;
 };
-// Largest batch first, and of each batch the longest contexts first: what the first ones make a driver take, all have.
+// Smallest batch first, and of each batch the shortest contexts first: where there is memory for a part of them, it is
+// for steps that are over soonest and so can least wait for launches.
 std::vector<DecodeShape> PlanDecodeGraphs(const DecodeGraphLimits& limits);
 
 // The index of the smallest shape that the step fits, or shapes.size(): it does not decode only, or is too large.

@@ -488,7 +488,7 @@ Status LocalExecutor::CaptureGraphs(const Ranks& ranks, StartWatch* watch, const
   for (const auto& rank : ranks) graphs = std::min(graphs, rank->worker->decode_graphs());
   for (const auto& rank : ranks) rank->worker->KeepDecodeGraphs(graphs);
   if (const size_t wanted = ranks[0]->worker->decode_graph_shapes(); graphs < wanted) {
-    log::Warn("no memory for the graphs of all decode steps: those of smaller batches are issued op by op",
+    log::Warn("no memory for the graphs of all decode steps: those of larger batches are issued op by op",
               {{"graphs", graphs}, {"of", wanted}, {"remedy", "a smaller --kv-memory"}});
   }
   const uint64_t free_after = QueryMemory(options.device, GpuOf(options, 0)).free_bytes;

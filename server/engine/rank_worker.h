@@ -59,8 +59,8 @@ class RankWorker {
   void SetCache(KvCache cache);
   // On a GPU, after SetCache: steps that only decode are replayed from graphs of their padded shape from now on. On all
   // ranks at once: each shape runs before it is captured. Sampling is not captured, its parameters are arguments.
-  // Graphs of the largest shapes first, and as many as there is memory for: steps of the other shapes are issued op by
-  // op. Ranks of a group must have the same, since what they sum is padded alike.
+  // Graphs of the smallest shapes first, and as many as there is memory for: larger steps are issued op by op. Ranks of
+  // a group must have the same, since what they sum is padded alike.
   Status CaptureDecodeGraphs();
   void KeepDecodeGraphs(size_t n);  // of those the first n
   size_t decode_graphs() const { return graphs_.size(); }
