@@ -128,6 +128,10 @@ Status DrainingError() {
   return Unavailable("DRAINING", "the server is draining and takes no new requests");
 }
 
+Status DrainedError() {
+  return Unavailable("DRAINING", "the server is draining and its grace for live calls is over");
+}
+
 Status ShutdownError() {
   return Unavailable("DRAINING", "the server is shutting down");
 }

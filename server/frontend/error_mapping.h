@@ -34,7 +34,8 @@ Status UndecodableMessage(std::string_view message_type);           // INVALID_A
 Status Unsupported(std::string_view feature, std::string message);  // UNIMPLEMENTED FEATURE
 Status LoadingError();                                              // UNAVAILABLE LOADING
 Status DrainingError();                                             // UNAVAILABLE DRAINING
-Status ShutdownError();                                             // same, for calls that were live
+Status DrainedError();                                              // same, for calls that outlived a drain's grace
+Status ShutdownError();                                             // same, for calls that were live at the end
 Status ModelNotFound(std::string_view asked, std::string_view served);
 
 // `text` cut to at most `bytes` at the end of a code point, "..." in place of what is gone.

@@ -97,7 +97,7 @@ class Server::Impl {
       if (now < kill_at) return kill_at;
       kill_at = kNever;
     }
-    state.egress.queue()->PostToAll(ShutdownError());
+    state.egress.queue()->PostToAll(DrainedError());
     return kNever;
   }
 
@@ -180,7 +180,7 @@ void Server::Drain(Duration grace) {
   TimePoint now = Clock::Real().Now();
   TimePoint deadline = grace < kNever - now ? now + grace : kNever;
   if (impl_->state.WaitUntilEmpty(deadline)) return;
-  impl_->state.egress.queue()->PostToAll(ShutdownError());
+  impl_->state.egress.queue()->PostToAll(DrainedError());
   impl_->state.WaitUntilEmpty(Clock::Real().Now() + kFarewell);
 }
 

@@ -272,7 +272,9 @@ TEST(AdminServiceTest, DrainEndsWhatIsLeftAfterTheGrace) {
   ASSERT_TRUE(v1::AdminService::NewStub(server.Channel(true))->Drain(&context, drain, &drained).ok());
   while (live->Read(&message)) {
   }
-  EXPECT_EQ(ReasonOf(live->Finish()), "DRAINING");
+  const grpc::Status status = live->Finish();
+  EXPECT_EQ(ReasonOf(status), "DRAINING");
+  EXPECT_EQ(status.error_message(), "the server is draining and its grace for live calls is over");
 }
 
 TEST(AdminServiceTest, CacheLevelAndRecorder) {
