@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/ptx_host.h"
+#include "kernels/cuda/sim/registers.h"
 #include "kernels/cuda/sim/tensor_map.h"
 #include "kernels/cuda/sim/thread.h"
 
@@ -44,9 +45,15 @@ inline uint32_t SharedAddress(const void* data) {
   return sim::SharedAddress(data);
 }
 template <int kRegisters>
-void GiveRegistersBack() {}
+void GiveRegistersBack(PTX_SITE) {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  sim::GiveRegistersBack(kRegisters, site);
+}
 template <int kRegisters>
-void TakeRegisters() {}
+void TakeRegisters(PTX_SITE) {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  sim::TakeRegisters(kRegisters, site);
+}
 
 // As many registers as kernels pass, and not a pack: the place of the call comes after them.
 template <typename A>

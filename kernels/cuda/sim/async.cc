@@ -101,6 +101,7 @@ void MbarrierWait(uint64_t* address, uint32_t parity, Site site) {
   Runner& runner = CurrentRunner();
   TsanRead(address, 8, SIM_CALLER);
   Mbarrier& barrier = Find(runner, address, site);
+  if (parity > 1) runner.Fail("mbarrier.try_wait: a parity is 0 or 1", site);
   runner.SwitchAway();
   while ((barrier.phase & 1) == parity) {
     runner.current->mbarrier = &barrier;

@@ -26,12 +26,13 @@ inline constexpr int kMostWarps = kMostThreads / kWarpSize;
 inline constexpr uint32_t kSharedBase = 1024;
 inline constexpr uint32_t kSharedWindow = 512 * 1024;
 inline constexpr uint32_t kGuard = 256;
-inline constexpr size_t kMostMbarriers = 64;  // of a block
-inline constexpr int kNamedBarriers = 16;     // of a block, the first is that of __syncthreads
+inline constexpr size_t kMostMbarriers = 64;       // of a block
+inline constexpr int kNamedBarriers = 16;          // of a block, the first is that of __syncthreads
+inline constexpr int kBlockRegisters = 64 * 1024;  // of a multiprocessor
 
 struct Cancel {};  // thrown in threads that are stuck, so that their stacks unwind
 
-enum class Wait : uint8_t { kNothing, kWarp, kBarrier, kNamedBarrier, kMbarrier, kExited };
+enum class Wait : uint8_t { kNothing, kWarp, kBarrier, kNamedBarrier, kMbarrier, kRegisters, kExited };
 
 // Of a happens-before edge: TSan knows an edge by an address.
 struct Token {
@@ -82,6 +83,7 @@ struct Thread : ThreadView {
   int named_barrier = 0;               // that it waits for
   const Mbarrier* mbarrier = nullptr;  // likewise
   uint32_t parity = 0;
+  int registers = 0, wanted_registers = 0;
   uint32_t proxy_fences = 0;
   bool waited = false;  // for the kernels before
   bool early = false;   // its next access may come before that wait
@@ -223,6 +225,7 @@ class Runner {
   Thread* current = nullptr;
   std::vector<StaticVariable> statics;
   uint32_t shared_end = 0;
+  int pooled_registers = 0;  // that threads have given back
   std::string failure;
   bool cancelling = false;
   Token launch_token, end_token;
@@ -294,6 +297,9 @@ void CheckProxyFence(Runner& runner, uint32_t address, const char* what, Site si
 
 // ---- warp.cc
 std::string ArrivedAt(const Runner& runner, int id);  // who has at a named barrier; empty: nobody
+
+// ---- registers.cc
+std::string UnevenRegisters(const Runner& runner);  // of a warpgroup's warps, when the block ends
 
 // ---- wgmma.cc
 std::string UnfinishedWgmmas(const Runner& runner);  // what is wrong with them when the block ends

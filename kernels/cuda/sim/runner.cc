@@ -222,6 +222,7 @@ void Runner::Prepare() {
     warp.wgmma_history = 0;
   }
   mbarriers = 0;
+  pooled_registers = 0;
   boxes.clear();
   ++block_id;
   AsanUnpoison(set->window, kSharedWindow);
@@ -238,6 +239,7 @@ void Runner::Prepare() {
     thread.block_dim = block;
     thread.grid_dim = grid.grid;
     thread.together = together != nullptr;
+    thread.registers = std::min(256, kBlockRegisters / threads / 8 * 8);
     thread.copies.clear();
     thread.copy_group = 0;
     thread.proxy_fences = 0;
@@ -279,6 +281,7 @@ void Runner::End() {
     }
   }
   if (failure.empty()) failure = UnfinishedWgmmas(*this);
+  if (failure.empty()) failure = UnevenRegisters(*this);
   if (!failure.empty()) CancelAll();
   AsanUnpoison(set->window, kSharedWindow);
   CheckGuards();
@@ -310,6 +313,11 @@ std::string Runner::DescribeThreads() const {
     if (thread.wait == Wait::kNamedBarrier) {
       wait = "bar.sync at " + ToString(thread.site) + " for barrier " + std::to_string(thread.named_barrier) +
              ArrivedAt(*this, thread.named_barrier);
+    }
+    if (thread.wait == Wait::kRegisters) {
+      wait = "setmaxnreg.inc at " + ToString(thread.site) + " from " + std::to_string(thread.registers) + " to " +
+             std::to_string(thread.wanted_registers) + " registers, and " + std::to_string(pooled_registers) +
+             " of the block are free";
     }
     if (thread.wait == Wait::kMbarrier) {
       const Mbarrier& awaited = *thread.mbarrier;

@@ -39,6 +39,9 @@ template <typename Function>
 void ForChunks(Runner& runner, const WgmmaOperands& operands, Site site, const Function& function) {
   const MatrixDescriptor descriptor(operands.b);
   if (descriptor.base_offset != 0) runner.Fail("wgmma: a base offset is not modelled", site);
+  if (const uint32_t row = descriptor.start & ~0x7Fu; Swizzled(row, descriptor.swizzle) != row) {
+    runner.Fail("wgmma: its matrix does not start in the first row of an atom, and has no base offset", site);
+  }
   const int column_step = operands.b_mn_major ? 8 : 1, k_step = operands.b_mn_major ? 1 : 8;
   for (int k = 0; k < kDepth; k += k_step) {
     for (int column = 0; column < operands.columns; column += column_step) {

@@ -128,6 +128,11 @@ TEST(SimulatedHopper, NamesMistakesWithMbarriers) {
          InitBarrier(0, 1);
        }},
       {"no count of arrivals", [] { InitBarrier(0, 0); }},
+      {"a parity is 0 or 1",
+       [] {
+         InitBarrier(0, 1);
+         ptx::MbarrierWait(Barrier(0), 2);
+       }},
       {"was written over",
        [] {
          InitBarrier(0, 1);
@@ -510,6 +515,14 @@ TEST(SimulatedHopper, NamesMistakesWithWgmma) {
          ptx::WgmmaFence(d, a);
          ptx::Wgmma<false>(d, a[0], ptx::MatrixDescriptor(Shared(Thread() % 2 * 32), 16, 1024), false);
        }},
+      {"does not start in the first row of an atom",
+       [] {
+         ClearShared();
+         float d[32] = {};
+         uint32_t a[1][4] = {};
+         ptx::WgmmaFence(d, a);
+         ptx::Wgmma<false>(d, a[0], ptx::MatrixDescriptor(Shared(128), 16, 1024), false);
+       }},
       {"the matrix of a wgmma is outside",
        [] {
          float d[32] = {};
@@ -535,6 +548,40 @@ TEST(SimulatedHopper, NamesMistakesWithWgmma) {
                   },
                   96),
               HasSubstr("wgmma in a warpgroup of less than 128 threads"));
+}
+
+// ---- registers
+
+TEST(SimulatedHopper, RegistersAreTakenFromThoseThatWereGivenBack) {
+  // 168 for each of 384 threads: 128 give back 128 each, for which 256 others may have 64 more each.
+  for (int seed = 1; seed <= kSeeds; ++seed) {
+    sim::SetSeed(static_cast<uint64_t>(seed));
+    EXPECT_EQ(RunBlock([] { Thread() >= 256 ? ptx::GiveRegistersBack<40>() : ptx::TakeRegisters<232>(); }, 384), "");
+  }
+  EXPECT_THAT(RunBlock([] { Thread() >= 256 ? ptx::GiveRegistersBack<40>() : ptx::TakeRegisters<240>(); }, 384),
+              AllOf(HasSubstr("deadlock in kernel Hopper"), HasSubstr("setmaxnreg.inc at simulator_hopper_test.cc:"),
+                    HasSubstr("from 168 to 240 registers")));
+}
+
+TEST(SimulatedHopper, NamesMistakesWithRegisters) {
+  EXPECT_THAT(RunBlock([] { ptx::GiveRegistersBack<176>(); }, 384),
+              HasSubstr("to 176 registers, where a thread has 168"));
+  EXPECT_THAT(RunBlock([] { ptx::TakeRegisters<160>(); }, 384), HasSubstr("to 160 registers, where a thread has 168"));
+  EXPECT_THAT(RunBlock([] { ptx::GiveRegistersBack<40>(); }, 96),
+              HasSubstr("setmaxnreg.dec in a warpgroup of less than 128 threads"));
+  EXPECT_THAT(RunBlock([] {
+                if (Thread() / 32 != 2) ptx::GiveRegistersBack<40>();
+              }),
+              HasSubstr("warps 0 and 2 of a warpgroup end with 40 and 256 registers"));
+  sim::SetSeed(1);
+  EXPECT_THAT(RunBlock([] {
+                if (Thread() % 2 == 0) {
+                  ptx::GiveRegistersBack<40>();
+                } else {
+                  ptx::GiveRegistersBack<48>();
+                }
+              }),
+              HasSubstr("the lanes disagree"));
 }
 
 }  // namespace
