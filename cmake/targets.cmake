@@ -27,7 +27,7 @@ function(altiplano_library name)
   endif()
 endfunction()
 
-# altiplano_test(NAME  DIR folder  DEPS ...  [EXCLUDE regex...]  [LABELS slow]): every *_test.cc of the folder in one gtest
+# altiplano_test(NAME  DIR folder  DEPS ...  [EXCLUDE regex...]  [LABELS slow|long]): every *_test.cc of the folder in one gtest
 # program.
 function(altiplano_test name)
   cmake_parse_arguments(ARG "" "DIR;TIMEOUT" "DEPS;LABELS;ENVIRONMENT;EXCLUDE" ${ARGN})
