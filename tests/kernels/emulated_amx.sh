@@ -2,7 +2,7 @@
 # The AMX kernels on an emulated processor that has AMX: Bochs' Sapphire Rapids, for machines without it. Boots Debian 13's
 # kernel with kernels_test beside it and runs the tests of that instruction set: the instructions' encodings, the tiles'
 # configuration and the server's own check of its kernels are then another's reading of Intel's manual, not ours.
-#   tests/kernels/emulated_amx.sh [FOLDER [FILTER]]     default: a temporary folder; all tests of AMX
+#   tests/kernels/emulated_amx.sh [FOLDER [FILTER]]     default: a temporary folder; AMX' tests but one
 # Needs root, debootstrap, the network, ./run test before, and some ten minutes. Exits with 0 when all tests have passed.
 #
 # Linux gives a process tiles only on processors with XFD, which Bochs has not. So the kernel is told that there is no AMX, a
@@ -13,7 +13,8 @@ cd "$(dirname "$0")/../.."
 build=$PWD/build/release
 test=$build/tests/kernels_test
 folder=${1:-$(mktemp -d)}
-filter=${2:-'*/bf16_amx:*amx_bf16*:LinearDispatch.*'}
+# The one left out had not ended after four minutes: its threads take turns on one slow processor.
+filter=${2:-'*/bf16_amx:*amx_bf16*:LinearDispatch.*:-*PrefillChunksAndDecodeGiveTheSameBits*'}
 [ "$(id -u)" -eq 0 ] || { echo "needs root, for chroot" >&2; exit 77; }
 command -v debootstrap >/dev/null || { echo "needs debootstrap" >&2; exit 77; }
 [ -x "$test" ] || { echo "build first: ./run test" >&2; exit 1; }
