@@ -113,10 +113,10 @@ Status RankWorker::CaptureDecodeGraphs() {
     return true;
   };
   // All runs come before the first capture: to make a graph, the driver may wait for the whole GPU, and so for kernels
-  // of another rank on it that wait for this one's next run.
+  // of another rank on it that wait for this one's next run. The largest run first: what they make a driver take, all
+  // have.
   int32_t ran = 0;  // with how many sequences
-  for (auto shape = shapes.rbegin(); shape != shapes.rend();
-       ++shape) {  // what the largest make a driver take, all have
+  for (auto shape = shapes.rbegin(); shape != shapes.rend(); ++shape) {
     if (std::exchange(ran, shape->sequences) == shape->sequences) continue;
     if (!compute(BuildInputs(StepPlan(), &*shape))) return Aborted();
     if (const std::string error = stream_->Synchronize(); !error.empty()) return Status(Code::kInternal, error);

@@ -149,6 +149,15 @@ Object* Find(const std::set<Object*>& all, Handle handle) {
   auto* object = reinterpret_cast<Object*>(handle);
   return all.contains(object) ? object : nullptr;
 }
+// unknown: what is said of a handle of nothing.
+template <typename Handle, typename Object>
+cudaError_t Destroy(const char* call, std::set<Object*>& all, Handle handle, cudaError_t unknown) {
+  Object* found = Find(all, handle);
+  if (found == nullptr) return Refuse(call, unknown);
+  all.erase(found);
+  delete found;
+  return cudaSuccess;
+}
 // Null: the memory is nobody's, so pageable.
 const Memory* MemoryOf(const void* data, size_t bytes, bool* beyond) {
   const auto* at = static_cast<const char*>(data);
@@ -435,11 +444,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   const Lock lock(The().mutex);
-  FakeStream* found = Find(The().streams, stream);
-  if (found == nullptr) return Refuse("cudaStreamDestroy", cudaErrorInvalidResourceHandle);
-  The().streams.erase(found);
-  delete found;
-  return cudaSuccess;
+  return Destroy("cudaStreamDestroy", The().streams, stream, cudaErrorInvalidResourceHandle);
 }
 static cudaError_t AskStream(const char* call, cudaStream_t stream) {
   const Lock lock(The().mutex);
@@ -514,20 +519,14 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   const Lock lock(The().mutex);
-  FakeGraph* found = Find(The().graphs, graph);
-  if (found == nullptr) return Refuse("cudaGraphDestroy", cudaErrorInvalidValue);
-  The().graphs.erase(found);
-  delete found;
-  return cudaSuccess;
+  return Destroy("cudaGraphDestroy", The().graphs, graph, cudaErrorInvalidValue);
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   const Lock lock(The().mutex);
-  FakeGraph* found = Find(The().executables, executable);
-  if (found == nullptr) return Refuse("cudaGraphExecDestroy", cudaErrorInvalidValue);
-  The().executables.erase(found);
-  The().gpus[found->gpu].used -= found->ops * The().machine.graph_bytes;
-  delete found;
-  return cudaSuccess;
+  if (const FakeGraph* found = Find(The().executables, executable); found != nullptr) {
+    The().gpus[found->gpu].used -= found->ops * The().machine.graph_bytes;
+  }
+  return Destroy("cudaGraphExecDestroy", The().executables, executable, cudaErrorInvalidValue);
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   const Lock lock(The().mutex);
@@ -549,11 +548,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   const Lock lock(The().mutex);
-  FakeEvent* found = Find(The().events, event);
-  if (found == nullptr) return Refuse("cudaEventDestroy", cudaErrorInvalidResourceHandle);
-  The().events.erase(found);
-  delete found;
-  return cudaSuccess;
+  return Destroy("cudaEventDestroy", The().events, event, cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const Lock lock(The().mutex);
