@@ -1,12 +1,14 @@
 // Times every op on a GPU, in the shapes of Llama 3.1, and the memory bandwidth that they are held against.
 //
 //   gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]
+//   gpu_bench --check
 //
 // FILE gets a JSON line for each case: its sizes, the bytes and products that it must at least move and compute, and
 // microseconds. A case that fails is the last: a kernel's fault stays with the process. --skip N goes on behind the
-// first N cases, whose lines are in FILE. --dry writes the same lines without times and needs no GPU. --rehearse
-// measures the small cases alone, of those that need little memory, with fewer bytes and few calls: what the simulator
-// can do. run_gpu.py makes a table of them.
+// first N cases, whose lines are in FILE. FILE.running has the line of the case that is being measured, for whoever
+// ends one that hangs. --check: whether every GPU does what it is told, exit code 69 where one does not. --dry writes
+// the same lines without times and needs no GPU. --rehearse measures the small cases alone, of those that need little
+// memory, with fewer bytes and few calls: what the simulator can do. run_gpu.py makes a table of them.
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
@@ -65,7 +67,9 @@ std::vector<Case> Cases() {
 }
 
 int Usage() {
-  std::fputs("usage: gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]\nparts:", stderr);
+  std::fputs(
+      "usage: gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]\n       gpu_bench --check\nparts:",
+      stderr);
   std::string last;
   for (const Case& c : Cases()) {
     if (c.part != last) std::fprintf(stderr, " %s", c.part.c_str());
@@ -73,6 +77,42 @@ int Usage() {
   }
   std::fputs("\n", stderr);
   return 64;
+}
+
+// Empty, or which GPU this is and what is wrong with it: a kernel swaps two rows.
+std::string CheckGpu(int ordinal) {
+  constexpr int64_t kWidth = 1024;
+  std::string error;
+  const std::unique_ptr<Stream> stream = Stream::Cuda(ordinal, &error);
+  if (stream == nullptr) return error;
+  const std::string gpu = StrCat("GPU ", ordinal, ": ");
+  std::vector<float> sent(2 * kWidth), got(2 * kWidth);
+  for (size_t i = 0; i < sent.size(); ++i) sent[i] = static_cast<float>(i);
+  const std::vector<int32_t> order = {1, 0};
+  const size_t bytes = sent.size() * sizeof(float), order_bytes = order.size() * sizeof(int32_t);
+  const Buffer from = Buffer::Allocate(*stream, bytes), to = Buffer::Allocate(*stream, bytes),
+               rows = Buffer::Allocate(*stream, order_bytes);
+  if (!from || !to || !rows) return gpu + "it has no memory left";
+  Copy(*stream, from.data(), Device::kCuda, sent.data(), Device::kCpu, bytes);
+  Copy(*stream, rows.data(), Device::kCuda, order.data(), Device::kCpu, order_bytes);
+  GatherRows(*stream, {.out = TensorView::Make(to.data(), DType::kF32, {2, kWidth}, Device::kCuda),
+                       .x = TensorView::Make(from.data(), DType::kF32, {2, kWidth}, Device::kCuda),
+                       .rows = TensorView::Make(rows.data(), DType::kI32, {2}, Device::kCuda)});
+  Copy(*stream, got.data(), Device::kCpu, to.data(), Device::kCuda, bytes);
+  if (error = stream->Synchronize(); !error.empty()) return gpu + error;
+  std::rotate(got.begin(), got.begin() + kWidth, got.end());
+  return got == sent ? "" : gpu + "a kernel computed something else than it should";
+}
+
+int Check() {
+  for (int ordinal = 0; ordinal < std::max(1, CountGpus()); ++ordinal) {
+    if (const std::string error = CheckGpu(ordinal); !error.empty()) {
+      std::fprintf(stderr, "gpu_bench: %s\n", error.c_str());
+      return 69;
+    }
+  }
+  std::puts("every GPU answers");
+  return 0;
 }
 
 // A rehearsal's.
@@ -85,7 +125,9 @@ int Main(int argc, char** argv) {
   size_t skipped = 0;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
-    if (word == "--dry") {
+    if (word == "--check" && argc == 2) {
+      return Check();
+    } else if (word == "--dry") {
       dry = true;
     } else if (word == "--rehearse") {
       rehearse = true;
@@ -127,11 +169,13 @@ int Main(int argc, char** argv) {
     }
     std::printf("%s\n", Describe(*stream).c_str());
   }
+  const std::string running = path + ".running";
   int failed = 0;
   for (const Case& c : cases) {
     OrderedJson line = {{"part", c.part}, {"name", c.name}, {"bytes", c.bytes}, {"flops", c.flops}};
     for (const auto& [size, value] : c.sizes) line[size] = value;
     if (!dry) {
+      std::ofstream(running) << line.dump() << "\n";
       const Time time = c.measure != nullptr ? c.measure(rehearse ? kLittleEffort : Effort())
                                              : Measure(*stream, c.captured, c.prepare(*arena));
       if (!time.error.empty()) {
@@ -150,6 +194,7 @@ int Main(int argc, char** argv) {
     file << line.dump() << "\n" << std::flush;  // what was measured stays when the next case hangs
     if (failed > 0) break;
   }
+  if (!dry) std::remove(running.c_str());
   if (!file) std::fprintf(stderr, "gpu_bench: %s cannot be written\n", path.c_str());
   return failed > 0 || !file ? 1 : 0;
 }

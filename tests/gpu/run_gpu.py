@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Correctness first, then speed, on the GPU of this machine; everything that is found lies in one folder.
 
-    run_gpu.py --programs DIR [--out DIR] [--dry] [--slice SECONDS] [--only PART,...]
+    run_gpu.py --programs DIR [--out DIR] [--dry] [--slice SECONDS] [--only PART,...] [--case-seconds SECONDS]
 
 DIR holds gpu_bench, cuda_kernels_gpu_test, llama_on_real_gpu_test and altiplano (a part whose program is missing is left out,
 and the table says so). Each part may fail alone; each suite of tests is one, since a kernel's fault stays with its process. state.json in the output folder remembers what is done: when the slice
 of time is over, the same command goes on where this one stopped (exit code 75: call again). --dry runs nothing on a GPU
-and needs none. Exit code 0: all parts passed; 1: some failed; 69: there is no GPU.
+and needs none. Exit code 0: all parts passed; 1: some failed; 69: there is no GPU, or it answers no more.
 """
 import argparse
 import datetime
@@ -34,16 +34,48 @@ TOGETHER = (("70b", 4, 16), ("70b", 8, 16), ("405b", 8, 8))
 # Ranks of one process that share a GPU wait for each other in kernels. Their streams must not share a queue of the
 # hardware, and no kernel may be loaded in the middle of a step: the driver may wait for the whole GPU then.
 TOGETHER_ENV = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
+# A case that takes longer hangs. The longest, a prompt of 32768 tokens, is 9 TFLOP about 35 times: a few seconds. What is
+# slow once lies before the first case (contexts, cuBLASLt, filling memory, the import of torch), but for what is loaded on
+# first use: kernels, cuDNN. Ranks wait 10 s for one that does not come before they fail.
+CASE_SECONDS, RANKS_CASE_SECONDS, TORCH_CASE_SECONDS = 30, 45, 60
+# So much of what hung cases take is not counted against their part: a slice and this stay below ten minutes.
+HUNG_SECONDS = 60
+CHECK_SECONDS = 60  # for gpu_bench --check: contexts of all GPUs
+# What else than an exit code may come of a command.
+LATE, HUNG, STUCK = "late", "hung", "stuck"
 
 
 class Part:
     """One command. seconds: what it may take; unless so much is left of the slice, it waits for the next. lines: a file
-    in which the command leaves a line for each thing that it has done, the one that it failed in included; with --skip N
-    it goes on behind those."""
+    in which the command leaves a line for each case that it has done, the one that it failed in (exit code 1) included;
+    with --skip N it goes on behind those. In FILE.running it leaves the case that it is at, which may take case_seconds."""
 
-    def __init__(self, name, command, seconds, needs, dry=None, kind="speed", may_not_fit=False, env=None, lines=None):
+    def __init__(self, name, command, seconds, needs, dry=None, kind="speed", may_not_fit=False, env=None, lines=None,
+                 case_seconds=CASE_SECONDS):
         self.name, self.command, self.seconds, self.needs, self.kind = name, command, seconds, needs, kind
-        self.dry, self.may_not_fit, self.env, self.lines = dry, may_not_fit, env or {}, lines
+        self.dry, self.may_not_fit, self.env, self.lines, self.case_seconds = dry, may_not_fit, env or {}, lines, case_seconds
+        self.running = lines and lines.with_name(lines.name + ".running")
+
+
+class Gpu:
+    """Which may not survive what hung on it. silent: empty, or why nothing more is to be measured."""
+
+    def __init__(self, program=None, env=None):
+        self.command, self.env, self.silent = program and [str(program), "--check"], env, ""
+
+    def ask(self, ended, log):
+        """Has a new process use it, since nvidia-smi answers beside a kernel that never ends. ended: the last one was."""
+        if self.command is None:
+            return
+        if not ended:
+            self.silent = "the driver holds a process that hung, and nothing ends it"
+            return
+        if not os.path.exists(self.command[0]):
+            return
+        result = run_to_end(self.command, log, self.env, CHECK_SECONDS)
+        if result != 0:
+            said = f"took longer than {CHECK_SECONDS} s" if result in (LATE, STUCK) else f"exit code {result}"
+            self.silent = f"the GPU answers no more (gpu_bench --check: {said})"
 
 
 def suites_of(program, env):
@@ -64,9 +96,10 @@ def parts_of(programs, out, env):
     def program(name):
         return str(programs / name)
 
-    def bench(part, seconds, env=None):
+    def bench(part, seconds, env=None, case_seconds=CASE_SECONDS):
         base = [program("gpu_bench"), "--part", part, "--json", str(out / f"{part}.jsonl")]
-        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"], env=env, lines=out / f"{part}.jsonl")
+        return Part(part, base, seconds, program("gpu_bench"), base + ["--dry"], env=env, lines=out / f"{part}.jsonl",
+                    case_seconds=case_seconds)
 
     def tests(name, seconds, env_of_tests=None):
         def part(part_name, base):
@@ -133,7 +166,8 @@ def parts_of(programs, out, env):
              [program("gpu_bench"), "--dry", "--json", cases]),
         Part("torch", [sys.executable, str(HERE / "torch_peers.py"), cases, str(out / "torch.jsonl")], 240,
              str(HERE / "torch_peers.py"), [sys.executable, "-m", "py_compile", str(HERE / "torch_peers.py")],
-             env={"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}),  # torch has libraries of its own
+             env={"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")},  # torch has libraries of its own
+             lines=out / "torch.jsonl", case_seconds=TORCH_CASE_SECONDS),
         # One call each: what a large batch cannot do costs the others nothing.
         *(engine(f"engine_decode_{n}", n, 512, 128) for n in STREAMS),
         # The same without what hides the host's time for launches.
@@ -145,32 +179,109 @@ def parts_of(programs, out, env):
         # Last, should a GPU in whose kernels ranks wait for each other not recover; whether they sum rightly first.
         Part("tiny_model_together", compare + ["--ranks", "2,4,8"], 300, program("altiplano"),
              compare + ["--ranks", "2,4,8", "--dry"], "correctness", env=TOGETHER_ENV),
-        bench("all_reduce", 120, env=TOGETHER_ENV),
+        bench("all_reduce", 120, env=TOGETHER_ENV, case_seconds=RANKS_CASE_SECONDS),
         *(together(*case, extra) for case in TOGETHER for extra in ([], ["--without-all-reduces"])),
     ]
     return parts
 
 
-def run_to_end(command, log, env, seconds):
-    """The exit code; None when it took longer. Neither it nor what it has started (compute-sanitizer and others start the
-    program that they look at) is left on the GPU, where the next part would measure it too."""
+def wait_for(process, seconds, running, case_seconds):
+    """Its exit code; LATE; or HUNG, when the file `running` was the same for too long."""
+    end, seen, since = time.monotonic() + seconds, None, 0
+    while True:
+        now = time.monotonic()
+        if running:
+            try:
+                found = os.stat(running)
+                case = found.st_mtime_ns, found.st_size, found.st_ino
+            except FileNotFoundError:
+                case = None
+            if case != seen:
+                seen, since = case, now
+            if case and now - since >= case_seconds:
+                return HUNG
+        if now >= end:
+            return LATE
+        try:
+            return process.wait(min(end - now, 0.2) if running else end - now)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def end_group(process):
+    """Whether it ended."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def run_to_end(command, log, env, seconds, running=None, case_seconds=0):
+    """The exit code; LATE when it took longer than `seconds`, HUNG when one case did, STUCK when it took too long and cannot
+    be ended. Neither it nor what it has started (compute-sanitizer and others start the program that they look at) is left
+    on the GPU, where the next part would measure it too."""
+    if running:
+        running.unlink(missing_ok=True)  # of a process before
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
+        result = wait_for(process, seconds, running, case_seconds)
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass  # in a driver that hangs: the next part will tell
+        ended = end_group(process)
+    return result if ended else STUCK
 
 
-def run_part(part, out, dry, env):
+def note(part, error):
+    """Leaves a line for the case that a command came to its end in, unless there is no error to note; the case's name, or
+    None where it was in none."""
+    case = json_lines(part.running)[-1:]
+    part.running.unlink(missing_ok=True)
+    if not case or not error:
+        return None
+    whole = part.lines.read_bytes() if part.lines.exists() else b""
+    with open(part.lines, "wb") as lines:
+        lines.write(whole[:whole.rfind(b"\n") + 1] + json.dumps(case[0] | {"error": error}).encode() + b"\n")
+    return case[0]["name"]
+
+
+def run_cases(part, command, log, env, gpu):
+    """Runs the command, and again behind each case that it failed, hung or died in. The first exit code that is not 0, or 0;
+    and in words what else went wrong."""
+    begin, not_counted, done, code, reasons = time.monotonic(), 0, 0, 0, []
+    if part.lines:
+        part.lines.unlink(missing_ok=True)  # of a try before
+    while True:
+        left = part.seconds + min(not_counted, HUNG_SECONDS) - (time.monotonic() - begin)
+        result = run_to_end(command + (["--skip", str(done)] if done else []), log, env, left, part.running, part.case_seconds)
+        ended_at, by_force = time.monotonic(), result in (LATE, HUNG, STUCK)
+        died = not by_force and result < 0
+        case = None
+        if part.lines:
+            case = note(part, f"hung: no result in {part.case_seconds} s" if result == HUNG else
+                        "hung: nothing ends its process" if result == STUCK else
+                        f"ended by signal {-result}" if died else None)
+        if result == LATE:
+            reasons.append(f"took longer than {part.seconds} s")
+        elif by_force:
+            reasons.append(f"{case or 'it'} hung")
+        elif case:
+            reasons.append(f"{case} died of signal {-result}")
+        else:
+            code = code or result
+        if by_force:
+            gpu.ask(ended=result != STUCK, log=log)
+        if result == HUNG:
+            not_counted += part.case_seconds + time.monotonic() - ended_at
+        before, done = done, len(json_lines(part.lines)) if part.lines else 0
+        if gpu.silent or done == before or not (result == 1 or case):
+            return code, reasons
+
+
+def run_part(part, out, dry, env, gpu):
     """(state, reason)"""
     if part.needs is None or not os.path.exists(part.needs):
         return "left out", f"there is no {pathlib.Path(part.needs).name if part.needs else part.command[0]}"
@@ -179,24 +290,23 @@ def run_part(part, out, dry, env):
         log.write(" ".join(command) + "\n\n")
         log.flush()
         try:
-            begin, done = time.monotonic(), 0
-            result = run_to_end(command, log, env | part.env, part.seconds)
-            while result == 1 and part.lines and done < (done := len(json_lines(part.lines))):
-                left = part.seconds - (time.monotonic() - begin)
-                if run_to_end(command + ["--skip", str(done)], log, env | part.env, max(0, left)) != 1:
-                    break
+            result, reasons = run_cases(part, command, log, env | part.env, gpu)
         except OSError as error:
             return "failed", str(error)
-    if result is None:
-        return "failed", f"took longer than {part.seconds} s"
+    if len(reasons) > 4:
+        reasons[3:] = [f"{len(reasons) - 3} more"]
+    if gpu.silent:
+        reasons.append(gpu.silent)
+    if reasons and result == 0:
+        return "failed", "; ".join(reasons)
     lines = (out / f"{part.name}.log").read_text(errors="replace").splitlines()[2:]
-    if result == 69 and part.may_not_fit and any("memory" in line for line in lines):
+    if not reasons and result == 69 and part.may_not_fit and any("memory" in line for line in lines):
         return "left out", "it does not fit: " + next(line for line in reversed(lines) if "memory" in line)[:160]
-    if result == 77:
+    if not reasons and result == 77:
         return "left out", lines[-1] if lines else "it said so"
     if result != 0:
         said = [line for line in lines if re.search(r"FAILED|rror|Fail", line)] or lines or ["nothing"]
-        return "failed", f"exit code {result}: {said[0][:160]}"
+        return "failed", "; ".join([f"exit code {result}: {said[0][:160]}", *reasons])
     report = out / f"{part.name}.json"
     if not dry and part.kind == "correctness" and report.exists():
         said = json.loads(report.read_text())
@@ -366,6 +476,10 @@ def summary(parts, state, out, about):
     if rows:
         text += ["", "## Ops", "", "Share: of the least time that the limits allow. Against: our speed over the peer's.", "",
                  "| op | us | GB/s | TFLOP/s | share | against |", "|---|---|---|---|---|---|", *rows]
+    rows = [f"| {part.name} | {line['name']} | {line['error'].replace('|', '/')} |"
+            for part in parts if part.lines for line in json_lines(part.lines) if "error" in line]
+    if rows:
+        text += ["", "## Cases without a time", "", "| part | case | |", "|---|---|---|", *rows]
     rows = []
     for path in sorted(out.glob("engine_*.log"), key=lambda p: (p.name.split("_")[1], int(re.findall(r"\d+", p.name)[0]), p.name)):
         said = json_in(path)
@@ -397,7 +511,7 @@ def card_name():
     try:
         said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True,
                               timeout=30)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     name = said.stdout.strip().splitlines()
     return re.sub(r"[^a-z0-9]+", "-", name[0].lower().replace("nvidia", "")).strip("-") if said.returncode == 0 and name else None
@@ -447,6 +561,8 @@ def main():
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--slice", type=int, default=480)
     parser.add_argument("--only", default="")
+    parser.add_argument("--case-seconds", type=int, help=f"a case that takes longer hangs ({CASE_SECONDS}, "
+                        f"{RANKS_CASE_SECONDS} between ranks, {TORCH_CASE_SECONDS} of torch)")
     arguments = parser.parse_args()
     begin = time.monotonic()
     programs = arguments.programs.resolve()
@@ -462,6 +578,9 @@ def main():
     state = json.loads(state_path.read_text()) if state_path.exists() else {}
     env = environment(programs)
     parts = parts_of(programs, out, env)
+    for part in parts:
+        part.case_seconds = arguments.case_seconds or part.case_seconds
+    gpu = Gpu() if arguments.dry else Gpu(programs / "gpu_bench", env)
     wanted = set(filter(None, arguments.only.split(",")))  # parts, or test programs with all their suites
     if unknown := wanted - {name for part in parts for name in (part.name, part.name.split(".")[0])}:
         print(f"run_gpu: no part {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in parts)}", file=sys.stderr)
@@ -494,10 +613,14 @@ def main():
         save()
         print(f"run_gpu: {part.name}", flush=True)
         started = time.monotonic()
-        result, reason = run_part(part, out, arguments.dry, env)
+        result, reason = run_part(part, out, arguments.dry, env, gpu)
         state[part.name] |= {"state": result, "reason": reason, "seconds": round(time.monotonic() - started, 1)}
         print(f"run_gpu: {part.name}: {result} {reason}", flush=True)
         save()
+        if gpu.silent:
+            print(f"run_gpu: {gpu.silent}; nothing more was measured. Once a program can use it again, the same command goes on "
+                  f"behind {part.name}", flush=True)
+            return 69
     table = save()
     print(table)
     print(f"\nrun_gpu: all of it in {out}")

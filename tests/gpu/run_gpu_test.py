@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -19,6 +20,9 @@ import run_gpu  # noqa: E402
 BENCH = """#!{python}
 import json, os, sys, time
 words = sys.argv[1:]
+if "--check" in words:
+    open("{asked}", "a").write("asked\\n")
+    sys.exit(69 if {dead} else 0)
 part = words[words.index("--part") + 1] if "--part" in words else "all"
 if part == "row_ops" and {break_row_ops}:
     print("CUDA error: misaligned address")
@@ -31,6 +35,25 @@ if part == "sample" and {break_sample} and skip < 3:  # in the first and the thi
             out.write(json.dumps({{"part": part, "name": f"Sample {{case}}", "bytes": 1e6, "flops": 0, **measured}}) + "\\n")
     print("CUDA error: misaligned address")
     sys.exit(1)
+if part == "sample" and {hang_sample}:  # one after another does what a program can do
+    path, does = words[words.index("--json") + 1], ["times", "hangs", "times", "faults", "aborts", "hangs", "hangs", "times", "hangs"]
+    for case in range(skip, len(does)):
+        line = {{"part": part, "name": f"Sample {{case}}", "bytes": 1e6, "flops": 0}}
+        json.dump(line, open(path + ".running", "w"))
+        out = open(path, "a" if case else "w")
+        if does[case] == "hangs":
+            out.write('{{"part": "sam')  # and is ended in the middle of a line
+            out.flush()
+            time.sleep(600)
+        if does[case] == "aborts":
+            os.abort()
+        out.write(json.dumps(line | ({{"us": 4.0}} if does[case] == "times" else {{"error": "misaligned address"}})) + "\\n")
+        out.close()
+        if does[case] == "faults":
+            os.remove(path + ".running")
+            print("CUDA error: misaligned address")
+            sys.exit(1)
+    sys.exit(0)
 lines = {{"limits": [("copy of 1 GiB", 2e9, 0, 1000.0), ("read of 2 GiB", 2e9, 0, 1000.0)],
          "linear": [("Linear 8b qkv, 1 tokens", 1e9, 1e9, 1000.0)],
          "sample": [("Sample 3", 1e6, 0, 4.0)],
@@ -89,6 +112,26 @@ if words[0] == "bench":
             "issue_us": {{"median": 40.0}}, "device_step_us": {{"median": 4900.0}}}}
           for streams in words[words.index("--streams") + 1].split(",")]}}, indent=2))
 """
+# Calls nothing, and times everything at 3 ms, of three calls.
+TORCH = """import sys, time
+from unittest.mock import MagicMock
+torch = MagicMock(__version__="0", version=MagicMock(cuda="0"))
+torch.backends.cudnn.version.return_value = 0
+torch.cuda.get_device_name.return_value = "none"
+torch.cuda.Event.return_value.elapsed_time.return_value = 3.0
+memory = torch.randn.return_value.__mul__.return_value
+memory.numel.return_value = 1 << 30
+memory.__getitem__.return_value.view.side_effect = lambda *shape: MagicMock(rows=shape[0])
+def mm(x, weight, out):
+    if x.rows == 1:
+        time.sleep(600)
+    if x.rows == 2:
+        raise RuntimeError("CUDA error: an illegal access\\nmore")
+    if x.rows == 3:
+        raise RuntimeError("CUDA out of memory")
+torch.mm = mm
+sys.modules["torch"] = torch
+"""
 
 
 class RunGpu(unittest.TestCase):
@@ -108,8 +151,9 @@ class RunGpu(unittest.TestCase):
         path.write_text(text.format(python=sys.executable, **values) if values or "{python}" in text else text)
         path.chmod(0o755)
 
-    def programs(self, break_row_ops=False, break_sample=False, skipped=False, agrees=True, ranks_disagree=False, breaks_one=False, odd=False):
-        self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops, break_sample=break_sample)
+    def programs(self, break_row_ops=False, break_sample=False, hang_sample=False, dead=False, skipped=False, agrees=True, ranks_disagree=False, breaks_one=False, odd=False):
+        self.program("bundle/bin/gpu_bench", BENCH, break_row_ops=break_row_ops, break_sample=break_sample, hang_sample=hang_sample,
+                     dead=dead, asked=self.root / "asked")
         for name in ("cuda_kernels_gpu_test", "llama_on_real_gpu_test"):
             self.program(f"bundle/bin/{name}", TESTS, skipped=skipped, breaks_one=breaks_one)
         self.program("bundle/bin/altiplano", ENGINE, agrees=agrees and not ranks_disagree, ranks_disagree=ranks_disagree,
@@ -173,6 +217,90 @@ class RunGpu(unittest.TestCase):
         self.assertEqual([line["name"] for line in run_gpu.json_lines(self.out / "sample.jsonl")],
                          [f"Sample {case}" for case in range(4)])
 
+    def test_a_case_that_hangs_costs_no_other(self):
+        self.programs(hang_sample=True)
+        self.assertEqual(self.run_gpu("--only", "sample,plain", "--case-seconds", "1").returncode, 1)
+        table = (self.out / "README.md").read_text()
+        self.assertIn("| sample | failed | exit code 1: CUDA error: misaligned address; Sample 1 hung; Sample 4 died of signal 6; "
+                      "Sample 5 hung; 2 more |", table)
+        self.assertIn("| plain | passed |", table)
+        self.assertIn("| sample | Sample 1 | hung: no result in 1 s |", table)
+        self.assertIn("| sample | Sample 3 | misaligned address |", table)
+        self.assertEqual([line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| Sample")],
+                         ["Sample 0", "Sample 2", "Sample 7"])
+        lines = run_gpu.json_lines(self.out / "sample.jsonl")
+        self.assertEqual([line["name"] for line in lines], [f"Sample {case}" for case in range(9)])
+        self.assertEqual([line.get("error") for line in lines],
+                         [None, "hung: no result in 1 s", None, "misaligned address", "ended by signal 6", "hung: no result in 1 s",
+                          "hung: no result in 1 s", None, "hung: no result in 1 s"])
+        self.assertEqual(lines[1]["bytes"], 1e6)
+        self.assertEqual((self.root / "asked").read_text(), "asked\n" * 4)  # behind what hung alone
+        self.assertEqual(list(self.out.glob("*.running")), [])
+
+    def test_a_gpu_that_answers_no_more_ends_the_run(self):
+        self.programs(hang_sample=True, dead=True)
+        result = self.run_gpu("--only", "row_ops,sample,plain", "--case-seconds", "1")
+        self.assertEqual(result.returncode, 69)
+        self.assertIn("run_gpu: the GPU answers no more (gpu_bench --check: exit code 69); nothing more was measured. Once a "
+                      "program can use it again, the same command goes on behind sample", result.stdout)
+        self.assertEqual(self.state(), {"row_ops": "passed", "sample": "failed"})
+        table = (self.out / "README.md").read_text()
+        self.assertIn("| sample | failed | Sample 1 hung; the GPU answers no more (gpu_bench --check: exit code 69) |", table)
+        self.assertIn("| sample | Sample 1 | hung: no result in 1 s |", table)
+        self.assertEqual(len(run_gpu.json_lines(self.out / "sample.jsonl")), 2)
+        self.programs()
+        self.assertEqual(self.run_gpu("--only", "row_ops,sample,plain").returncode, 1)
+        self.assertEqual(self.state(), {"row_ops": "passed", "sample": "failed", "plain": "passed"})
+
+    def part(self, text, seconds, case_seconds):
+        """Of a program that knows its FILE as `path` and how many cases are done as `skip`."""
+        lines = self.root / "cases.jsonl"
+        lines.unlink(missing_ok=True)
+        self.program("cases", f"#!{sys.executable}\nimport json, os, sys, time\npath = {str(lines)!r}\n"
+                     "skip = int(sys.argv[2]) if sys.argv[1:] else 0\n"
+                     "def begin(case): json.dump({'name': f'case {case}'}, open(path + '.running', 'w'))\n"
+                     "def end(case): open(path, 'a').write(json.dumps({'name': f'case {case}', 'us': 1}) + '\\n')\n" + text)
+        return run_gpu.Part("cases", [str(self.root / "cases")], seconds, str(self.root / "cases"), lines=lines,
+                            case_seconds=case_seconds)
+
+    def test_what_comes_before_the_first_case_may_take_longer(self):
+        part = self.part("time.sleep(2)\nbegin(0)\nend(0)\n", 60, 1)
+        part.running.write_text("{}")  # of a process before
+        self.assertEqual(run_gpu.run_part(part, self.root, False, dict(os.environ), run_gpu.Gpu()), ("passed", ""))
+
+    def test_a_case_before_which_others_took_long_does_not_hang(self):
+        part = self.part("for case in range(6):\n  begin(case)\n  time.sleep(0.5)\n  end(case)\n", 60, 2)
+        self.assertEqual(run_gpu.run_part(part, self.root, False, dict(os.environ), run_gpu.Gpu()), ("passed", ""))
+        self.assertEqual(len(run_gpu.json_lines(part.lines)), 6)
+
+    def test_the_time_of_a_case_that_hangs_is_not_its_parts(self):
+        text = "begin(skip)\ntime.sleep(3 if skip else 600)\nend(skip)\n"
+        for spared, expected in ((60, "case 0 hung"), (0, "case 0 hung; took longer than 6 s")):
+            with unittest.mock.patch.object(run_gpu, "HUNG_SECONDS", spared):
+                self.assertEqual(run_gpu.run_part(self.part(text, 6, 5), self.root, False, dict(os.environ), run_gpu.Gpu()),
+                                 ("failed", expected))
+
+    def test_behind_all_that_is_ended_the_gpu_is_asked(self):
+        self.program("gpu", "#!/bin/sh\nsleep 60\n")
+        part = self.part("time.sleep(600)\n", 1, 60)  # in no case
+        with unittest.mock.patch.object(run_gpu, "CHECK_SECONDS", 1):
+            silent = "the GPU answers no more (gpu_bench --check: took longer than 1 s)"
+            gpu = run_gpu.Gpu(self.root / "gpu", dict(os.environ))
+            self.assertEqual(run_gpu.run_part(part, self.root, False, dict(os.environ), gpu),
+                             ("failed", f"took longer than 1 s; {silent}"))
+            self.assertEqual(gpu.silent, silent)
+
+    def test_behind_a_process_that_nothing_ends_nothing_is_measured(self):
+        def end_group(process):
+            real(process)
+            return False
+        self.program("gpu", "#!/bin/sh\nexit 0\n")
+        gpu, real = run_gpu.Gpu(self.root / "gpu", dict(os.environ)), run_gpu.end_group
+        with unittest.mock.patch.object(run_gpu, "end_group", end_group):
+            result = run_gpu.run_part(self.part("begin(skip)\ntime.sleep(600)\n", 60, 1), self.root, False, dict(os.environ), gpu)
+        self.assertEqual(result, ("failed", "case 0 hung; the driver holds a process that hung, and nothing ends it"))
+        self.assertEqual([line["error"] for line in run_gpu.json_lines(self.root / "cases.jsonl")], ["hung: nothing ends its process"])
+
     def test_a_suite_whose_kernel_faults_costs_no_other(self):
         self.programs(breaks_one=True)
         self.assertEqual(self.run_gpu("--only", "cuda_kernels_gpu_test").returncode, 1)
@@ -185,7 +313,8 @@ class RunGpu(unittest.TestCase):
         pid = self.root / "pid"
         self.program("starts", f"#!/bin/sh\nsleep 60 &\necho $! >{pid}\nwait\n")
         part = run_gpu.Part("starts", [str(self.root / "starts")], 1, str(self.root / "starts"))
-        self.assertEqual(run_gpu.run_part(part, self.root, False, dict(os.environ)), ("failed", "took longer than 1 s"))
+        self.assertEqual(run_gpu.run_part(part, self.root, False, dict(os.environ), run_gpu.Gpu()),
+                         ("failed", "took longer than 1 s"))
         running = pathlib.Path("/proc") / pid.read_text().strip() / "stat"
         for _ in range(50):  # whoever takes in orphans may leave a zombie
             if not running.exists() or running.read_text().split()[2] == "Z":
@@ -222,6 +351,25 @@ class RunGpu(unittest.TestCase):
         self.addCleanup(lambda: [os.environ.pop(name) for name in ("PYTHONPATH", "LD_LIBRARY_PATH")])
         self.assertEqual(self.run_gpu("--only", "torch").returncode, 0)
         self.assertIn("| torch | left out | torch_peers: /of/mine |", (self.out / "README.md").read_text())
+
+    def test_a_shape_that_hangs_or_faults_in_torch_costs_no_other(self):
+        (self.root / "torch.py").write_text(TORCH)
+        os.environ["PYTHONPATH"] = str(self.root)
+        self.addCleanup(lambda: os.environ.pop("PYTHONPATH"))
+        self.out.mkdir()
+        (self.out / "cases.jsonl").write_text("".join(json.dumps(
+            {"part": "linear", "name": f"Linear {what}", "m": m, "n": 8, "k": 8}) + "\n"
+            for m, what in enumerate(("fine", "hangs", "faults", "too large", "fine too"))))
+        self.assertEqual(self.run_gpu("--only", "torch", "--case-seconds", "2").returncode, 1)
+        lines = run_gpu.json_lines(self.out / "torch.jsonl")
+        self.assertEqual([(line["name"], line.get("error"), line.get("us")) for line in lines], [
+            ("versions", None, None), ("Linear 8192^3", None, 1000.0), ("Linear fine", None, 1000.0),
+            ("Linear hangs", "hung: no result in 2 s", None), ("Linear faults", "CUDA error: an illegal access", None),
+            ("Linear too large", "CUDA out of memory", None), ("Linear fine too", None, 1000.0)])
+        table = (self.out / "README.md").read_text()
+        self.assertIn("| torch | Linear hangs | hung: no result in 2 s |", table)
+        self.assertRegex(table, r"\| torch \| failed \| exit code 1: .*; Linear hangs hung \|")
+        self.assertEqual(list(self.out.glob("*.running")), [])
 
     def test_tests_that_all_skip_did_not_pass(self):
         self.programs(skipped=True)

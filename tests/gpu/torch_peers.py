@@ -2,13 +2,16 @@
 """Times what PyTorch (cuBLAS, cuDNN) makes of the same shapes, on the same GPU, in the same way: CUDA graphs of calls on
 operands that lie in no cache.
 
-    torch_peers.py CASES OUT
+    torch_peers.py CASES OUT [--skip N]
 
 CASES: the JSON lines of gpu_bench, also of gpu_bench --dry. OUT gets a line for each case that PyTorch can do, under the
-same name, with the peer and its microseconds; and the rate of a product of 8192^3, the limit of computing. Exit code 77:
-there is no torch, or it sees no GPU.
+same name, with the peer and its microseconds; and the rate of a product of 8192^3, the limit of computing. OUT.running
+has the case that is being measured. --skip N goes on behind the N lines that are in OUT. Exit code 1: a case was the last,
+since CUDA refuses a process everything behind a kernel's fault; 2: some cases failed; 77: there is no torch, or it sees no
+GPU.
 """
 import json
+import pathlib
 import statistics
 import sys
 
@@ -126,7 +129,7 @@ def measure(torch, call):
 
 
 def main():
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 5) or sys.argv[3:4] not in ([], ["--skip"]):
         sys.exit(__doc__)
     try:
         import torch
@@ -138,24 +141,38 @@ def main():
         return 77
     with open(sys.argv[1]) as file:
         cases = [json.loads(line) for line in file]
+    skipped = int(sys.argv[4]) if len(sys.argv) == 5 else 0
+    done = set()
+    if skipped > 0:
+        with open(sys.argv[2]) as file:
+            done = {json.loads(line)["name"] for line in file}
+    running = pathlib.Path(sys.argv[2] + ".running")
     pool = Pool(torch)
     failed = 0
-    with open(sys.argv[2], "w") as out:
+    with open(sys.argv[2], "a" if skipped > 0 else "w") as out:
         def write(line):
             out.write(json.dumps(line) + "\n")
             out.flush()
-        write({"part": "torch", "name": "versions", "torch": torch.__version__, "cuda": torch.version.cuda,
-               "cudnn": torch.backends.cudnn.version(), "device": torch.cuda.get_device_name(0)})
+        if skipped == 0:
+            write({"part": "torch", "name": "versions", "torch": torch.__version__, "cuda": torch.version.cuda,
+                   "cudnn": torch.backends.cudnn.version(), "device": torch.cuda.get_device_name(0)})
         edge = 8192
         square = {"part": "linear", "name": f"Linear {edge}^3", "m": edge, "n": edge, "k": edge}
         for case in [square] + cases:
+            if case["name"] in done:
+                continue
+            running.write_text(json.dumps({"part": case["part"], "name": case["name"]}) + "\n")
             try:
                 found = subject(torch, pool, case)
                 if found is None:
                     continue
                 microseconds = measure(torch, found[1])
             except Exception as error:  # out of memory, no kernel for the shape, an older torch: the others go on
-                write({"part": case["part"], "name": case["name"], "error": (str(error).splitlines() or [repr(error)])[0]})
+                said = (str(error).splitlines() or [repr(error)])[0]
+                write({"part": case["part"], "name": case["name"], "error": said})
+                if "CUDA error" in said:
+                    running.unlink()
+                    return 1
                 failed += 1
                 torch.cuda.empty_cache()
                 continue
@@ -164,7 +181,8 @@ def main():
                 line |= {"limit": "product", "tflops": 2 * edge**3 / microseconds * 1e-6}
             write(line)
             print(f"{case['name']:60} {microseconds:10.2f} us  {found[0]}", flush=True)
-    return 1 if failed else 0
+    running.unlink(missing_ok=True)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
