@@ -272,6 +272,7 @@ TEST_F(CudaAllReduceTest, FusedWithResidualAndNormGivesTheSameBits) {
                   "");
         for (size_t rank = 0; rank < n; ++rank) {
           AddRmsNorm(ranks.stream(rank), args(1, rank, plain_x.view(rank)));
+          ASSERT_EQ(ranks.stream(rank).Synchronize(), "");  // what follows is fetched by another stream
           Matrix bits[2][2] = {{{rows, width, dtype}, {rows, width, DType::kF32}},
                                {{rows, width, dtype}, {rows, width, DType::kF32}}};
           for (size_t way : {0, 1}) {

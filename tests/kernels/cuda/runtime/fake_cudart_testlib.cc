@@ -4,17 +4,23 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
+
+#include "tests/kernels/cuda/ptx/machine_testlib.h"
 
 namespace altiplano::fake_cudart {
 namespace {
@@ -25,21 +31,66 @@ struct Memory {
   int gpu;
   size_t bytes;
 };
+using Work = std::function<void()>;
+
+// What a stream was given, done in order by a thread of its own.
+class Queue {
+ public:
+  Queue() : thread_([this] { Run(); }) {}
+  ~Queue() {
+    Push(nullptr);
+    thread_.join();
+  }
+  void Push(Work work) {
+    const std::lock_guard lock(mutex_);
+    work_.push_back(std::move(work));
+    changed_.notify_all();
+  }
+  void WaitUntilIdle() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return work_.empty(); });
+  }
+
+ private:
+  void Run() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return !work_.empty(); });
+      const Work work = work_.front();
+      lock.unlock();
+      if (work) work();
+      lock.lock();
+      work_.pop_front();
+      changed_.notify_all();
+      if (!work) return;
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Work> work_;  // the first is being done
+  std::thread thread_;
+};
+
 struct FakeStream {
   int gpu;
   bool capturing = false, broken = false;
   const void* thread = nullptr;  // that began the capture
   size_t ops = 0;
+  std::vector<Work> captured = {};
+  std::shared_ptr<Queue> queue = nullptr;
 };
 struct FakeEvent {
   int gpu;
   bool timed;
   bool recorded = false;
   bool asked = true;  // since it was recorded; who asks first hears that the GPU is not there yet
+  std::shared_future<void> passed = {};
 };
 struct FakeGraph {
   int gpu;
   size_t ops;
+  std::vector<Work> work;
 };
 struct Gpu {
   int capability = 90;
@@ -62,6 +113,8 @@ struct World {
   std::set<FakeGraph*> graphs, executables;
   std::map<std::pair<const void*, int>, int> shared_bytes;  // asked for, of each kernel on each GPU
   std::function<void(void*, size_t)> fill;
+  Parameters parameters;
+  Runner runner;  // null: kernels do nothing
 };
 World& The() {
   static auto* world = new World();
@@ -178,6 +231,52 @@ size_t MostSharedBytes(int capability) {
   return (capability == 80 ? 163 : capability == 89 ? 99 : 227) * size_t{1024};
 }
 
+// To the end of what a stream was given, or all of a GPU's were. Without the world's lock: kernels need it.
+void Drain(const std::shared_ptr<Queue>& queue) {
+  if (queue != nullptr) queue->WaitUntilIdle();
+}
+void DrainGpu(int gpu) {
+  std::vector<std::shared_ptr<Queue>> queues;
+  {
+    const Lock lock(The().mutex);
+    for (const FakeStream* stream : The().streams) {
+      if (stream->gpu == gpu) queues.push_back(stream->queue);
+    }
+  }
+  for (const auto& queue : queues) Drain(queue);
+}
+// What a stream is given: done at once where no kernels run, kept while it captures.
+void Give(FakeStream& stream, Work work) {
+  if (stream.capturing) {
+    ++stream.ops;
+    stream.captured.push_back(std::move(work));
+  } else if (stream.queue != nullptr) {
+    stream.queue->Push(std::move(work));
+  } else {
+    work();
+  }
+}
+bool IsLost(int gpu) {
+  const Lock lock(The().mutex);
+  return The().gpus[gpu].lost;
+}
+void RunKernel(int gpu, KernelLaunch launch) {
+  Runner runner;
+  {
+    const Lock lock(The().mutex);
+    if (The().gpus[gpu].lost) return;
+    runner = The().runner;
+    for (const auto& [data, memory] : The().memory) {
+      const auto begin = reinterpret_cast<uint64_t>(data);
+      launch.memory.emplace_back(begin, begin + memory.bytes);
+    }
+  }
+  const std::string error = runner(launch);
+  if (error.empty()) return;
+  std::fprintf(stderr, "GPU %d: %s\n", gpu, error.c_str());
+  Lose(gpu);
+}
+
 CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* sizes,
                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
                      CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
@@ -192,7 +291,17 @@ CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank
            steps[i] <= 8;
   }
   if (!good) The().refusals.push_back("cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_VALUE");
-  if (good) ++The().gpus[This().gpu].counts.tensor_maps;
+  if (good) {
+    ++The().gpus[This().gpu].counts.tensor_maps;
+    const ptx_machine::TiledMatrix matrix = {.data = static_cast<const std::byte*>(data),
+                                             .rows = sizes[1],
+                                             .columns = sizes[0],
+                                             .row_bytes = strides[0],
+                                             .box_rows = box[1],
+                                             .box_columns = box[0]};
+    static_assert(sizeof matrix <= sizeof *map);
+    std::memcpy(map, &matrix, sizeof matrix);
+  }
   return good ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
@@ -252,6 +361,11 @@ Counts Count(int gpu) {
 void AfterCopiesToHost(std::function<void(void*, size_t)> fill) {
   const Lock lock(The().mutex);
   The().fill = std::move(fill);
+}
+void RunKernelsBy(Parameters parameters, Runner runner) {
+  const Lock lock(The().mutex);
+  The().parameters = std::move(parameters);
+  The().runner = std::move(runner);
 }
 
 }  // namespace altiplano::fake_cudart
@@ -366,6 +480,7 @@ cudaError_t cudaSetDevice(int gpu) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+  if (const int gpu = CurrentGpu(); This().capturing == nullptr) DrainGpu(gpu);
   const Lock lock(The().mutex);
   NeedGpu();
   if (Unsafe()) return Refuse("cudaDeviceSynchronize", cudaErrorStreamCaptureUnsupported);
@@ -410,7 +525,16 @@ cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
   if (bytes > 0) *data = Allocate(Kind::kPinned, gpu, bytes);
   return cudaSuccess;
 }
+// Waits for the GPU: what is under way may use the memory.
 static cudaError_t FreeMemory(const char* call, void* data, Kind kind) {
+  int gpu = -1;
+  {
+    const Lock lock(The().mutex);
+    bool beyond = false;
+    const Memory* memory = MemoryOf(data, 1, &beyond);
+    if (memory != nullptr && This().capturing == nullptr) gpu = memory->gpu;
+  }
+  if (gpu >= 0) DrainGpu(gpu);
   const Lock lock(The().mutex);
   if (Unsafe()) return Refuse(call, cudaErrorStreamCaptureUnsupported);
   if (data == nullptr) return cudaSuccess;
@@ -438,11 +562,19 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   const Lock lock(The().mutex);
   auto* made = new FakeStream{.gpu = NeedGpu()};
+  if (The().runner) made->queue = std::make_shared<Queue>();
   The().streams.insert(made);
   *stream = reinterpret_cast<cudaStream_t>(made);
   return cudaSuccess;
 }
+static std::shared_ptr<Queue> QueueOf(cudaStream_t stream) {
+  const Lock lock(The().mutex);
+  const FakeStream* found = Find(The().streams, stream);
+  return found == nullptr ? nullptr : found->queue;
+}
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  // Outlives the lock below: its last piece of work may need it.
+  const std::shared_ptr<Queue> queue = QueueOf(stream);
   const Lock lock(The().mutex);
   return Destroy("cudaStreamDestroy", The().streams, stream, cudaErrorInvalidResourceHandle);
 }
@@ -456,6 +588,7 @@ static cudaError_t AskStream(const char* call, cudaStream_t stream) {
   return The().gpus[found->gpu].lost ? Refuse(call, cudaErrorIllegalAddress) : cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  Drain(QueueOf(stream));
   return AskStream("cudaStreamSynchronize", stream);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -466,6 +599,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   FakeStream* found = Find(The().streams, stream);
   FakeEvent* of = Find(The().events, event);
   if (found == nullptr || of == nullptr) return Refuse("cudaStreamWaitEvent", cudaErrorInvalidResourceHandle);
+  if (!found->capturing && of->recorded) Give(*found, [passed = of->passed] { passed.wait(); });
   if (!found->capturing || !of->recorded) return cudaSuccess;
   found->broken = true;  // the event is of no op in the graph
   return Refuse("cudaStreamWaitEvent", cudaErrorStreamCaptureIsolation);
@@ -478,7 +612,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
   if (found == nullptr || mode != cudaStreamCaptureModeThreadLocal || found->capturing || This().capturing != nullptr) {
     return Refuse("cudaStreamBeginCapture", cudaErrorInvalidValue);
   }
-  *found = {.gpu = found->gpu, .capturing = true, .thread = &This()};
+  *found = {.gpu = found->gpu, .capturing = true, .thread = &This(), .queue = found->queue};
   This().capturing = found;
   return cudaSuccess;
 }
@@ -491,7 +625,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   This().capturing = nullptr;
   found->capturing = false;
   if (found->broken) return Refuse("cudaStreamEndCapture", cudaErrorStreamCaptureInvalidated);
-  auto* made = new FakeGraph{.gpu = found->gpu, .ops = found->ops};
+  auto* made = new FakeGraph{.gpu = found->gpu, .ops = found->ops, .work = std::move(found->captured)};
   The().graphs.insert(made);
   *graph = reinterpret_cast<cudaGraph_t>(made);
   return cudaSuccess;
@@ -535,6 +669,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   if (found == nullptr || of == nullptr) return Refuse("cudaGraphLaunch", cudaErrorInvalidResourceHandle);
   if (found->capturing) return Refuse("cudaGraphLaunch", cudaErrorStreamCaptureUnsupported);
   ++The().gpus[of->gpu].counts.graph_launches;
+  for (const Work& work : of->work) Give(*found, work);
   return cudaSuccess;
 }
 
@@ -559,6 +694,13 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   }
   of->recorded = true;
   of->asked = false;
+  auto passed = std::make_shared<std::promise<void>>();
+  of->passed = passed->get_future();
+  if (found->capturing) {
+    passed->set_value();
+  } else {
+    Give(*found, [passed] { passed->set_value(); });
+  }
   return cudaSuccess;
 }
 // Whether cudaGetLastError tells that something is not ready, documentation and users disagree: it does here.
@@ -568,10 +710,18 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (found == nullptr) return Refuse("cudaEventQuery", cudaErrorInvalidResourceHandle);
   if (Unsafe()) return Refuse("cudaEventQuery", cudaErrorStreamCaptureUnsupported);
   if (The().gpus[found->gpu].lost) return Refuse("cudaEventQuery", cudaErrorIllegalAddress);
-  if (std::exchange(found->asked, true)) return cudaSuccess;
+  const bool passed = !found->recorded || found->passed.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  if (std::exchange(found->asked, true) && passed) return cudaSuccess;
   return This().last = cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  std::shared_future<void> passed;
+  {
+    const Lock lock(The().mutex);
+    const FakeEvent* found = Find(The().events, event);
+    if (found != nullptr && found->recorded && This().capturing == nullptr) passed = found->passed;
+  }
+  if (passed.valid()) passed.wait();
   const Lock lock(The().mutex);
   FakeEvent* found = Find(The().events, event);
   if (found == nullptr) return Refuse("cudaEventSynchronize", cudaErrorInvalidResourceHandle);
@@ -591,40 +741,44 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEve
 }
 
 // ---- what streams do
+// A side that is pageable is read or written before the call returns.
 static cudaError_t Issue(const char* call, cudaStream_t stream,
                          std::initializer_list<std::pair<const void*, bool>> sides, size_t bytes,
                          const std::function<void(const Memory* first)>& run) {
-  const Lock lock(The().mutex);
-  FakeStream* found = Find(The().streams, stream);
-  if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
-  const Memory* first = nullptr;
-  for (const auto& [data, may_be_pageable] : sides) {
-    bool beyond = false;
-    const Memory* memory = MemoryOf(data, bytes, &beyond);
-    if (data == sides.begin()->first) first = memory;
-    if (beyond || (memory == nullptr && !may_be_pageable)) return Refuse(call, cudaErrorInvalidValue);
-    if (memory == nullptr && found->capturing) {
-      found->broken = true;
-      return Refuse(call, cudaErrorStreamCaptureUnsupported);
+  std::shared_ptr<Queue> wait_for;
+  {
+    const Lock lock(The().mutex);
+    FakeStream* found = Find(The().streams, stream);
+    if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
+    const Memory* first = nullptr;
+    for (const auto& [data, may_be_pageable] : sides) {
+      bool beyond = false;
+      const Memory* memory = MemoryOf(data, bytes, &beyond);
+      if (data == sides.begin()->first) first = memory;
+      if (beyond || (memory == nullptr && !may_be_pageable)) return Refuse(call, cudaErrorInvalidValue);
+      if (memory == nullptr && found->capturing) {
+        found->broken = true;
+        return Refuse(call, cudaErrorStreamCaptureUnsupported);
+      }
+      if (memory == nullptr) wait_for = found->queue;
     }
+    Give(*found, [run, first, gpu = found->gpu, queued = found->queue != nullptr] {
+      if (!queued || !IsLost(gpu)) run(first);
+    });
   }
-  if (found->capturing) {
-    ++found->ops;
-  } else {
-    run(first);
-  }
+  Drain(wait_for);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (kind != cudaMemcpyDefault) std::abort();  // by that alone the runtime knows which side is where
-  return Issue("cudaMemcpyAsync", stream, {{to, true}, {from, true}}, bytes, [&](const Memory* memory) {
+  return Issue("cudaMemcpyAsync", stream, {{to, true}, {from, true}}, bytes, [=](const Memory* memory) {
     std::memcpy(to, from, bytes);
     if (memory != nullptr && memory->kind == Kind::kPinned && The().fill) The().fill(to, bytes);
   });
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   return Issue("cudaMemsetAsync", stream, {{data, false}}, bytes,
-               [&](const Memory*) { std::memset(data, value, bytes); });
+               [=](const Memory*) { std::memset(data, value, bytes); });
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   const Lock lock(The().mutex);
@@ -641,7 +795,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (value < std::exchange(before, value)) ++The().gpus[gpu].counts.asked_for_less;
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void**) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   const Lock lock(The().mutex);
   const char* const call = "cudaLaunchKernelExC";
   FakeStream* found = Find(The().streams, config->stream);
@@ -669,10 +823,18 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
     ++gpu.counts.overlapping;
   }
   ++gpu.counts.launches;
-  if (found->capturing) {
-    ++gpu.counts.captured;
-    ++found->ops;
-  }
+  if (found->capturing) ++gpu.counts.captured;
+  KernelLaunch launch = {.kernel = Kernels()[function],
+                         .capability = gpu.capability,
+                         .grid = {grid.x, grid.y, grid.z},
+                         .block = {block.x, block.y, block.z},
+                         .dynamic_shared_bytes = config->dynamicSmemBytes,
+                         .parameters = {},
+                         .memory = {}};
+  if (The().runner) launch.parameters = The().parameters(launch.kernel, launch.capability, arguments);
+  Give(*found, [launch, gpu = found->gpu, runs = The().runner != nullptr] {
+    if (runs) RunKernel(gpu, launch);
+  });
   return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,

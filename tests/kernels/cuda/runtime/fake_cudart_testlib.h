@@ -1,13 +1,16 @@
 // Stands in for the CUDA runtime, so that the host's side of the backend runs as it would on GPUs: device.cc, the
-// launches of the kernels that nvcc has compiled, tensor maps. Memory is the host's, copies are made at once, kernels
-// do nothing. What it is for: it refuses what CUDA's documentation says is refused, and remembers which GPUs have a
-// context.
+// launches of the kernels that nvcc has compiled, tensor maps. Memory is the host's. It refuses what CUDA's
+// documentation says is refused, and remembers which GPUs have a context. Copies are made at once and kernels do
+// nothing, unless RunKernelsBy says who runs them.
 #pragma once
 
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace altiplano::fake_cudart {
@@ -46,5 +49,22 @@ struct Counts {
 Counts Count(int gpu);
 // Of what was copied to pinned memory, before the copy's caller goes on: kernels have left nothing there.
 void AfterCopiesToHost(std::function<void(void* data, size_t bytes)> fill);
+
+// A launch that was not refused.
+struct KernelLaunch {
+  std::string kernel;  // as nvcc names it
+  int capability;      // of its GPU
+  std::array<uint32_t, 3> grid, block;
+  size_t dynamic_shared_bytes;
+  std::vector<std::byte> parameters;                  // one behind the other as the kernel has them
+  std::vector<std::pair<uint64_t, uint64_t>> memory;  // all that was allocated, sorted: begin and end
+};
+// Who knows how parameters lie: from pointers to each, as a launch brings them.
+using Parameters = std::function<std::vector<std::byte>(const std::string& kernel, int capability, void** each)>;
+// Runs a kernel to its end; what it says went wrong is a fault: it is printed, and the GPU is lost.
+using Runner = std::function<std::string(const KernelLaunch&)>;
+// From now on, for as long as the program runs: streams and graphs do what they were given, in order, on a thread of
+// each stream.
+void RunKernelsBy(Parameters parameters, Runner runner);
 
 }  // namespace altiplano::fake_cudart
