@@ -42,11 +42,11 @@ struct Shared {
 
 // The ring's turns, for each split: the keys of run 0, then those of run j and the values of run j - 1 for each j, then
 // the last values. So they are consumed.
-PTX_FUNCTION int SlotOf(int turn) {
-  return turn % kSlots;
+PTX_FUNCTION uint32_t SlotOf(int turn) {
+  return static_cast<uint32_t>(turn) % kSlots;
 }
 PTX_FUNCTION uint32_t ParityOf(int turn) {
-  return static_cast<uint32_t>(turn / kSlots & 1);
+  return static_cast<uint32_t>(turn) / kSlots & 1;
 }
 
 // ---- the producer
@@ -173,10 +173,10 @@ PTX_FUNCTION void PassTensorCores(const PingPong& turns, int first_key) {
 template <int kDim>
 PTX_FUNCTION void IssueScores(float (&scores)[kKeys / 2], const uint32_t (&q)[kDim / 16][4],
                               const unsigned char (&keys)[kDim / 64][kBoxBytes]) {
+  const uint64_t first = ptx::MatrixDescriptor(keys, kLeadingUnused, kAtomBytes);
   PTX_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
-    ptx::Wgmma<false>(scores, q[step],
-                      ptx::MatrixDescriptor(keys[step / 4] + step % 4 * 32, kLeadingUnused, kAtomBytes), step > 0);
+    ptx::Wgmma<false>(scores, q[step], ptx::FurtherOn(first, step / 4 * kBoxBytes + step % 4 * 32), step > 0);
   }
   ptx::WgmmaCommit();
 }
@@ -185,10 +185,10 @@ PTX_FUNCTION void IssueScores(float (&scores)[kKeys / 2], const uint32_t (&q)[kD
 template <int kDim>
 PTX_FUNCTION void IssueSums(float (&sums)[kDim / 2], const uint32_t (&weights)[kKeys / 16][4],
                             const unsigned char (&values)[kDim / 64][kBoxBytes]) {
+  const uint64_t first = ptx::MatrixDescriptor(values, kBoxBytes, kAtomBytes);
   PTX_UNROLL
   for (int step = 0; step < kKeys / 16; ++step) {
-    ptx::Wgmma<true>(sums, weights[step],
-                     ptx::MatrixDescriptor(values[0] + step * 2 * kAtomBytes, kBoxBytes, kAtomBytes), true);
+    ptx::Wgmma<true>(sums, weights[step], ptx::FurtherOn(first, step * 2 * kAtomBytes), true);
   }
   ptx::WgmmaCommit();
 }
@@ -464,7 +464,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   }
   __syncthreads();
   const int end = SmallerOf(KeysSeen(args, tile, tile.rows - 1), tile.end_split * kSplit);
-  const int warp = static_cast<int>(threadIdx.x / 32);
+  // The same in all lanes, which ptxas knows of a shuffle: slots, descriptors and turns are then computed once for the
+  // warp and not in each lane, and stand in the registers that wgmma takes them from.
+  const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x / 32), 0);
   if (warp >= kPrefillConsumers) {
     ptx::GiveRegistersBack<40>();
     if (warp == kPrefillConsumers) Produce(args, tile, kv_head, end, shared, keys, values);

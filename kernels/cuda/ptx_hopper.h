@@ -22,5 +22,11 @@ PTX_FUNCTION uint64_t MatrixDescriptor(const void* start, uint32_t leading, uint
   return static_cast<uint64_t>((SharedAddress(start) & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128 << 62;
 }
+// Of the matrix that lies so many bytes, a multiple of 16, behind that of `descriptor`: one addition, since shared
+// memory ends before its field for the start does.
+PTX_FUNCTION uint64_t FurtherOn(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
 
 }  // namespace altiplano::ptx

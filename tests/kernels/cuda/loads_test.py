@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Kernels that wait for memory have their loads on their way together: the machine code for sm_90a, read with cuobjdump,
-has as many loads of 16 bytes before anything that could wait for one. ptxas moves a load to where it is waited for
-unless something keeps it.
+"""What of the machine code for sm_90a, read with cuobjdump, ptxas undoes unless something keeps it from that. Kernels that
+wait for memory have their loads on their way together: as many loads of 16 bytes before anything that could wait for
+one. And in prefill attention what wgmma's descriptors are made of is computed once for a warp: few values go from
+lanes' registers to the uniform ones.
 
     loads_test.py FOLDER [--table]     every *.cu.o below it; --table prints what was found
 """
@@ -25,6 +26,9 @@ LEAST = {  # as docs/kernels.md counts them
 }
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
+
+
+MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 32, "PrefillAttentionKernel<64>": 20}
 
 
 def cuobjdump():
@@ -52,20 +56,27 @@ def main():
     if tool is None:
         print("no cuobjdump: it comes with the CUDA toolkit")
         return SKIPPED
-    found = {}
+    found, made_uniform = {}, {}
     for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.cu.o")):
         if path.name in ("all_reduce.cu.o", "linear.cu.o"):
             code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
             for function in code.split("Function : ")[1:]:
                 found[short(function.split()[0])] = most_together(function)
+        if path.name == "paged_attention_hopper.cu.o":
+            code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
+            for function in code.split("Function : ")[1:]:
+                made_uniform[short(function.split()[0])] = OPCODE.findall(function).count("R2UR")
     if "--table" in sys.argv:
-        print("\n".join(f"{kernel}: {loads}" for kernel, loads in sorted(found.items())))
+        print("\n".join(f"{kernel}: {loads}" for kernel, loads in sorted((found | made_uniform).items())))
     if not found:
         print(f"no kernel for sm_90a below {sys.argv[1]}")
         return SKIPPED
     problems = [f"{kernel}: {found.get(kernel, 'not built, no')} loads together, at least {least} were"
                 for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
-    print("\n".join(problems) or f"{len(LEAST)} kernels have their loads together")
+    problems += [f"{kernel}: {made_uniform.get(kernel, 'not built, no')} values made uniform, at most {most} were"
+                 for kernel, most in MOST_MADE_UNIFORM.items() if not made_uniform.get(kernel, most + 1) <= most]
+    print("\n".join(problems) or f"{len(LEAST)} kernels have their loads together, "
+          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers")
     return 1 if problems else 0
 
 
