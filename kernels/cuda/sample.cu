@@ -23,6 +23,7 @@ namespace {
 
 constexpr int kThreads = static_cast<int>(kSampleThreads);
 constexpr int kWarps = kSampleWarps;
+static_assert(kWarps == 16);         // each half of a warp merges what the warps have found
 constexpr float kLeast = 0x1p-149f;  // weighs nothing, but is above 0
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 constexpr int kLevels = 3;  // of a histogram: 11 bits of a key, 11 more, the last 10
@@ -125,46 +126,56 @@ PTX_FUNCTION uint64_t BlockSum(uint64_t x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   if (threadIdx.x % 32 == 0) ptx::StShared(&sums[threadIdx.x / 32], x);
   __syncthreads();
-  uint64_t total = 0;
-  for (int warp = 0; warp < kWarps; ++warp) total += ptx::LdShared(&sums[warp]);
+  x = ptx::LdShared(&sums[threadIdx.x % kWarps]);
+  for (int lanes = kWarps / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   __syncthreads();
-  return total;
+  return x;
 }
 
 PTX_FUNCTION Largest BlockLargest(Largest own) {
   PTX_SHARED(float, values, kWarps);
   PTX_SHARED(int, indices, kWarps);
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float value = __shfl_xor_sync(kAllLanes, own.value, lanes);
-    const int index = __shfl_xor_sync(kAllLanes, own.index, lanes);
-    own = LargerOf(own, {value, index});
-  }
+  const auto among = [&](int lanes) {
+    for (; lanes > 0; lanes /= 2) {
+      const float value = __shfl_xor_sync(kAllLanes, own.value, lanes);
+      const int index = __shfl_xor_sync(kAllLanes, own.index, lanes);
+      own = LargerOf(own, {value, index});
+    }
+  };
+  among(16);
   if (threadIdx.x % 32 == 0) {
     ptx::StShared(&values[threadIdx.x / 32], own.value);
     ptx::StShared(&indices[threadIdx.x / 32], own.index);
   }
   __syncthreads();
-  PTX_KEEP_LOOP
-  for (int warp = 0; warp < kWarps; ++warp) {
-    own = LargerOf(own, {ptx::LdShared(&values[warp]), ptx::LdShared(&indices[warp])});
-  }
+  own = {ptx::LdShared(&values[threadIdx.x % kWarps]), ptx::LdShared(&indices[threadIdx.x % kWarps])};
+  among(kWarps / 2);
   __syncthreads();
   return own;
 }
 
-// Of [begin, end), each once; several are under way to a thread at a time.
+// Of [begin, end), each once and a thread's in order; several are under way to a thread at a time.
 template <typename Use>
 PTX_FUNCTION void ForEach(const float* x, int begin, int end, const Use& use) {
   constexpr int kAtOnce = 8;
-  for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kAtOnce * kThreads) {
+  for (; begin < end; begin += kAtOnce * kThreads) {
+    const int first = begin + static_cast<int>(threadIdx.x);
+    const bool all = begin + kAtOnce * kThreads <= end;  // the same for the block
     float values[kAtOnce];
-    PTX_UNROLL
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (first + j * kThreads < end) values[j] = ptx::LdGlobal(x + first + j * kThreads);
-    }
-    PTX_UNROLL
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (first + j * kThreads < end) use(first + j * kThreads, values[j]);
+    if (all) {
+      PTX_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) values[j] = ptx::LdGlobal(x + first + j * kThreads);
+      PTX_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) use(first + j * kThreads, values[j]);
+    } else {
+      PTX_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + j * kThreads < end) values[j] = ptx::LdGlobal(x + first + j * kThreads);
+      }
+      PTX_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + j * kThreads < end) use(first + j * kThreads, values[j]);
+      }
     }
   }
 }
@@ -278,27 +289,52 @@ PTX_FUNCTION int BinsOf(int level) {
 }
 
 // Adds the block's elements to the row's bins, as far as they begin with what is known of the key. `item` gives what
-// stands for element i: a number, and how much of it there is.
+// stands for element i: a number, and how much of it there is: 0 or 1 (kCounts), or a weight.
+//
+// Shared memory adds words of 32 bits by itself. An addition of 64 would be a loop that begins again when another
+// thread was faster, and most logits fall into few bins: so sums of weights are kept in three words.
 struct Item {
   float value;
   uint64_t amount;
 };
-template <typename ItemOf>
+constexpr int kCounts = 1, kWeights = 3;  // words of a bin
+constexpr int kBitsOfWord = 14;           // of an amount of at most 2^40; the last word has the rest
+static_assert(kMostSampleSlice <= 1 << (32 - kBitsOfWord));
+template <int kWords, typename ItemOf>
 PTX_FUNCTION void AddToBins(const Row& row, const float* x, int level, uint32_t known, const ItemOf& item_of) {
-  PTX_SHARED(unsigned long long, bins, kBins);
-  for (int bin = static_cast<int>(threadIdx.x); bin < BinsOf(level); bin += kThreads) ptx::StShared(&bins[bin], 0ull);
+  PTX_SHARED(uint32_t, bins, kWords * kBins);
+  PTX_UNROLL
+  for (int word = 0; word < kWords; ++word) {
+    for (int bin = static_cast<int>(threadIdx.x); bin < BinsOf(level); bin += kThreads) {
+      ptx::StShared(&bins[word * kBins + bin], 0u);
+    }
+  }
   __syncthreads();
   const int shift = ShiftOf(level);
   ForEach(x, row.begin, row.end, [&](int i, float element) {
     const Item item = item_of(i, element);
     const uint32_t key = KeyOf(item.value);
-    if (item.amount == 0 || (level > 0 && (key ^ known) >> ShiftOf(level - 1) != 0)) return;
-    ptx::AddShared(&bins[(key >> shift) & static_cast<uint32_t>(BinsOf(level) - 1)],
-                   static_cast<unsigned long long>(item.amount));
+    if ((level > 0 && (key ^ known) >> ShiftOf(level - 1) != 0) || item.amount == 0) return;
+    uint32_t* const bin = &bins[(key >> shift) & static_cast<uint32_t>(BinsOf(level) - 1)];
+    if constexpr (kWords == kCounts) {
+      ptx::AddShared(bin, 1u);
+    } else {
+      constexpr uint32_t kMask = (1 << kBitsOfWord) - 1;
+      const auto low = static_cast<uint32_t>(item.amount) & kMask;
+      const auto middle = static_cast<uint32_t>(item.amount >> kBitsOfWord) & kMask;
+      const auto high = static_cast<uint32_t>(item.amount >> (2 * kBitsOfWord));
+      ptx::AddShared(bin, low);
+      if (middle > 0) ptx::AddShared(bin + kBins, middle);
+      if (high > 0) ptx::AddShared(bin + 2 * kBins, high);
+    }
   });
   __syncthreads();
   for (int bin = static_cast<int>(threadIdx.x); bin < BinsOf(level); bin += kThreads) {
-    const unsigned long long amount = ptx::LdShared(&bins[bin]);
+    unsigned long long amount = 0;
+    PTX_UNROLL
+    for (int word = 0; word < kWords; ++word) {
+      amount += static_cast<unsigned long long>(ptx::LdShared(&bins[word * kBins + bin])) << (word * kBitsOfWord);
+    }
     if (amount > 0) ptx::AddGlobalInAnyOrder(&row.memory.bins[bin], amount);
   }
 }
@@ -404,7 +440,7 @@ PTX_FUNCTION LargestOfSlice FindLargest(const Row& row, const float* x) {
   LargestOfSlice own = {{-kInf, row.n}, 0};
   ForEach(x, row.begin, row.end, [&](int i, float value) {
     own.bad += !(value < kInf);
-    own.largest = LargerOf(own.largest, {value, i});
+    if (value > own.largest.value) own.largest = {value, i};  // of equal ones the first stays
   });
   return {BlockLargest(own.largest), static_cast<uint32_t>(BlockSum(own.bad))};
 }
@@ -473,7 +509,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   if (!(most_probable ? row.params.num_top > 0 : row.params.keeps_top_k) || !IsFinite(row)) return;
   const float* x = most_probable ? row.raw : row.x;
   Search search = SearchOf(row);
-  AddToBins(row, x, level, search.known, [](int, float value) { return Item{value, 1}; });
+  AddToBins<kCounts>(row, x, level, search.known, [](int, float value) { return Item{value, 1}; });
   if (!IsLastBlock(row)) return;
   const uint64_t held = ChooseBin(row, level, &search);
   Kept kept = {};
@@ -495,7 +531,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   if (!row.params.keeps_top_p || !IsFinite(row)) return;
   const Weigh weigh(row);
   Search search = SearchOf(row);
-  AddToBins(row, row.x, level, search.known, [&](int i, float x) {
+  AddToBins<kWeights>(row, row.x, level, search.known, [&](int i, float x) {
     const float weight = weigh(i, x);
     return Item{weight, weight < 0 ? 0 : WeightOf(weight)};
   });
@@ -565,7 +601,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) LogprobKernel(SampleMemory 
   const float largest = ptx::LdGlobal(&row.memory.state.raw_largest);
   const float logit = ptx::LdGlobal(row.raw + ptx::LdGlobal(&row.memory.state.token));
   uint64_t weight = 0, larger = 0;
-  AddToBins(row, row.raw, 0, 0, [&](int, float x) {
+  AddToBins<kCounts>(row, row.raw, 0, 0, [&](int, float x) {
     weight += WeightOf(Exp(ptx::Add(x, -largest)));
     larger += x > logit;
     return Item{x, row.params.num_top > 0 ? uint64_t{1} : uint64_t{0}};

@@ -2,7 +2,7 @@
 """What of the machine code for sm_90a, read with cuobjdump, ptxas undoes unless something keeps it from that. Kernels that
 wait for memory have their loads on their way together: as many loads of 16 bytes before anything that could wait for
 one. And in prefill attention what wgmma's descriptors are made of is computed once for a warp: few values go from
-lanes' registers to the uniform ones.
+lanes' registers to the uniform ones. And nowhere do threads try an atomic operation until none was faster.
 
     loads_test.py FOLDER [--table]     every *.cu.o below it; --table prints what was found
 """
@@ -56,16 +56,16 @@ def main():
     if tool is None:
         print("no cuobjdump: it comes with the CUDA toolkit")
         return SKIPPED
-    found, made_uniform = {}, {}
+    found, made_uniform, spinning = {}, {}, {}
     for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.cu.o")):
-        if path.name in ("all_reduce.cu.o", "linear.cu.o"):
-            code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
-            for function in code.split("Function : ")[1:]:
-                found[short(function.split()[0])] = most_together(function)
-        if path.name == "paged_attention_hopper.cu.o":
-            code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
-            for function in code.split("Function : ")[1:]:
-                made_uniform[short(function.split()[0])] = OPCODE.findall(function).count("R2UR")
+        code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
+        for function in code.split("Function : ")[1:]:
+            kernel, opcodes = short(function.split()[0]), OPCODE.findall(function)
+            spinning[kernel] = sum(opcode.startswith("ATOM") and "CAS" in opcode for opcode in opcodes)
+            if path.name in ("all_reduce.cu.o", "linear.cu.o"):
+                found[kernel] = most_together(function)
+            if path.name == "paged_attention_hopper.cu.o":
+                made_uniform[kernel] = opcodes.count("R2UR")
     if "--table" in sys.argv:
         print("\n".join(f"{kernel}: {loads}" for kernel, loads in sorted((found | made_uniform).items())))
     if not found:
@@ -75,8 +75,10 @@ def main():
                 for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
     problems += [f"{kernel}: {made_uniform.get(kernel, 'not built, no')} values made uniform, at most {most} were"
                  for kernel, most in MOST_MADE_UNIFORM.items() if not made_uniform.get(kernel, most + 1) <= most]
-    print("\n".join(problems) or f"{len(LEAST)} kernels have their loads together, "
-          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers")
+    problems += [f"{kernel}: {count} atomic operations that are tried until none was faster"
+                 for kernel, count in spinning.items() if count > 0]
+    print("\n".join(problems) or f"of {len(spinning)} kernels {len(LEAST)} have their loads together, "
+          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers, none spins")
     return 1 if problems else 0
 
 
