@@ -311,9 +311,9 @@ MUTATIONS = [
     ("sample: counts are not atomic", "sample.cu", "ptx::AddShared(bin, 1u);",
      "{ const auto before = ptx::LdShared(bin); __syncwarp(1u << threadIdx.x % 32); ptx::StShared(bin, before + 1u); }", 0,
      "CudaSample*"),
-    ("sample: weights are not atomic", "sample.cu", "ptx::AddShared(bin, low);",
-     "{ const auto before = ptx::LdShared(bin); __syncwarp(1u << threadIdx.x % 32); ptx::StShared(bin, before + low); }", 0,
-     "CudaSample*"),
+    ("sample: weights are not atomic", "sample.cu", "ptx::AddShared(bin + 2 * kBins, high);",
+     "{ const auto before = ptx::LdShared(bin + 2 * kBins); __syncwarp(1u << threadIdx.x % 32); "
+     "ptx::StShared(bin + 2 * kBins, before + high); }", 0, "CudaSample*"),
     ("sample: the upper parts of weights are lost", "sample.cu", "if (high > 0)", "if (false)", 0, "CudaSample*"),
     ("sample: the middle parts of weights are lost", "sample.cu", "if (middle > 0)", "if (false)", 0, "CudaSample*"),
     ("sample: a later equal logit is the largest", "sample.cu", "value > own.largest.value", "value >= own.largest.value", 0,
