@@ -171,12 +171,21 @@ TEST_F(CudaSampleTest, CutsAmongEqualLogitsLikeTheCpu) {
 }
 
 TEST_F(CudaSampleTest, GreedyTakesTheLowestOfEqualIds) {
-  Matrix logits(1, 1500, DType::kF32);
-  for (int64_t i = 0; i < 1500; ++i) logits.set(0, i, 0);
-  for (int64_t i : {1499, 700, 1021}) logits.set(0, i, 3);
-  Request greedy;
-  greedy.params.temperature = 0;
-  EXPECT_EQ(SampleOnGpu(logits, {greedy})[0].token, 700);
+  struct {
+    int64_t vocab;
+    std::vector<int64_t> largest;
+    int32_t token;
+  } cases[] = {{1500, {1499, 700, 1021}, 700},  // in several slices, and two in one
+               {16 * 1024, {1500, 5200 + 512, 5200}, 1500},
+               {16 * 1024, {5200 + 512, 5200}, 5200}};  // of one thread, which goes on by 512
+  for (const auto& [vocab, largest, token] : cases) {
+    Matrix logits(1, vocab, DType::kF32);
+    for (int64_t i = 0; i < vocab; ++i) logits.set(0, i, 0);
+    for (int64_t i : largest) logits.set(0, i, 3);
+    Request greedy;
+    greedy.params.temperature = 0;
+    EXPECT_EQ(SampleOnGpu(logits, {greedy})[0].token, token);
+  }
 }
 
 TEST_F(CudaSampleTest, ReportsRowsThatAreNotFinite) {
