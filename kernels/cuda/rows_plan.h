@@ -20,6 +20,23 @@ constexpr int64_t CeilDivide(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Divides by a number that the host knows, with a product and a shift instead of some twenty instructions. Exact for
+// 0 <= x < 2^31: with d <= 2^s < 2 d the factor, ceil(2^(31 + s) / d), has 32 bits and makes x / d too large by less
+// than 1 / d.
+struct Divisor {
+  uint32_t factor = 0, shift = 0;
+
+  Divisor() = default;
+  constexpr explicit Divisor(int64_t divisor) {
+    while (int64_t{1} << shift < divisor) ++shift;
+    factor = static_cast<uint32_t>(CeilDivide(int64_t{1} << (31 + shift), divisor));
+  }
+  constexpr int Quotient(int x) const {
+    const uint64_t twice = 2 * static_cast<uint32_t>(x);
+    return static_cast<int>(static_cast<uint32_t>(twice * factor >> 32) >> shift);
+  }
+};
+
 // Whole warps, one thread for each pack of a row, at most `most`.
 constexpr uint32_t ThreadsForPacks(int64_t packs, uint32_t most) {
   return static_cast<uint32_t>(std::clamp<int64_t>(CeilDivide(packs, 32) * 32, 32, most));

@@ -273,8 +273,8 @@ TEST_F(CudaRowOpsTest, TrafficIsTheLeastPossible) {
                             {"GatherRows", kHidden * 2, kHidden * 2, warps / 2 * 32},
                             {"RmsNorm", kHidden * 4, kHidden * 2, kHidden * 2},
                             {"AddRmsNorm", kHidden * 8, kHidden * 6, kHidden * 2},
-                            // Of three blocks, four warps each with a position and a slot, and the frequencies.
-                            {"RopeStoreKv", (kQ + 2 * kKv) * 2, (kQ + 2 * kKv) * 2, 3 * (4 * 2 * 32 + kDim / 2 * 4)}}) {
+                            // Of three blocks, four warps each with a position, one with a slot, and the frequencies.
+                            {"RopeStoreKv", (kQ + 2 * kKv) * 2, (kQ + 2 * kKv) * 2, 3 * (5 * 32 + kDim / 2 * 4)}}) {
     const sim::Traffic traffic = sim::TrafficOf(e.kernel);
     EXPECT_EQ(traffic.launches, 1u) << e.kernel;
     EXPECT_EQ(traffic.store_bytes, kTokens * e.stored) << e.kernel;
@@ -321,6 +321,20 @@ TEST(CudaRowsPlan, RopeGivesEveryHeadToOneBlock) {
   }
   // Llama 3.1 8B: 32 + 8 + 8 heads of 128, of which a block of 128 threads takes 16.
   EXPECT_EQ(cuda::PlanRope(1, 48, 64, 4).heads_per_block, 16);
+}
+
+TEST(CudaRowsPlan, DividesExactly) {
+  constexpr int kMost = std::numeric_limits<int>::max();
+  for (int64_t divisor :
+       {1, 2, 3, 5, 7, 10, 16, 65, 641, 65535, 65536, 65537, 1 << 30, (1 << 30) + 1, kMost - 1, kMost}) {
+    const cuda::Divisor by(divisor);
+    for (int64_t near :
+         {int64_t{0}, divisor, 1000 * divisor, kMost / 2 / divisor * divisor, kMost / divisor * divisor}) {
+      for (int64_t x = std::max<int64_t>(near - 1, 0); x <= std::min<int64_t>(near + 1, kMost); ++x) {
+        EXPECT_EQ(by.Quotient(static_cast<int>(x)), x / divisor) << x << " by " << divisor;
+      }
+    }
+  }
 }
 
 // Loads that a multiprocessor has under way when all its blocks have issued theirs, against what 85 % of a copy at 4.3
