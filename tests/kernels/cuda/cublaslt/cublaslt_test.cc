@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 
 #include "tests/kernels/cuda/cuda_testlib.h"
@@ -19,9 +20,9 @@ class CublasLtTest : public CudaTest {
     ASSERT_EQ(cuda::DescribeCublasLt(), "cuBLASLt 13.1.0");
     void* library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_NOLOAD);
     ASSERT_NE(library, nullptr);
-    handles_ = static_cast<int*>(dlsym(library, "fake_handles"));
-    choices_ = static_cast<int*>(dlsym(library, "fake_choices"));
-    products_ = static_cast<int*>(dlsym(library, "fake_products"));
+    handles_ = static_cast<std::atomic<int>*>(dlsym(library, "fake_handles"));
+    choices_ = static_cast<std::atomic<int>*>(dlsym(library, "fake_choices"));
+    products_ = static_cast<std::atomic<int>*>(dlsym(library, "fake_products"));
     refuses_choices_ = static_cast<bool*>(dlsym(library, "fake_refuses_choices"));
     refuses_products_ = static_cast<bool*>(dlsym(library, "fake_refuses_products"));
     *handles_ = *choices_ = *products_ = 0;
@@ -76,7 +77,7 @@ class CublasLtTest : public CudaTest {
     EXPECT_TRUE(out.GapsUntouched());
   }
 
-  int *handles_ = nullptr, *choices_ = nullptr, *products_ = nullptr;
+  std::atomic<int>*handles_ = nullptr, *choices_ = nullptr, *products_ = nullptr;
   bool *refuses_choices_ = nullptr, *refuses_products_ = nullptr;
 };
 

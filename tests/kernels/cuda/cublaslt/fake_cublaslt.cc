@@ -2,6 +2,7 @@
 // gave out. It fills the library's opaque structures with fields of its own, and refuses what the real one would.
 #include <cublasLt.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "kernels/tensor.h"
@@ -47,8 +48,8 @@ bool Fit(const Product& product, const Layout& a, const Layout& b, const Layout&
 
 extern "C" {
 
-// For the test.
-int fake_handles = 0, fake_choices = 0, fake_products = 0;
+// For the test. Ranks count from threads of their own.
+std::atomic<int> fake_handles = 0, fake_choices = 0, fake_products = 0;
 bool fake_refuses_choices = false, fake_refuses_products = false;
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
