@@ -87,7 +87,8 @@ class Machine {
     if (Threads() > kernel_.most_threads) return "more threads than the kernel was compiled for";
     // Blocks that wait for other GPUs' must all be there at once; those have at most so many. A few are enough for
     // others.
-    const bool waits = std::any_of(kernel_.code.begin(), kernel_.code.end(), [](const auto& in) { return in.ordered; });
+    const bool waits =
+        std::any_of(kernel_.code.begin(), kernel_.code.end(), [](const auto& in) { return in.among_gpus; });
     const uint64_t most_resident = waits ? 16 : 2;
     std::vector<uint64_t> order(blocks);
     for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
@@ -292,7 +293,7 @@ class Machine {
         break;
       case Op::kLoad:
       case Op::kStore:
-        if (in.bytes == 4 && in.register_bytes == 4 && !in.ordered) {
+        if (in.bytes == 4 && in.register_bytes == 4 && !in.among_gpus) {
           ForLanes(lanes, [&](uint32_t lane) { AccessWords(in, lane); });
         } else {
           ForLanes(lanes, [&](uint32_t lane) { Access(in, lane); });
@@ -472,13 +473,15 @@ class Machine {
   void Access(const Instruction& in, uint32_t lane) {
     std::byte* memory = At(in, lane, in.operands[in.count], uint32_t{in.count} * in.bytes);
     if (memory == nullptr) return;
-    if (in.ordered) {
+    if (in.among_gpus) {
       auto& word = *reinterpret_cast<uint32_t*>(memory);
       if (in.bytes != 4 || in.count != 1) return Fault(in, "an ordered access of more than a word");
       if (in.op == Op::kLoad) {
-        Put(warp_->registers, in.operands[0], lane, std::atomic_ref(word).load());
+        Put(warp_->registers, in.operands[0], lane,
+            std::atomic_ref(word).load(in.orders ? std::memory_order_acquire : std::memory_order_relaxed));
       } else {
-        std::atomic_ref(word).store(Get<uint32_t>(warp_->registers, in.operands[0], lane));
+        std::atomic_ref(word).store(Get<uint32_t>(warp_->registers, in.operands[0], lane),
+                                    in.orders ? std::memory_order_release : std::memory_order_relaxed);
       }
       return;
     }

@@ -403,7 +403,8 @@ class Reader {
     } else if (!Holds(name, ".global")) {
       return false;
     }
-    to->ordered = Holds(name, ".acquire") || Holds(name, ".release") || Holds(name, ".relaxed");
+    to->orders = Holds(name, ".acquire") || Holds(name, ".release");
+    to->among_gpus = to->orders || Holds(name, ".relaxed");
     const std::string type = name.substr(name.rfind('.'));
     to->bytes = BytesOfType(type);
     to->is_signed = type[1] == 's';

@@ -61,7 +61,8 @@ struct Instruction {
   uint8_t bytes = 4;           // of each in memory
   uint8_t register_bytes = 4;  // of each in its register
   bool is_signed = false;
-  bool ordered = false;     // acquire, release and relaxed: other GPUs' threads are about
+  bool among_gpus = false;  // relaxed, acquire or release: threads of other GPUs are about
+  bool orders = false;      // acquire or release
   bool transposed = false;  // ldmatrix; b of wgmma
   bool wide_address = false;
   bool apart = false;     // a move of the whole into its parts
