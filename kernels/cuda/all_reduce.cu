@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kMostNormThreads, 1)
         ptx::StShared(&waiting_row[pack], waiting);
       }
     }
-    ScaleRow(out, row * out.stride, weight, waiting_row, squares, eps, width);
+    ScaleRow(RowOf(out, row), weight, waiting_row, squares, eps, width);
     __syncthreads();  // before the next row's sums take the place of this one's
   }
   EndCall(peers, call);

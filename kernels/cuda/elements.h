@@ -30,6 +30,12 @@ inline bool IsPacked(const TensorView& view, int64_t pack) {
          (view.rank < 2 || view.stride0 % pack == 0);
 }
 
+// A row, whose elements are then counted from its first in 32 bits: an instruction for each address.
+PTX_FUNCTION Elements RowOf(Elements x, int64_t row) {
+  x.data = static_cast<char*>(x.data) + row * x.stride * (x.bf16 ? 2 : 4);
+  return x;
+}
+
 // A pack as it lies in memory, in the first words. Apart from its widening, so that several packs are on their way
 // before the first is waited for.
 // `at` counts elements from the matrix's first and is a multiple of kPack.

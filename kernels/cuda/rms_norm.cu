@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kMostNormThreads, kNormBlocks)
   ptx::WaitForKernelsBefore();
   ptx::LetNextKernelStart();
   auto* row = static_cast<Waiting<kPack>*>(ptx::DynamicShared());
-  const int64_t token = blockIdx.x;
+  x = RowOf(x, blockIdx.x);
+  if constexpr (kAdd) residual = RowOf(residual, blockIdx.x);
   const int packs = width / kPack;
   const int stride = static_cast<int>(blockDim.x);
   constexpr int kAtOnce = kAdd ? 1 : kPacksAtOnce;  // the residual's packs are on their way, too
@@ -28,8 +29,8 @@ __global__ void __launch_bounds__(kMostNormThreads, kNormBlocks)
     for (int n = 0; n < kAtOnce; ++n) {
       const int pack = first + n * stride;
       if (pack >= packs) break;
-      LoadRaw(x, token * x.stride + pack * kPack, added[n]);
-      if constexpr (kAdd) LoadRaw(residual, token * residual.stride + pack * kPack, to[n]);
+      LoadRaw(x, pack * kPack, added[n]);
+      if constexpr (kAdd) LoadRaw(residual, pack * kPack, to[n]);
     }
     PTX_UNROLL
     for (int n = 0; n < kAtOnce; ++n) {
@@ -42,14 +43,14 @@ __global__ void __launch_bounds__(kMostNormThreads, kNormBlocks)
         Widen(to[n], residual.bf16, sum);
         PTX_UNROLL
         for (int i = 0; i < kPack; ++i) waiting.x[i] = Rounded(sum[i] + waiting.x[i], residual.bf16);
-        Store(residual, token * residual.stride + pack * kPack, waiting.x);
+        Store(residual, pack * kPack, waiting.x);
       }
       PTX_UNROLL
       for (int i = 0; i < kPack; ++i) squares += waiting.x[i] * waiting.x[i];
       ptx::StShared(&row[pack], waiting);
     }
   }
-  ScaleRow(out, token * out.stride, weight, row, squares, eps, width);
+  ScaleRow(RowOf(out, blockIdx.x), weight, row, squares, eps, width);
 }
 
 template <bool kAdd>

@@ -14,7 +14,13 @@ PTX_FUNCTION float BlockSum(float x) {
   if (threadIdx.x % 32 == 0) ptx::StShared(&sums[threadIdx.x / 32], x);
   __syncthreads();
   float total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += ptx::LdShared(&sums[warp]);
+  if (blockDim.x == kMostNormThreads) {  // as in most rows: wide loads and no loop
+    PTX_UNROLL
+    for (unsigned warp = 0; warp < kMostNormThreads / 32; ++warp) total += ptx::LdShared(&sums[warp]);
+  } else {
+    PTX_KEEP_LOOP
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += ptx::LdShared(&sums[warp]);
+  }
   return total;
 }
 
@@ -23,10 +29,11 @@ struct alignas(4 * kPack) Waiting {
   float x[kPack];
 };
 
-// Scales the row that waits in shared memory, each pack by the thread that put it there. `squares`: of its own packs.
+// Scales the row that waits in shared memory into `out`, a row, each pack by the thread that put it there. `squares`:
+// of its own packs.
 template <int kPack>
-PTX_FUNCTION void ScaleRow(const Elements& out, int64_t out_at, const Elements& weight, const Waiting<kPack>* row,
-                           float squares, float eps, int width) {
+PTX_FUNCTION void ScaleRow(const Elements& out, const Elements& weight, const Waiting<kPack>* row, float squares,
+                           float eps, int width) {
   const int packs = width / kPack, stride = static_cast<int>(blockDim.x);
   uint32_t weights[kPacksAtOnce][kPack] = {};
   const auto load_weights = [&](int first) {
@@ -50,9 +57,10 @@ PTX_FUNCTION void ScaleRow(const Elements& out, int64_t out_at, const Elements& 
       Widen(weights[n], weight.bf16, w);
       PTX_UNROLL
       for (int i = 0; i < kPack; ++i) waiting.x[i] = waiting.x[i] * scale * w[i];
-      Store(out, out_at + pack * kPack, waiting.x);
+      Store(out, pack * kPack, waiting.x);
     }
     first += kPacksAtOnce * stride;
+    if (first >= packs) break;
     load_weights(first);
   }
 }
