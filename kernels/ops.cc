@@ -183,7 +183,7 @@ void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args) {
               {"slots", args.slots, {tokens}},
               {"inv_freq", args.inv_freq, {dim / 2}}});
   const DType act = args.k_pages.dtype;
-  DOOR_CHECK(dim > 0 && dim % 2 == 0);
+  DOOR_CHECK(dim > 0 && dim % 2 == 0 && page_size > 0);
   DOOR_CHECK(args.q.dim(1) % dim == 0);
   DOOR_CHECK(IsAct(act));
   DOOR_CHECK(args.v_pages.dtype == act);
@@ -245,7 +245,8 @@ void Sample(Stream& stream, const SampleArgs& args) {
   const int64_t rows = args.logits.dim(0), vocab = args.logits.dim(1);
   CheckViews(op, stream.device(), {{"logits", args.logits, {rows, vocab}}});
   DOOR_CHECK(args.logits.dtype == DType::kF32);
-  DOOR_CHECK(vocab > 0 && cuda::SampleSlice(vocab) <= cuda::kMostSampleSlice);
+  DOOR_CHECK(vocab > 0);
+  DOOR_CHECK(vocab <= kMostVocabulary);
   if (!args.tokens.empty()) {
     CheckViews(op, stream.device(), {{"tokens", args.tokens, {rows}}});
     DOOR_CHECK(args.tokens.dtype == DType::kI32);

@@ -176,6 +176,7 @@ struct SampleArgs {
   TensorView logits;                     // [R, V] f32, left unchanged
   void* scratch = nullptr;               // SampleScratchBytes(R, V, device)
 };
+inline constexpr int64_t kMostVocabulary = int64_t{1} << 22;  // of Sample
 size_t SampleScratchBytes(int64_t rows, int64_t vocab, Device device = Device::kCpu);
 void Sample(Stream& stream, const SampleArgs& args);
 

@@ -30,8 +30,8 @@ void LaunchAs(bool overlapping, Stream& stream, [[maybe_unused]] const char* nam
               void (*kernel)(Parameters...), const Arguments&... arguments) {
   const dim3 grid(shape.grid_x, shape.grid_y, shape.grid_z);
 #ifdef __CUDACC__
-  // What a block may have unasked, 48 KB, includes what the kernel declares, which is less than the other half of it.
-  constexpr uint32_t kWithoutAsking = 24 * 1024;
+  // What a block may have unasked, 48 KB, includes what the kernel declares, which is less than 32 of them.
+  constexpr uint32_t kWithoutAsking = 16 * 1024;
   if (shape.shared_bytes > kWithoutAsking) {
     AskForShared(reinterpret_cast<const void*>(kernel), stream.ordinal(), shape.shared_bytes);
   }

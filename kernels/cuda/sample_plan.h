@@ -24,8 +24,9 @@ constexpr int64_t SampleSlice(int64_t vocab) {
   return (slice + threads - 1) / threads * threads;
 }
 inline constexpr int64_t kSampleBins = 2048;
-// Elements of a slice, whose weights a block sums up in words of 32 bits: a vocabulary of four million.
+// Elements of a slice, whose weights a block sums up in words of 32 bits.
 inline constexpr int64_t kMostSampleSlice = 1 << 18;
+static_assert(SampleSlice(kMostVocabulary) <= kMostSampleSlice);
 
 // Scratch: [R] results, what the blocks of each row of a launch tell each other, then [R, V] adjusted logits.
 inline constexpr size_t kSampleRowBytes = 17 * 1024;

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <numbers>
 
+#include "kernels/ops.h"
 #include "server/base/strings.h"
 
 namespace altiplano {
@@ -117,6 +118,9 @@ Status CheckModelConfig(const ModelConfig& c) {
     return InvalidArgument(StrCat(c.layers, " layers of ", c.kv_heads, " KV heads of ", c.head_dim,
                                   " and context length ", c.max_position,
                                   " make a KV cache of more than 2^56 elements"));
+  }
+  if (c.vocab > kMostVocabulary) {
+    return InvalidArgument(StrCat("vocabulary size is ", c.vocab, ", expected at most ", kMostVocabulary));
   }
   return CheckRope(c);
 }

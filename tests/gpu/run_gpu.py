@@ -40,7 +40,7 @@ TOGETHER_ENV = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAG
 CASE_SECONDS, RANKS_CASE_SECONDS, TORCH_CASE_SECONDS = 30, 45, 60
 # So much of what hung cases take is not counted against their part: a slice and this stay below ten minutes.
 HUNG_SECONDS = 60
-CHECK_SECONDS = 60  # for gpu_bench --check: contexts of all GPUs
+CHECK_SECONDS = 20  # for gpu_bench --check: contexts of all GPUs
 # What else than an exit code may come of a command.
 LATE, HUNG, STUCK = "late", "hung", "stuck"
 

@@ -216,6 +216,7 @@ INSTANTIATE_TEST_SUITE_P(
                 R"({"num_attention_heads": 24})",
                 kBad,
                 {"hidden_size 4096", "num_attention_heads 24"}},
+        Refusal{"vocabulary_huge", R"({"vocab_size": 4194305})", kBad, {"vocabulary size is 4194305", "4194304"}},
         Refusal{"embedding_overflow",
                 R"({"vocab_size": 2147483647, "hidden_size": 2147483647, "head_dim": 128})",
                 kBad,

@@ -137,6 +137,8 @@ TEST(PtxMachine, SaysWhoWaitsForWhom) {
                   .error,
               HasSubstr("lanes that wait for others"));
   EXPECT_THAT(RunSource("bar.sync 1, 64;", {0}).error, HasSubstr("deadlock"));
+  EXPECT_THAT(RunSource("bar.sync 16;", {0}).error, HasSubstr("no such barrier"));
+  EXPECT_THAT(RunSource("bar.sync 1, 48;", {0}).error, HasSubstr("no such barrier"));
   EXPECT_THAT(RunSource("bar.sync 1, 64;", {0}, 64).error, IsEmpty());
   EXPECT_THAT(RunSource("bar.sync 1, 32;", {0}, 64).error, IsEmpty());  // one after the other
   EXPECT_THAT(RunSource("setp.lt.u32 %p1, %r1, 8; @%p1 bar.sync 0;", {0}).error, HasSubstr("others skip"));
@@ -163,6 +165,8 @@ TEST(PtxMachine, ReadsOnlyWhatItKnows) {
   EXPECT_THAT(errors_of("add.s32 %r2, %r1, %rd1;"), testing::ElementsAre(HasSubstr("another width")));
   EXPECT_THAT(errors_of("add.s32 %r2, %r1, %r99;"), testing::ElementsAre(HasSubstr("an operand that is not known")));
   EXPECT_THAT(errors_of("bra $L_nowhere;"), testing::ElementsAre(HasSubstr("no such label")));
+  EXPECT_THAT(errors_of("$L_a: bra $L_a;\n$L_a: bra $L_a;"), testing::ElementsAre(HasSubstr("a label twice")));
+  EXPECT_THAT(errors_of("ld.global.u32 %r2, [%rd1+many];"), testing::ElementsAre(HasSubstr("not a number")));
   EXPECT_THAT(errors_of("{ .reg .pred p; setp.eq.s32 p, %r1, 0; } { .reg .b32 p; mov.u32 p, 1; }"), IsEmpty());
 }
 

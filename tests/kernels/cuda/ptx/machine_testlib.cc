@@ -403,7 +403,7 @@ class Machine {
         Arrive(in);
         if (in.op == Op::kBarrierSync) {
           ForLanes(group, [&](uint32_t lane) { warp.at[lane] = *at + 1; });
-          Complete(warp.barrier);
+          if (warp.barrier >= 0) Complete(warp.barrier);  // else it was no barrier
           return false;
         }
         break;

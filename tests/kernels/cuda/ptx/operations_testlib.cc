@@ -24,7 +24,8 @@ void RunLanes(std::byte* registers, const Register* operands, uint32_t lanes) {
   const auto one = [&]<size_t... kIndex>(uint32_t lane, std::index_sequence<kIndex...>) {
     Put<D>(registers, operands[0], lane, F{}(Get<S>(registers, operands[kIndex + 1], lane)...));
   };
-  if (lanes == ~uint32_t{0}) {
+  // Predicates of all lanes are one word.
+  if (lanes == ~uint32_t{0} && !std::is_same_v<D, bool>) {
 #pragma GCC ivdep  // an operand is the result's register or apart from it
     for (uint32_t lane = 0; lane < kLanes; ++lane) one(lane, std::index_sequence_for<S...>());
   } else {
@@ -153,8 +154,9 @@ void AddFloat(Table& table) {
   Add<T, T>(table, "sqrt.rn" + type, [](T a) { return std::sqrt(a); });
   Add<T, T>(table, "neg" + type, [](T a) { return -a; });
   Add<T, T>(table, "abs" + type, [](T a) { return std::abs(a); });
-  Add<T, T, T>(table, "min" + type, [](T a, T b) { return std::fmin(a, b); });  // of a NaN and a number: the number
-  Add<T, T, T>(table, "max" + type, [](T a, T b) { return std::fmax(a, b); });
+  // Of a NaN and a number: the number. +0 is more than -0.
+  Add<T, T, T>(table, "min" + type, [](T a, T b) { return a == b && std::signbit(b) ? b : std::fmin(a, b); });
+  Add<T, T, T>(table, "max" + type, [](T a, T b) { return a == b && std::signbit(a) ? b : std::fmax(a, b); });
   AddCompared<T>(table, type);
   // True also of NaN.
   Add<bool, T, T>(table, "setp.equ" + type, [](T a, T b) { return !(a < b || a > b); });

@@ -112,7 +112,8 @@ class Reader {
         scopes_.pop_back();
         if (scopes_.empty()) EndKernel();
       } else if (c == ':' && kernel_ != nullptr && !Holds(so_far, " ") && !Holds(so_far, ".")) {
-        labels_[std::string(so_far)] = static_cast<int>(kernel_->code.size());
+        const int here = static_cast<int>(kernel_->code.size());
+        if (!labels_.try_emplace(std::string(so_far), here).second) Fail("a label twice", so_far);
       } else {
         statement += c;
         continue;
@@ -261,6 +262,12 @@ class Reader {
     return negative ? -value : value;
   }
 
+  int64_t ReadNumber(std::string_view text) {
+    const auto number = Number(text);
+    if (!number.has_value()) Fail("not a number", text);
+    return static_cast<int64_t>(number.value_or(0));
+  }
+
   // bytes: 0 for a predicate.
   Register Operand(std::string_view text, uint8_t bytes) {
     if (text.starts_with("[")) text = Inside(text);
@@ -297,7 +304,7 @@ class Reader {
     std::string_view base = Trim(text.substr(0, sign));
     if (sign != text.npos) {
       std::string_view offset = Trim(text.substr(sign + (text[sign] == '+' ? 1 : 0)));
-      to->offset = static_cast<int64_t>(Number(offset).value_or(0));
+      to->offset = ReadNumber(offset);
     }
     to->operands.push_back(Operand(base, bytes));
   }
@@ -498,7 +505,7 @@ class Reader {
       to->op = Op::kCopyCommit;
     } else if (name == "cp.async.wait_group") {
       to->op = Op::kCopyWait;
-      to->offset = static_cast<int64_t>(Number(of[0]).value_or(0));
+      to->offset = ReadNumber(of[0]);
     } else if (name == "mbarrier.init.shared::cta.b64") {
       to->op = Op::kMbarrierInit;
       to->operands = {Operand(of[0], 4), Operand(of[1], 4)};

@@ -20,6 +20,13 @@ def main():
          "--tensor-parallel", "2", "--devices", "0,0", "--kv-memory", "64MiB", "--max-model-len", "256", "--max-num-seqs", "2",
          "--max-num-batched-tokens", "64", "--step-deadline", "10m", "--health-deadline", "5m"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        return ask(server, altiplano, model)
+    finally:
+        server.kill()
+
+
+def ask(server, altiplano, model):
     lines, address = [], None
     for line in server.stdout:
         lines.append(line)
@@ -38,7 +45,7 @@ def main():
     rest, _ = server.communicate(timeout=60)
     for prompt, answer, expected in zip(PROMPTS, said, here):
         print(f"{'same' if answer == expected else 'Failed, different'}: {prompt!r}: {answer!r}, CPU {expected!r}")
-    if said != here or server.returncode != 0 or "captured the graphs" not in "".join(lines):
+    if said != here or not all(said) or server.returncode != 0 or "captured the graphs" not in "".join(lines):
         print("".join(lines), rest, f"exit code {server.returncode}")
         return 1
     return 0

@@ -46,6 +46,10 @@ class Queue {
     work_.push_back(std::move(work));
     changed_.notify_all();
   }
+  bool IsIdle() {
+    const std::lock_guard lock(mutex_);
+    return work_.empty();
+  }
   void WaitUntilIdle() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return work_.empty(); });
@@ -592,7 +596,9 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return AskStream("cudaStreamSynchronize", stream);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return AskStream("cudaStreamQuery", stream);
+  const std::shared_ptr<Queue> queue = QueueOf(stream);
+  const cudaError_t result = AskStream("cudaStreamQuery", stream);
+  return result == cudaSuccess && queue != nullptr && !queue->IsIdle() ? This().last = cudaErrorNotReady : result;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const Lock lock(The().mutex);
