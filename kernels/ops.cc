@@ -245,8 +245,7 @@ void Sample(Stream& stream, const SampleArgs& args) {
   const int64_t rows = args.logits.dim(0), vocab = args.logits.dim(1);
   CheckViews(op, stream.device(), {{"logits", args.logits, {rows, vocab}}});
   DOOR_CHECK(args.logits.dtype == DType::kF32);
-  DOOR_CHECK(vocab > 0);
-  DOOR_CHECK(vocab <= kMostVocabulary);
+  DOOR_CHECK(vocab > 0 && vocab <= kMostVocabulary);
   if (!args.tokens.empty()) {
     CheckViews(op, stream.device(), {{"tokens", args.tokens, {rows}}});
     DOOR_CHECK(args.tokens.dtype == DType::kI32);

@@ -21,7 +21,7 @@ class Mutation(typing.NamedTuple):
     old: str  # white space stands for any, as formatting may have moved line breaks
     new: str
     tests: str  # --gtest_filter
-    program: str  # to be linked with the broken objects
+    program: str  # to be linked with the broken objects, or whatever else `build` takes it for
     which: int = 0  # of several places in which `old` is found
 
 
@@ -76,7 +76,7 @@ def broken_text(text, mutation):
 
 
 def build_broken(tree, scratch, mutation, text):
-    """The path of the program."""
+    """The path of the tests' program, and what is to be in its environment."""
     copy = scratch / mutation.file
     copy.parent.mkdir(parents=True)
     copy.write_text(text)
@@ -100,12 +100,14 @@ def build_broken(tree, scratch, mutation, text):
     # Before the libraries, from which the linker takes only what is still missing.
     link = re.sub(r" -o \S+", f" {' '.join(objects)} -o {program}", tree.link_command(mutation.program))
     subprocess.run(link, shell=True, cwd=tree.build, check=True)
-    return program
+    if not mutation.program.endswith("_test"):  # the product itself: the tests of whole processes run it
+        return next(tree.build.glob("tests/**/e2e_test")), {"ALTIPLANO_PROGRAM": str(program)}
+    return program, {}
 
 
 def notice(output):
     """The line of a failed run that says most."""
-    for pattern in (r"broken invariant", r"deadlock in .*", r"kernel \w+, block .*", r"SUMMARY: .*",
+    for pattern in (r"broken invariant", r"deadlock in .*", r"kernel \w+, block .*", r"SUMMARY: .*", r"GPU \d+: .*",
                     r"tick \d+", r"The difference .*", r"\[  FAILED  \] .*", r"\S{1,200}: Failure"):
         if match := re.search(pattern, output):
             # Patterns of parts of a line mean all of it. They do not begin with .*, which takes minutes for long lines.
@@ -114,37 +116,35 @@ def notice(output):
     return None
 
 
-def caught(tree, mutation, environment, timeout):
+def caught(tree, mutation, environment, timeout, build, must_say):
     text = broken_text((tree.source / mutation.file).read_text(), mutation)
     if text is None:
         return f"the text to break is no longer in {mutation.file}: {mutation.old}"
     with tempfile.TemporaryDirectory() as folder:
-        program = build_broken(tree, pathlib.Path(folder), mutation, text)
-        environment = dict(os.environ, **environment)
-        if not mutation.program.endswith("_test"):  # the product itself: the tests of whole processes run it
-            environment["ALTIPLANO_PROGRAM"] = str(program)
-            program = next(tree.build.glob("tests/**/e2e_test"))
+        program, of_program = build(tree, pathlib.Path(folder), mutation, text)
         try:
             run = subprocess.run([program, f"--gtest_filter={mutation.tests}", "--gtest_fail_fast"], cwd=tree.build,
-                                 env=environment, capture_output=True, text=True, errors="replace", timeout=timeout)
+                                 env=os.environ | environment | of_program, capture_output=True, text=True, errors="replace", timeout=timeout)
         except subprocess.TimeoutExpired:
             print(f"caught: {mutation.name}: the test has no end", flush=True)
             return None
     output = run.stdout + run.stderr
     if run.returncode == 0:
         return "NOT caught" if re.search(r"\[  PASSED  \] [1-9]", output) else f"no test ran: {mutation.tests}"
+    if not re.search(must_say, output):
+        return f"ended without a failed test: {output[-300:]}"
     print(f"caught: {mutation.name}: {notice(output) or run.returncode}", flush=True)
     return None
 
 
-def run(tree, mutations, environment=None, timeout=300):
-    """Exits with what was not caught."""
+def run(tree, mutations, environment=None, timeout=300, build=build_broken, must_say=""):
+    """Exits with what was not caught. must_say: the pattern of what a run must say that fails as it should."""
     wanted = sys.argv[3:]
     survivors = []
     for mutation in mutations:
         if wanted and not any(w in mutation.name for w in wanted):
             continue
-        problem = caught(tree, mutation, environment or {}, timeout)
+        problem = caught(tree, mutation, environment or {}, timeout, build, must_say)
         if problem:
             survivors.append(f"{mutation.name}: {problem}")
             print(survivors[-1], flush=True)

@@ -30,10 +30,15 @@ inline bool IsPacked(const TensorView& view, int64_t pack) {
          (view.rank < 2 || view.stride0 % pack == 0);
 }
 
-// A row, whose elements are then counted from its first in 32 bits: an instruction for each address.
-PTX_FUNCTION Elements RowOf(Elements x, int64_t row) {
-  x.data = static_cast<char*>(x.data) + row * x.stride * (x.bf16 ? 2 : 4);
+// What begins so many bytes further on: of few of them one instruction makes an address.
+template <typename Bytes>
+PTX_FUNCTION Elements Behind(Elements x, Bytes bytes) {
+  x.data = static_cast<char*>(x.data) + bytes;
   return x;
+}
+// A row, whose elements are then counted from its first in 32 bits.
+PTX_FUNCTION Elements RowOf(Elements x, int64_t row) {
+  return Behind(x, row * x.stride * (x.bf16 ? 2 : 4));
 }
 
 // A pack as it lies in memory, in the first words. Apart from its widening, so that several packs are on their way

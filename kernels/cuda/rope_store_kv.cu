@@ -27,13 +27,6 @@ PTX_FUNCTION void CosSin(int32_t position, float frequency, float* cos, float* s
   *cos = (quarters + 1) & 2 ? -cos_of_turned : cos_of_turned;
 }
 
-// Bytes, of which one instruction makes an address.
-template <typename Bytes>
-PTX_FUNCTION Elements Behind(Elements x, Bytes bytes) {
-  x.data = static_cast<char*>(x.data) + bytes;
-  return x;
-}
-
 struct RopeHeads {
   int q = 0, q_and_k = 0, all = 0, per_block = 0;
   int apart = 0;  // a thread's, where it has the same pairs of several

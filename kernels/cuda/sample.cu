@@ -23,7 +23,6 @@ namespace {
 
 constexpr int kThreads = static_cast<int>(kSampleThreads);
 constexpr int kWarps = kSampleWarps;
-static_assert(kWarps == 16);         // each half of a warp merges what the warps have found
 constexpr float kLeast = 0x1p-149f;  // weighs nothing, but is above 0
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 constexpr int kLevels = 3;  // of a histogram: 11 bits of a key, 11 more, the last 10
@@ -116,6 +115,7 @@ PTX_FUNCTION float FloatOf(uint32_t key) {
 }
 
 // ---- a block together. Every function leaves shared memory free to be written again.
+static_assert(kWarps == 16);  // so that each half of a warp merges what the warps have found
 
 PTX_FUNCTION Largest LargerOf(Largest a, Largest b) {
   return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
@@ -160,22 +160,22 @@ PTX_FUNCTION void ForEach(const float* x, int begin, int end, const Use& use) {
   constexpr int kAtOnce = 8;
   for (; begin < end; begin += kAtOnce * kThreads) {
     const int first = begin + static_cast<int>(threadIdx.x);
-    const bool all = begin + kAtOnce * kThreads <= end;  // the same for the block
-    float values[kAtOnce];
-    if (all) {
+    const auto run = [&]<bool kAll>() {
+      float values[kAtOnce];
       PTX_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) values[j] = ptx::LdGlobal(x + first + j * kThreads);
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (kAll || first + j * kThreads < end) values[j] = ptx::LdGlobal(x + first + j * kThreads);
+      }
       PTX_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) use(first + j * kThreads, values[j]);
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (kAll || first + j * kThreads < end) use(first + j * kThreads, values[j]);
+      }
+    };
+    // Without checks where all are inside, which is the same for the block.
+    if (begin + kAtOnce * kThreads <= end) {
+      run.template operator()<true>();
     } else {
-      PTX_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (first + j * kThreads < end) values[j] = ptx::LdGlobal(x + first + j * kThreads);
-      }
-      PTX_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (first + j * kThreads < end) use(first + j * kThreads, values[j]);
-      }
+      run.template operator()<false>();
     }
   }
 }

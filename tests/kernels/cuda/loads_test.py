@@ -24,11 +24,9 @@ LEAST = {  # as docs/kernels.md counts them
     "MmaLinearKernel<1, 1, 4>": 8 + 4, "MmaLinearKernel<1, 2, 4>": 16 + 2, "MmaLinearKernel<2, 1, 4>": 8 + 4,
     "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 4, "MmaLinearKernel<8, 1, 2>": 4,
 }
+MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 32, "PrefillAttentionKernel<64>": 20}  # R2UR
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
-
-
-MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 32, "PrefillAttentionKernel<64>": 20}
 
 
 def cuobjdump():

@@ -72,13 +72,8 @@ std::vector<std::byte> LayOut(const std::string& name, int capability, void** ea
 std::string Run(const fake_cudart::KernelLaunch& launch) {
   static const auto seed = static_cast<uint64_t>(FromEnvironment("ALTIPLANO_PTX_SEED", 1));
   static std::atomic<uint64_t> launches = 0;
-  ptx_machine::Launch made = {.grid = launch.grid,
-                              .block = launch.block,
-                              .dynamic_shared_bytes = static_cast<uint32_t>(launch.dynamic_shared_bytes),
-                              .parameters = launch.parameters,
-                              .memory = {},
-                              .seed = seed * 1'000'003 + launches++};
-  for (const auto& [begin, end] : launch.memory) made.memory.push_back({begin, end});
+  ptx_machine::Launch made = launch.launch;
+  made.seed = seed * 1'000'003 + launches++;
   return ptx_machine::Run(Find(launch.kernel, launch.capability), made);
 }
 

@@ -36,6 +36,18 @@ void Put(std::byte* registers, uint32_t at, uint32_t lane, T value) {
   }
 }
 
+// Of a register of 4 bytes, or of a wide one of 8.
+inline uint64_t GetBits(const std::byte* registers, uint32_t at, uint32_t lane, bool wide) {
+  return wide ? Get<uint64_t>(registers, at, lane) : Get<uint32_t>(registers, at, lane);
+}
+inline void PutBits(std::byte* registers, uint32_t at, uint32_t lane, bool wide, uint64_t bits) {
+  if (wide) {
+    Put(registers, at, lane, bits);
+  } else {
+    Put(registers, at, lane, static_cast<uint32_t>(bits));
+  }
+}
+
 template <typename Fn>
 void ForLanes(uint32_t lanes, Fn fn) {
   for (; lanes != 0; lanes &= lanes - 1) fn(static_cast<uint32_t>(__builtin_ctz(lanes)));

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <bit>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -14,6 +13,7 @@
 #include <thread>
 #include <utility>
 
+#include "kernels/tensor.h"
 #include "tests/kernels/cuda/ptx/lanes_testlib.h"
 
 namespace altiplano::ptx_machine {
@@ -21,8 +21,9 @@ namespace {
 
 constexpr int kNowhere = std::numeric_limits<int>::max();
 
-float FromBF16(uint32_t bits) {
-  return std::bit_cast<float>(bits << 16);
+// The lower element of a pair, or the upper one.
+float Half(uint32_t pair, uint32_t which) {
+  return ToFloat(BF16{static_cast<uint16_t>(pair >> (which * 16))});
 }
 
 struct AsyncCopy {
@@ -57,6 +58,7 @@ struct Mbarrier {
   uint64_t phase = 0;
 };
 struct BoxCopy {
+  const Instruction* in;
   uint32_t to, mbarrier;
   TiledMatrix matrix;
   int32_t column, row;
@@ -151,29 +153,21 @@ class Machine {
     if (first_time) {
       for (const Kernel::Constant& constant : kernel_.constants) {
         for (uint32_t lane = 0; lane < kLanes; ++lane) {
-          if (constant.wide) {
-            Put<uint64_t>(warp.registers, constant.at, lane, constant.bits);
-          } else {
-            Put<uint32_t>(warp.registers, constant.at, lane, static_cast<uint32_t>(constant.bits));
-          }
+          PutBits(warp.registers, constant.at, lane, constant.wide, constant.bits);
         }
       }
     }
-    for (const auto& [name, at] : kernel_.special) {
+    for (const auto& [special, at] : kernel_.special) {
+      const auto& [name, wide] = special;
       for (uint32_t lane = 0; lane < kLanes; ++lane) {
-        const uint64_t value = Special(name, block, first + lane);
-        if (name == "%parameters" || name.ends_with(", 64")) {
-          Put<uint64_t>(warp.registers, at, lane, value);
-        } else {
-          Put<uint32_t>(warp.registers, at, lane, static_cast<uint32_t>(value));
-        }
+        PutBits(warp.registers, at, lane, wide, Special(name, block, first + lane));
       }
     }
   }
 
   uint64_t Special(const std::string& name, const Block& block, uint32_t thread) const {
     if (name == "%parameters") return reinterpret_cast<uint64_t>(launch_.parameters.data());
-    if (name.starts_with("dynamic shared")) return DynamicSharedBegin(kernel_.shared_bytes);
+    if (name == "%dynamic") return DynamicSharedBegin(kernel_.shared_bytes);
     if (name == "%laneid") return thread % kLanes;
     const size_t axis = static_cast<size_t>(name.back() - 'x');
     if (name.starts_with("%ntid")) return launch_.block[axis];
@@ -440,10 +434,7 @@ class Machine {
     return reinterpret_cast<std::byte*>(address);
   }
   std::byte* At(const Instruction& in, uint32_t lane, Register base, uint32_t bytes) {
-    const uint64_t address =
-        (in.wide_address || in.space == Space::kGlobal ? Get<uint64_t>(warp_->registers, base, lane)
-                                                       : Get<uint32_t>(warp_->registers, base, lane)) +
-        static_cast<uint64_t>(in.offset);
+    const uint64_t address = GetBits(warp_->registers, base, lane, in.wide_address) + static_cast<uint64_t>(in.offset);
     if ((address & (bytes - 1)) != 0) {  // bytes are a power of two
       Fault(in, "a misaligned address", static_cast<int>(lane));
       return nullptr;
@@ -462,6 +453,7 @@ class Machine {
     }
   }
 
+  // Access of plain words, which most are: a tenth of the tests' time.
   void AccessWords(const Instruction& in, uint32_t lane) {
     std::byte* memory = At(in, lane, in.operands[in.count], uint32_t{in.count} * 4);
     if (memory == nullptr) return;
@@ -485,10 +477,10 @@ class Machine {
       }
       return;
     }
+    const bool wide = in.register_bytes == 8;
     for (size_t i = 0; i < in.count; ++i, memory += in.bytes) {
       if (in.op == Op::kStore) {
-        const uint64_t value = in.register_bytes == 8 ? Get<uint64_t>(warp_->registers, in.operands[i], lane)
-                                                      : Get<uint32_t>(warp_->registers, in.operands[i], lane);
+        const uint64_t value = GetBits(warp_->registers, in.operands[i], lane, wide);
         std::memcpy(memory, &value, in.bytes);
         continue;
       }
@@ -498,11 +490,7 @@ class Machine {
         const int unused = 64 - in.bytes * 8;
         value = static_cast<uint64_t>(static_cast<int64_t>(value << unused) >> unused);
       }
-      if (in.register_bytes == 8) {
-        Put(warp_->registers, in.operands[i], lane, value);
-      } else {
-        Put(warp_->registers, in.operands[i], lane, static_cast<uint32_t>(value));
-      }
+      PutBits(warp_->registers, in.operands[i], lane, wide, value);
     }
   }
 
@@ -520,27 +508,20 @@ class Machine {
   }
 
   void Move(const Instruction& in, uint32_t lanes) {
+    const uint32_t bits = in.bytes * 8U;
+    const uint64_t of_part = (uint64_t{1} << bits) - 1;
+    const bool wide = in.register_bytes == 8;
     ForLanes(lanes, [&](uint32_t lane) {
-      const uint32_t bits = in.bytes * 8U;
-      if (in.apart) {
-        const uint64_t whole = in.register_bytes == 8 ? Get<uint64_t>(warp_->registers, in.operands[0], lane)
-                                                      : Get<uint32_t>(warp_->registers, in.operands[0], lane);
-        for (uint32_t i = 0; i < 2; ++i) {
-          const auto part = static_cast<uint32_t>(whole >> (i * bits));
-          Put(warp_->registers, in.operands[1 + i], lane, bits == 16 ? part & 0xffff : part);
-        }
-        return;
-      }
-      uint64_t whole = 0;
+      uint64_t whole = in.apart ? GetBits(warp_->registers, in.operands[0], lane, wide) : 0;
       for (uint32_t i = 0; i < 2; ++i) {
-        const uint32_t part = Get<uint32_t>(warp_->registers, in.operands[1 + i], lane);
-        whole |= uint64_t{bits == 16 ? part & 0xffff : part} << (i * bits);
+        const Register part = in.operands[1 + i];
+        if (in.apart) {
+          Put(warp_->registers, part, lane, static_cast<uint32_t>(whole >> (i * bits) & of_part));
+        } else {
+          whole |= (Get<uint32_t>(warp_->registers, part, lane) & of_part) << (i * bits);
+        }
       }
-      if (in.register_bytes == 8) {
-        Put(warp_->registers, in.operands[0], lane, whole);
-      } else {
-        Put(warp_->registers, in.operands[0], lane, static_cast<uint32_t>(whole));
-      }
+      if (!in.apart) PutBits(warp_->registers, in.operands[0], lane, wide, whole);
     });
   }
 
@@ -610,6 +591,7 @@ class Machine {
   void IssueBox(const Instruction& in, uint32_t lane) {
     const auto word = [&](size_t i) { return Get<uint32_t>(warp_->registers, in.operands[i], lane); };
     BoxCopy box;
+    box.in = &in;
     box.to = word(0);
     box.column = static_cast<int32_t>(word(2));
     box.row = static_cast<int32_t>(word(3));
@@ -627,7 +609,6 @@ class Machine {
     if (to == nullptr || Find(in, box.mbarrier, lane) == nullptr) return;
     if (box.to % 128 != 0) return Fault(in, "a box for a misaligned place", static_cast<int>(lane));
     std::memset(to, 0xff, bytes);
-    box_from_ = &in;
     block_->boxes.push_back(box);
   }
   // Rows of 128 bytes, of whose 16-byte pieces the place in shared memory decides the order.
@@ -641,7 +622,7 @@ class Machine {
             column < static_cast<int64_t>(matrix.columns)) {
           const auto from = reinterpret_cast<uint64_t>(matrix.data) + static_cast<uint64_t>(row) * matrix.row_bytes +
                             static_cast<uint64_t>(column) * 2;
-          const std::byte* found = Global(*box_from_, from, 2, 0);
+          const std::byte* found = Global(*box.in, from, 2, 0);
           if (found == nullptr) return;
           std::memcpy(&value, found, 2);
         }
@@ -702,7 +683,7 @@ class Machine {
   float A(const Register* a, uint32_t row, uint32_t column) const {
     const uint32_t lane = row % 8 * 4 + column % 8 / 2;
     const uint32_t pair = Get<uint32_t>(warp_->registers, a[row / 8 + column / 8 * 2], lane);
-    return FromBF16(column % 2 == 0 ? pair & 0xffff : pair >> 16);
+    return Half(pair, column % 2);
   }
 
   void Mma(const Instruction& in) {
@@ -714,7 +695,7 @@ class Machine {
         float sum = Get<float>(warp_->registers, c[row / 8 * 2 + column % 2], lane);
         for (uint32_t k = 0; k < 16; ++k) {
           const uint32_t pair = Get<uint32_t>(warp_->registers, b[k / 8], column * 4 + k % 8 / 2);
-          sum += A(a, row, k) * FromBF16(k % 2 == 0 ? pair & 0xffff : pair >> 16);
+          sum += A(a, row, k) * Half(pair, k % 2);
         }
         sums[row][column] = sum;
       }
@@ -730,11 +711,7 @@ class Machine {
     for (uint32_t matrix = 0; matrix < 4; ++matrix) {
       std::array<std::array<uint16_t, 8>, 8> rows;
       for (uint32_t row = 0; row < 8; ++row) {
-        const uint32_t lane = matrix * 8 + row;
-        const uint32_t address =
-            Get<uint32_t>(warp_->registers, in.operands[4], lane) + static_cast<uint32_t>(in.offset);
-        if (address % 16 != 0) Fault(in, "a misaligned row", static_cast<int>(lane));
-        const std::byte* memory = Shared(in, address, 16, lane);
+        const std::byte* memory = At(in, matrix * 8 + row, in.operands[4], 16);
         if (memory == nullptr) return;
         std::memcpy(rows[row].data(), memory, 16);
       }
@@ -766,9 +743,9 @@ class Machine {
                                      : start + column / 8 * stride + column % 8 * 128 + k * 2;
         const std::byte* memory = Shared(in, Swizzled(address), 2, 0);
         if (memory == nullptr) return;
-        uint16_t bits;
-        std::memcpy(&bits, memory, 2);
-        b[column * 16 + k] = FromBF16(bits);
+        BF16 element;
+        std::memcpy(&element, memory, sizeof element);
+        b[column * 16 + k] = ToFloat(element);
       }
     }
     for (uint32_t row = 0; row < 16; ++row) {
@@ -791,7 +768,6 @@ class Machine {
   Block* block_ = nullptr;
   Warp* warp_ = nullptr;
   Region region_ = {0, 0};
-  const Instruction* box_from_ = nullptr;
   std::string error_;
 };
 

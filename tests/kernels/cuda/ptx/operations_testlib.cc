@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/tensor.h"
 #include "tests/kernels/cuda/ptx/lanes_testlib.h"
 #include "tests/kernels/cuda/ptx/program_testlib.h"
 
@@ -205,10 +206,8 @@ void AddConversionsTo(Table& table) {
   AddConversion<D, double>(table);
 }
 
-uint16_t ToBF16(float x) {
-  if (std::isnan(x)) return 0x7fff;
-  const auto bits = std::bit_cast<uint32_t>(x);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+uint16_t RoundedToBF16(float x) {
+  return std::isnan(x) ? uint16_t{0x7fff} : ToBF16(x).bits;
 }
 float FlushSubnormal(float x) {
   return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0F, x) : x;
@@ -240,9 +239,10 @@ Table MakeTable() {
   Add<bool, bool, bool>(table, "xor.pred", [](bool a, bool b) { return a != b; });
   Add<bool, bool>(table, "not.pred", [](bool a) { return !a; });
   Add<bool, bool>(table, "mov.pred", [](bool a) { return a; });
-  Add<uint16_t, float>(table, "cvt.rn.bf16.f32", [](float a) { return ToBF16(a); });
-  Add<uint32_t, float, float>(table, "cvt.rn.bf16x2.f32",
-                              [](float high, float low) { return uint32_t{ToBF16(high)} << 16 | ToBF16(low); });
+  Add<uint16_t, float>(table, "cvt.rn.bf16.f32", [](float a) { return RoundedToBF16(a); });
+  Add<uint32_t, float, float>(table, "cvt.rn.bf16x2.f32", [](float high, float low) {
+    return uint32_t{RoundedToBF16(high)} << 16 | RoundedToBF16(low);
+  });
   Add<double, double>(table, "cvt.rpi.f64.f64", [](double a) { return std::ceil(a); });
   Add<double, double>(table, "cvt.rmi.f64.f64", [](double a) { return std::floor(a); });
   Add<float, float>(table, "ex2.approx.ftz.f32", [](float a) { return FlushSubnormal(std::exp2(FlushSubnormal(a))); });

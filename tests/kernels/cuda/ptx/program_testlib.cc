@@ -4,7 +4,6 @@
 #include <array>
 #include <cctype>
 #include <charconv>
-#include <cstdlib>
 #include <optional>
 #include <utility>
 
@@ -161,6 +160,7 @@ class Reader {
     labels_.clear();
     branches_.clear();
     constants_.clear();
+    of_kernel_.clear();
     shared_.clear();
   }
 
@@ -225,17 +225,18 @@ class Reader {
     }
     return found->second;
   }
+  Register Special(std::string_view name, bool wide) {
+    const auto [found, added] = kernel_->special.try_emplace({std::string(name), wide});
+    if (added) found->second = Take((wide ? 8 : 4) * kLanes);
+    return found->second;
+  }
   // Where a variable in shared memory lies, the first time that the kernel names it.
   std::optional<Register> Shared(std::string_view name, bool wide) {
     for (auto* known : {&of_kernel_, &of_file_}) {
       const auto found = known->find(std::string(name));
       if (found == known->end()) continue;
       const auto& [variable, dynamic] = found->second;
-      if (dynamic) {
-        const auto [special, added] = kernel_->special.try_emplace(wide ? "dynamic shared, 64" : "dynamic shared");
-        if (added) special->second = Take((wide ? 8 : 4) * kLanes);
-        return special->second;
-      }
+      if (dynamic) return Special("%dynamic", wide);
       const auto [at, added] = shared_.try_emplace(variable.name, kernel_->shared_bytes);
       if (added) {
         at->second = (at->second + variable.align - 1) / variable.align * variable.align;
@@ -287,17 +288,13 @@ class Reader {
     static constexpr std::array kSpecial = {"%tid.x",    "%tid.y",    "%tid.z",   "%ntid.x",  "%ntid.y",
                                             "%ntid.z",   "%ctaid.x",  "%ctaid.y", "%ctaid.z", "%nctaid.x",
                                             "%nctaid.y", "%nctaid.z", "%laneid"};
-    if (std::find(kSpecial.begin(), kSpecial.end(), text) != kSpecial.end()) {
-      const auto [special, added] = kernel_->special.try_emplace(std::string(text));
-      if (added) special->second = Take(4 * kLanes);
-      return special->second;
-    }
+    if (std::find(kSpecial.begin(), kSpecial.end(), text) != kSpecial.end()) return Special(text, false);
     Fail("an operand that is not known", text);
     return 0;
   }
 
-  // "[%rd1+16]", "[name_param_0]": a register and an offset.
-  void Address(std::string_view text, uint8_t bytes, Instruction* to) {
+  // "[%rd1+16]", "[name_param_0]": a register and an offset, in the instruction's space.
+  void Address(std::string_view text, Instruction* to) {
     if (!text.starts_with("[")) return Fail("not an address", text);
     text = Inside(text);
     const size_t sign = text.find_first_of("+-", 1);
@@ -306,12 +303,9 @@ class Reader {
       std::string_view offset = Trim(text.substr(sign + (text[sign] == '+' ? 1 : 0)));
       to->offset = ReadNumber(offset);
     }
-    to->operands.push_back(Operand(base, bytes));
-  }
-  uint8_t AddressBytes(std::string_view text) {
-    const std::string_view inside = Inside(text);
-    const Declared* found = FindRegister(Trim(inside.substr(0, inside.find_first_of("+-,", 1))));
-    return found != nullptr ? found->bytes : uint8_t{4};
+    const Declared* found = FindRegister(base);
+    to->wide_address = to->space == Space::kGlobal || (found != nullptr && found->bytes == 8);
+    to->operands.push_back(Operand(base, to->wide_address ? 8 : 4));
   }
 
   void Statement(std::string_view text) {
@@ -375,13 +369,7 @@ class Reader {
     to->op = Op::kEachLane;
     to->function = found->function;
     for (size_t i = 0; i < of.size(); ++i) {
-      if (of[i] == "%parameters") {
-        const auto [special, added] = kernel_->special.try_emplace("%parameters");
-        if (added) special->second = Take(8 * kLanes);
-        to->operands.push_back(special->second);
-      } else {
-        to->operands.push_back(Operand(of[i], found->operand_bytes[i]));
-      }
+      to->operands.push_back(of[i] == "%parameters" ? Special(of[i], true) : Operand(of[i], found->operand_bytes[i]));
     }
     return true;
   }
@@ -426,16 +414,8 @@ class Reader {
       to->operands.push_back(Operand(data, to->register_bytes));
     }
     to->count = static_cast<uint8_t>(to->operands.size());
-    const uint8_t address_bytes = to->space == Space::kGlobal     ? uint8_t{8}
-                                  : FindRegister(BaseOf(address)) ? AddressBytes(address)
-                                                                  : uint8_t{4};
-    Address(address, address_bytes, to);
-    to->wide_address = address_bytes == 8;
+    Address(address, to);
     return to->bytes != 0;
-  }
-  static std::string_view BaseOf(std::string_view address) {
-    const std::string_view inside = Inside(address);
-    return Trim(inside.substr(0, inside.find_first_of("+-", 1)));
   }
 
   bool DecodeAtomic(const std::string& name, const std::vector<std::string_view>& of, Instruction* to) {
@@ -445,9 +425,7 @@ class Reader {
     to->bytes = to->register_bytes = BytesOfType(name);
     to->operands.push_back(Operand(of[0], to->bytes));
     to->operands.push_back(Operand(of[2], to->bytes));
-    const uint8_t address_bytes = to->space == Space::kGlobal ? uint8_t{8} : AddressBytes(of[1]);
-    Address(of[1], address_bytes, to);
-    to->wide_address = address_bytes == 8;
+    Address(of[1], to);
     return true;
   }
 
@@ -477,9 +455,10 @@ class Reader {
       return to->operands.size() == 14;
     } else if (name.starts_with("ldmatrix.sync.aligned.m8n8.x4.") && name.ends_with(".shared.b16")) {
       to->op = Op::kLdMatrix;
+      to->space = Space::kShared;
       to->transposed = Holds(name, ".trans.");
       Parts(of[0], 4, to);
-      Address(of[1], 4, to);
+      Address(of[1], to);
     } else if (name == "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16" ||
                name == "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") {
       // d, a, b's descriptor, whether d is added to; a and b are neither negated; whether b is transposed.

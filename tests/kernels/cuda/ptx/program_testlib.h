@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace altiplano::ptx_machine {
@@ -30,21 +31,21 @@ enum class Op : uint8_t {
   kLoad,
   kStore,
   kAtomicAdd,
-  kBarrierSync,
-  kBarrierArrive,
+  kCopyAsync,
+  kCopyCommit,
+  kCopyWait,
+  kCopyBox,
+  kMbarrierInit,
+  kMbarrierArrive,
+  kMbarrierTryWait,
   // All lanes of a warp at once, or those of a mask:
   kMeet,
   kShuffle,
   kMma,
   kLdMatrix,
   kWgmma,
-  kCopyAsync,
-  kCopyCommit,
-  kCopyWait,
-  kMbarrierInit,
-  kMbarrierArrive,
-  kMbarrierTryWait,
-  kCopyBox,
+  kBarrierSync,
+  kBarrierArrive,
 };
 enum class Space : uint8_t { kGlobal, kShared, kParam };
 
@@ -61,13 +62,13 @@ struct Instruction {
   uint8_t bytes = 4;           // of each in memory
   uint8_t register_bytes = 4;  // of each in its register
   bool is_signed = false;
-  bool among_gpus = false;  // relaxed, acquire or release: threads of other GPUs are about
-  bool orders = false;      // acquire or release
-  bool transposed = false;  // ldmatrix; b of wgmma
-  bool wide_address = false;
-  bool apart = false;     // a move of the whole into its parts
-  bool exchange = false;  // a shuffle by exclusive or, else from a lane
-  int line = 0;           // in the file of PTX
+  bool among_gpus = false;    // relaxed, acquire or release: threads of other GPUs are about
+  bool orders = false;        // acquire or release
+  bool transposed = false;    // ldmatrix; b of wgmma
+  bool wide_address = false;  // of 8 bytes, as all of global memory
+  bool apart = false;         // a move of the whole into its parts
+  bool exchange = false;      // a shuffle by exclusive or, else from a lane
+  int line = 0;               // in the file of PTX
 };
 
 struct Kernel {
@@ -85,8 +86,9 @@ struct Kernel {
     bool wide;
   };
   std::vector<Constant> constants;
-  // Special registers that it reads; what names dynamic shared memory.
-  std::map<std::string, Register> special;
+  // Special registers that it reads, by name and whether they are wide: those of the ISA, "%parameters" (where they
+  // lie) and "%dynamic" (where dynamic shared memory begins).
+  std::map<std::pair<std::string, bool>, Register> special;
 };
 
 // Static shared memory begins here, as behind what sm_90 keeps for itself; dynamic memory at the next multiple of 1024.

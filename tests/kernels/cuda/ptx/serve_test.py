@@ -4,12 +4,16 @@ answered as the CPU answers, and SIGTERM ends it in order.
 
     serve_test.py ALTIPLANO_ON_PTX ALTIPLANO MODEL
 """
+import pathlib
 import re
 import signal
 import subprocess
 import sys
 
-PROMPTS = ("What is the capital of France?", "Spell the word house.", "What is the capital of France?")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "gpu"))
+from compare_devices import PROMPTS as ALL_PROMPTS, SMALL  # noqa: E402
+
+PROMPTS = ALL_PROMPTS[0], ALL_PROMPTS[2], ALL_PROMPTS[0]
 SAMPLING = ("--chat", "--temperature", "0", "--max-tokens", "24")
 
 
@@ -17,8 +21,7 @@ def main():
     on_ptx, altiplano, model = sys.argv[1:4]
     server = subprocess.Popen(
         [on_ptx, "serve", "--model", model, "--listen", "127.0.0.1:0", "--device", "cuda", "--dtype", "f32",
-         "--tensor-parallel", "2", "--devices", "0,0", "--kv-memory", "64MiB", "--max-model-len", "256", "--max-num-seqs", "2",
-         "--max-num-batched-tokens", "64", "--step-deadline", "10m", "--health-deadline", "5m"],
+         "--tensor-parallel", "2", "--devices", "0,0", *SMALL, "--step-deadline", "10m", "--health-deadline", "5m"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         return ask(server, altiplano, model)

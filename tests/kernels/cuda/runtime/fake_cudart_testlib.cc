@@ -20,8 +20,6 @@
 #include <thread>
 #include <utility>
 
-#include "tests/kernels/cuda/ptx/machine_testlib.h"
-
 namespace altiplano::fake_cudart {
 namespace {
 
@@ -272,7 +270,7 @@ void RunKernel(int gpu, KernelLaunch launch) {
     runner = The().runner;
     for (const auto& [data, memory] : The().memory) {
       const auto begin = reinterpret_cast<uint64_t>(data);
-      launch.memory.emplace_back(begin, begin + memory.bytes);
+      launch.launch.memory.push_back({begin, begin + memory.bytes});
     }
   }
   const std::string error = runner(launch);
@@ -832,12 +830,12 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   if (found->capturing) ++gpu.counts.captured;
   KernelLaunch launch = {.kernel = Kernels()[function],
                          .capability = gpu.capability,
-                         .grid = {grid.x, grid.y, grid.z},
-                         .block = {block.x, block.y, block.z},
-                         .dynamic_shared_bytes = config->dynamicSmemBytes,
-                         .parameters = {},
-                         .memory = {}};
-  if (The().runner) launch.parameters = The().parameters(launch.kernel, launch.capability, arguments);
+                         .launch = {.grid = {grid.x, grid.y, grid.z},
+                                    .block = {block.x, block.y, block.z},
+                                    .dynamic_shared_bytes = static_cast<uint32_t>(config->dynamicSmemBytes),
+                                    .parameters = {},
+                                    .memory = {}}};
+  if (The().runner) launch.launch.parameters = The().parameters(launch.kernel, launch.capability, arguments);
   Give(*found, [launch, gpu = found->gpu, runs = The().runner != nullptr] {
     if (runs) RunKernel(gpu, launch);
   });

@@ -4,14 +4,13 @@
 // nothing, unless RunKernelsBy says who runs them.
 #pragma once
 
-#include <array>
 #include <cstddef>
-#include <cstdint>
 #include <functional>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
+
+#include "tests/kernels/cuda/ptx/machine_testlib.h"
 
 namespace altiplano::fake_cudart {
 
@@ -54,10 +53,7 @@ void AfterCopiesToHost(std::function<void(void* data, size_t bytes)> fill);
 struct KernelLaunch {
   std::string kernel;  // as nvcc names it
   int capability;      // of its GPU
-  std::array<uint32_t, 3> grid, block;
-  size_t dynamic_shared_bytes;
-  std::vector<std::byte> parameters;                  // one behind the other as the kernel has them
-  std::vector<std::pair<uint64_t, uint64_t>> memory;  // all that was allocated, sorted: begin and end
+  ptx_machine::Launch launch;
 };
 // Who knows how parameters lie: from pointers to each, as a launch brings them.
 using Parameters = std::function<std::vector<std::byte>(const std::string& kernel, int capability, void** each)>;
