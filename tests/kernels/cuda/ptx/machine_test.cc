@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/kernels/cuda/ptx/machine_testlib.h"
@@ -15,9 +16,12 @@
 namespace altiplano::ptx_machine {
 namespace {
 
+using testing::Contains;
 using testing::Each;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::IsNan;
+using testing::Lt;
 
 // A kernel with a pointer and a tensor map as its parameters. %rd1 is the pointer, %r1 the thread.
 std::string Source(const std::string& body) {
@@ -300,15 +304,22 @@ $L_next:
   EXPECT_THAT(RunSource(body("2064"), std::vector<uint32_t>(512), 32, 1, tiled).error, HasSubstr("for an mbarrier"));
 }
 
+// d %f0 to %f31, a %r10 to %r13, b's descriptor %rd11, %p2: whether d is added to.
+std::string Wgmma(bool mn_major) {
+  std::string d;
+  for (int i = 0; i < 32; ++i) d += (i == 0 ? "%f" : ", %f") + std::to_string(i);
+  return "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" + d +
+         "}, {%r10, %r11, %r12, %r13}, %rd11, %p2, 1, 1, " + (mn_major ? "1;" : "0;");
+}
+
 // b lies as TMA leaves it, 64 rows of 128 bytes of (row r, element e), r - 2 e, swizzled: K-major the rows are columns
 // of b, MN-major they are its k. Four warps, each with 16 of the 64 rows of a.
 TEST(PtxMachine, WgmmaFindsBByItsDescriptor) {
   for (const bool mn_major : {false, true}) {
-    std::string d, zeros, stores;
+    std::string ones, stores;
     for (int i = 0; i < 32; ++i) {
       const std::string f = "%f" + std::to_string(i);
-      d += (i == 0 ? "" : ", ") + f;
-      zeros += "mov.f32 " + f + ", 0f3F800000;";
+      ones += "mov.f32 " + f + ", 0f3F800000;";
       stores += "st.global.f32 [%rd9+" + std::to_string(i * 4) + "], " + f + ";";
     }
     std::vector<uint32_t> words(2048 + 128 * 36);
@@ -326,8 +337,7 @@ TEST(PtxMachine, WgmmaFindsBByItsDescriptor) {
       }
     }
     // k from 16 on: 32 bytes further in a row, or 16 rows further.
-    const Ran ran =
-        RunSource(zeros + R"(
+    const Ran ran = RunSource(ones + R"(
   mov.u32 %r2, dynamic; mov.u32 %r3, %r1;
 $L_fill:
   shl.b32 %r4, %r3, 2; add.s32 %r5, %r2, %r4; cvt.u64.u32 %rd4, %r4; add.s64 %rd5, %rd1, %rd4;
@@ -336,14 +346,13 @@ $L_fill:
   bar.sync 0;
   mul.wide.u32 %rd6, %r1, 144; add.s64 %rd7, %rd1, %rd6; add.s64 %rd8, %rd7, 8192; add.s64 %rd9, %rd8, 16;
   ld.global.u32 %r10, [%rd8]; ld.global.u32 %r11, [%rd8+4]; ld.global.u32 %r12, [%rd8+8]; ld.global.u32 %r13, [%rd8+12];
-  add.s32 %r14, %r2, )" +
-                      (mn_major ? "2048" : "32") + R"(;
+  add.s32 %r14, %r2, )" + (mn_major ? "2048" : "32") +
+                                  R"(;
   shr.u32 %r15, %r14, 4; cvt.u64.u32 %rd10, %r15; or.b64 %rd11, %rd10, 4611686293305294848; // a stride of 1024, swizzle 1
   mov.u32 %r16, 1; setp.ne.b32 %p2, %r16, 0;
-  wgmma.fence.sync.aligned;
-  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {)" +
-                      d + R"(}, {%r10, %r11, %r12, %r13}, %rd11, %p2, 1, 1, )" + (mn_major ? "1" : "0") + ";" + stores,
-                  words, 128);
+  wgmma.fence.sync.aligned;)" + Wgmma(mn_major) +
+                                  "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" + stores,
+                              words, 128);
     ASSERT_EQ(ran.error, "");
     for (int thread = 0; thread < 128; ++thread) {
       for (int i = 0; i < 32; ++i) {
@@ -356,6 +365,78 @@ $L_fill:
       }
     }
   }
+}
+
+// Of ones, so that a product adds 16 to each element.
+TEST(PtxMachine, WgmmaIsUnderWayUntilItIsWaitedFor) {
+  const std::string wgmma = Wgmma(false), fence = "wgmma.fence.sync.aligned;",
+                    commit = "wgmma.commit_group.sync.aligned;";
+  const std::string wait = "wgmma.wait_group.sync.aligned 0;", store = "st.global.f32 [%rd3], %f0;";
+  const auto run = [&](const std::string& then) {
+    std::string zeros;
+    for (int i = 0; i < 32; ++i) zeros += "mov.f32 %f" + std::to_string(i) + ", 0f00000000;";
+    const std::string begin = zeros + R"(
+  mov.u32 %r2, dynamic; mov.u32 %r3, %r1; mov.u32 %r10, 1065369472; // two ones
+  mov.u32 %r11, %r10; mov.u32 %r12, %r10; mov.u32 %r13, %r10;
+$L_fill:
+  shl.b32 %r4, %r3, 2; add.s32 %r5, %r2, %r4; st.shared.u32 [%r5], %r10; add.s32 %r3, %r3, 128;
+  setp.lt.u32 %p1, %r3, 2048;
+  @%p1 bra $L_fill;
+  bar.sync 0;
+  shr.u32 %r15, %r2, 4; cvt.u64.u32 %rd10, %r15; or.b64 %rd11, %rd10, 4611686293305294848;
+  mov.u32 %r16, 1; setp.ne.b32 %p2, %r16, 0; mov.u32 %r17, 0;)";
+    std::vector<std::string> errors;
+    std::vector<float> sums;
+    for (uint64_t seed = 1; seed <= 20; ++seed) {
+      const Ran ran = RunSource(begin + then, std::vector<uint32_t>(128), 128, seed);
+      errors.push_back(ran.error);
+      for (const uint32_t word : ran.words) sums.push_back(AsFloat(word));
+    }
+    return std::pair(errors, sums);
+  };
+  const auto sums = [&](const std::string& then) {
+    const auto [errors, of] = run(then);
+    EXPECT_THAT(errors, Each(IsEmpty()));
+    return of;
+  };
+  const auto errors = [&](const std::string& then) { return run(then).first; };
+
+  EXPECT_THAT(sums(fence + wgmma + commit + wait + store), Each(16));
+  EXPECT_THAT(sums(fence + wgmma + wgmma + commit + wait + store), Each(32));
+  EXPECT_THAT(sums(fence + wgmma + commit + wgmma + commit + wait + store), Each(32));
+  const std::string add = "add.f32 %f0, %f0, 0f3F800000;";
+  EXPECT_THAT(sums(fence + wgmma + commit + wait + add + fence + wgmma + commit + wait + store), Each(33));
+
+  EXPECT_THAT(sums(fence + wgmma + commit + store), Contains(IsNan()));
+  EXPECT_THAT(sums(fence + wgmma + wait + store), Contains(IsNan()));  // in no group
+  EXPECT_THAT(sums(fence + wgmma + commit + wgmma + commit + "wgmma.wait_group.sync.aligned 1;" + store),
+              Contains(IsNan()));
+  // b is read late, too.
+  EXPECT_THAT(sums(fence + wgmma + commit + "mad.lo.s32 %r5, %r1, 4, %r2; st.shared.u32 [%r5], %r17;" + wait + store),
+              Contains(Lt(16)));
+
+  EXPECT_THAT(errors(fence + wgmma + commit + "mov.u32 %r11, 0;" + wait), Contains(HasSubstr("an operand that was")));
+  EXPECT_THAT(errors(fence + wgmma + commit + "mov.f32 %f3, 0f00000000;" + wait),
+              Contains(HasSubstr("a sum that was")));
+  const auto unfenced = Each(HasSubstr("since the last wgmma.fence"));
+  EXPECT_THAT(errors(wgmma + commit + wait), unfenced);
+  EXPECT_THAT(errors(fence + "mov.u32 %r11, 0;" + wgmma + commit + wait), unfenced);
+  EXPECT_THAT(errors(fence + wgmma + commit + wait + add + wgmma + commit + wait), unfenced);
+}
+
+TEST(PtxMachine, CountsIssueSlots) {
+  const auto slots = [](const std::string& body) {
+    const uint64_t before = IssueSlots();
+    EXPECT_EQ(RunSource(body, std::vector<uint32_t>(64), 64).error, "");
+    return IssueSlots() - before;
+  };
+  // Of two warps, both with what Source() and its end are made of.
+  const uint64_t none = slots("");
+  EXPECT_EQ(slots("add.s32 %r2, %r1, 1;"), none + 2);
+  EXPECT_EQ(slots("mov.u32 %r2, %r1;"), none);
+  EXPECT_EQ(slots("add.s64 %rd4, %rd1, 1;"), none + 4);
+  EXPECT_EQ(slots("ld.global.u32 %r2, [%rd3];"), none + 2);
+  EXPECT_EQ(slots("setp.eq.u32 %p1, %r1, 0; @%p1 add.s32 %r2, %r1, 1;"), none + 4);  // whoever it is for
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // moved, how it lays out parameters. The other way around, this machine is no hostile one: it finds wrong results,
 // accesses outside of memory, misaligned ones, deadlocks and divergence, and few races.
 //
-// Warps and blocks are interleaved at random. Copies that do not block leave NaNs until they are waited for; wgmma is
-// done at once. What ptxas makes of the PTX is not seen.
+// Warps and blocks are interleaved at random. Copies that do not block leave NaNs until they are waited for, and so
+// does wgmma in its sums; it reads shared memory at any moment until then. What ptxas makes of the PTX is not seen.
 #pragma once
 
 #include <array>
@@ -41,5 +41,7 @@ struct Launch {
 // To its end, on this thread. Kernels of other streams may run meanwhile on other threads. What went wrong, with the
 // line of PTX; empty if nothing did.
 std::string Run(const Kernel& kernel, const Launch& launch);
+// Issue slots that all of them have taken, so far: warps' instructions, weighted by Instruction::issue_slots.
+uint64_t IssueSlots();
 
 }  // namespace altiplano::ptx_machine

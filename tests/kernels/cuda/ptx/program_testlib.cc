@@ -83,6 +83,15 @@ Variable ReadVariable(std::string_view text) {
   return variable;
 }
 
+// Moves vanish and parameters are operands; integers of 64 bits are two of 32, and divisions are sequences.
+uint8_t IssueSlotsOf(std::string_view name) {
+  const auto begins = [&](std::string_view prefix) { return name.starts_with(prefix); };
+  if (begins("mov.") || begins("cvta.") || begins("ld.param.")) return 0;
+  if (begins("div.") || begins("rem.")) return name.ends_with(".f32") ? 9 : 20;
+  const bool accesses = begins("ld.") || begins("st.") || begins("atom.") || begins("mbarrier.") || begins("cp.");
+  return name.ends_with("64") && !accesses ? 2 : 1;
+}
+
 class Reader {
  public:
   Reader(std::string file, std::vector<std::string>* errors) : file_(std::move(file)), errors_(errors) {}
@@ -325,6 +334,7 @@ class Reader {
     const std::string name(TakeWord(&text));
     const std::vector<std::string_view> operands = SplitOperands(text);
     if (!Decode(name, operands, &made)) Fail("an instruction that is not known", name + " " + std::string(text));
+    made.issue_slots = IssueSlotsOf(name);
     kernel_->code.push_back(std::move(made));
   }
 
@@ -446,9 +456,15 @@ class Reader {
     if (name == "bar.warp.sync") {
       to->op = Op::kMeet;
       to->operands = {Operand(of[0], 4)};
-    } else if (name == "wgmma.fence.sync.aligned" || name == "wgmma.commit_group.sync.aligned" ||
-               name == "wgmma.wait_group.sync.aligned" || name.starts_with("setmaxnreg.")) {
+    } else if (name.starts_with("setmaxnreg.")) {
       to->op = Op::kMeet;
+    } else if (name == "wgmma.fence.sync.aligned") {
+      to->op = Op::kWgmmaFence;
+    } else if (name == "wgmma.commit_group.sync.aligned") {
+      to->op = Op::kWgmmaCommit;
+    } else if (name == "wgmma.wait_group.sync.aligned") {
+      to->op = Op::kWgmmaWait;
+      to->offset = ReadNumber(of[0]);
     } else if (name == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") {
       to->op = Op::kMma;
       for (const std::string_view each : of) Parts(each, 4, to);

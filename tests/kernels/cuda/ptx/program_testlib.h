@@ -44,6 +44,9 @@ enum class Op : uint8_t {
   kMma,
   kLdMatrix,
   kWgmma,
+  kWgmmaFence,
+  kWgmmaCommit,
+  kWgmmaWait,
   kBarrierSync,
   kBarrierArrive,
 };
@@ -61,6 +64,7 @@ struct Instruction {
   uint8_t count = 1;           // elements of a vector, or of a matrix of wgmma: columns
   uint8_t bytes = 4;           // of each in memory
   uint8_t register_bytes = 4;  // of each in its register
+  uint8_t issue_slots = 1;     // that machine code takes for it, roughly
   bool is_signed = false;
   bool among_gpus = false;    // relaxed, acquire or release: threads of other GPUs are about
   bool orders = false;        // acquire or release
