@@ -4,8 +4,8 @@
 //   free ------------> held ------------------------------> free
 //                      ^  |  last Unref, kept
 //                 Ref  |  v
-//                      kept (no reference; contents still of use; oldest is taken when nothing is free, and of
-//                            those only when no other is left, which have proved to be of use: SetValued)
+//                      kept (no reference; contents still of use; the oldest is taken when nothing is free,
+//                            those that have proved to be of use, SetValued, only when no other is left)
 //
 // A reference that passes to a step in flight (Retire) still counts: the block comes back when the step has ended.
 #pragma once
