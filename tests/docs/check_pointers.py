@@ -65,8 +65,9 @@ def main():
             if PATH.fullmatch(token) and not token.startswith("build/") and token not in FOREIGN:
                 if not any(fnmatch.fnmatchcase(each.rstrip("/"), f"*/{token.rstrip('/')}") for each in names):
                     problems.append(f"{name}: no file is {token}")
-        problems += [f"{name}: nothing is called {word}" for word in re.findall(r"(?<![-\w])[A-Za-z_]\w{3,}", " ".join(spans))
-                     if word not in words and word not in code]
+        said = set(re.findall(r"(?<![-\w])[A-Za-z_]\w{3,}", " ".join(spans)))
+        problems += [f"{name}: nothing is called {word}; another program's goes to FOREIGN" for word in sorted(said - words)
+                     if word not in code]
         for text in spans + lines if flags else []:
             command = next((c for c in flags if re.search(rf"\baltiplano {c}\b", text)), None)
             known = FOREIGN.union(flags[command] if command else scripts.union(*flags.values()))
