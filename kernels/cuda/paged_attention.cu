@@ -126,7 +126,7 @@ PTX_FUNCTION void AttendPlainly(const AttentionArgs& args, const AttentionItem& 
       const int r = i / dim, column = i % dim;
       float* own = state + r * width + column;
       StoreState(args, tile, kv_head, tile.first_split == 0 ? 0 : split - tile.first_split, r, column,
-                 ptx::LdShared(own), ptx::LdShared(largest + r), ptx::LdShared(total + r));
+                 {ptx::LdShared(own)}, ptx::LdShared(largest + r), ptx::LdShared(total + r));
       ptx::StShared(own, 0.0f);
     }
     __syncthreads();
@@ -189,9 +189,10 @@ __global__ void __launch_bounds__(kCombineThreads) CombineSplitsKernel(Attention
       }
     }
     const int row = cut.first_row + r;
-    const int64_t token = int64_t{cut.first_token} + row / args.group;
+    const int query = args.by_group.Quotient(row);
+    const int64_t token = int64_t{cut.first_token} + query;
     const float x[1] = {ptx::Divide(state, total)};
-    Store(args.out, token * args.out.stride + int64_t{kv_head * args.group + row % args.group} * args.dim + column, x);
+    Store(args.out, token * args.out.stride + int64_t{(kv_head - query) * args.group + row} * args.dim + column, x);
   }
 }
 
@@ -203,7 +204,7 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   if (q_heads == 0) return;
   const bool packed = IsPacked(args.k_pages, kRowPack) && IsPacked(args.v_pages, kRowPack);
   const bool mma = args.k_pages.dtype == DType::kBF16 && (dim == 64 || dim == 128) && IsPacked(args.k_pages, 8) &&
-                   IsPacked(args.v_pages, 8) && IsPacked(args.q, kRowPack);
+                   IsPacked(args.v_pages, 8) && IsPacked(args.q, kRowPack) && IsPacked(args.out, kRowPack);
   AttentionArgs a;
   a.out = Elements(args.out);
   a.q = Elements(args.q);
@@ -216,6 +217,10 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   a.group = static_cast<int>(q_heads / kv_heads);
   a.dim = static_cast<int>(dim);
   a.page_size = static_cast<int>(page_size);
+  a.keys_in_one_page = page_size % kKeysAtOnce == 0;
+  a.q_chunks = args.q.dtype == DType::kBF16 && IsPacked(args.q, 8);
+  a.by_group = Divisor(a.group);
+  a.by_page_size = Divisor(page_size);
   a.scale = args.scale * kLog2E;
   a.list = args.work.list.as<int32_t>();
   a.scratch = static_cast<float*>(args.scratch);

@@ -132,10 +132,8 @@ template <int kDim>
 PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warp, uint4* rows,
                               uint32_t (&q)[kDim / 16][4]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  for (int i = lane; i < kWarpRows * kDim / 4; i += 32) {
-    const int r = i / (kDim / 4), pack = i % (kDim / 4);
-    StoreQuery<kDim>(args, tile, kv_head, warp * kWarpRows + r, pack, &rows[ChunkAt<kDim>(r, pack / 2)]);
-  }
+  const int first = warp * kWarpRows;
+  Queries<kDim, kWarpRows, 32>(args, tile, kv_head, first, lane).StoreTo(rows, args, tile, kv_head, first, lane);
   __syncwarp();
   PTX_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
@@ -327,13 +325,16 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionItem& t
     }
   }
   __syncwarp();
-  for (int i = lane; i < kWarpRows * kDim / 8; i += 32) {
-    const int r = warp * kWarpRows + i / (kDim / 8), chunk = i % (kDim / 8);
-    if (r >= tile.rows) continue;
-    const RowPlace place = PlaceOf(args, tile, kv_head, r);
-    BF16* to =
-        static_cast<BF16*>(args.out.data) + place.token * args.out.stride + int64_t{place.head} * kDim + chunk * 8;
-    ptx::StGlobal(reinterpret_cast<uint4*>(to), ptx::LdShared(&staged[ChunkAt<kDim>(i / (kDim / 8), chunk)]));
+  constexpr int kChunks = kDim / 8, kStep = 32 / kChunks;
+  const int first = lane / kChunks, chunk = lane % kChunks;
+  RowWalk walk(args, tile, kv_head, warp * kWarpRows + first, kStep, args.out.stride, kDim);
+  BF16* const out = static_cast<BF16*>(args.out.data) + chunk * 8;
+  PTX_UNROLL
+  for (int r = 0; r < kWarpRows; r += kStep) {
+    if (warp * kWarpRows + first + r < tile.rows) {
+      ptx::StGlobal(reinterpret_cast<uint4*>(out + walk.at()), ptx::LdShared(&staged[ChunkAt<kDim>(first + r, chunk)]));
+    }
+    walk.Next();
   }
 }
 
@@ -421,7 +422,7 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
   // Rows that the tile does not have, behind its last one, are worked on too, and nobody reads them.
   PTX_UNROLL
   for (int i = 0; i < 2; ++i) {
-    rows.seen[i] = tile.before + (tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) / args.group + 1;
+    rows.seen[i] = tile.before + args.by_group.Quotient(tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) + 1;
   }
   uint4* const own = shared.rows[warp];
   LoadQueries<kDim>(args, tile, kv_head, warp, own, q);

@@ -13,8 +13,8 @@ namespace altiplano::cuda {
 namespace {
 
 constexpr int kRows = kAttentionRows;
-constexpr int kWarps = static_cast<int>(kAttentionThreads) / 32;
-constexpr int kKeys = 16;  // of a warp's step
+constexpr int kThreads = static_cast<int>(kAttentionThreads), kWarps = kThreads / 32;
+constexpr int kKeys = kKeysAtOnce;  // of a warp's step
 constexpr int kStages = 2;
 constexpr int kMergedColumns = 64;  // of the warps' sums, together in shared memory: all do not fit into sm_89's
 constexpr int kStepsPerSplit = static_cast<int>(kAttentionSplit) / (kKeys * kWarps);
@@ -25,6 +25,9 @@ struct alignas(8) WarpState {
 };
 struct alignas(8) Two {
   float x[2];
+};
+struct alignas(16) Four {
+  float x[4];
 };
 
 template <int kDim>
@@ -43,19 +46,28 @@ struct Shared {
 template <int kDim>
 PTX_FUNCTION void CopyKeys(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int first_key, int end,
                            uint4 (*stage)[kKeys * kDim / 8]) {
-  constexpr int kChunks = kDim / 8;
+  constexpr int kChunks = kDim / 8, kAtOnce = 32 / kChunks;  // keys
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int key_of_lane = first_key + lane % kKeys;
+  const int first = lane / kChunks, chunk = lane % kChunks;
+  const BF16* const k_pages = static_cast<const BF16*>(args.k_pages.data) + chunk * 8;
+  const BF16* const v_pages = static_cast<const BF16*>(args.v_pages.data) + chunk * 8;
+  // Their places in the pool are one after the other where pages hold whole runs of them.
   int64_t row_of_lane = 0;
+  const int key_of_lane = args.keys_in_one_page ? first_key : first_key + lane % kKeys;
   if (key_of_lane < end) row_of_lane = PoolRow(args, tile, kv_head, key_of_lane);
-  PTX_UNROLL
-  for (int i = 0; i < kKeys * kChunks / 32; ++i) {
-    const int key = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-    const int64_t at = __shfl_sync(0xFFFFFFFF, row_of_lane, key) * kDim + chunk * 8;
+  const auto copy = [&](int key, int64_t row) {
     const bool inside = first_key + key < end;
     const int to = ChunkAt<kDim>(key, chunk);
-    ptx::CpAsync16(&stage[0][to], static_cast<const BF16*>(args.k_pages.data) + at, inside);
-    ptx::CpAsync16(&stage[1][to], static_cast<const BF16*>(args.v_pages.data) + at, inside);
+    ptx::CpAsync16(&stage[0][to], k_pages + row * kDim, inside);
+    ptx::CpAsync16(&stage[1][to], v_pages + row * kDim, inside);
+  };
+  if (args.keys_in_one_page) {
+    row_of_lane += first;
+    PTX_UNROLL
+    for (int key = 0; key < kKeys; key += kAtOnce) copy(key + first, row_of_lane + key);
+  } else {
+    PTX_UNROLL
+    for (int key = first; key < kKeys; key += kAtOnce) copy(key, __shfl_sync(0xFFFFFFFF, row_of_lane, key));
   }
 }
 
@@ -93,15 +105,21 @@ PTX_FUNCTION void AddKeys(Fragment<kDim>& own, const uint4* q, const uint4 (*sta
   for (int row = 0; row < 2; ++row) {
     most[row] = Larger(most[row], __shfl_xor_sync(0xFFFFFFFF, most[row], 1));
     most[row] = Larger(most[row], __shfl_xor_sync(0xFFFFFFFF, most[row], 2));
-    const float kept = Weight(own.largest[row], most[row]);
-    own.largest[row] = most[row];
-    own.total[row] *= kept;
+  }
+  if (most[0] != own.largest[0] || most[1] != own.largest[1]) {  // late keys are seldom a row's largest
     PTX_UNROLL
-    for (int n = 0; n < kDim / 8; ++n) {
-      own.sums[n][2 * row] *= kept;
-      own.sums[n][2 * row + 1] *= kept;
+    for (int row = 0; row < 2; ++row) {
+      const float kept = Weight(own.largest[row], most[row]);
+      own.largest[row] = most[row];
+      own.total[row] *= kept;
+      PTX_UNROLL
+      for (int n = 0; n < kDim / 8; ++n) {
+        own.sums[n][2 * row] *= kept;
+        own.sums[n][2 * row + 1] *= kept;
+      }
     }
   }
+  __syncwarp();         // products are all lanes' together
   uint32_t weights[4];  // as the operand a: rows g and g + 8 of keys 0 to 7, then of keys 8 to 15
   PTX_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -117,14 +135,6 @@ PTX_FUNCTION void AddKeys(Fragment<kDim>& own, const uint4* q, const uint4 (*sta
     ptx::LdMatrixX4Transposed(b, &stage[1][ChunkAt<kDim>(lane % 16, n * 2 + lane / 16)]);
     ptx::Mma16816(own.sums[2 * n], weights, {b[0], b[1]});
     ptx::Mma16816(own.sums[2 * n + 1], weights, {b[2], b[3]});
-  }
-}
-
-template <int kDim>
-PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, uint4* q) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim / 4; i += static_cast<int>(kAttentionThreads)) {
-    const int r = i / (kDim / 4), pack = i % (kDim / 4);
-    StoreQuery<kDim>(args, tile, kv_head, r, pack, &q[ChunkAt<kDim>(r, pack / 2)]);
   }
 }
 
@@ -148,21 +158,24 @@ PTX_FUNCTION void StoreFragment(const Fragment<kDim>& own, int first_column, flo
   }
 }
 
-// The split's state of a row, warp after warp, and of one of the columns that are together.
+// The split's state of a row, warp after warp, and of four of the columns that are together.
 template <int kDim>
-PTX_FUNCTION WarpState MergeWarps(const Shared<kDim>& shared, int r, int column, float* sum) {
+PTX_FUNCTION WarpState MergeWarps(const Shared<kDim>& shared, int r, int column, Four& sums) {
   WarpState merged = {kNoScore, 0};
   PTX_UNROLL
   for (int warp = 0; warp < kWarps; ++warp) {
     merged.largest = Larger(merged.largest, ptx::LdShared(&shared.warps[warp][r]).largest);
   }
-  *sum = 0;
+  sums = {};
   PTX_UNROLL
   for (int warp = 0; warp < kWarps; ++warp) {
     const WarpState state = ptx::LdShared(&shared.warps[warp][r]);
     const float weight = Weight(state.largest, merged.largest);
     merged.total = fmaf(state.total, weight, merged.total);
-    *sum = fmaf(ptx::LdShared(&shared.sums[warp][r * Shared<kDim>::kPadded + column]), weight, *sum);
+    const auto own =
+        ptx::LdShared(reinterpret_cast<const Four*>(&shared.sums[warp][r * Shared<kDim>::kPadded + column]));
+    PTX_UNROLL
+    for (int i = 0; i < 4; ++i) sums.x[i] = fmaf(own.x[i], weight, sums.x[i]);
   }
   return merged;
 }
@@ -174,16 +187,16 @@ PTX_FUNCTION void Attend(const AttentionArgs& args, const AttentionItem& tile, i
   const int end = SmallerOf(KeysSeen(args, tile, tile.rows - 1), tile.end_split * kSplit);
   const bool apart = tile.first_split > 0;  // each split leaves its own state
 
-  LoadQueries<kDim>(args, tile, kv_head, shared.q);
-  for (int i = thread; i < kRows * kDim; i += static_cast<int>(kAttentionThreads)) {
-    ptx::StShared(&shared.state[i], 0.0f);
-  }
-  if (thread < kRows) ptx::StShared(&shared.rows[thread], WarpState{kNoScore, 0});
-
+  const Queries<kDim, kRows, kThreads> queries(args, tile, kv_head, 0, thread);
   // The warp's keys: 16 from `key`, then 64 further on, through all splits.
   int key = tile.first_split * kSplit + warp * kKeys, stage = 0;
   if (key < end) CopyKeys<kDim>(args, tile, kv_head, key, end, shared.ring[warp][0]);
   ptx::CpAsyncCommit();
+  queries.StoreTo(shared.q, args, tile, kv_head, 0, thread);
+  for (int i = thread; i < tile.rows * kDim / 4; i += kThreads) {
+    ptx::StShared(reinterpret_cast<uint4*>(shared.state) + i, uint4{0, 0, 0, 0});
+  }
+  if (thread < kRows) ptx::StShared(&shared.rows[thread], WarpState{kNoScore, 0});
   __syncthreads();
 
   const int rows_seen[2] = {KeysSeen(args, tile, lane / 4), KeysSeen(args, tile, lane / 4 + 8)};
@@ -205,25 +218,28 @@ PTX_FUNCTION void Attend(const AttentionArgs& args, const AttentionItem& tile, i
       if (first_column > 0) __syncthreads();  // before other columns take their place
       StoreFragment(own, first_column, shared.sums[warp], shared.warps[warp]);
       __syncthreads();
-      for (int i = thread; i < kRows * kMergedColumns; i += static_cast<int>(kAttentionThreads)) {
+      for (int i = thread * 4; i < tile.rows * kMergedColumns; i += kThreads * 4) {
         const int r = i / kMergedColumns, column = i % kMergedColumns;
-        float sum;
-        const WarpState merged = MergeWarps(shared, r, column, &sum);
+        Four sums;
+        const WarpState merged = MergeWarps(shared, r, column, sums);
         if (apart) {
-          if (r >= tile.rows) break;
-          StoreState(args, tile, kv_head, split - tile.first_split, r, first_column + column, sum, merged.largest,
+          StoreState(args, tile, kv_head, split - tile.first_split, r, first_column + column, sums.x, merged.largest,
                      merged.total);
           continue;
         }
         const float before = ptx::LdShared(&shared.rows[r]).largest, now = Larger(before, merged.largest);
-        float* state = &shared.state[r * kDim + first_column + column];
-        ptx::StShared(state, Fold(ptx::LdShared(state), Weight(before, now), sum, Weight(merged.largest, now)));
+        const float old_weight = Weight(before, now), new_weight = Weight(merged.largest, now);
+        auto* state = reinterpret_cast<Four*>(&shared.state[r * kDim + first_column + column]);
+        Four folded = ptx::LdShared(state);
+        PTX_UNROLL
+        for (int j = 0; j < 4; ++j) folded.x[j] = Fold(folded.x[j], old_weight, sums.x[j], new_weight);
+        ptx::StShared(state, folded);
       }
     }
     WarpState folded = {};
     if (thread < kRows && !apart) {
-      float sum;
-      const WarpState merged = MergeWarps(shared, thread, 0, &sum), before = ptx::LdShared(&shared.rows[thread]);
+      Four unused;
+      const WarpState merged = MergeWarps(shared, thread, 0, unused), before = ptx::LdShared(&shared.rows[thread]);
       folded.largest = Larger(before.largest, merged.largest);
       folded.total = Fold(before.total, Weight(before.largest, folded.largest), merged.total,
                           Weight(merged.largest, folded.largest));
@@ -234,15 +250,19 @@ PTX_FUNCTION void Attend(const AttentionArgs& args, const AttentionItem& tile, i
   __syncthreads();
 
   if (apart) return;
-  for (int i = thread; i < tile.rows * kDim; i += static_cast<int>(kAttentionThreads)) {
-    const int r = i / kDim, column = i % kDim;
+  constexpr int kPacks = kDim / 4, kStep = kThreads / kPacks;
+  const int column = thread % kPacks * 4;
+  RowWalk walk(args, tile, kv_head, thread / kPacks, kStep, args.out.stride, kDim);
+  for (int r = thread / kPacks; r < tile.rows; r += kStep, walk.Next()) {
+    auto [x] = ptx::LdShared(reinterpret_cast<const Four*>(&shared.state[r * kDim + column]));
     const WarpState row = ptx::LdShared(&shared.rows[r]);
-    const float sum = ptx::LdShared(&shared.state[i]);
-    if (tile.first_state < 0) {
-      StoreResult(args, tile, kv_head, r, column, sum, row.total);
-    } else {
-      StoreState(args, tile, kv_head, 0, r, column, sum, row.largest, row.total);
+    if (tile.first_state >= 0) {
+      StoreState(args, tile, kv_head, 0, r, column, x, row.largest, row.total);
+      continue;
     }
+    PTX_UNROLL
+    for (int i = 0; i < 4; ++i) x[i] = ptx::Divide(x[i], row.total);
+    Store(args.out, walk.at() + column, x);
   }
 }
 

@@ -22,6 +22,7 @@ LEAST = {  # as docs/kernels.md counts them
     "AllReduceAddRmsNormKernel<4, 2>": 12, "AllReduceAddRmsNormKernel<4, 4>": 20, "AllReduceAddRmsNormKernel<4, 8>": 18,
     "GatherKernel<uint4>": 8,
     "MmaLinearKernel<1, 1, 4>": 8 + 4, "MmaLinearKernel<1, 2, 4>": 16 + 2, "MmaLinearKernel<2, 1, 4>": 8 + 4,
+    "PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4, "MmaAttentionKernel<128>": 2,
     "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 4, "MmaLinearKernel<8, 1, 2>": 4,
 }
 MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 32, "PrefillAttentionKernel<64>": 20}  # R2UR
@@ -60,7 +61,7 @@ def main():
         for function in code.split("Function : ")[1:]:
             kernel, opcodes = short(function.split()[0]), OPCODE.findall(function)
             spinning[kernel] = sum(opcode.startswith("ATOM") and "CAS" in opcode for opcode in opcodes)
-            if path.name in ("all_reduce.cu.o", "linear.cu.o"):
+            if path.name in ("all_reduce.cu.o", "linear.cu.o", "paged_attention_hopper.cu.o", "paged_attention_mma.cu.o"):
                 found[kernel] = most_together(function)
             if path.name == "paged_attention_hopper.cu.o":
                 made_uniform[kernel] = opcodes.count("R2UR")

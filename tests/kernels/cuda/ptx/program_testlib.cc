@@ -83,10 +83,11 @@ Variable ReadVariable(std::string_view text) {
   return variable;
 }
 
-// Moves vanish and parameters are operands; integers of 64 bits are two of 32, and divisions are sequences.
+// Moves vanish, parameters are operands, and how often waiting threads ask is chance; integers of 64 bits are two of
+// 32, and divisions are sequences.
 uint8_t IssueSlotsOf(std::string_view name) {
   const auto begins = [&](std::string_view prefix) { return name.starts_with(prefix); };
-  if (begins("mov.") || begins("cvta.") || begins("ld.param.")) return 0;
+  if (begins("mov.") || begins("cvta.") || begins("ld.param.") || begins("mbarrier.try_wait.")) return 0;
   if (begins("div.") || begins("rem.")) return name.ends_with(".f32") ? 9 : 20;
   const bool accesses = begins("ld.") || begins("st.") || begins("atom.") || begins("mbarrier.") || begins("cp.");
   return name.ends_with("64") && !accesses ? 2 : 1;
