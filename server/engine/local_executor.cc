@@ -50,6 +50,53 @@ int GpuOf(const LocalExecutorOptions& options, size_t rank) {
   return options.gpus.empty() ? static_cast<int>(rank) : options.gpus.at(rank);
 }
 
+// Where a rank's memory is: on the CPU all ranks' is "GPU 0"'s.
+int PlaceOf(const LocalExecutorOptions& options, size_t rank) {
+  return options.device == Device::kCpu ? 0 : GpuOf(options, rank);
+}
+
+Llama::Limits ModelLimits(const LocalExecutorOptions& options) {
+  Llama::Limits limits;
+  limits.max_tokens = options.token_budget;
+  limits.batch_invariant = options.batch_invariant;
+  limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
+  if (options.device == Device::kCuda) limits.max_context = options.max_context;
+  return limits;
+}
+
+// What is certainly needed, against what is free: known before hundreds of gigabytes are read.
+Status CheckRoomForModel(const ModelConfig& config, const LocalExecutorOptions& options,
+                         const std::vector<Shard>& shards) {
+  struct Need {
+    uint64_t weights = 0, activations = 0;
+  };
+  std::map<int, Need> needs;
+  for (size_t rank = 0; rank < shards.size(); ++rank) {
+    Need& need = needs[PlaceOf(options, rank)];
+    need.weights += RankWeightBytes(config, shards[rank], options.dtype);
+    need.activations += Llama::WorkspaceBytes(config, shards[rank], ModelLimits(options), options.dtype);
+  }
+  const bool on_gpus = options.device == Device::kCuda;
+  for (const auto& [gpu, need] : needs) {
+    const MemoryInfo memory = QueryMemory(options.device, gpu);
+    const uint64_t bytes = need.weights + need.activations;
+    if (memory.total_bytes == 0 || bytes <= memory.free_bytes) continue;  // 0: whoever allocates will learn why
+    std::string advice = options.dtype == DType::kF32 ? "; --dtype bf16 takes half" : "";
+    if (on_gpus && bytes <= memory.total_bytes) {
+      advice += StrCat("; end what else uses GPU ", gpu, ", which nvidia-smi lists, or name another with --devices");
+    } else if (on_gpus) {
+      advice += "; split it with a larger --tensor-parallel or --pipeline-parallel: altiplano plan says what fits";
+    }
+    return Status(
+        Code::kResourceExhausted,
+        StrCat("the model does not fit: ", HumanBytes(need.weights), " of weights and ", HumanBytes(need.activations),
+               " of activations (--max-num-batched-tokens ", options.token_budget, ") are for ",
+               on_gpus ? StrCat("GPU ", gpu) : "this machine", ", which has ", HumanBytes(memory.free_bytes),
+               " free of ", HumanBytes(memory.total_bytes), advice));
+  }
+  return OkStatus();
+}
+
 // As asked, or the model's own.
 StatusOr<int32_t> ChooseContext(const ModelConfig& config, int32_t asked) {
   const auto most = static_cast<int32_t>(std::min<int64_t>(config.max_position, INT32_MAX / 2));
@@ -72,32 +119,33 @@ std::vector<KvCache::Shape> CacheShapes(const ModelConfig& config, const LocalEx
 
 // How many pages there may be, of each rank's KV cache, and words for what decides it.
 struct Room {
-  uint64_t most = 0;      // that may be asked for
-  uint64_t default_ = 0;  // that are taken unless something is asked for
+  uint64_t most = 0;        // that may be asked for
+  uint64_t default_ = 0;    // that are taken unless something is asked for
+  uint64_t page_bytes = 0;  // of all ranks that share the memory in question
   std::string words;
 };
 
 // shapes: of each rank's cache.
 Room FindRoom(const LocalExecutorOptions& options, const std::vector<KvCache::Shape>& shapes) {
-  std::map<int, uint64_t> page_bytes;  // of the ranks on a GPU; on the CPU all are "GPU 0"'s
-  for (size_t rank = 0; rank < shapes.size(); ++rank) {
-    page_bytes[options.device == Device::kCpu ? 0 : GpuOf(options, rank)] += shapes[rank].page_bytes();
-  }
+  std::map<int, uint64_t> page_bytes;
+  for (size_t rank = 0; rank < shapes.size(); ++rank) page_bytes[PlaceOf(options, rank)] += shapes[rank].page_bytes();
   if (options.device == Device::kCpu) {
-    const uint64_t free_bytes = QueryMemory(Device::kCpu).free_bytes;
-    return {free_bytes / page_bytes[0], free_bytes / 2 / page_bytes[0],
-            StrCat(HumanBytes(free_bytes), " of memory are free")};
+    const uint64_t free_bytes = QueryMemory(Device::kCpu).free_bytes, bytes = page_bytes[0];
+    return {free_bytes / bytes, free_bytes / 2 / bytes, bytes,
+            StrCat("this machine has ", HumanBytes(free_bytes), " of memory free")};
   }
   Room room;
   room.most = UINT64_MAX;
   for (const auto& [gpu, bytes] : page_bytes) {  // the GPU with the least room for its ranks decides
     const MemoryInfo memory = QueryMemory(Device::kCuda, gpu);
     const uint64_t reserve = memory.total_bytes / kReservedPart;
-    const uint64_t most = (memory.free_bytes - std::min<uint64_t>(memory.free_bytes, reserve)) / bytes;
-    if (most >= room.most) continue;
-    room.most = most;
-    room.words = StrCat(HumanBytes(memory.free_bytes), " of the ", HumanBytes(memory.total_bytes), " of GPU ", gpu,
-                        " are free beside the model, and ", HumanBytes(reserve), " of them stay free");
+    const uint64_t can_have = memory.free_bytes - std::min<uint64_t>(memory.free_bytes, reserve);
+    if (can_have / bytes >= room.most) continue;
+    room.most = can_have / bytes;
+    room.page_bytes = bytes;
+    room.words = StrCat("GPU ", gpu, " has room for ", HumanBytes(can_have), " (", HumanBytes(memory.free_bytes),
+                        " of its ", HumanBytes(memory.total_bytes), " are free beside the model, and ",
+                        HumanBytes(reserve), " stay free for the driver)");
   }
   room.default_ = room.most;
   return room;
@@ -105,6 +153,7 @@ Room FindRoom(const LocalExecutorOptions& options, const std::vector<KvCache::Sh
 
 // Pages for the KV cache of each rank: as asked, or as many as could be used within the room that there is.
 StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const std::vector<KvCache::Shape>& shapes) {
+  constexpr uint64_t kLeast = 2;
   uint64_t page_bytes = 0;  // of all ranks
   for (const KvCache::Shape& shape : shapes) page_bytes += shape.page_bytes();
   const int64_t pages_for_one = (options.max_context + options.page_size - 1) / options.page_size;
@@ -114,16 +163,42 @@ StatusOr<int32_t> ChoosePages(const LocalExecutorOptions& options, const std::ve
     const uint64_t useful = static_cast<uint64_t>(pages_for_one) * static_cast<uint64_t>(options.max_running);
     pages = std::min(room.default_ / static_cast<uint64_t>(options.executors), useful);
   } else if (pages > room.most) {
-    return Status(Code::kResourceExhausted,
-                  StrCat("the KV cache was given ", HumanBytes(options.kv_bytes), ", but only ", room.words));
+    return Status(Code::kResourceExhausted, StrCat("--kv-memory is too large: ", HumanBytes(pages * room.page_bytes),
+                                                   " of it would be here, but ", room.words,
+                                                   "; lower it, or leave it out to take what there is room for"));
   }
-  if (pages < 2) {
+  if (pages < kLeast && options.kv_bytes > 0) {
     return Status(Code::kResourceExhausted,
-                  StrCat("the KV cache of ", HumanBytes(options.kv_bytes > 0 ? options.kv_bytes : pages * page_bytes),
-                         " holds ", pages, " blocks of ", options.page_size, " tokens (", HumanBytes(page_bytes),
-                         " each); at least 2 are needed, and ", room.words));
+                  StrCat("--kv-memory is too small: its ", HumanBytes(options.kv_bytes), " for a replica hold ", pages,
+                         pages == 1 ? " block of " : " blocks of ", options.page_size, " tokens, of which at least ",
+                         kLeast, " are needed, ", HumanBytes(kLeast * page_bytes), "; raise it"));
+  }
+  if (pages < kLeast) {
+    return Status(Code::kResourceExhausted,
+                  StrCat("no room for a KV cache: ", kLeast, " blocks of ", options.page_size, " tokens take ",
+                         HumanBytes(kLeast * room.page_bytes), ", and ", room.words,
+                         "; lower --max-num-batched-tokens, or split the model among more ",
+                         options.device == Device::kCuda ? "GPUs (--tensor-parallel)" : "machines (--nodes)"));
   }
   return static_cast<int32_t>(std::min<uint64_t>(pages, INT32_MAX / static_cast<uint64_t>(options.page_size)));
+}
+
+// Seconds since it was made, or asked before.
+class Lap {
+ public:
+  double Take() {
+    const SteadyTime begin = std::exchange(begin_, std::chrono::steady_clock::now());
+    return std::chrono::duration<double>(begin_ - begin).count();
+  }
+
+ private:
+  SteadyTime begin_ = std::chrono::steady_clock::now();
+};
+
+// CANCELLED when whoever starts this wants it no more. Asked between the parts of a start.
+Status CheckWanted(const LocalExecutorOptions& options) {
+  if (!options.cancelled || !options.cancelled()) return OkStatus();
+  return Status(Code::kCancelled, "the start was cancelled");
 }
 
 std::vector<int> RankNumbers(const LocalExecutorOptions& options) {
@@ -141,6 +216,7 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
   load.progress = options.progress;
   load.cancelled = options.cancelled;
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(checkpoint.config(), options));
+  RETURN_IF_ERROR(CheckRoomForModel(checkpoint.config(), options, shards));
   std::vector<int> gpus;
   for (size_t rank = 0; rank < shards.size(); ++rank) gpus.push_back(GpuOf(options, rank));
   struct Bytes {
@@ -291,20 +367,34 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
   StartWatch watch(options.start_patience, options.on_start_hang);
+  Lap lap;
   watch.Begin("connecting the ranks");
   ASSIGN_OR_RETURN(Ranks ranks, Connect(config, options));  // before weights are read for GPUs that are not there
+  const double connecting = lap.Take();
+  RETURN_IF_ERROR(CheckWanted(options));
   ASSIGN_OR_RETURN(std::vector<LlamaWeights> weights, LoadOrShare(checkpoint, options, &watch));
+  const double loading = lap.Take();
   watch.Begin("making the ranks");
   RETURN_IF_ERROR(MakeWorkers(ranks, checkpoint, options, shards, std::move(weights)));
   watch.End();  // other nodes watch themselves
   if (options.meet) RETURN_IF_ERROR(options.meet());
   std::vector<KvCache::Shape> shapes = CacheShapes(config, options, shards);
   RETURN_IF_ERROR(WarmUp(ranks, &watch, options, shapes));
+  const double warming_up = lap.Take();
   watch.Begin("allocating the KV cache");
   ASSIGN_OR_RETURN(const int32_t pages, ChoosePages(options, shapes));
   for (KvCache::Shape& shape : shapes) shape.pages = pages;
   RETURN_IF_ERROR(AllocateCaches(ranks, shapes));
+  RETURN_IF_ERROR(CheckWanted(options));
   if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, &watch, options));
+  LogMemory(ranks, options);
+  log::Info("the ranks are ready", {{"ranks", ranks.size()},
+                                    {"kv_blocks", pages},
+                                    {"kv_block_tokens", options.page_size},
+                                    {"connecting_seconds", connecting},
+                                    {"loading_seconds", loading},
+                                    {"warm_up_seconds", warming_up},
+                                    {"kv_cache_and_graphs_seconds", lap.Take()}});
 
   SchedulerOptions scheduler;
   scheduler.num_blocks = pages;
@@ -318,11 +408,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
 
 Status LocalExecutor::MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoint, const LocalExecutorOptions& options,
                                   const std::vector<Shard>& shards, std::vector<LlamaWeights> weights) {
-  Llama::Limits limits;
-  limits.max_tokens = options.token_budget;
-  limits.batch_invariant = options.batch_invariant;
-  limits.max_logit_rows = std::min<int64_t>(limits.max_logit_rows, options.token_budget);
-  if (options.device == Device::kCuda) limits.max_context = options.max_context;
+  const Llama::Limits limits = ModelLimits(options);
   RankWorker::Limits worker_limits;
   worker_limits.slots = options.max_running;
   worker_limits.max_tokens = options.token_budget;
@@ -369,6 +455,7 @@ Status LocalExecutor::WarmUp(const Ranks& ranks, StartWatch* watch, const LocalE
     return OkStatus();
   };
   RETURN_IF_ERROR(step(1));
+  RETURN_IF_ERROR(CheckWanted(options));
   if (options.device != Device::kCuda) return OkStatus();
   // Whatever a GPU still takes in its largest step is taken before the pool gets what is left.
   return step(static_cast<int32_t>(
@@ -498,6 +585,35 @@ Status LocalExecutor::CaptureGraphs(const Ranks& ranks, StartWatch* watch, const
              {"seconds", took.count()},
              {"driver_memory", HumanBytes(free_before - std::min(free_before, free_after))}});
   return OkStatus();
+}
+
+// What each device that ranks compute on holds for them.
+void LocalExecutor::LogMemory(const Ranks& ranks, const LocalExecutorOptions& options) {
+  struct Held {
+    std::string device, ranks;
+    uint64_t weights = 0, activations = 0, kv_cache = 0;
+  };
+  std::map<int, Held> places;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    Held& held = places[PlaceOf(options, i)];
+    const Llama& llama = ranks[i]->worker->llama();
+    const KvCache::Shape& shape = ranks[i]->worker->cache().shape();
+    if (held.device.empty()) held.device = Describe(ranks[i]->worker->stream());
+    held.ranks += StrCat(held.ranks.empty() ? "" : ",", ranks[i]->number);
+    held.weights += llama.weight_bytes();
+    held.activations += Llama::WorkspaceBytes(llama.config(), llama.shard(), llama.limits(), options.dtype);
+    held.kv_cache += shape.page_bytes() * static_cast<uint64_t>(shape.pages);
+  }
+  for (const auto& [gpu, held] : places) {
+    const MemoryInfo memory = QueryMemory(options.device, gpu);
+    log::Info("ranks have their memory",
+              {{"ranks", held.ranks},
+               {"device", StrCat(options.device == Device::kCuda ? StrCat("GPU ", gpu, ": ") : "", held.device)},
+               {"weights", HumanBytes(held.weights)},
+               {"activations", HumanBytes(held.activations)},
+               {"kv_cache", HumanBytes(held.kv_cache)},
+               {"free", StrCat(HumanBytes(memory.free_bytes), " of ", HumanBytes(memory.total_bytes))}});
+  }
 }
 
 LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options)

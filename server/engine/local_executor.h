@@ -142,6 +142,7 @@ class LocalExecutor : public Executor {
   // The work of each rank, all at once: they meet in it. The first error ends the group. what: for the watch.
   static Status OnAllRanks(const Ranks& ranks, StartWatch* watch, std::string what,
                            const std::function<Status(size_t index, RankWorker& worker)>& work);
+  static void LogMemory(const Ranks& ranks, const LocalExecutorOptions& options);
   static Status CaptureGraphs(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options);
   static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t index,
                    std::function<void(int, uint64_t)> before_step);

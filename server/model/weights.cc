@@ -63,6 +63,10 @@ Status OutOfMemory(size_t bytes, std::string_view what) {
   return Status(Code::kResourceExhausted, StrCat("no memory for ", what, ": ", HumanBytes(bytes)));
 }
 
+Status Cancelled() {
+  return Status(Code::kCancelled, "loading was cancelled");
+}
+
 Status NoDevice(const std::string& error) {
   return Status(Code::kUnavailable, error);
 }
@@ -112,7 +116,10 @@ class Loader {
     if (stream_ == nullptr) return NoDevice(error);
     RETURN_IF_ERROR(PlanOuter());
     weights_.layers.resize(static_cast<size_t>(shard_.layers(config_)));
-    for (size_t i = 0; i < weights_.layers.size(); ++i) RETURN_IF_ERROR(PlanLayer(i));
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+      if (options_.cancelled && options_.cancelled()) return Cancelled();
+      RETURN_IF_ERROR(PlanLayer(i));
+    }
     RETURN_IF_ERROR(ReadAll());
     return std::move(weights_);
   }
@@ -285,7 +292,7 @@ class Loader {
     }
     for (std::thread& reader : readers) reader.join();
     RETURN_IF_ERROR(first_error);
-    if (cancelled) return Status(Code::kCancelled, "loading was cancelled");
+    if (cancelled) return Cancelled();
     report();
     return OkStatus();
   }

@@ -643,7 +643,7 @@ TEST(BadStart, NoDeviceNoMemoryNoAddressAre69) {
     std::vector<std::string> flags;
     std::string part;
   } cases[] = {{{"--listen", "127.0.0.1:0", "--device", "cuda"}, "cuda"},
-               {{"--listen", "127.0.0.1:0", "--kv-memory", "1000TiB"}, "KV cache"},
+               {{"--listen", "127.0.0.1:0", "--kv-memory", "1000TiB"}, "--kv-memory is too large: "},
                {{"--listen", first.address()}, first.address()}};
   for (const auto& c : cases) {
     std::vector<std::string> arguments = base;

@@ -21,11 +21,13 @@
 
 #include "kernels/comm/forwarding.h"
 #include "kernels/cuda/sim/sim.h"
+#include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/engine/engine.h"
 #include "server/engine/local_executor.h"
 #include "server/engine/replica_set.h"
 #include "server/model/checkpoint_tensors.h"
+#include "server/model/random_checkpoint.h"
 #include "tests/kernels/cuda/simulator_nccl_testlib.h"
 #include "tests/server/engine/engine_testlib.h"
 #include "tests/server/model/checkpoint_testlib.h"
@@ -35,6 +37,7 @@ namespace {
 
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
 
 constexpr int32_t kVocab = 97;  // odd: with two ranks the last shard of it is padded
 
@@ -690,11 +693,108 @@ TEST(EngineOnGpu, RefusesACacheThatDoesNotFitWithNumbers) {
   options.kv_bytes = uint64_t{1} << 30;  // all that a simulated GPU has
   const auto executor = LocalExecutor::Create(Model(), options);
   EXPECT_EQ(executor.status().code(), Code::kResourceExhausted);
-  EXPECT_THAT(executor.status().message(), HasSubstr("the KV cache was given 1.00 GiB, but only "));
-  EXPECT_THAT(executor.status().message(), HasSubstr(" of the 1.00 GiB of GPU 0 are free beside the model"));
+  EXPECT_THAT(executor.status().message(),
+              MatchesRegex("--kv-memory is too large: 1.00 GiB of it would be here, but GPU 0 has room for [0-9.]+ MiB "
+                           "\\([0-9.]+ MiB of its 1.00 GiB are free beside the model, and 16.00 MiB stay free for the "
+                           "driver\\); lower it, or leave it out .*"));
+  options.kv_bytes = 1;
+  const Status small = LocalExecutor::Create(Model(), options).status();
+  EXPECT_THAT(small.message(),
+              MatchesRegex("--kv-memory is too small: its 1 B for a replica hold 0 blocks of 4 tokens, "
+                           "of which at least 2 are needed, [0-9.]+ KiB; raise it"));
   options.kv_bytes = 0;
   options.gpus = {1};
   EXPECT_EQ(LocalExecutor::Create(Model(), options).status().code(), Code::kUnavailable);
+}
+
+// What of a pool would lie on the GPU that has no room for it, not the whole pool.
+TEST(EngineOnGpu, ACacheForTwoGpusIsRefusedByTheHalf) {
+  sim::SetGpus(2);
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.ranks = 2;
+  options.adjust_group = [](CudaGroupOptions& group) { group.nccl = nullptr; };
+  options.kv_bytes = uint64_t{3} << 30;
+  const Status status = LocalExecutor::Create(Model(), options).status();
+  EXPECT_THAT(status.message(), HasSubstr("1.50 GiB of it would be here, but GPU 0 has room for "));
+  sim::SetGpus(1);
+}
+
+// A checkpoint whose weights nobody may ask for.
+class Unread : public Checkpoint {
+ public:
+  explicit Unread(std::string_view name) : of_(MakeRandomCheckpoint(ParseRandomModel(name).value())) {}
+  const std::string& path() const override { return of_->path(); }
+  std::string_view format() const override { return of_->format(); }
+  const ModelConfig& config() const override { return of_->config(); }
+  const GenerationDefaults& generation_defaults() const override { return of_->generation_defaults(); }
+  const TextAssets& text_assets() const override { return of_->text_assets(); }
+  const std::vector<TensorInfo>& tensors() const override { return of_->tensors(); }
+  uint64_t total_bytes() const override { return of_->total_bytes(); }
+  Status Read(std::string_view tensor, int64_t, int64_t, int64_t, int64_t, DType, void*, int64_t,
+              uint64_t*) const override {
+    return Status(Code::kInternal, StrCat(tensor, " was asked for"));
+  }
+
+ private:
+  const std::unique_ptr<Checkpoint> of_;
+};
+
+TEST(EngineOnGpu, AModelThatDoesNotFitIsRefusedBeforeItIsRead) {
+  sim::SetGpus(2);
+  const Unread model("random:1b");
+  const uint64_t allocations = Buffer::DeviceAllocations();
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kF32);
+  const Status status = LocalExecutor::Create(model, options).status();
+  EXPECT_EQ(status.code(), Code::kResourceExhausted);
+  EXPECT_THAT(status.message(),
+              MatchesRegex("the model does not fit: 4.60 GiB of weights and [0-9.]+ MiB of activations "
+                           "\\(--max-num-batched-tokens 24\\) are for GPU 0, which has [0-9.]+ GiB free of 1.00 GiB; "
+                           "--dtype bf16 takes half; split it with a larger --tensor-parallel .*"));
+  EXPECT_EQ(Buffer::DeviceAllocations(), allocations);
+  // One that has a GPU's memory, but no rank for itself.
+  options.ranks = 8;
+  options.dtype = DType::kBF16;
+  options.gpus = {0, 1, 0, 1, 0, 1, 0, 1};
+  options.adjust_group = [](CudaGroupOptions& group) { group.nccl = nullptr; };
+  EXPECT_THAT(LocalExecutor::Create(model, options).status().message(),
+              HasSubstr("the model does not fit: 1.15 GiB of weights"));
+  sim::SetGpus(1);
+}
+
+TEST(EngineOnGpu, AStartThatIsCancelledInItsWarmUpEndsThere) {
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  std::atomic<int> steps = 0;
+  options.before_step = [&](int, uint64_t) { ++steps; };
+  options.cancelled = [&] { return steps > 0; };
+  EXPECT_EQ(LocalExecutor::Create(Model(), options).status().code(), Code::kCancelled);
+  EXPECT_EQ(steps, 1) << "and not the largest step, nor the graphs' steps";
+}
+
+TEST(EngineOnGpu, ALoadThatIsCancelledTakesNoMoreMemory) {
+  const uint64_t allocations = Buffer::DeviceAllocations();
+  LoadOptions load;
+  load.device = Device::kCuda;
+  load.cancelled = [] { return true; };
+  EXPECT_EQ(LoadWeights(Model(), load).status().code(), Code::kCancelled);
+  EXPECT_EQ(Buffer::DeviceAllocations(), allocations + 1) << "the embedding and the head, and no layer";
+}
+
+TEST(EngineOnGpu, SaysWhatLiesOnWhichGpu) {
+  sim::SetGpus(2);
+  LocalExecutorOptions options = Options(Device::kCuda, DType::kBF16);
+  options.ranks = 2;
+  options.gpus = {1, 0};
+  options.adjust_group = [](CudaGroupOptions& group) { group.nccl = nullptr; };
+  ::testing::internal::CaptureStderr();
+  const auto executor = LocalExecutor::Create(Model(), options);
+  log::Flush();
+  const std::string logged = ::testing::internal::GetCapturedStderr();
+  ASSERT_TRUE(executor.ok()) << executor.status().ToString();
+  for (const char* what : {"GPU 0: simulated GPU", "GPU 1: simulated GPU", "weights", "activations", "kv_cache",
+                           " of 1.00 GiB", "the ranks are ready", "kv_blocks", "warm_up_seconds"}) {
+    EXPECT_THAT(logged, HasSubstr(what));
+  }
+  sim::SetGpus(1);
 }
 
 TEST(EngineOnGpu, WeightsOfAShardAreThoseOfTheCpu) {
