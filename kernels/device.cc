@@ -278,6 +278,10 @@ MemoryInfo QueryMemory(Device device, int ordinal) {
   return device == Device::kCuda ? cuda::QueryMemory(ordinal) : QueryHostMemory();
 }
 
+std::string DescribeCuda() {
+  return cuda::DescribeBuild();
+}
+
 int CountGpus() {
   return cuda::CountGpus();
 }

@@ -144,6 +144,9 @@ struct MemoryInfo {
 };
 MemoryInfo QueryMemory(Device device, int ordinal = 0);
 
+// "CUDA 13.0, kernels for sm_80, sm_89 and sm_90a", or "built without CUDA".
+std::string DescribeCuda();
+
 // That the driver shows; 0 without one, and without CUDA.
 int CountGpus();
 

@@ -31,20 +31,28 @@ constexpr const Architecture* FindArchitecture(int capability) {
   return nullptr;
 }
 
-// Empty, or why a GPU of this compute capability cannot be used. `built`: the targets that this program has kernels
-// for, such as "80-real 90a-real".
-inline std::string WhyRefused(int ordinal, std::string_view name, int capability, std::string_view built) {
-  std::string targets;
+// Of `built`, the targets that this program has kernels for, such as "80-real 90a-real": "sm_80 and sm_90a".
+inline std::string TargetNames(std::string_view built) {
+  std::string names;
   while (!built.empty()) {
     std::string_view target = built.substr(0, built.find(' '));
     built.remove_prefix(target.size() < built.size() ? target.size() + 1 : target.size());
     target = target.substr(0, target.find('-'));
-    const Architecture* found = FindArchitecture(capability);
-    if (found != nullptr && found->target == target) return "";
-    targets += (targets.empty() ? "sm_" : built.empty() ? " and sm_" : ", sm_") + std::string(target);
+    names += (names.empty() ? "sm_" : built.empty() ? " and sm_" : ", sm_") + std::string(target);
+  }
+  return names;
+}
+
+// Empty, or why a GPU of this compute capability cannot be used.
+inline std::string WhyRefused(int ordinal, std::string_view name, int capability, std::string_view built) {
+  const Architecture* found = FindArchitecture(capability);
+  for (std::string_view rest = built; !rest.empty();) {
+    std::string_view target = rest.substr(0, rest.find(' '));
+    rest.remove_prefix(target.size() < rest.size() ? target.size() + 1 : target.size());
+    if (found != nullptr && found->target == target.substr(0, target.find('-'))) return "";
   }
   return "GPU " + std::to_string(ordinal) + ", " + std::string(name) + ", is of sm_" + std::to_string(capability) +
-         "; this program has kernels for " + targets + " alone";
+         "; this program has kernels for " + TargetNames(built) + " alone";
 }
 
 struct GpuProperties {

@@ -17,6 +17,7 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error);
 
 namespace cuda {
 
+std::string DescribeBuild();  // as DescribeCuda
 int CountGpus();
 void DestroyStream(void* stream);
 void UseGpu(int ordinal);          // from this thread
@@ -25,7 +26,7 @@ void SynchronizeGpu(int ordinal);  // waits for all that runs there
 std::string EnablePeerAccess(const std::vector<int>& ordinals);
 std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
 std::string Error(void* stream);        // the same without waiting
-std::string Describe(int ordinal);      // "NVIDIA H200, sm_90, 141 GB"
+std::string Describe(int ordinal);      // "NVIDIA H200, sm_90, 141 GB, PCI 0000:1B:00.0, cuBLASLt 13.0.2"
 
 void* CreateEvent(int ordinal, bool timed);  // null when the device has no more
 void DestroyEvent(void* event);

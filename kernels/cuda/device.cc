@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -19,11 +20,12 @@ namespace altiplano {
 
 namespace {
 
+std::string CudaVersion() {
+  return "CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
 std::string Sentence(cudaError_t error) {
-  if (error == cudaErrorInsufficientDriver) {
-    return "no NVIDIA driver, or one too old for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
-           std::to_string(CUDART_VERSION % 1000 / 10);
-  }
+  if (error == cudaErrorInsufficientDriver) return "no NVIDIA driver, or one too old for " + CudaVersion();
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
@@ -123,6 +125,10 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
 
 namespace cuda {
 
+std::string DescribeBuild() {
+  return CudaVersion() + ", kernels for " + TargetNames(ALTIPLANO_CUDA_ARCHITECTURES);
+}
+
 int CountGpus() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
@@ -176,8 +182,11 @@ const GpuProperties& PropertiesOf(const Stream& stream) {
 std::string Describe(int ordinal) {
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, ordinal) != cudaSuccess) return "a GPU that does not answer";
+  char address[32];  // as nvidia-smi has it: ordinals count only what CUDA_VISIBLE_DEVICES leaves
+  std::snprintf(address, sizeof address, "%04X:%02X:%02X.0", static_cast<unsigned>(device.pciDomainID),
+                static_cast<unsigned>(device.pciBusID), static_cast<unsigned>(device.pciDeviceID));
   return std::string(device.name) + ", sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", " +
-         std::to_string(device.totalGlobalMem / 1000000000) + " GB, " + DescribeCublasLt();
+         std::to_string(device.totalGlobalMem / 1000000000) + " GB, PCI " + address + ", " + DescribeCublasLt();
 }
 
 void* CreateEvent(int ordinal, bool timed) {

@@ -24,6 +24,9 @@ namespace {
 }
 }  // namespace
 
+std::string DescribeBuild() {
+  return "built without CUDA";
+}
 int CountGpus() {
   return 0;
 }

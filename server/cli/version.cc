@@ -5,6 +5,7 @@
 
 #include <cstdio>
 
+#include "kernels/device.h"
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/cli/command.h"
@@ -18,12 +19,13 @@ int RunVersion(const ParsedFlags& flags) {
     OrderedJson json = {{"version", kVersion},
                         {"commit", kCommit},
                         {"api", "altiplano.inference.v1"},
+                        {"cuda", DescribeCuda()},
                         {"compiler", __VERSION__},
                         {"grpc", grpc::Version()},
                         {"protobuf", google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION)}};
     std::printf("%s\n", json.dump(2).c_str());
   } else {
-    std::printf("altiplano %s (commit %s)\n", kVersion, kCommit);
+    std::printf("altiplano %s (commit %s), %s\n", kVersion, kCommit, DescribeCuda().c_str());
   }
   return kExitOk;
 }

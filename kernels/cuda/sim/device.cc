@@ -106,6 +106,10 @@ std::unique_ptr<Stream> MakeCudaStream(int ordinal, std::string* error) {
 
 namespace cuda {
 
+std::string DescribeBuild() {
+  return "a simulator of CUDA's GPUs";
+}
+
 int CountGpus() {
   return gpus;
 }

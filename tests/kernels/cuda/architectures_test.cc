@@ -29,6 +29,12 @@ TEST(CudaArchitectures, OthersAreRefusedInASentence) {
             "GPU 0, NVIDIA L4, is of sm_89; this program has kernels for sm_90a alone");
 }
 
+TEST(CudaArchitectures, HaveNames) {
+  EXPECT_EQ(TargetNames(kAll), "sm_80, sm_89 and sm_90a");
+  EXPECT_EQ(TargetNames("80-real 90a"), "sm_80 and sm_90a");
+  EXPECT_EQ(TargetNames("80"), "sm_80");
+}
+
 // Kernels for 9.0 without what only it has would trap in wgmma.
 TEST(CudaArchitectures, HopperIsUsedWithItsOwnInstructionsOrNotAtAll) {
   EXPECT_NE(WhyRefused(0, "NVIDIA H200", 90, "80-real 90-real"), "");

@@ -465,6 +465,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int gpu) {
   properties->major = The().gpus[gpu].capability / 10;
   properties->minor = The().gpus[gpu].capability % 10;
   properties->multiProcessorCount = 132;
+  properties->pciBusID = 0x1B + gpu;
   properties->totalGlobalMem = The().machine.bytes;
   return cudaSuccess;
 }

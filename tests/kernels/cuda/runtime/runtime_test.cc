@@ -20,6 +20,7 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::MatchesRegex;
 
 class CudaRuntimeTest : public testing::Test {
  protected:
@@ -53,6 +54,12 @@ TEST_F(CudaRuntimeTest, SaysWhyThereIsNoGpu) {
   EXPECT_EQ(CountGpus(), 0);
   fake_cudart::Reset();
   EXPECT_EQ(Open(0)->Synchronize(), "") << "errors of refused calls are theirs alone";
+}
+
+// The ordinal is not enough: CUDA_VISIBLE_DEVICES shifts it.
+TEST_F(CudaRuntimeTest, SaysWhichGpuItIs) {
+  EXPECT_THAT(Describe(*Open(2)), HasSubstr("Fake 2, sm_90, 1 GB, PCI 0000:1D:00.0, "));
+  EXPECT_THAT(DescribeCuda(), MatchesRegex("CUDA [0-9]+\\.[0-9], kernels for sm_80.*"));
 }
 
 TEST_F(CudaRuntimeTest, WhatARefusedCallSaidIsNotTheStreams) {
