@@ -177,8 +177,9 @@ StatusOr<EffectiveConfig> ResolveConfig(const ParsedFlags& flags, const ConfigFi
   // What no single value shows.
   auto block = effective.values.kv().block_size();
   if ((block & (block - 1)) != 0) {
-    return Status(Code::kInvalidArgument, StrCat(effective.origins["kv.block_size"], ": the block size is ", block,
-                                                 ", must be a power of two"));
+    const std::string& origin = effective.origins["kv.block_size"];
+    return Status(Code::kInvalidArgument, StrCat(origin, origin.starts_with("--") ? "" : ": kv.block_size", " is ",
+                                                 block, ", must be a power of two"));
   }
   if (const std::string& listen = effective.values.listen();
       listen == effective.values.admin_listen() && (listen.starts_with("unix:") || !listen.ends_with(":0"))) {

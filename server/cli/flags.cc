@@ -1,6 +1,7 @@
 #include "server/cli/flags.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "server/base/check.h"
 #include "server/base/strings.h"
@@ -105,6 +106,10 @@ void AppendFlag(std::string& out, const Flag& flag) {
 
 }  // namespace
 
+// What others call a choice, where the nearest one by spelling would be another.
+constexpr std::pair<std::string_view, std::string_view> kOtherNames[] = {
+    {"gpu", "cuda"}, {"nvidia", "cuda"}, {"bfloat16", "bf16"}};
+
 Status CheckValue(const Flag& flag, std::string_view value) {
   switch (flag.type) {
     case FlagType::kText:
@@ -144,6 +149,9 @@ Status CheckValue(const Flag& flag, std::string_view value) {
   }
   if (std::find(names.begin(), names.end(), value) != names.end()) return OkStatus();
   std::string_view nearest = Nearest(value, names);
+  for (const auto& [other, name] : kOtherNames) {
+    if (value == other && std::find(names.begin(), names.end(), name) != names.end()) nearest = name;
+  }
   return InvalidArgument(
       StrCat("must be one of ", flag.choices, nearest.empty() ? "" : StrCat("; did you mean ", nearest, "?")));
 }
@@ -152,9 +160,15 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
   ParsedFlags parsed;
   parsed.flags_ = command.flags;
   bool flags_ended = false;
+  const Flag* before = nullptr;  // the switch that the argument before this one was
   for (size_t i = 0; i < arguments.size(); ++i) {
     std::string_view argument = arguments[i];
+    const Flag* const last_switch = std::exchange(before, nullptr);
     if (flags_ended || !argument.starts_with('-') || argument == "-") {
+      if (parsed.positional_.size() == command.max_positional && last_switch != nullptr && ParseBool(argument).ok()) {
+        return InvalidArgument(StrCat("--", last_switch->name, " takes its value with an equals sign: --",
+                                      last_switch->name, "=", argument));
+      }
       if (parsed.positional_.size() == command.max_positional) {
         return InvalidArgument(
             StrCat("unexpected argument ", Quote(argument), "; see altiplano ", command.name, " --help"));
@@ -184,6 +198,7 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
     if (flag == nullptr) return UnknownFlag(command, name);
     if (!has_value && flag->type == FlagType::kBool) {
       value = "true";
+      before = flag;
     } else if (!has_value) {
       if (++i == arguments.size())
         return InvalidArgument(StrCat("--", name, " needs a value (", Placeholder(*flag), ")"));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <ctime>
 
@@ -86,11 +87,11 @@ StatusOr<Device> ChooseDevice(const config::v1::Model& config, int gpu) {
   return Device::kCpu;
 }
 
-// Of each replica's ranks on this node.
-StatusOr<std::vector<std::vector<int>>> GpusOf(const config::v1::ServerConfig& config) {
+// Of each replica's ranks on this node, of `present` GPUs.
+StatusOr<std::vector<std::vector<int>>> GpusOf(const config::v1::ServerConfig& config, int present) {
   const uint32_t ranks = config.model().tensor_parallel() * PipelineStages(config) / config.nodes().count();
   return AssignGpus(config.model().devices(), static_cast<int>(config.model().replicas()), static_cast<int>(ranks),
-                    CountGpus());
+                    present);
 }
 
 // The ranks of one engine, on this machine alone or on all nodes.
@@ -236,7 +237,8 @@ Status CheckScheduling(const config::v1::ServerConfig& config) {
   ASSIGN_OR_RETURN(const StepCost cost, StepCostOf(config));
   SchedulerOptions options = EngineOptionsOf(config, {}, cost).scheduler;
   options.num_blocks = 2;  // the fewest that a KV cache has
-  options.block_size = static_cast<int32_t>(BlockSize(config.kv().block_size(), Device::kCpu));
+  options.block_size = static_cast<int32_t>(
+      BlockSize(config.kv().block_size(), config.model().device() == "cuda" ? Device::kCuda : Device::kCpu));
   options.max_running = static_cast<int32_t>(config.scheduler().max_num_seqs());
   options.token_budget = static_cast<int32_t>(config.scheduler().max_num_batched_tokens());
   options.max_context = 2;
@@ -250,6 +252,15 @@ Status CheckScheduling(const config::v1::ServerConfig& config) {
                    CheckedTenants(config.scheduler().tenants(), options.max_running,
                                   config.scheduler().max_queued_requests(), config.scheduler().max_queued_tokens()));
   return Scheduler::Create(std::move(options)).status();
+}
+
+Status CheckDevices(const config::v1::ServerConfig& config) {
+  if (config.model().devices().empty()) return OkStatus();
+  if (config.model().device() == "cpu") {
+    return Status(Code::kInvalidArgument,
+                  "--devices names GPUs, and --device is cpu; add --device cuda, or leave --devices out");
+  }
+  return GpusOf(config, INT_MAX).status();
 }
 
 StatusOr<std::shared_ptr<const Tokenizer>> LoadTokenizer(const Checkpoint& checkpoint) {
@@ -298,7 +309,7 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   StartWatch watch(options.start_patience, options.on_start_hang);
   watch.Begin("looking for devices");  // which is to ask a driver
   if (config.model().device() != "cpu" && CountGpus() > 0) {
-    ASSIGN_OR_RETURN(auto gpus, GpusOf(config));
+    ASSIGN_OR_RETURN(auto gpus, GpusOf(config, CountGpus()));
     options.gpus = gpus.front();
     if (replica_gpus != nullptr) *replica_gpus = std::move(gpus);
   }

@@ -51,8 +51,11 @@ StatusOr<std::vector<TenantOptions>> CheckedTenants(std::string_view text, int64
 Status CheckBudget(int64_t max_num_batched_tokens, int64_t block_size);
 
 // What of the scheduler's configuration can be told to be wrong without a model: an error with what to change.
-// A block's size that follows from the device is taken to be that of a CPU.
+// A block's size that follows from the device is taken to be that of a CPU with --device auto.
 Status CheckScheduling(const config::v1::ServerConfig& config);
+
+// What of --devices can be told to be wrong without a look at the machine, names beside --device cpu included.
+Status CheckDevices(const config::v1::ServerConfig& config);
 
 struct LoadHooks {
   std::function<void(const LoadProgress&)> progress;         // calling thread

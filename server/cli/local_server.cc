@@ -6,6 +6,7 @@
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cli/command.h"
+#include "server/cli/load_model.h"
 #include "server/cli/request_flags.h"
 #include "server/cli/serving.h"
 #include "server/cli/terminal.h"
@@ -98,6 +99,7 @@ StatusOr<EffectiveConfig> ResolveOffline(const ParsedFlags& flags) {
   }
   RETURN_IF_ERROR(CheckScheduling(config.values));
   config.values.mutable_nodes()->set_count(1);  // these commands run here alone
+  RETURN_IF_ERROR(CheckDevices(config.values));
   if (config.origins["log.level"] == "default") config.values.mutable_log()->set_level(flags.text("log-level"));
   InitLog(config.values.log());
   return config;

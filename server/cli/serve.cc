@@ -98,7 +98,10 @@ void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) 
 int Serve(const EffectiveConfig& config, StopSignal& stop) {
   auto serving = Serving::Listen(config.values);
   if (!serving.ok()) return Fail("serve", serving.status().message(), kExitUnavailable);
-  log::Info("listening, loading", {{"address", (*serving)->address()}, {"model", config.values.model().path()}});
+  log::Info("listening, loading", {{"address", (*serving)->address()},
+                                   {"model", config.values.model().path()},
+                                   {"version", kVersion},
+                                   {"commit", kCommit}});
   Status loaded = (*serving)->Load({.progress = LoadProgressPrinter(),
                                     .cancelled = [&stop] { return stop.count() > 0; },
                                     .on_step = {},
@@ -142,6 +145,7 @@ int RunServe(const ParsedFlags& flags) {
   }
   if (Status status = ResolveNodes(&config->values); !status.ok()) return Fail("serve", status.message(), kExitUsage);
   if (Status status = CheckScheduling(config->values); !status.ok()) return Fail("serve", status.message(), kExitUsage);
+  if (Status status = CheckDevices(config->values); !status.ok()) return Fail("serve", status.message(), kExitUsage);
   if (flags.boolean("check")) {
     std::printf("configuration ok\n");
     return kExitOk;

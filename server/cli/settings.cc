@@ -81,10 +81,9 @@ constexpr std::array kSettings = {
          .type = FlagType::kChoice,
          .default_value = "cpu",
          .meaning =
-             "What computes. cuda is a GPU for each rank of each replica, as --devices says; without "
-             "such that this program has kernels for it ends with exit code 69. auto is cuda where that works, else "
-             "cpu. No kernel of this "
-             "project has run on a GPU yet.",
+             "What computes. cuda is a GPU for each rank of each replica, as --devices says; where there are too few, "
+             "or none that this program has kernels for (altiplano version names them), it ends with exit code 69. "
+             "auto is cuda where that works, else cpu. No kernel of this project has run on a GPU yet.",
          .example = "cuda",
          .field = "model.device",
          .choices = "auto|cpu|cuda",
@@ -92,10 +91,11 @@ constexpr std::array kSettings = {
     Flag{.name = "devices",
          .type = FlagType::kText,
          .default_value = "",
-         .meaning = "With --device cuda, the GPU of each rank: --tensor-parallel for the first stage of the first "
-                    "replica, for its other stages on this node, then for the other replicas. Numbers count those that "
-                    "CUDA_VISIBLE_DEVICES leaves; one that is named several times is shared, which is of no use but "
-                    "to tests. Empty: from 0 on.",
+         .meaning = "With --device cuda, the number of each rank's GPU: --tensor-parallel numbers for the first stage "
+                    "of the first replica, as many for each other stage on this node, then the other replicas' "
+                    "likewise. They count the GPUs that CUDA_VISIBLE_DEVICES leaves, from 0 on, and the log names each "
+                    "one's PCI address. Ranks may share a GPU that is named several times, which is of no use but to "
+                    "tests. Empty: 0, 1, 2 ...",
          .example = "4,5,6,7",
          .field = "model.devices",
          .group = kGroupModel},

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <set>
 
+#include "kernels/device.h"
 #include "server/base/json.h"
 #include "server/base/strings.h"
 #include "server/cli/version.h"
@@ -281,10 +282,39 @@ TEST(Commands, WhatTheSchedulerCannotDoIsRefusedBeforeAModelIsLoaded) {
               HasSubstr("--health-deadline is \"0\", must be at least 1ms"));
   EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--block-size", "1", "--max-model-len", "2", "--check"}).code, 0);
   EXPECT_THAT(refusal({"--step-cost", "/nowhere"}), HasSubstr("--step-cost: there is no file /nowhere"));
+  EXPECT_THAT(refusal({"--block-size", "48", "--check"}), HasSubstr(": --block-size is 48, must be a power of two"));
+  EXPECT_THAT(refusal({"--device", "cuda", "--max-num-batched-tokens", "63", "--check"}),
+              HasSubstr("is 63, less than a block of 64 tokens"));
   EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--max-num-batched-tokens", "32", "--block-size", "32", "--tenants",
                     "a;b", "--max-itl", "1s", "--step-cost", "8b-h200", "--check"})
                 .code,
             0);
+}
+
+TEST(Commands, GpusThatCannotBeMeantAreRefusedBeforeAnyIsLookedFor) {
+  for (const std::string_view command : {"serve", "generate"}) {
+    const auto refusal = [&](std::vector<std::string_view> flags) {
+      flags.insert(flags.begin(), {command, "--model", "/nowhere"});
+      if (command == "generate") flags.insert(flags.end(), {"--prompt", "x"});
+      const Output output = Invoke(flags);
+      EXPECT_EQ(output.code, 64) << output.err;
+      return output.err;
+    };
+    EXPECT_THAT(refusal({"--devices", "0,1"}),
+                HasSubstr("--devices names GPUs, and --device is cpu; add --device cuda, or leave --devices out"));
+    EXPECT_THAT(refusal({"--devices", "banana", "--device", "cuda"}), HasSubstr("--devices: \"banana\" must be"));
+    EXPECT_THAT(refusal({"--devices", "0,1,2", "--device", "auto", "--tp", "2", "--replicas", "2"}),
+                HasSubstr("--devices names 3 GPUs, but 4 are needed, one for each of the 2 ranks of 2 replicas"));
+    EXPECT_THAT(refusal({"--device", "gpu"}), HasSubstr("did you mean cuda?"));
+  }
+  EXPECT_EQ(
+      Invoke({"serve", "--model", "/nowhere", "--device", "cuda", "--tp", "2", "--devices", "200,7", "--check"}).code,
+      0);
+  EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--device", "cuda", "--tp", "2", "--devices", "3,7", "--nodes", "2",
+                    "--leader", "127.0.0.1:1", "--check"})
+                .code,
+            0)
+      << "each node has one of the stages";
 }
 
 TEST(Commands, ModelErrorsAre65AndOneLine) {
@@ -321,10 +351,12 @@ TEST(Commands, VersionIsTheProjects) {
   std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
   EXPECT_THAT(text, HasSubstr(StrCat("VERSION ", kVersion, " ")));
   EXPECT_THAT(Invoke({"version"}).out, HasSubstr(kVersion));
+  EXPECT_THAT(Invoke({"version"}).out, HasSubstr(DescribeCuda()));
   auto json = ParseJson(Invoke({"version", "--json"}).out);
   ASSERT_TRUE(json.ok());
   EXPECT_EQ((*json)["version"], kVersion);
   EXPECT_EQ((*json)["commit"], kCommit);
+  EXPECT_EQ((*json)["cuda"], DescribeCuda());
   EXPECT_EQ((*json)["grpc"], grpc::Version()) << "the release's, not the core library's own";
 }
 

@@ -106,6 +106,9 @@ TEST(Flags, ErrorsNameWhatToDo) {
       {{"--cache=maybe"}, "--cache is \"maybe\", must be true or false"},
       {{"--count", "1", "--number", "2"}, "--count is given twice"},
       {{"a", "b"}, "unexpected argument \"b\""},
+      {{"a", "--cache", "false"}, "--cache takes its value with an equals sign: --cache=false"},
+      {{"a", "--cache", "x"}, "unexpected argument \"x\""},
+      {{"a", "--cache", "--count", "1", "false"}, "unexpected argument \"false\""},
       {{"--stop", "\xFF"}, "is not valid UTF-8"},
   };
   for (const auto& c : cases) {

@@ -17,11 +17,17 @@ TEST(AssignGpus, EachReplicaHasItsOwn) {
 TEST(AssignGpus, RefusesTooFewWithTheNumbers) {
   auto few = AssignGpus("", 3, 2, 4);
   EXPECT_EQ(few.status().code(), Code::kUnavailable);
-  EXPECT_EQ(few.status().message(), "--device cuda: 6 GPUs are wanted here, 2 for each of 3 replicas, and there are 4");
-  EXPECT_EQ(AssignGpus("0,1,2,4", 2, 2, 4).status().message(), "--devices: no GPU 4, there are 4");
+  EXPECT_EQ(few.status().message(),
+            "--device cuda needs 6 GPUs, one for each of the 2 ranks of 3 replicas; this process sees 4; lower "
+            "--tensor-parallel, --pipeline-parallel or --replicas");
+  EXPECT_EQ(
+      AssignGpus("0,1,2,4", 2, 2, 4).status().message(),
+      "--devices names GPU 4, but this process sees 4 GPUs, counted from 0; CUDA_VISIBLE_DEVICES may hide others");
+  EXPECT_EQ(AssignGpus("0,1", 1, 1, 8).status().message(), "--devices names 2 GPUs, but 1 is needed");
   auto list = AssignGpus("0,1,2", 1, 4, 8);
   EXPECT_EQ(list.status().code(), Code::kOutOfRange);
-  EXPECT_EQ(list.status().message(), "--devices names 3: 4 GPUs are wanted here, 4 for each of 1 replica");
+  EXPECT_EQ(list.status().message(),
+            "--devices names 3 GPUs, but 4 are needed, one for each of the 4 ranks of 1 replica");
 }
 
 TEST(AssignGpus, RefusesWhatIsNoList) {
@@ -29,9 +35,10 @@ TEST(AssignGpus, RefusesWhatIsNoList) {
     EXPECT_EQ(AssignGpus(list, 1, 2, 8).status().code(), Code::kOutOfRange) << list;
   }
   EXPECT_EQ(AssignGpus("0,1,", 1, 2, 8).status().message(),
-            "--devices: \"0,1,\" has an empty element: write commas between values only");
+            "--devices: \"0,1,\" has an empty element: write commas between values only; give the GPUs' numbers, such "
+            "as 0,1");
   EXPECT_EQ(AssignGpus("0,x", 1, 2, 8).status().message(),
-            "--devices: \"x\" must be a whole number from 0 to 2147483647");
+            "--devices: \"x\" must be a whole number from 0 to 255; give the GPUs' numbers, such as 0,1");
 }
 
 }  // namespace
