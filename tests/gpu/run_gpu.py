@@ -329,13 +329,17 @@ def json_lines(path):
 
 
 def json_in(log):
-    """What `bench offline --json` wrote between other lines; {} when there is none."""
+    """What `bench offline --json` or `plan --json` wrote between other lines; {} when there is none. Lines of the program's
+    log are JSON, too."""
     body = log.read_text(errors="replace") if log.exists() else ""
-    at = body.find("\n{")
-    try:
-        return json.JSONDecoder().raw_decode(body[at + 1:])[0] if at >= 0 else {}
-    except ValueError:
-        return {}
+    for brace in re.finditer(r"^\{", body, re.MULTILINE):
+        try:
+            found = json.JSONDecoder().raw_decode(body[brace.start():])[0]
+        except ValueError:
+            continue
+        if "ts" not in found:
+            return found
+    return {}
 
 
 def step_ms(result):
