@@ -358,11 +358,14 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
                 "decode tok/s", "weights GB/s", "host gap us", "issue us");
   }
   bool all_decoded = true;
+  Status failure;
   for (int64_t count : streams) {
     const auto seed = static_cast<uint64_t>(flags.count("seed"));
     auto result = Measure(model, log, count, input_len, output_len, seed, interrupt);
-    if (!result.ok() && interrupt.interrupted()) break;
-    if (!result.ok()) return Fail("bench offline", result.status().ToString(), kExitFailure);
+    if (!result.ok()) {  // what was measured before is worth telling
+      if (!interrupt.interrupted()) failure = result.status();
+      break;
+    }
     json["results"].push_back(ToJson(*result));
     // While all streams decode, each step reads every weight once and yields one token for each stream.
     std::string decode = "-", weights = "-";
@@ -383,9 +386,10 @@ int RunStreams(const ParsedFlags& flags, const std::vector<int64_t>& streams, Lo
         "-: at no time all streams decoded, since some had ended before others began; raise --output-len,\n"
         "--max-num-seqs or --kv-memory\n");
   }
-  const bool interrupted = json["results"].size() < streams.size();
+  const bool interrupted = failure.ok() && json["results"].size() < streams.size();
   json["interrupted"] = interrupted;
   if (as_json) std::printf("%s\n", json.dump(2).c_str());
+  if (!failure.ok()) return Fail("bench offline", failure.ToString(), kExitFailure);
   if (interrupted) return Fail("bench offline", "interrupted", kExitInterrupted);
   return WriteStepCost(flags, model);
 }

@@ -464,6 +464,18 @@ TEST(Offline, BenchMeasuresEachNumberOfStreams) {
   EXPECT_GT((*parsed)["results"][1]["tokens_per_second"], 0);
 }
 
+TEST(Offline, BenchTellsWhatItMeasuredBeforeItFailed) {
+  Finished bench =
+      RunToEnd({"bench", "offline", "--model", kTiny, "--streams", "1,9", "--input-len", "8", "--output-len", "4",
+                "--kv-memory", "16MiB", "--max-num-seqs", "1", "--max-queued-requests", "2", "--json"});
+  EXPECT_EQ(bench.code, 1);
+  EXPECT_THAT(bench.err, HasSubstr("RESOURCE_EXHAUSTED"));
+  const Json json = Json::parse(bench.out);
+  ASSERT_EQ(json["results"].size(), 1u);
+  EXPECT_EQ(json["results"][0]["streams"], 1);
+  EXPECT_EQ(json["interrupted"], false);
+}
+
 TEST(Offline, BenchHasNoDecodeRateWhereStreamsTakeTurns) {
   std::vector<std::string> arguments = {"bench",          "offline", "--model",      kTiny, "--streams",   "1,2",
                                         "--input-len",    "8",       "--output-len", "4",   "--kv-memory", "16MiB",

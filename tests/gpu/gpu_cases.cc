@@ -330,14 +330,16 @@ Case ScoreCase(int64_t rows) {
   c.bytes = Double(rows * kVocab) * 4;
   c.captured = false;
   c.prepare = [=](Arena& arena) {
-    auto results = std::make_shared<std::vector<SampleResult>>(static_cast<size_t>(rows));
-    for (SampleResult& result : *results) result.token = 7;
+    auto memory = std::make_shared<Buffer>(arena.Pinned(static_cast<size_t>(rows) * sizeof(SampleResult)));
+    CHECK(static_cast<bool>(*memory));
+    auto* const results = static_cast<SampleResult*>(memory->data());
+    for (int64_t i = 0; i < rows; ++i) results[i].token = 7;
     auto num_top = std::make_shared<std::vector<int32_t>>(static_cast<size_t>(rows), 0);
     auto scratch =
         std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, SampleScratchBytes(rows, kVocab, Device::kCuda)));
     CHECK(static_cast<bool>(*scratch));
     return [=, &arena](Stream& stream, int turn) {
-      Score(stream, {.results = results->data(),
+      Score(stream, {.results = static_cast<SampleResult*>(memory->data()),
                      .num_top = num_top->data(),
                      .logits = arena.Input(turn, rows, kVocab, DType::kF32),
                      .scratch = scratch->data()});
@@ -353,10 +355,11 @@ Case SampleCase(int64_t rows, const Sampling& sampling) {
   c.name = StrCat("Sample ", sampling.name, ", ", rows, " rows");
   c.sizes = {{"rows", rows}, {"vocab", kVocab}};
   c.bytes = Double(rows * kVocab) * 4;
-  c.captured = false;  // parameters and results lie in the host's memory
+  c.captured = false;  // as in the engine
   c.prepare = [=](Arena& arena) {
     auto params = std::make_shared<std::vector<SampleParams>>(static_cast<size_t>(rows), sampling.params);
-    auto results = std::make_shared<std::vector<SampleResult>>(static_cast<size_t>(rows));
+    auto results = std::make_shared<Buffer>(arena.Pinned(static_cast<size_t>(rows) * sizeof(SampleResult)));
+    CHECK(static_cast<bool>(*results));
     if (sampling.statistics) {  // one sequence's stands for all
       const TensorView counts = arena.Keep(std::vector<int32_t>(kVocab / 2), {kVocab / 2});
       const TensorView prompt = arena.Keep(std::vector<int32_t>(kVocab / 4), {kVocab / 4});
@@ -369,7 +372,7 @@ Case SampleCase(int64_t rows, const Sampling& sampling) {
         std::make_shared<Buffer>(Buffer::Allocate(Device::kCuda, SampleScratchBytes(rows, kVocab, Device::kCuda)));
     CHECK(static_cast<bool>(*scratch));
     return [=, &arena](Stream& stream, int turn) {
-      Sample(stream, {.results = results->data(),
+      Sample(stream, {.results = static_cast<SampleResult*>(results->data()),
                       .params = params->data(),
                       .logits = arena.Input(turn, rows, kVocab, DType::kF32),
                       .scratch = scratch->data()});

@@ -39,6 +39,8 @@ class Arena {
   }
   // Indices, in a place of their own.
   TensorView Keep(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape);
+  // For what ops send to the host: a copy to other memory would be waited for.
+  Buffer Pinned(size_t bytes) const { return Buffer::AllocateHost(stream_, bytes); }
 
  private:
   static TensorView Piece(const Buffer& memory, int turn, int64_t rows, int64_t columns, DType dtype);

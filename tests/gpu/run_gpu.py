@@ -19,12 +19,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# In a process each: what a large batch cannot do costs the others nothing.
+STREAMS = ((1, 2, 4, 8, 16, 32), (64, 128, 256))
 PROMPTS = (512, 2048, 8192, 32768)
 # One rank's part of a large model: model, ranks; its bytes of FP8 matrices and a bf16 head over those of
 # bf16 (docs/measurements/*-projection-*).
@@ -113,19 +115,25 @@ def parts_of(programs, out, env):
         return Part(f"sanitizer_{check}", [found or "compute-sanitizer", "--tool", check, "--error-exitcode", "9"] + base,
                     seconds, found, base + ["--gtest_list_tests"], "correctness")
 
-    def engine(name, streams, input_len, output_len, extra=()):
-        base = [program("altiplano"), "bench", "offline", "--json", "--streams", str(streams), *extra]
+    # A rank's weights are made anew in each process: 16 GB of 8B, 60 of a part of 405B.
+    readers = ["--load-threads", str(os.cpu_count() or 4)]
+
+    def streams_of(group):
+        return str(group[0]) if len(group) == 1 else f"{group[0]}_to_{group[-1]}"
+
+    def engine(name, streams, input_len, output_len, extra=(), seconds=90):
+        base = [program("altiplano"), "bench", "offline", "--json", "--streams", ",".join(map(str, streams)), *readers, *extra]
         model = ["--model", "random:8b", "--device", "cuda", "--dtype", "bf16", "--input-len", str(input_len),
                  "--output-len", str(output_len)]
         tiny = ["--model", str(ROOT / "tests/data/tiny"), "--device", "cpu", "--kv-memory", "64MiB", "--input-len", "8",
                 "--output-len", "3"]
-        return Part(name, base + model, 90, program("altiplano"), base + tiny)
+        return Part(name, base + model, seconds, program("altiplano"), base + tiny)
 
     def shard(model, ranks):
         checkpoint = f"random:{model},rank-of={ranks}"
         command = [program("altiplano"), "bench", "offline", "--model", checkpoint, "--device", "cuda", "--dtype", "bf16",
-                   "--max-model-len", "2048", "--json", "--streams", "1", "--input-len", "512", "--output-len", "128"]
-        return Part(f"shard_{model}_{ranks}", command, 300, program("altiplano"),
+                   "--max-model-len", "2048", "--json", "--streams", "1", "--input-len", "512", "--output-len", "128", *readers]
+        return Part(f"shard_{model}_{ranks}", command, 180, program("altiplano"),
                     [program("altiplano"), "inspect", checkpoint], may_not_fit=True)
 
     def plan(model, ranks):
@@ -133,7 +141,7 @@ def parts_of(programs, out, env):
         return Part(f"plan_{model}_{ranks}", command, 30, program("altiplano"), command)
 
     def together(model, ranks, layers, extra):
-        base = [program("altiplano"), "bench", "offline", "--tensor-parallel", str(ranks), "--json", *extra]
+        base = [program("altiplano"), "bench", "offline", "--tensor-parallel", str(ranks), "--json", *readers, *extra]
         command = base + ["--model", f"random:{model},layers={layers}", "--device", "cuda", "--dtype", "bf16", "--devices",
                           ",".join(["0"] * ranks), "--kv-memory", "1GiB", "--max-num-seqs", "8", "--max-model-len", "2048",
                           "--max-num-batched-tokens", "512", "--batch-invariant", "--streams", "1,8", "--input-len", "512",
@@ -141,41 +149,42 @@ def parts_of(programs, out, env):
         dry = base + ["--model", str(ROOT / "tests/data/tiny"), "--device", "cpu", "--kv-memory", "16MiB", "--streams", "1",
                       "--input-len", "8", "--output-len", "4"]
         name = f"together_{model}_{ranks}" + ("_unsummed" if extra else "")
-        return Part(name, command, 240, program("altiplano"), dry, may_not_fit=True, env=TOGETHER_ENV)
+        return Part(name, command, 180, program("altiplano"), dry, may_not_fit=True, env=TOGETHER_ENV)
 
     small = "CudaRowOps*:CudaRope*:CudaLinear*Every*:CudaPagedAttention*DecodeIs*:CudaSample*Equal*"
-    cases = str(out / "cases.jsonl")
+    cases, all_streams = str(out / "cases.jsonl"), sum(STREAMS, ())
     compare = [sys.executable, str(HERE / "compare_devices.py"), program("altiplano"), str(ROOT / "tests/data/tiny")]
+    # What says most comes first: a machine with a GPU is lent for half an hour, and may go away before.
     parts = [
         Part("machine", ["nvidia-smi", "-q"], 30, shutil.which("nvidia-smi"), ["true"]),
         # Ranks share the GPU in some of them.
         *tests("cuda_kernels_gpu_test", 120, TOGETHER_ENV),
         *tests("llama_on_real_gpu_test", 120),
         Part("tiny_model", compare, 300, program("altiplano"), compare + ["--dry"], "correctness"),
-        sanitizer("memcheck", 300, small),
-        sanitizer("racecheck", 300, small),
         bench("limits", 60),
         bench("linear", 120),
-        bench("linear_invariant", 90),
         bench("decode_attention", 90),
         bench("prefill_attention", 120),
         bench("row_ops", 90),
         bench("sample", 90),
-        bench("plain", 60),
+        *(engine(f"engine_decode_{streams_of(group)}", group, 512, 128, seconds=120) for group in STREAMS),
+        *(engine(f"engine_prefill_{n}", (1,), n, 2) for n in PROMPTS),
         Part("cases", [program("gpu_bench"), "--dry", "--json", cases], 10, program("gpu_bench"),
              [program("gpu_bench"), "--dry", "--json", cases]),
         Part("torch", [sys.executable, str(HERE / "torch_peers.py"), cases, str(out / "torch.jsonl")], 240,
              str(HERE / "torch_peers.py"), [sys.executable, "-m", "py_compile", str(HERE / "torch_peers.py")],
              env={"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")},  # torch has libraries of its own
              lines=out / "torch.jsonl", case_seconds=TORCH_CASE_SECONDS),
-        # One call each: what a large batch cannot do costs the others nothing.
-        *(engine(f"engine_decode_{n}", n, 512, 128) for n in STREAMS),
-        # The same without what hides the host's time for launches.
-        *(engine(f"engine_decode_{n}_eager", n, 512, 128, ["--cuda-graphs", "off"]) for n in STREAMS),
-        *(engine(f"engine_decode_{n}_serial", n, 512, 128, ["--overlap-kernels=false"]) for n in (1, 32)),
-        *(engine(f"engine_prefill_{n}", 1, n, 2) for n in PROMPTS),
+        # Without what hides the host's time for launches.
+        engine(f"engine_decode_{streams_of(all_streams)}_eager", all_streams, 512, 128, ["--cuda-graphs", "off"], 180),
+        engine("engine_decode_1_32_serial", (1, 32), 512, 128, ["--overlap-kernels=false"]),
         *(plan(model, ranks) for model, ranks, _ in SHARDS),
         *(shard(model, ranks) for model, ranks, _ in SHARDS),
+        bench("linear_invariant", 90),
+        bench("plain", 60),
+        # The kernels take many times as long under these.
+        sanitizer("memcheck", 200, small),
+        sanitizer("racecheck", 200, small),
         # Last, should a GPU in whose kernels ranks wait for each other not recover; whether they sum rightly first.
         Part("tiny_model_together", compare + ["--ranks", "2,4,8"], 300, program("altiplano"),
              compare + ["--ranks", "2,4,8", "--dry"], "correctness", env=TOGETHER_ENV),
@@ -551,6 +560,15 @@ def write(path, text):
     os.replace(part, path)
 
 
+def pack(out):
+    """All of the folder in one file beside it, for machines from which few files come back."""
+    packed = out.with_name(out.name + ".tar.gz")
+    part = packed.with_suffix(".part")
+    with tarfile.open(part, "w:gz", compresslevel=1) as archive:
+        archive.add(out, out.name)
+    os.replace(part, packed)
+
+
 def folder_of(base, day, card, commit):
     """Today's, or yesterday's where midnight has come between."""
     today, yesterday = (base / f"{(day - datetime.timedelta(days=ago)).isoformat()}-{card}-{commit}" for ago in (0, 1))
@@ -576,7 +594,8 @@ def main():
         return 69
     today = datetime.date.today()
     about = {"date": today.isoformat(), "card": card, "commit": commit(programs), "dry": arguments.dry}
-    out = arguments.out or folder_of(ROOT / ("build" if arguments.dry else "docs/measurements"), today, card, about["commit"])
+    # Not in a folder of the tree's own: where the tree is copied anew for each slice, state.json would be gone with it.
+    out = arguments.out or folder_of(ROOT / "build/gpu", today, card, about["commit"])
     out.mkdir(parents=True, exist_ok=True)
     state_path = out / "state.json"
     state = json.loads(state_path.read_text()) if state_path.exists() else {}
@@ -593,9 +612,14 @@ def main():
     def save():
         write(state_path, json.dumps(state, indent=1))
         try:
-            return summary(parts, state, out, about)
+            table = summary(parts, state, out, about)
         except Exception:  # a result unlike what the table is made of is no reason to measure nothing else
-            return f"run_gpu: no table: {traceback.format_exc()}"
+            table = f"run_gpu: no table: {traceback.format_exc()}"
+        try:
+            pack(out)
+        except OSError as error:
+            print(f"run_gpu: {out} could not be packed: {error}", flush=True)
+        return table
 
     ran = 0
     for part in parts:
@@ -627,7 +651,7 @@ def main():
             return 69
     table = save()
     print(table)
-    print(f"\nrun_gpu: all of it in {out}")
+    print(f"\nrun_gpu: all of it in {out}, and in one file in {out}.tar.gz")
     return 1 if table.startswith("run_gpu:") or any(entry["state"] == "failed" for entry in state.values()) else 0
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import unittest
@@ -178,13 +179,16 @@ class RunGpu(unittest.TestCase):
         order = list(state)
         self.assertLess(order.index("cuda_kernels_gpu_test.CudaOne"), order.index("limits"))
         self.assertIn("cuda_kernels_gpu_test.All-CudaTwo", order)
-        self.assertLess(order.index("sample"), order.index("engine_decode_1"))
+        self.assertLess(order.index("sample"), order.index("engine_decode_1_to_32"))
+        # The slow ones and those that may cost the GPU behind what says most.
+        self.assertLess(order.index("engine_prefill_32768"), order.index("sanitizer_memcheck"))
+        self.assertLess(order.index("sanitizer_racecheck"), order.index("tiny_model_together"))
         table = (self.out / "README.md").read_text()
         self.assertIn("h100-80gb-hbm3, abc1234", table)
         self.assertIn("read 2000 GB/s", table)
         self.assertIn("| Linear 8b qkv, 1 tokens | 1000.0 | 1000 | 1.0 | 50 % |", table)
-        self.assertIn("| engine_decode_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 127 of 127 |", table)
-        self.assertIn("| engine_decode_256_eager | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 0 of 127 |", table)
+        self.assertIn("| engine_decode_64_to_256 | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 127 of 127 |", table)
+        self.assertIn("| engine_decode_1_to_256_eager | 256 | 512 | 5.0 | 100 | 200.0 | 12 | 3.2 | 7.5 | 40 | 4900 | 0 of 127 |", table)
         self.assertIn("| AllReduceSum 70b, 1 tokens, 8 ranks on 1 GPU | 32 | 10.00 | 9.00 | 1.00 | 105 | 5 % |", table)
         # 5 ms a step with sums, 2.5 or, of 8 streams, 4 without; 33 calls.
         self.assertIn("| 70b, 16 layers | 8 | 1 | 32 | 33 | 5.000 | 2.500 | 75.76 |", table)
@@ -194,6 +198,10 @@ class RunGpu(unittest.TestCase):
         self.assertIn("| 70b of 8 | 5.00 | 16.0 | 3200 | 0.72 / 1.26 / 0.93 / 3.86 / 12.20 | 174.7 / 159.9 / 168.5 / 112.8 / 58.1 | 8.1 | "
                       "306.3 / 263.4 / 287.9 / 156.2 / 67.9 |", table)
         self.assertIn("| shard_405b_8 | left out | it does not fit: altiplano bench: no memory", table)
+        with tarfile.open(self.root / "out.tar.gz") as packed:
+            self.assertEqual(packed.extractfile("out/README.md").read().decode(), table)
+            self.assertEqual({name.removeprefix("out/") for name in packed.getnames()} - {"out"},
+                             {path.name for path in self.out.iterdir()})
 
     def test_a_part_that_fails_costs_itself_alone(self):
         self.programs(break_row_ops=True)
@@ -325,10 +333,10 @@ class RunGpu(unittest.TestCase):
 
     def test_results_unlike_any_end_nothing_but_the_table(self):
         self.programs(odd=True)
-        result = self.run_gpu("--only", "engine_decode_1,engine_decode_2")
+        result = self.run_gpu("--only", "engine_decode_1_to_32,engine_decode_64_to_256")
         self.assertEqual(result.returncode, 1)
         self.assertIn("run_gpu: no table: Traceback", result.stdout)
-        self.assertEqual(self.state(), {"engine_decode_1": "passed", "engine_decode_2": "passed"})
+        self.assertEqual(self.state(), {"engine_decode_1_to_32": "passed", "engine_decode_64_to_256": "passed"})
 
     def test_a_line_that_a_program_was_ended_in_is_left_out(self):
         path = self.root / "limits.jsonl"
@@ -418,7 +426,7 @@ class RunGpu(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stdout)
         table = (self.out / "README.md").read_text()
         self.assertIn("nothing ran on a GPU", table)
-        self.assertIn("| engine_decode_1 | 1 | ", table)
+        self.assertIn("| engine_decode_1_to_32 | 1 | ", table)
         self.assertEqual(self.run_gpu("--only", "nonsense").returncode, 64)
 
 
