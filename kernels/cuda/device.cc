@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -52,11 +53,19 @@ cudaError_t TakeError() {
 
 // Of the calling thread; -1: it has none. The runtime would say 0 then, and going back to that makes a context there.
 thread_local int current_gpu = -1;
+// One that some thread has chosen, or -1.
+std::atomic<int> some_gpu{-1};
 
 cudaError_t Choose(int ordinal) {
   const cudaError_t result = cudaSetDevice(ordinal);
-  if (result == cudaSuccess) current_gpu = ordinal;
+  if (result == cudaSuccess) some_gpu = current_gpu = ordinal;
   return result;
+}
+
+// Before a call for which any GPU will do, since its handle says which is meant: from a thread that has none the
+// runtime makes a context on GPU 0 for that.
+void NeedAnyGpu() {
+  if (current_gpu < 0 && some_gpu >= 0) Told(cudaSetDevice(some_gpu));
 }
 
 // The calling thread's current GPU, for as long as this lives.
@@ -137,18 +146,21 @@ int CountGpus() {
 }
 
 void DestroyStream(void* stream) {
+  NeedAnyGpu();
   ForgetCublasLt(stream);
   cudaStreamDestroy(StreamOf(stream));
 }
 
 // A launch that was refused leaves its error with the thread and not with the stream.
 std::string Synchronize(void* stream) {
+  NeedAnyGpu();
   cudaError_t result = TakeError();
   if (result == cudaSuccess) result = cudaStreamSynchronize(StreamOf(stream));
   return Told(result);
 }
 
 std::string Error(void* stream) {
+  NeedAnyGpu();
   cudaError_t result = TakeError();
   if (result == cudaSuccess) result = cudaStreamQuery(StreamOf(stream));
   return Told(result);
@@ -197,6 +209,7 @@ void* CreateEvent(int ordinal, bool timed) {
 }
 
 void DestroyEvent(void* event) {
+  NeedAnyGpu();
   cudaEventDestroy(EventOf(event));
 }
 
@@ -205,16 +218,19 @@ void RecordEvent(void* event, void* stream) {
 }
 
 bool EventPassed(void* event) {
+  NeedAnyGpu();
   const cudaError_t result = cudaEventQuery(EventOf(event));
   Told(result);  // by WaitForEvent
   return result != cudaErrorNotReady;
 }
 
 std::string WaitForEvent(void* event) {
+  NeedAnyGpu();
   return Told(cudaEventSynchronize(EventOf(event)));
 }
 
 std::chrono::nanoseconds TimeBetween(void* earlier, void* later) {
+  NeedAnyGpu();
   float milliseconds = 0;
   if (cudaEventElapsedTime(&milliseconds, EventOf(earlier), EventOf(later)) != cudaSuccess) cudaGetLastError();
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<float, std::milli>(milliseconds));
@@ -249,6 +265,7 @@ void LaunchGraph(void* graph, void* stream) {
 }
 
 void DestroyGraph(void* graph) {
+  NeedAnyGpu();
   cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
 }
 
@@ -263,6 +280,7 @@ void* Allocate(int ordinal, size_t bytes) {
 }
 
 void Free(void* data) {
+  NeedAnyGpu();
   cudaFree(data);
 }
 
@@ -297,6 +315,7 @@ std::string EnablePeerAccess(const std::vector<int>& ordinals) {
 }
 
 void* AllocateShared(size_t bytes) {
+  NeedAnyGpu();
   void* data = nullptr;
   if (cudaHostAlloc(&data, bytes, cudaHostAllocPortable | cudaHostAllocMapped) == cudaSuccess) {
     std::memset(data, 0, bytes);
@@ -307,6 +326,7 @@ void* AllocateShared(size_t bytes) {
 }
 
 void FreeShared(void* data) {
+  NeedAnyGpu();
   cudaFreeHost(data);
 }
 
@@ -317,6 +337,7 @@ void* AllocatePinned(int ordinal, size_t bytes) {
 }
 
 void FreePinned(void* data) {
+  NeedAnyGpu();
   cudaFreeHost(data);
 }
 

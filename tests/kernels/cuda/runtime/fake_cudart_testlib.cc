@@ -194,7 +194,8 @@ bool Unsafe() {
   if (This().capturing != nullptr) This().capturing->broken = true;
   return This().capturing != nullptr;
 }
-// Whatever needs a GPU makes a context on the thread's.
+// Whatever needs a GPU makes a context on the thread's, even where a handle says which GPU is meant: on GPU 0, where
+// the thread has chosen none.
 int NeedGpu() {
   The().contexts.insert(This().gpu);
   return This().gpu;
@@ -539,6 +540,7 @@ static cudaError_t FreeMemory(const char* call, void* data, Kind kind) {
   }
   if (gpu >= 0) DrainGpu(gpu);
   const Lock lock(The().mutex);
+  NeedGpu();
   if (Unsafe()) return Refuse(call, cudaErrorStreamCaptureUnsupported);
   if (data == nullptr) return cudaSuccess;
   const auto found = The().memory.find(static_cast<char*>(data));
@@ -579,10 +581,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   // Outlives the lock below: its last piece of work may need it.
   const std::shared_ptr<Queue> queue = QueueOf(stream);
   const Lock lock(The().mutex);
+  NeedGpu();
   return Destroy("cudaStreamDestroy", The().streams, stream, cudaErrorInvalidResourceHandle);
 }
 static cudaError_t AskStream(const char* call, cudaStream_t stream) {
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeStream* found = Find(The().streams, stream);
   if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
   if (found->capturing) found->broken = true;
@@ -601,6 +605,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeStream* found = Find(The().streams, stream);
   FakeEvent* of = Find(The().events, event);
   if (found == nullptr || of == nullptr) return Refuse("cudaStreamWaitEvent", cudaErrorInvalidResourceHandle);
@@ -658,10 +663,12 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   const Lock lock(The().mutex);
+  NeedGpu();
   return Destroy("cudaGraphDestroy", The().graphs, graph, cudaErrorInvalidValue);
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   const Lock lock(The().mutex);
+  NeedGpu();
   if (const FakeGraph* found = Find(The().executables, executable); found != nullptr) {
     The().gpus[found->gpu].used -= found->ops * The().machine.graph_bytes;
   }
@@ -669,6 +676,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeStream* found = Find(The().streams, stream);
   FakeGraph* of = Find(The().executables, executable);
   if (found == nullptr || of == nullptr) return Refuse("cudaGraphLaunch", cudaErrorInvalidResourceHandle);
@@ -688,10 +696,12 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   const Lock lock(The().mutex);
+  NeedGpu();
   return Destroy("cudaEventDestroy", The().events, event, cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeStream* found = Find(The().streams, stream);
   FakeEvent* of = Find(The().events, event);
   if (found == nullptr || of == nullptr || of->gpu != found->gpu) {
@@ -711,6 +721,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 // Whether cudaGetLastError tells that something is not ready, documentation and users disagree: it does here.
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeEvent* found = Find(The().events, event);
   if (found == nullptr) return Refuse("cudaEventQuery", cudaErrorInvalidResourceHandle);
   if (Unsafe()) return Refuse("cudaEventQuery", cudaErrorStreamCaptureUnsupported);
@@ -728,6 +739,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   }
   if (passed.valid()) passed.wait();
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeEvent* found = Find(The().events, event);
   if (found == nullptr) return Refuse("cudaEventSynchronize", cudaErrorInvalidResourceHandle);
   found->asked = true;
@@ -736,6 +748,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
   const Lock lock(The().mutex);
+  NeedGpu();
   FakeEvent *first = Find(The().events, begin), *last = Find(The().events, end);
   if (first == nullptr || last == nullptr || !first->timed || !last->timed || !first->recorded || !last->recorded ||
       first->gpu != last->gpu) {
@@ -753,6 +766,7 @@ static cudaError_t Issue(const char* call, cudaStream_t stream,
   std::shared_ptr<Queue> wait_for;
   {
     const Lock lock(The().mutex);
+    NeedGpu();
     FakeStream* found = Find(The().streams, stream);
     if (found == nullptr) return Refuse(call, cudaErrorInvalidResourceHandle);
     const Memory* first = nullptr;

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <memory>
 #include <set>
 #include <string>
@@ -123,6 +124,43 @@ TEST_F(CudaRuntimeTest, LeavesGpusAloneThatNobodyNamed) {
     cuda::SynchronizeGpu(1);
   }).join();
   EXPECT_EQ(fake_cudart::Contexts(), std::set<int>{1});
+  // What is asked of streams, events and memory there, too, as by a thread that waits for steps.
+  std::unique_ptr<StreamEvent> event, timed[2];
+  std::unique_ptr<StepGraph> graph;
+  Buffer of_gpu, pinned;
+  void* shared = nullptr;
+  std::thread([&] {
+    stream->UseFromThisThread();
+    event = StreamEvent::Create(*stream);
+    event->Record(*stream);
+    for (auto& each : timed) {
+      each = StreamEvent::Create(*stream, /*timed=*/true);
+      each->Record(*stream);
+    }
+    of_gpu = Buffer::Allocate(*stream, 64);
+    pinned = Buffer::AllocateHost(*stream, 64);
+    std::string error;
+    graph = StepGraph::Capture(
+        *stream, [] { return true; }, &error);
+  }).join();
+  const std::function<void()> asked[] = {[&] { event->Passed(); },
+                                         [&] { EXPECT_EQ(event->Wait(), ""); },
+                                         [&] { timed[1]->Since(*timed[0]); },
+                                         [&] { EXPECT_EQ(stream->Error(), ""); },
+                                         [&] { EXPECT_EQ(stream->Synchronize(), ""); },
+                                         [&] { shared = cuda::AllocateShared(64); },
+                                         [&] { cuda::FreeShared(shared); },
+                                         [&] { event.reset(); },
+                                         [&] { timed[0].reset(); },
+                                         [&] { graph.reset(); },
+                                         [&] { of_gpu = Buffer(); },
+                                         [&] { pinned = Buffer(); }};
+  int question = 0;
+  for (const std::function<void()>& ask : asked) {
+    std::thread(ask).join();
+    ASSERT_EQ(fake_cudart::Contexts(), std::set<int>{1}) << "after question " << question;
+    ++question;
+  }
   std::thread([&] {
     const auto own = Open(2);
     const Buffer device = Buffer::Allocate(*stream, 64);
