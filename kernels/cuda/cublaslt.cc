@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -85,8 +86,9 @@ class LtStream {
  public:
   explicit LtStream(int ordinal) {
     if (!Lt().error.empty()) return;
-    if (Lt().create(&handle_) != CUBLAS_STATUS_SUCCESS) {
+    if (const cublasStatus_t status = Lt().create(&handle_); status != CUBLAS_STATUS_SUCCESS) {
       handle_ = nullptr;
+      TellOnce("its handle", status);
       return;
     }
     workspace_ = Buffer::Allocate(Device::kCuda, kWorkspaceBytes, ordinal);
@@ -121,17 +123,27 @@ class LtStream {
                       args.out.data, &choice.out, args.out.data, &choice.out, &choice.algorithm, workspace_.data(),
                       workspace_.bytes(), stream);
     choice.usable = status == CUBLAS_STATUS_SUCCESS;  // what it refused once is ours from then on
+    if (!choice.usable) TellOnce("a product that it had chosen a kernel for", status);
     return choice.usable;
   }
 
  private:
+  // What it refuses takes longer, and nothing else shows that.
+  void TellOnce(const char* refused, cublasStatus_t status) {
+    if (std::exchange(told_, true)) return;
+    std::fprintf(stderr, "%s refuses %s (status %d): what it refuses our own kernels multiply\n",
+                 DescribeCublasLt().c_str(), refused, static_cast<int>(status));
+  }
+
   // Column-major as cuBLASLt sees them: out^T [N, T] = weight^T^T [N, K] x^T [K, T].
-  void Choose(const Shape& shape, Choice* choice) const {
+  void Choose(const Shape& shape, Choice* choice) {
     const auto [tokens, n, k, x_stride, weight_stride, out_stride, out_dtype, accumulate] = shape;
     const cudaDataType out_type = static_cast<DType>(out_dtype) == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F;
     const auto size = [](int64_t count) { return static_cast<uint64_t>(count); };
-    bool good = true;
-    const auto note = [&good](cublasStatus_t status) { good = good && status == CUBLAS_STATUS_SUCCESS; };
+    cublasStatus_t first = CUBLAS_STATUS_SUCCESS;  // that is none
+    const auto note = [&first](cublasStatus_t status) {
+      if (first == CUBLAS_STATUS_SUCCESS) first = status;
+    };
     note(Lt().init_product(&choice->product, sizeof choice->product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     const cublasOperation_t transposed = CUBLAS_OP_T;
     note(Lt().set_product(&choice->product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed));
@@ -155,18 +167,21 @@ class LtStream {
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
       prefer(attribute, uint32_t{16});
     }
-    if (!good) return;
+    if (first != CUBLAS_STATUS_SUCCESS) return TellOnce("to describe a product", first);
     cublasLtMatmulHeuristicResult_t result;
     int results = 0;
-    choice->usable = Lt().choose(handle_, &choice->product, &choice->weight, &choice->x, &choice->out, &choice->out,
-                                 &preference, 1, &result, &results) == CUBLAS_STATUS_SUCCESS &&
-                     results == 1 && result.state == CUBLAS_STATUS_SUCCESS;
-    if (choice->usable) choice->algorithm = result.algo;
+    note(Lt().choose(handle_, &choice->product, &choice->weight, &choice->x, &choice->out, &choice->out, &preference, 1,
+                     &result, &results));
+    if (first == CUBLAS_STATUS_SUCCESS) note(results == 1 ? result.state : CUBLAS_STATUS_NOT_SUPPORTED);
+    if (first != CUBLAS_STATUS_SUCCESS) return TellOnce("to choose a kernel for a product", first);
+    choice->usable = true;
+    choice->algorithm = result.algo;
   }
 
   cublasLtHandle_t handle_ = nullptr;
   Buffer workspace_;
   std::map<Shape, Choice> choices_;
+  bool told_ = false;
 };
 
 struct Streams {

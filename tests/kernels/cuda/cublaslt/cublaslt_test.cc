@@ -109,12 +109,23 @@ TEST_F(CublasLtTest, WhatItIsNotFor) {
 
 TEST_F(CublasLtTest, WhatItRefusesIsOurs) {
   *refuses_choices_ = true;
+  testing::internal::CaptureStderr();
   ExpectSame({.tokens = 70, .n = 16, .k = 8}, 0);
+  EXPECT_EQ(testing::internal::GetCapturedStderr(),
+            "cuBLASLt 13.1.0 refuses to choose a kernel for a product (status 15): what it refuses our own kernels "
+            "multiply\n");
+  testing::internal::CaptureStderr();
   ExpectSame({.tokens = 70, .n = 16, .k = 8}, 0);
-  EXPECT_EQ(*choices_, 1);  // and it is not asked again
+  ExpectSame({.tokens = 72, .n = 16, .k = 8}, 0);
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "") << "a stream's is told once";
+  EXPECT_EQ(*choices_, 2);  // and it is not asked again
   *refuses_choices_ = false;
   *refuses_products_ = true;
+  cuda::ForgetCublasLt(stream().cuda_stream());
+  PrepareLinear(stream());
+  testing::internal::CaptureStderr();
   ExpectSame({.tokens = 71, .n = 16, .k = 8}, 0);
+  EXPECT_EQ(testing::internal::GetCapturedStderr().find("cuBLASLt 13.1.0 refuses a product that it had chosen"), 0u);
   *refuses_products_ = false;
   ExpectSame({.tokens = 71, .n = 16, .k = 8}, 0);
 }
