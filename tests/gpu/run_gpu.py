@@ -43,6 +43,7 @@ CASE_SECONDS, RANKS_CASE_SECONDS, TORCH_CASE_SECONDS = 30, 45, 60
 # So much of what hung cases take is not counted against their part: a slice and this stay below ten minutes.
 HUNG_SECONDS = 60
 CHECK_SECONDS = 20  # for gpu_bench --check: contexts of all GPUs
+MOST_READERS = 64  # of the 256 that there may be; each has 16 MiB of pinned memory
 # What else than an exit code may come of a command.
 LATE, HUNG, STUCK = "late", "hung", "stuck"
 
@@ -116,7 +117,7 @@ def parts_of(programs, out, env):
                     seconds, found, base + ["--gtest_list_tests"], "correctness")
 
     # A rank's weights are made anew in each process: 16 GB of 8B, 60 of a part of 405B.
-    readers = ["--load-threads", str(os.cpu_count() or 4)]
+    readers = ["--load-threads", str(min(os.cpu_count() or 4, MOST_READERS))]
 
     def streams_of(group):
         return str(group[0]) if len(group) == 1 else f"{group[0]}_to_{group[-1]}"

@@ -203,6 +203,15 @@ class RunGpu(unittest.TestCase):
             self.assertEqual({name.removeprefix("out/") for name in packed.getnames()} - {"out"},
                              {path.name for path in self.out.iterdir()})
 
+    def test_weights_are_made_by_as_many_threads_as_the_program_takes(self):
+        for cores, readers in ((16, "16"), (512, "64"), (None, "4")):
+            with unittest.mock.patch.object(os, "cpu_count", lambda: cores):
+                parts = run_gpu.parts_of(self.root / "bundle/bin", self.out, dict(os.environ))
+            engines = [part.command for part in parts if part.command[1:3] == ["bench", "offline"]]
+            self.assertGreater(len(engines), 10)
+            for command in engines:
+                self.assertEqual(command[command.index("--load-threads") + 1], readers)
+
     def test_a_part_that_fails_costs_itself_alone(self):
         self.programs(break_row_ops=True)
         result = self.run_gpu()
