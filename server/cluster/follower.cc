@@ -308,7 +308,7 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
   arguments.SetMaxReceiveMessageSize(-1);
   // A connection of its own for each attempt: one that was refused once is left alone by gRPC for seconds.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  for (;;) {
+  for (bool told = false;; told = true) {
     const auto stub = v1::LeaderService::NewStub(
         grpc::CreateCustomChannel(options.place.leader, grpc::InsecureChannelCredentials(), arguments));
     Call call(options, *stub);
@@ -328,7 +328,16 @@ Status Follow(const GroupOptions& options, const Checkpoint& checkpoint, LocalEx
     }
     const Status why = formed.ok() ? Unexpected(*formed) : formed.status();
     const bool may_come = why.code() == Code::kUnavailable || why.code() == Code::kAlreadyExists;
-    if (!may_come || Now() > end) return why;
+    if (!may_come) return why;
+    if (Now() > end) {
+      return Status(why.code(), StrCat("the leader at ", options.place.leader, " did not take this node in within ",
+                                       "--join-timeout (", options.join_patience.count(), " ms): ", why.message(),
+                                       formed.ok() ? "" : "; is node 0 running, and does this node reach it there?"));
+    }
+    if (!told) {
+      log::Warn("the leader has not taken this node in yet: asking on until --join-timeout",
+                {{"leader", options.place.leader}, {"why", why.message()}});
+    }
     std::this_thread::sleep_for(4 * kPollInterval);
   }
 }

@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
+#include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cluster/data_links.h"
 #include "server/cluster/secret.h"
@@ -190,7 +191,14 @@ TEST_F(GroupTest, NodesThatDoNotComeAreNamed) {
 TEST_F(GroupTest, AFollowerWithoutALeaderGivesUp) {
   GroupOptions options = Options(1, 2);
   options.join_patience = milliseconds(200);
-  EXPECT_EQ(Follow(options, *checkpoint_, Stages(2, 1), [] {}).code(), Code::kUnavailable);
+  ::testing::internal::CaptureStderr();
+  const Status alone = Follow(options, *checkpoint_, Stages(2, 1), [] {});
+  log::Flush();
+  EXPECT_THAT(::testing::internal::GetCapturedStderr(), HasSubstr("the leader has not taken this node in yet"));
+  EXPECT_EQ(alone.code(), Code::kUnavailable);
+  EXPECT_THAT(alone.message(), HasSubstr(StrCat("the leader at ", options.place.leader,
+                                                " did not take this node in within --join-timeout (200 ms): ")));
+  EXPECT_THAT(alone.message(), HasSubstr("is node 0 running"));
   options.join_patience = std::chrono::seconds(60);
   options.cancelled = [] { return true; };
   EXPECT_EQ(Follow(options, *checkpoint_, Stages(2, 1), [] {}).code(), Code::kCancelled);
