@@ -286,6 +286,10 @@ int CountGpus() {
   return cuda::CountGpus();
 }
 
+std::string AddressOf(const Stream& stream) {
+  return stream.device() == Device::kCuda ? cuda::Address(stream.ordinal()) : "";
+}
+
 std::string Describe(const Stream& stream) {
   if (stream.device() == Device::kCuda) return cuda::Describe(stream.ordinal());
   const int threads = stream.team().size();

@@ -152,5 +152,7 @@ int CountGpus();
 
 // One line for logs: "AMD EPYC 9B14, 2 threads, avx512_bf16" or "NVIDIA H200, sm_90, 141 GB".
 std::string Describe(const Stream& stream);
+// Which of the machine's GPUs it is: "PCI 0000:1B:00.0". Empty on the CPU.
+std::string AddressOf(const Stream& stream);
 
 }  // namespace altiplano

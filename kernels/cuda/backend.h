@@ -26,7 +26,8 @@ void SynchronizeGpu(int ordinal);  // waits for all that runs there
 std::string EnablePeerAccess(const std::vector<int>& ordinals);
 std::string Synchronize(void* stream);  // empty, or the device's (sticky) error
 std::string Error(void* stream);        // the same without waiting
-std::string Describe(int ordinal);      // "NVIDIA H200, sm_90, 141 GB, PCI 0000:1B:00.0, cuBLASLt 13.0.2"
+std::string Describe(int ordinal);      // "NVIDIA H200, sm_90, 141 GB, cuBLASLt 13.0.2"
+std::string Address(int ordinal);       // "PCI 0000:1B:00.0", as nvidia-smi has it
 
 void* CreateEvent(int ordinal, bool timed);  // null when the device has no more
 void DestroyEvent(void* event);

@@ -191,14 +191,21 @@ const GpuProperties& PropertiesOf(const Stream& stream) {
   return gpu_properties[stream.ordinal()];
 }
 
+// An ordinal is not enough: it counts what CUDA_VISIBLE_DEVICES leaves.
+std::string Address(int ordinal) {
+  cudaDeviceProp device;
+  if (cudaGetDeviceProperties(&device, ordinal) != cudaSuccess) return "a GPU that does not answer";
+  char address[32];
+  std::snprintf(address, sizeof address, "PCI %04X:%02X:%02X.0", static_cast<unsigned>(device.pciDomainID),
+                static_cast<unsigned>(device.pciBusID), static_cast<unsigned>(device.pciDeviceID));
+  return address;
+}
+
 std::string Describe(int ordinal) {
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, ordinal) != cudaSuccess) return "a GPU that does not answer";
-  char address[32];  // as nvidia-smi has it: ordinals count only what CUDA_VISIBLE_DEVICES leaves
-  std::snprintf(address, sizeof address, "%04X:%02X:%02X.0", static_cast<unsigned>(device.pciDomainID),
-                static_cast<unsigned>(device.pciBusID), static_cast<unsigned>(device.pciDeviceID));
   return std::string(device.name) + ", sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", " +
-         std::to_string(device.totalGlobalMem / 1000000000) + " GB, PCI " + address + ", " + DescribeCublasLt();
+         std::to_string(device.totalGlobalMem / 1000000000) + " GB, " + DescribeCublasLt();
 }
 
 void* CreateEvent(int ordinal, bool timed) {

@@ -84,6 +84,9 @@ std::string Synchronize(void*) {
 std::string Error(void*) {
   Die();
 }
+std::string Address(int) {
+  Die();
+}
 std::string Describe(int) {
   Die();
 }

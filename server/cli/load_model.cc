@@ -104,7 +104,8 @@ StatusOr<Ranks> MakeRanks(const Checkpoint& checkpoint, cluster::Leader* leader,
               .scheduler = executor->scheduler_options(),
               .device = executor->DescribeDevice(),
               .weight_bytes = executor->weight_bytes(),
-              .kv_bytes = executor->kv_bytes()};
+              .kv_bytes = executor->kv_bytes(),
+              .devices = executor->devices()};
   ranks.executor = std::move(executor);
   return ranks;
 }
@@ -416,6 +417,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       options.crash_record_path = FlightRecordPath(folder, replica, "-crash.flight");
     }
     model.device = ranks.device;
+    for (DeviceMemory& device : ranks.devices) model.devices.push_back({replica, std::move(device)});
     model.weight_bytes = ranks.weight_bytes + (on_gpus ? model.weight_bytes : 0);  // on the CPU replicas share them
     model.kv_bytes += ranks.kv_bytes;
     model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;

@@ -41,6 +41,7 @@ class Leader {
     SchedulerOptions scheduler;  // as LocalExecutor::scheduler_options; of the node with the least KV blocks
     std::string device;
     uint64_t weight_bytes = 0, kv_bytes = 0;  // of this node
+    std::vector<DeviceMemory> devices;        // likewise
   };
   // Waits until all have joined, loads and warms up, on all nodes at once. options.stages is of the whole pipeline.
   // Again after the executor has gone: followers that failed must join again. UNAVAILABLE naming the node that did not

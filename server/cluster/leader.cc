@@ -543,6 +543,7 @@ class Leader::Impl {
     formed.device = StrCat(nodes, " nodes, this one ", local->DescribeDevice());
     formed.weight_bytes = local->weight_bytes();
     formed.kv_bytes = local->kv_bytes();
+    formed.devices = local->devices();
     formed.executor = std::make_unique<GroupExecutor>(&state_, group, std::move(local),
                                                       static_cast<TokenId>(checkpoint.config().vocab));
     auto serving = std::make_shared<v1::LeaderMessage>();

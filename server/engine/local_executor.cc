@@ -7,6 +7,7 @@
 #include <map>
 #include <numeric>
 #include <optional>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -201,6 +202,18 @@ Status CheckWanted(const LocalExecutorOptions& options) {
   return Status(Code::kCancelled, "the start was cancelled");
 }
 
+void LogMemory(const DeviceMemory& held) {
+  std::string ranks;
+  for (const int rank : held.ranks) ranks += StrCat(ranks.empty() ? "" : ",", rank);
+  log::Info("ranks have their memory",
+            {{"ranks", ranks},
+             {"device", held.device},
+             {"weights", HumanBytes(held.weight_bytes)},
+             {"activations", HumanBytes(held.activation_bytes)},
+             {"kv_cache", HumanBytes(held.kv_cache_bytes)},
+             {"free", StrCat(HumanBytes(held.free_bytes), " of ", HumanBytes(held.total_bytes))}});
+}
+
 std::vector<int> RankNumbers(const LocalExecutorOptions& options) {
   std::vector<int> numbers(static_cast<size_t>(LocalStages(options) * options.ranks));
   std::iota(numbers.begin(), numbers.end(), options.first_stage * options.ranks);
@@ -387,7 +400,8 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   RETURN_IF_ERROR(AllocateCaches(ranks, shapes));
   RETURN_IF_ERROR(CheckWanted(options));
   if (options.device == Device::kCuda && options.cuda_graphs) RETURN_IF_ERROR(CaptureGraphs(ranks, &watch, options));
-  LogMemory(ranks, options);
+  std::vector<DeviceMemory> devices = FindDevices(ranks, options);
+  for (const DeviceMemory& held : devices) LogMemory(held);
   log::Info("the ranks are ready", {{"ranks", ranks.size()},
                                     {"kv_blocks", pages},
                                     {"kv_block_tokens", options.page_size},
@@ -403,7 +417,8 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   scheduler.token_budget = options.token_budget;
   scheduler.max_context = options.max_context;
   scheduler.eos_ids = checkpoint.generation_defaults().eos_ids;
-  return std::unique_ptr<LocalExecutor>(new LocalExecutor(std::move(ranks), std::move(scheduler), options));
+  return std::unique_ptr<LocalExecutor>(
+      new LocalExecutor(std::move(ranks), std::move(scheduler), std::move(devices), options));
 }
 
 Status LocalExecutor::MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoint, const LocalExecutorOptions& options,
@@ -587,40 +602,41 @@ Status LocalExecutor::CaptureGraphs(const Ranks& ranks, StartWatch* watch, const
   return OkStatus();
 }
 
-// What each device that ranks compute on holds for them.
-void LocalExecutor::LogMemory(const Ranks& ranks, const LocalExecutorOptions& options) {
-  struct Held {
-    std::string device, ranks;
-    uint64_t weights = 0, activations = 0, kv_cache = 0;
-  };
-  std::map<int, Held> places;
+std::vector<DeviceMemory> LocalExecutor::FindDevices(const Ranks& ranks, const LocalExecutorOptions& options) {
+  std::map<int, DeviceMemory> places;
   for (size_t i = 0; i < ranks.size(); ++i) {
-    Held& held = places[PlaceOf(options, i)];
-    const Llama& llama = ranks[i]->worker->llama();
-    const KvCache::Shape& shape = ranks[i]->worker->cache().shape();
-    if (held.device.empty()) held.device = Describe(ranks[i]->worker->stream());
-    held.ranks += StrCat(held.ranks.empty() ? "" : ",", ranks[i]->number);
-    held.weights += llama.weight_bytes();
-    held.activations += Llama::WorkspaceBytes(llama.config(), llama.shard(), llama.limits(), options.dtype);
-    held.kv_cache += shape.page_bytes() * static_cast<uint64_t>(shape.pages);
+    DeviceMemory& held = places[PlaceOf(options, i)];
+    RankWorker& worker = *ranks[i]->worker;
+    const Llama& llama = worker.llama();
+    const KvCache::Shape& shape = worker.cache().shape();
+    if (held.device.empty()) {
+      held.device = Describe(worker.stream());
+      if (options.device == Device::kCuda) {
+        held.device = StrCat("GPU ", GpuOf(options, i), ": ", held.device, ", ", AddressOf(worker.stream()));
+      }
+    }
+    held.ranks.push_back(ranks[i]->number);
+    held.weight_bytes += llama.weight_bytes();
+    held.activation_bytes += Llama::WorkspaceBytes(llama.config(), llama.shard(), llama.limits(), options.dtype);
+    held.kv_cache_bytes += shape.page_bytes() * static_cast<uint64_t>(shape.pages);
   }
-  for (const auto& [gpu, held] : places) {
+  std::vector<DeviceMemory> devices;
+  for (auto& [gpu, held] : places) {
     const MemoryInfo memory = QueryMemory(options.device, gpu);
-    log::Info("ranks have their memory",
-              {{"ranks", held.ranks},
-               {"device", StrCat(options.device == Device::kCuda ? StrCat("GPU ", gpu, ": ") : "", held.device)},
-               {"weights", HumanBytes(held.weights)},
-               {"activations", HumanBytes(held.activations)},
-               {"kv_cache", HumanBytes(held.kv_cache)},
-               {"free", StrCat(HumanBytes(memory.free_bytes), " of ", HumanBytes(memory.total_bytes))}});
+    held.free_bytes = memory.free_bytes;
+    held.total_bytes = memory.total_bytes;
+    devices.push_back(std::move(held));
   }
+  return devices;
 }
 
-LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options)
+LocalExecutor::LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, std::vector<DeviceMemory> devices,
+                             const LocalExecutorOptions& options)
     : device_(options.device),
       patience_(options.patience),
       on_step_times_(options.on_step_times),
       scheduler_options_(std::move(scheduler_options)),
+      devices_(std::move(devices)),
       ranks_(std::move(ranks)),
       shared_(std::make_shared<Shared>()) {
   shared_->plans.resize(ranks_.size());
@@ -659,8 +675,13 @@ LocalExecutor::~LocalExecutor() {
 }
 
 std::string LocalExecutor::DescribeDevice() const {
-  const std::string device = Describe(ranks_[0]->worker->stream());
-  return ranks() == 1 ? device : StrCat(ranks(), " ranks, each ", device);
+  std::string kinds;  // GPUs may be of several
+  std::set<std::string> seen;
+  for (const auto& rank : ranks_) {
+    const std::string kind = Describe(rank->worker->stream());
+    if (seen.insert(kind).second) kinds += StrCat(kinds.empty() ? "" : " or ", kind);
+  }
+  return ranks() == 1 ? kinds : StrCat(ranks(), " ranks, each ", kinds);
 }
 
 uint64_t LocalExecutor::weight_bytes() const {

@@ -79,6 +79,14 @@ struct LocalExecutorOptions {
   std::function<std::shared_ptr<Link>(int rank, std::shared_ptr<Link>)> wrap_link;
 };
 
+// What ranks of one process hold on one device, as it was when they were ready.
+struct DeviceMemory {
+  std::string device;                                                   // "GPU 3: NVIDIA H200, ..., PCI 0000:1B:00.0"
+  std::vector<int> ranks;                                               // numbered through all stages
+  uint64_t weight_bytes = 0, activation_bytes = 0, kv_cache_bytes = 0;  // of these ranks together
+  uint64_t free_bytes = 0, total_bytes = 0;                             // of the device, whoever has the rest
+};
+
 class LocalExecutor : public Executor {
  public:
   // For options.weights of several executors. Looks at options.dtype, ranks, stages, readers, progress and cancelled.
@@ -102,6 +110,7 @@ class LocalExecutor : public Executor {
   // What the scheduler must be created with to fit this executor.
   SchedulerOptions scheduler_options() const { return scheduler_options_; }
   std::string DescribeDevice() const;
+  const std::vector<DeviceMemory>& devices() const { return devices_; }
   uint64_t weight_bytes() const;  // of all ranks, as kv_bytes
   uint64_t kv_bytes() const;
   int ranks() const { return static_cast<int>(ranks_.size()); }
@@ -131,7 +140,8 @@ class LocalExecutor : public Executor {
   };
   using Ranks = std::vector<std::shared_ptr<Rank>>;  // [local stages * ranks], those of a stage together
 
-  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, const LocalExecutorOptions& options);
+  LocalExecutor(Ranks ranks, SchedulerOptions scheduler_options, std::vector<DeviceMemory> devices,
+                const LocalExecutorOptions& options);
   static StatusOr<Ranks> Connect(const ModelConfig& config, const LocalExecutorOptions& options);  // without workers
   // Gives each rank its worker.
   static Status MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoint, const LocalExecutorOptions& options,
@@ -142,7 +152,7 @@ class LocalExecutor : public Executor {
   // The work of each rank, all at once: they meet in it. The first error ends the group. what: for the watch.
   static Status OnAllRanks(const Ranks& ranks, StartWatch* watch, std::string what,
                            const std::function<Status(size_t index, RankWorker& worker)>& work);
-  static void LogMemory(const Ranks& ranks, const LocalExecutorOptions& options);
+  static std::vector<DeviceMemory> FindDevices(const Ranks& ranks, const LocalExecutorOptions& options);
   static Status CaptureGraphs(const Ranks& ranks, StartWatch* watch, const LocalExecutorOptions& options);
   static void Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t index,
                    std::function<void(int, uint64_t)> before_step);
@@ -155,6 +165,7 @@ class LocalExecutor : public Executor {
   const std::chrono::milliseconds patience_;
   const std::function<void(const StepTimes&)> on_step_times_;
   const SchedulerOptions scheduler_options_;
+  const std::vector<DeviceMemory> devices_;
   const Ranks ranks_;
   const std::shared_ptr<Shared> shared_;
   bool stalled_ = false;  // of the thread that calls Wait

@@ -32,6 +32,15 @@ struct SamplingDefaults {
   std::optional<int32_t> top_k;
 };
 
+// What ranks of a replica hold on one device of this node, for GetServerInfo.
+struct ServedDevice {
+  std::string device;
+  int replica = 0;
+  std::vector<int> ranks;
+  uint64_t weight_bytes = 0, activation_bytes = 0, kv_cache_bytes = 0;
+  uint64_t free_bytes = 0, total_bytes = 0;
+};
+
 struct ServedModel {
   std::string name;          // requests with another name are NOT_FOUND; with none they get this one
   std::string architecture;  // "llama"
@@ -42,6 +51,7 @@ struct ServedModel {
   std::string kv_dtype;
   int32_t tensor_parallel = 1;
   int32_t pipeline_parallel = 1;
+  std::vector<ServedDevice> devices;
   std::vector<TokenId> eos_ids;
   std::vector<std::string> features;  // free words for GetModel, besides the front end's own
   SamplingDefaults defaults;

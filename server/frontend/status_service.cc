@@ -25,6 +25,20 @@ void FillStepCost(const StepCost& cost, v1::StepCost* out) {
   out->set_attention_us(cost.attention_us);
 }
 
+void FillDevices(const std::vector<ServedDevice>& devices, v1::GetServerInfoResponse* out) {
+  for (const ServedDevice& one : devices) {
+    v1::DeviceMemory* device = out->add_devices();
+    device->set_device(one.device);
+    device->set_replica(static_cast<uint32_t>(one.replica));
+    for (const int rank : one.ranks) device->add_ranks(static_cast<uint32_t>(rank));
+    device->set_weight_bytes(one.weight_bytes);
+    device->set_activation_bytes(one.activation_bytes);
+    device->set_kv_cache_bytes(one.kv_cache_bytes);
+    device->set_free_bytes(one.free_bytes);
+    device->set_total_bytes(one.total_bytes);
+  }
+}
+
 void FillTenants(const EngineLoad& load, v1::Load* out) {
   for (size_t i = 0; i < load.tenants->size(); ++i) {
     const TenantOptions& options = (*load.tenants)[i];
@@ -96,6 +110,7 @@ grpc::ServerUnaryReactor* StatusService::GetServerInfo(grpc::CallbackServerConte
         out->set_commit(state_->options.commit);
         bool known = backend != nullptr && !backend->device.empty();
         out->set_device(known ? backend->device : state_->options.device);
+        if (backend != nullptr) FillDevices(backend->model.devices, out);
         *out->mutable_uptime() = DurationToProto(Clock::Real().Now() - state_->start);
         return OkStatus();
       });

@@ -144,6 +144,10 @@ const GpuProperties& PropertiesOf(const Stream&) {
   return kAll[static_cast<size_t>(&sim::CurrentArchitecture() - kArchitectures)];
 }
 
+std::string Address(int ordinal) {
+  return "PCI simulated " + std::to_string(ordinal);
+}
+
 std::string Describe(int) {
   return "simulated GPU";
 }

@@ -129,6 +129,14 @@ TEST(StatusServiceTest, InfoAndLoad) {
   TestServer::Options options;
   options.engine.scheduler.step_cost.token_us = 25;
   options.engine.scheduler.tenants = {{.name = "gold", .weight = 3}};
+  options.model.devices = {{.device = "GPU 3: a test",
+                            .replica = 1,
+                            .ranks = {4, 5},
+                            .weight_bytes = 10,
+                            .activation_bytes = 11,
+                            .kv_cache_bytes = 12,
+                            .free_bytes = 13,
+                            .total_bytes = 99}};
   TestServer server(options);
   auto stub = v1::StatusService::NewStub(server.channel());
   grpc::ClientContext info_context;
@@ -137,6 +145,10 @@ TEST(StatusServiceTest, InfoAndLoad) {
   EXPECT_EQ(info.version(), "1.2.3");
   EXPECT_EQ(info.commit(), "abc");
   EXPECT_EQ(info.device(), "a test");
+  ASSERT_EQ(info.devices_size(), 1);
+  EXPECT_EQ(info.devices(0).ShortDebugString(),
+            "device: \"GPU 3: a test\" replica: 1 ranks: 4 ranks: 5 weight_bytes: 10 activation_bytes: 11 "
+            "kv_cache_bytes: 12 free_bytes: 13 total_bytes: 99");
   v1::GenerateRequest request = TextRequest("hi", 3);
   request.mutable_scheduling()->set_tenant("gold");
   request.mutable_scheduling()->mutable_ttft_target()->set_seconds(60);

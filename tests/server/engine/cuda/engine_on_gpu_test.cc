@@ -794,6 +794,16 @@ TEST(EngineOnGpu, SaysWhatLiesOnWhichGpu) {
                            " of 1.00 GiB", "the ranks are ready", "kv_blocks", "warm_up_seconds"}) {
     EXPECT_THAT(logged, HasSubstr(what));
   }
+  ASSERT_EQ((*executor)->devices().size(), 2u);
+  for (const int gpu : {0, 1}) {
+    const DeviceMemory& held = (*executor)->devices()[static_cast<size_t>(gpu)];
+    EXPECT_EQ(held.device, StrCat("GPU ", gpu, ": simulated GPU, PCI simulated ", gpu));
+    EXPECT_EQ(held.ranks, std::vector<int>{1 - gpu});
+    EXPECT_EQ(2 * held.kv_cache_bytes, (*executor)->kv_bytes());
+    EXPECT_GT(held.activation_bytes, 0u);
+    EXPECT_EQ(held.total_bytes, size_t{1} << 30);
+    EXPECT_LE(held.free_bytes, held.total_bytes - held.weight_bytes - held.activation_bytes - held.kv_cache_bytes);
+  }
   sim::SetGpus(1);
 }
 
