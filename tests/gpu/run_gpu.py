@@ -184,7 +184,7 @@ def parts_of(programs, out, env):
         bench("linear_invariant", 90),
         bench("plain", 60),
         # The kernels take many times as long under these.
-        sanitizer("memcheck", 200, small),
+        sanitizer("memcheck", 200, small + ":CudaPagedAttention*LongPartsAreNear*"),  # TMA and wgmma, too
         sanitizer("racecheck", 200, small),
         # Last, should a GPU in whose kernels ranks wait for each other not recover; whether they sum rightly first.
         Part("tiny_model_together", compare + ["--ranks", "2,4,8"], 300, program("altiplano"),
