@@ -42,6 +42,15 @@ double Double(int64_t n) {
   return static_cast<double>(n);
 }
 
+// How many places a call that chooses where it reads `bytes` takes in turn, so that L2, of up to 60 MB, has none of
+// them when it comes round again.
+constexpr int64_t PlacesToRead(int64_t bytes) {
+  return std::clamp<int64_t>((int64_t{256} << 20) / bytes, 4, 256);
+}
+static_assert(PlacesToRead(4 << 20) == 64);  // one sequence of 1024 tokens of 8B
+static_assert(PlacesToRead(8192) == 256);    // a row: where launches are all there is to measure
+static_assert(PlacesToRead(1 << 30) == 4);
+
 Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n, int64_t k, DType out,
                 bool batch_invariant = false) {
   Case c;
@@ -160,7 +169,8 @@ Case AttentionCase(const Rank& r, const std::string& part, const std::string& wh
     for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
     std::mt19937 random(1);
     std::vector<TensorView> tables;
-    for (int i = 0; i < 4; ++i) {
+    const int64_t kv_bytes = 2 * keys * r.kv_heads * r.dim * static_cast<int64_t>(SizeOf(act));
+    for (int64_t i = 0; i < PlacesToRead(kv_bytes); ++i) {
       std::shuffle(pages.begin(), pages.end(), random);
       std::vector<int32_t> table;
       auto next = pages.begin();
@@ -222,11 +232,11 @@ std::vector<Lengths> MixedDecodes(int64_t sequences) {
   return step;
 }
 
-// Four choices of `count` of `rows` rows, in no order.
-std::vector<TensorView> RandomRows(Arena& arena, int64_t count, int64_t rows) {
+// Choices of `count` of `rows` rows, in no order.
+std::vector<TensorView> RandomRows(Arena& arena, int64_t count, int64_t rows, int64_t row_bytes) {
   std::mt19937 random(1);
   std::vector<TensorView> choices;
-  for (int i = 0; i < 4; ++i) {
+  for (int64_t i = 0; i < PlacesToRead(count * row_bytes); ++i) {
     std::vector<int32_t> chosen;
     for (int64_t n = 0; n < count; ++n) chosen.push_back(static_cast<int32_t>(random() % static_cast<uint64_t>(rows)));
     choices.push_back(arena.Keep(chosen, {count}));
@@ -249,7 +259,7 @@ void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
   add("Embed", {{"hidden", hidden}}, Double(tokens * hidden) * (2 + 4), [=](Arena& arena) {
     // The table is all that there is to read: rows far apart, in no order, each turn others.
     const int64_t vocab = static_cast<int64_t>(Arena::kInputBytes) / (2 * hidden);
-    const auto ids = RandomRows(arena, tokens, vocab);
+    const auto ids = RandomRows(arena, tokens, vocab, 2 * hidden);
     return [=, &arena](Stream& stream, int turn) {
       Embed(stream, {.out = arena.Output(turn, tokens, hidden, DType::kF32),
                      .table = arena.Input(0, vocab, hidden, DType::kBF16),
@@ -258,7 +268,7 @@ void AddRowOps(const Rank& r, int64_t tokens, std::vector<Case>* cases) {
   });
   add("GatherRows", {{"hidden", hidden}}, Double(tokens * hidden) * (4 + 4), [=](Arena& arena) {
     const int64_t all = static_cast<int64_t>(Arena::kInputBytes) / (4 * hidden);
-    const auto rows = RandomRows(arena, tokens, all);
+    const auto rows = RandomRows(arena, tokens, all, 4 * hidden);
     return [=, &arena](Stream& stream, int turn) {
       GatherRows(stream, {.out = arena.Output(turn, tokens, hidden, DType::kF32),
                           .x = arena.Input(0, all, hidden, DType::kF32),
