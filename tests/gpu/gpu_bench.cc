@@ -1,6 +1,6 @@
 // Times every op on a GPU, in the shapes of Llama 3.1, and the memory bandwidth that they are held against.
 //
-//   gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]
+//   gpu_bench --json FILE [--part NAME,...] [--skip N] [--dry | --rehearse]
 //   gpu_bench --check
 //
 // FILE gets a JSON line for each case: its sizes, the bytes and products that it must at least move and compute, and
@@ -18,12 +18,14 @@
 #include <iterator>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "kernels/comm/all_reduce_plan.h"
 #include "kernels/ops.h"
 #include "server/base/json.h"
+#include "server/base/split.h"
 #include "server/base/strings.h"
 #include "tests/gpu/gpu_cases.h"
 #include "tests/gpu/gpu_timer.h"
@@ -68,7 +70,8 @@ std::vector<Case> Cases() {
 
 int Usage() {
   std::fputs(
-      "usage: gpu_bench --json FILE [--part NAME] [--skip N] [--dry | --rehearse]\n       gpu_bench --check\nparts:",
+      "usage: gpu_bench --json FILE [--part NAME,...] [--skip N] [--dry | --rehearse]\n       gpu_bench "
+      "--check\nparts:",
       stderr);
   std::string last;
   for (const Case& c : Cases()) {
@@ -144,7 +147,10 @@ int Main(int argc, char** argv) {
   if (rehearse) {
     std::erase_if(cases, [](const Case& c) { return c.measure == nullptr || c.sizes.at("message") > kSmallMessage; });
   }
-  if (!part.empty()) std::erase_if(cases, [&](const Case& c) { return c.part != part; });
+  if (!part.empty()) {
+    const std::vector<std::string_view> parts = Split(part, ',');
+    std::erase_if(cases, [&](const Case& c) { return std::find(parts.begin(), parts.end(), c.part) == parts.end(); });
+  }
   if (cases.empty()) return Usage();
   cases.erase(cases.begin(), cases.begin() + static_cast<std::ptrdiff_t>(std::min(skipped, cases.size())));
 
