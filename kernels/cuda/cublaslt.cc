@@ -239,6 +239,10 @@ bool CublasLtLinear(Stream& stream, const LinearArgs& args) {
   return found != nullptr && found->Multiply(static_cast<cudaStream_t>(stream.cuda_stream()), args);
 }
 
+std::string WhyNoCublasLt() {
+  return Lt().error;
+}
+
 std::string DescribeCublasLt() {
   if (!Lt().error.empty()) return Lt().error;
   const size_t version = Lt().version();

@@ -15,6 +15,9 @@ bool CublasLtLinear(Stream& stream, const LinearArgs& args);
 // Of a stream that ends.
 void ForgetCublasLt(void* stream);
 
+// Empty, or why the library cannot be used in this process.
+std::string WhyNoCublasLt();
+
 // "cuBLASLt 13.0.2", or why there is none.
 std::string DescribeCublasLt();
 

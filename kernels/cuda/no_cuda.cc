@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/architectures.h"
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/peers.h"
 #include "kernels/trace.h"
 
@@ -24,6 +25,9 @@ namespace {
 }
 }  // namespace
 
+std::string WhyNoCublasLt() {
+  return "built without CUDA";
+}
 std::string DescribeBuild() {
   return "built without CUDA";
 }

@@ -183,8 +183,10 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
     plan.why_not =
         StrCat(demand.concurrency, " requests at one time are more than --max-num-seqs ", limits.max_running);
   } else if (plan.largest_batch < demand.concurrency) {
-    plan.why_not = StrCat("the KV cache holds ", plan.kv_tokens, " tokens, ", demand.concurrency, " requests of ",
-                          demand.context, " need ", demand.concurrency * blocks_each * limits.block_size);
+    const bool one = demand.concurrency == 1;
+    plan.why_not = StrCat("the KV cache holds ", plan.kv_tokens, " tokens, ", demand.concurrency,
+                          one ? " request of " : " requests of ", demand.context, one ? " needs " : " need ",
+                          demand.concurrency * blocks_each * limits.block_size);
   }
   return plan;
 }

@@ -47,6 +47,10 @@ std::string NameOf(const bench::GpuGroup& gpus, int nodes) {
   return nodes == 1 ? node : StrCat(nodes, " nodes of ", node);
 }
 
+std::string Requests(int64_t count) {
+  return StrCat(count, count == 1 ? " request" : " requests");
+}
+
 // What to change, when it does not fit.
 std::vector<std::string> Advice(const ModelConfig& config, const bench::GpuGroup& gpus, const bench::Demand& demand,
                                 const bench::ServingLimits& limits, const bench::Capacity& plan) {
@@ -82,7 +86,7 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
        StrCat(NameOf(gpus, limits.nodes), limits.stages == 1 ? ", tensor-parallel"
                                                              : StrCat(", ", limits.stages, " stages of ",
                                                                       plan.gpus / limits.stages, " tensor-parallel")));
-  line("demand", StrCat(demand.concurrency, " requests at one time, each ", demand.context - demand.answer_tokens,
+  line("demand", StrCat(Requests(demand.concurrency), " at one time, each ", demand.context - demand.answer_tokens,
                         " prompt tokens and ", demand.answer_tokens, " of answer"));
   line("fits", plan.why_not.empty() ? "yes" : StrCat("no: ", plan.why_not));
   for (const std::string& what : advice) line("", what);
@@ -95,8 +99,8 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
   }
   if (plan.kv_tokens > 0) {
     line("KV tokens", StrCat(plan.kv_tokens));
-    line("largest batch", StrCat(plan.largest_batch, " requests of ", demand.context, " tokens"));
-    line("longest context", StrCat(plan.longest_context, " tokens with ", demand.concurrency, " requests"));
+    line("largest batch", StrCat(Requests(plan.largest_batch), " of ", demand.context, " tokens"));
+    line("longest context", StrCat(plan.longest_context, " tokens with ", Requests(demand.concurrency)));
     if (plan.all_reduces.calls > 0) {
       line("all-reduces", StrFormat("%lld a step, of %s for each token; %.1f us each with one token",
                                     static_cast<long long>(plan.all_reduces.calls),

@@ -13,6 +13,7 @@
 
 #include "kernels/comm/nccl_link.h"
 #include "kernels/cpu/thread_team.h"
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/overlap.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
@@ -202,6 +203,15 @@ Status CheckWanted(const LocalExecutorOptions& options) {
   return Status(Code::kCancelled, "the start was cancelled");
 }
 
+// What nothing but the time of prompts would show.
+void WarnOfMissingLibraries(const LocalExecutorOptions& options) {
+  if (options.device != Device::kCuda || options.dtype != DType::kBF16 || options.batch_invariant) return;
+  const std::string why = cuda::WhyNoCublasLt();
+  if (why.empty()) return;
+  log::Warn("prompts are computed without cuBLASLt, and may take longer",
+            {{"reason", why}, {"remedy", "install libcublas of the CUDA version that altiplano version names"}});
+}
+
 void LogMemory(const DeviceMemory& held) {
   std::string ranks;
   for (const int rank : held.ranks) ranks += StrCat(ranks.empty() ? "" : ",", rank);
@@ -379,6 +389,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   ASSIGN_OR_RETURN(options.max_context, ChooseContext(config, options.max_context));
   cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
+  WarnOfMissingLibraries(options);
   StartWatch watch(options.start_patience, options.on_start_hang);
   Lap lap;
   watch.Begin("connecting the ranks");

@@ -20,6 +20,7 @@
 namespace altiplano::e2e {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -542,6 +543,8 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   Finished not_here = RunToEnd({"plan", "--model", "405b", "--gpus", "4xH200"});
   EXPECT_EQ(not_here.code, 1) << not_here.err;
   EXPECT_THAT(not_here.out, HasSubstr("it fits on 8xH200"));
+  Finished short_of_room = RunToEnd({"plan", "--model", "70b", "--gpus", "2xH100"});
+  EXPECT_THAT(short_of_room.out, HasSubstr("tokens, 1 request of 8192 needs 8192"));
   Finished more = RunToEnd({"plan", "--model", "405b", "--gpus", "8xH100"});
   EXPECT_THAT(more.out, HasSubstr("it fits on 2 nodes of 8xH100 (--nodes 2)"));
   Finished nodes = RunToEnd({"plan", "--model", "405b", "--gpus", "8xH100", "--nodes", "2", "--json"});
@@ -554,6 +557,7 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   Finished folder = RunToEnd({"plan", "--model", kTiny, "--context", "128"});
   EXPECT_EQ(folder.code, 0) << folder.err;
   EXPECT_THAT(folder.out, HasSubstr("4.2 million parameters"));
+  EXPECT_THAT(folder.out, AllOf(HasSubstr("1 request at one time"), Not(HasSubstr(" 1 requests"))));
   Finished nothing = RunToEnd({"plan", "--model", "/nowhere"});
   EXPECT_EQ(nothing.code, 65);
   EXPECT_THAT(nothing.err, HasSubstr("405b"));

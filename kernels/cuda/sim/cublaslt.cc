@@ -11,4 +11,8 @@ bool CublasLtLinear(Stream&, const LinearArgs&) {
   return false;
 }
 
+std::string WhyNoCublasLt() {
+  return "a simulated GPU has no libraries";
+}
+
 }  // namespace altiplano::cuda

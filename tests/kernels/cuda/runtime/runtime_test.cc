@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/device.h"
 #include "tests/kernels/cuda/runtime/fake_cudart_testlib.h"
 
@@ -61,6 +62,7 @@ TEST_F(CudaRuntimeTest, SaysWhyThereIsNoGpu) {
 TEST_F(CudaRuntimeTest, SaysWhichGpuItIs) {
   EXPECT_THAT(Describe(*Open(2)), HasSubstr("Fake 2, sm_90, 1 GB, "));
   EXPECT_EQ(AddressOf(*Open(2)), "PCI 0000:1D:00.0");
+  EXPECT_EQ(cuda::WhyNoCublasLt(), "") << "its stand-in is there";
   EXPECT_THAT(DescribeCuda(), MatchesRegex("CUDA [0-9]+\\.[0-9], kernels for sm_80.*"));
 }
 

@@ -791,7 +791,8 @@ TEST(EngineOnGpu, SaysWhatLiesOnWhichGpu) {
   const std::string logged = ::testing::internal::GetCapturedStderr();
   ASSERT_TRUE(executor.ok()) << executor.status().ToString();
   for (const char* what : {"GPU 0: simulated GPU", "GPU 1: simulated GPU", "weights", "activations", "kv_cache",
-                           " of 1.00 GiB", "the ranks are ready", "kv_blocks", "warm_up_seconds"}) {
+                           " of 1.00 GiB", "the ranks are ready", "prompts are computed without cuBLASLt",
+                           "a simulated GPU has no libraries", "kv_blocks", "warm_up_seconds"}) {
     EXPECT_THAT(logged, HasSubstr(what));
   }
   ASSERT_EQ((*executor)->devices().size(), 2u);
