@@ -1,7 +1,7 @@
 """What mutation tests share: breaks the sources on purpose, one way at a time, and demands that tests notice each.
 
-A mutation's file is compiled from a broken copy, and linked with the objects of a program that has been built. Of a
-script that uses this:
+A mutation's file is compiled from a broken copy, and linked with the objects of a program that has been built. Its tests
+have to pass before with a copy that is not broken. Of a script that uses this:
 
     mutation_test.py SOURCE_DIR BUILD_DIR [NAME...]
 """
@@ -116,35 +116,50 @@ def notice(output):
     return None
 
 
-def caught(tree, mutation, environment, timeout, build, must_say):
-    text = broken_text((tree.source / mutation.file).read_text(), mutation)
-    if text is None:
-        return f"the text to break is no longer in {mutation.file}: {mutation.old}"
+def run_tests(tree, mutation, text, environment, timeout, build):
+    """How the tests end with such a file: exit status and output, None if they do not."""
     with tempfile.TemporaryDirectory() as folder:
         program, of_program = build(tree, pathlib.Path(folder), mutation, text)
         try:
             run = subprocess.run([program, f"--gtest_filter={mutation.tests}", "--gtest_fail_fast"], cwd=tree.build,
                                  env=os.environ | environment | of_program, capture_output=True, text=True, errors="replace", timeout=timeout)
         except subprocess.TimeoutExpired:
-            print(f"caught: {mutation.name}: the test has no end", flush=True)
             return None
-    output = run.stdout + run.stderr
-    if run.returncode == 0:
-        return "NOT caught" if re.search(r"\[  PASSED  \] [1-9]", output) else f"no test ran: {mutation.tests}"
-    if not re.search(must_say, output):
-        return f"ended without a failed test: {output[-300:]}"
-    print(f"caught: {mutation.name}: {notice(output) or run.returncode}", flush=True)
+    return run.returncode, run.stdout + run.stderr
+
+
+def caught(tree, mutation, passing, must_say, **how):
+    """What is wrong, None if the tests notice. passing: tests that are known to pass with nothing broken."""
+    whole = (tree.source / mutation.file).read_text()
+    text = broken_text(whole, mutation)
+    if text is None:
+        return f"the text to break is no longer in {mutation.file}: {mutation.old}"
+    if (mutation.program, mutation.tests) not in passing:  # or whatever is broken would be noticed
+        ended = run_tests(tree, mutation, whole, **how)
+        if ended is None or ended[0] != 0:
+            return f"{mutation.tests} fails with nothing broken: {ended and (notice(ended[1]) or ended[0])}"
+        if not re.search(r"\[  PASSED  \] [1-9]", ended[1]):
+            return f"no test ran: {mutation.tests}"
+        passing.add((mutation.program, mutation.tests))
+    ended = run_tests(tree, mutation, text, **how)
+    if ended is not None:
+        status, output = ended
+        if status == 0:
+            return "NOT caught"
+        if not re.search(must_say, output):
+            return f"ended without a failed test: {output[-300:]}"
+    print(f"caught: {mutation.name}: {'the test has no end' if ended is None else notice(output) or status}", flush=True)
     return None
 
 
 def run(tree, mutations, environment=None, timeout=300, build=build_broken, must_say=""):
     """Exits with what was not caught. must_say: the pattern of what a run must say that fails as it should."""
     wanted = sys.argv[3:]
-    survivors = []
+    survivors, passing = [], set()
     for mutation in mutations:
         if wanted and not any(w in mutation.name for w in wanted):
             continue
-        problem = caught(tree, mutation, environment or {}, timeout, build, must_say)
+        problem = caught(tree, mutation, passing, must_say, environment=environment or {}, timeout=timeout, build=build)
         if problem:
             survivors.append(f"{mutation.name}: {problem}")
             print(survivors[-1], flush=True)
