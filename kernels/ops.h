@@ -98,10 +98,11 @@ void RopeStoreKv(Stream& stream, const RopeStoreKvArgs& args);
 // Which blocks of a GPU do what for a step's attention: cuda::PlanAttention makes it on the host, from the step's
 // lengths (kernels/cuda/paged_attention_plan.h). The numbers may be larger than the list's own: blocks then return.
 struct AttentionWork {
-  TensorView list;            // [n] i32
-  int32_t prefill_items = 0;  // blocks of the prefill kernel, for each KV head
-  int32_t workers = 0;        // blocks that attend to all else, for each KV head
-  int32_t cuts = 0;           // blocks that fold the states of tiles that were cut, for each KV head
+  TensorView list;             // [n] i32
+  int32_t prefill_items = 0;   // of the prefill kernel, for each KV head
+  int32_t prefill_blocks = 0;  // that share the items of all KV heads
+  int32_t workers = 0;         // blocks that attend to all else, for each KV head
+  int32_t cuts = 0;            // blocks that fold the states of tiles that were cut, for each KV head
 };
 
 // Causal attention of each sequence's new tokens over its whole context in the pages; prefill, chunk and decode alike.

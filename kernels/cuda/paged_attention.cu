@@ -220,6 +220,7 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
   a.keys_in_one_page = page_size % kKeysAtOnce == 0;
   a.q_chunks = args.q.dtype == DType::kBF16 && IsPacked(args.q, 8);
   a.by_group = Divisor(a.group);
+  a.by_kv_heads = Divisor(kv_heads);
   a.by_page_size = Divisor(page_size);
   a.scale = args.scale * kLog2E;
   a.list = args.work.list.as<int32_t>();
@@ -231,7 +232,8 @@ void PagedAttention(Stream& stream, const PagedAttentionArgs& args) {
       std::fputs("PagedAttention: the work list has tiles for a kernel that does not take these operands\n", stderr);
       std::abort();
     }
-    LaunchPrefillAttention(stream, PrefillAttentionShape(kv_heads, dim, args.work.prefill_items), a, pool_rows);
+    LaunchPrefillAttention(stream, PrefillAttentionShape(dim, args.work.prefill_blocks), a,
+                           args.work.prefill_items * static_cast<int>(kv_heads), pool_rows);
   }
   if (args.work.workers > 0) {
     const LaunchShape shape = AttentionShape(kv_heads, args.work.workers,

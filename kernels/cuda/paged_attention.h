@@ -18,7 +18,7 @@ struct AttentionArgs {
   const int32_t* block_tables = nullptr;
   int64_t table_stride = 0;
   int q_heads = 0, kv_heads = 0, group = 0, dim = 0, page_size = 0;
-  Divisor by_group, by_page_size;
+  Divisor by_group, by_kv_heads, by_page_size;
   bool keys_in_one_page = false;  // always kKeysAtOnce of them
   bool q_chunks = false;          // q is bf16, in whole chunks of 16 bytes
   float scale = 0;                // times log2 e: weights are powers of two
@@ -28,19 +28,24 @@ struct AttentionArgs {
   int64_t states = 0;
 };
 
-// A record of the list, the same in each lane. Row r of n * group of a sequence is head r % group of the KV head's
-// group, of query r / group.
-template <typename Record>
-PTX_FUNCTION Record LoadRecord(const AttentionArgs& args, int index) {
+// A record of the list: a word of it in each lane, which may still be on its way, and the same record in all. Row r of
+// n * group of a sequence is head r % group of the KV head's group, of query r / group.
+PTX_FUNCTION int LoadRecordWord(const AttentionArgs& args, int index) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  int word = 0;
-  if (lane < kRecordWords) word = ptx::LdGlobal(args.list + index * kRecordWords + lane);
+  return lane < kRecordWords ? ptx::LdGlobal(args.list + index * kRecordWords + lane) : 0;
+}
+template <typename Record>
+PTX_FUNCTION Record RecordOf(int word) {
   struct {
     int words[kRecordWords];
   } record;
   PTX_UNROLL
   for (int i = 0; i < kRecordWords; ++i) record.words[i] = __shfl_sync(0xFFFFFFFF, word, i);
   return __builtin_bit_cast(Record, record);
+}
+template <typename Record>
+PTX_FUNCTION Record LoadRecord(const AttentionArgs& args, int index) {
+  return RecordOf<Record>(LoadRecordWord(args, index));
 }
 // The items of worker blockIdx.x.
 struct ItemRange {
@@ -148,8 +153,10 @@ class Queries {
       }
       return;
     }
-    for (int i = thread; i < kRows * kDim / 4; i += kThreads) {
-      const int r = i / (kDim / 4), pack = i % (kDim / 4);
+    // Counted alike by all lanes: a loop that lanes might leave one by one would keep ptxas, within the loop over
+    // tiles, from holding anything in uniform registers.
+    for (int begin = 0; begin < kRows * kDim / 4; begin += kThreads) {
+      const int i = begin + thread, r = i / (kDim / 4), pack = i % (kDim / 4);
       StoreQuery<kDim>(args, tile, kv_head, first + r, pack, &rows[ChunkAt<kDim>(r, pack / 2)]);
     }
   }
@@ -210,7 +217,8 @@ PTX_FUNCTION void StoreState(const AttentionArgs& args, const AttentionItem& til
 // ---- paged_attention_mma.cu: bf16 keys and values, dim 64 or 128, rows of q and out aligned to 4 elements.
 void LaunchMmaAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args);
 
-// ---- paged_attention_hopper.cu: `pool_rows`: P * Hkv * S.
-void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows);
+// ---- paged_attention_hopper.cu. items: of all KV heads; pool_rows: P * Hkv * S.
+void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int items,
+                            int64_t pool_rows);
 
 }  // namespace altiplano::cuda

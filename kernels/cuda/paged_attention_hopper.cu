@@ -1,11 +1,11 @@
 // Attention of long parts of prompts on sm_90a: TMA, mbarriers and wgmma. bf16 keys and values, heads of 64 or 128.
 //
-// A block takes a tile of 128 rows and the KV head that they share. One warp, the producer, has TMA copy one
-// page's keys or values after the other into a ring of slots; two warpgroups of 64 rows each consume them. Scores,
-// weights and the weighted sums stay in registers, and so do the queries, so that shared memory is read for keys and
-// values alone. While the tensor cores add the values of one run of 64 keys, the scores of the next are already on
-// their way and turn into weights; and the warpgroups take turns, so that the tensor cores work for one while the other
-// turns scores into weights.
+// A block takes tiles of 128 rows and the KV head that they share, one after the other. One warp, the producer, has TMA
+// copy one page's keys or values after the other into a ring of slots; two warpgroups of 64 rows each consume them.
+// Scores, weights and the weighted sums stay in registers, and so do the queries, so that shared memory is read for
+// keys and values alone. While the tensor cores add the values of one run of 64 keys, the scores of the next are
+// already on their way and turn into weights; and the warpgroups take turns, so that the tensor cores work for one
+// while the other turns scores into weights.
 //
 // Each row goes through the keys from the first in runs of 64, and begins anew every 2048, folding what it has into its
 // state: so that a long context can be cut there and shared by blocks. No other row changes these operations: a row's
@@ -83,9 +83,10 @@ PTX_FUNCTION int RunsOf(int split, int end) {
 
 template <int kDim>
 PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
-                          Shared<kDim>& shared, const ptx::TensorMap& keys, const ptx::TensorMap& values) {
+                          Shared<kDim>& shared, const ptx::TensorMap& keys, const ptx::TensorMap& values, int& turn,
+                          int& tails) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  int turn = 0, row = 0, row_of_lane = 0;
+  int row = 0, row_of_lane = 0;
   for (int split = tile.first_split; split < tile.end_split; ++split) {
     const int runs = RunsOf(split, end);
     for (int run = 0; run < runs; ++run) {
@@ -105,7 +106,7 @@ PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, 
       Fill(shared, turn, values, row, &shared.full[SlotOf(turn)]);
     } else {
       Fill(shared, turn, values, row, &shared.tail);
-      ptx::MbarrierWait(&shared.tail, 0);
+      ptx::MbarrierWait(&shared.tail, static_cast<uint32_t>(tails++) & 1);
       ClearFrom(shared, SlotOf(turn), last);
       ptx::FenceProxyAsync();
       __syncwarp();
@@ -133,7 +134,9 @@ PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& ti
                               uint32_t (&q)[kDim / 16][4]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int first = warp * kWarpRows;
-  Queries<kDim, kWarpRows, 32>(args, tile, kv_head, first, lane).StoreTo(rows, args, tile, kv_head, first, lane);
+  const Queries<kDim, kWarpRows, 32> queries(args, tile, kv_head, first, lane);
+  __syncwarp();  // all lanes have read the results of the tile before
+  queries.StoreTo(rows, args, tile, kv_head, first, lane);
   __syncwarp();
   PTX_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
@@ -406,7 +409,7 @@ PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, 
 
 template <int kDim>
 PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
-                          Shared<kDim>& shared, int warp) {
+                          Shared<kDim>& shared, int warp, int& turn) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   // The warpgroup's rows, of which the first sees least. They do without the last runs where they do not see them, but
   // the slots must be released.
@@ -427,7 +430,6 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
   uint4* const own = shared.rows[warp];
   LoadQueries<kDim>(args, tile, kv_head, warp, own, q);
   if (turns.warpgroup == 1) PassTensorCores(turns, tile.first_split * kSplit - kKeys);  // as if it had just had one
-  int turn = 0;
   for (int split = tile.first_split; split < tile.end_split; ++split) {
     ConsumeSplit<kDim>(args, shared, q, sums, rows, turns, split * kSplit, seen_by_all, RunsOf(split, group_end),
                        RunsOf(split, end), turn);
@@ -448,13 +450,38 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
   }
 }
 
+// The block's tiles. The next one's record is on its way meanwhile.
+class Tiles {
+ public:
+  PTX_FUNCTION Tiles(const AttentionArgs& args, int items)
+      : args_(args), items_(items), item_(static_cast<int>(blockIdx.x)), word_(LoadWord()) {}
+  template <typename Use>
+  PTX_FUNCTION void ForEach(const Use& use) {
+    for (int round = 1; item_ < items_; ++round) {
+      const auto tile = RecordOf<AttentionItem>(word_);
+      const int kv_head = item_ - args_.by_kv_heads.Quotient(item_) * args_.kv_heads;
+      item_ = PrefillItemOf(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+      if (item_ < items_) word_ = LoadWord();
+      use(tile, kv_head, SmallerOf(KeysSeen(args_, tile, tile.rows - 1), tile.end_split * kSplit));
+    }
+  }
+
+ private:
+  PTX_FUNCTION int LoadWord() const {
+    return LoadRecordWord(args_, static_cast<int>(kFirstItem) + args_.by_kv_heads.Quotient(item_));
+  }
+  const AttentionArgs& args_;
+  const int items_;
+  int item_, word_;
+};
+
+// Blocks stay for all of their tiles, so that of the next one keys are on their way while this one's results leave.
 template <int kDim>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
-    PrefillAttentionKernel(AttentionArgs args, const PTX_GRID_CONSTANT ptx::TensorMap keys,
+    PrefillAttentionKernel(AttentionArgs args, int items, const PTX_GRID_CONSTANT ptx::TensorMap keys,
                            const PTX_GRID_CONSTANT ptx::TensorMap values) {
   auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
-  const int kv_head = static_cast<int>(blockIdx.x);
-  const auto tile = LoadRecord<AttentionItem>(args, static_cast<int>(kFirstItem + blockIdx.y));
+  Tiles tiles(args, items);
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::MbarrierInit(&shared.full[slot], 1);
@@ -464,32 +491,41 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     ptx::FenceProxyAsync();
   }
   __syncthreads();
-  const int end = SmallerOf(KeysSeen(args, tile, tile.rows - 1), tile.end_split * kSplit);
   // The same in all lanes, which ptxas knows of a shuffle: slots, descriptors and turns are then computed once for the
   // warp and not in each lane, and stand in the registers that wgmma takes them from.
   const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x / 32), 0);
+  int turn = 0;
   if (warp >= kPrefillConsumers) {
     ptx::GiveRegistersBack<40>();
-    if (warp == kPrefillConsumers) Produce(args, tile, kv_head, end, shared, keys, values);
+    if (warp > kPrefillConsumers) return;
+    int tails = 0;
+    tiles.ForEach([&](const AttentionItem& tile, int kv_head, int end) {
+      Produce(args, tile, kv_head, end, shared, keys, values, turn, tails);
+    });
   } else {
     ptx::TakeRegisters<232>();
-    Consume(args, tile, kv_head, end, shared, warp);
+    tiles.ForEach([&](const AttentionItem& tile, int kv_head, int end) {
+      Consume(args, tile, kv_head, end, shared, warp, turn);
+    });
   }
 }
 
 template <int kDim>
-void LaunchFor(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows) {
+void LaunchFor(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int items, int64_t pool_rows) {
   static_assert(sizeof(Shared<kDim>) == PrefillSharedBytes(kDim));
   const auto map = [&](const Elements& pages) {
     return ptx::MakeTensorMap(static_cast<const BF16*>(pages.data), pool_rows, kDim, kDim, kKeys);
   };
-  Launch(stream, "PrefillAttention", shape, PrefillAttentionKernel<kDim>, args, map(args.k_pages), map(args.v_pages));
+  Launch(stream, "PrefillAttention", shape, PrefillAttentionKernel<kDim>, args, items, map(args.k_pages),
+         map(args.v_pages));
 }
 
 }  // namespace
 
-void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int64_t pool_rows) {
-  args.dim == 64 ? LaunchFor<64>(stream, shape, args, pool_rows) : LaunchFor<128>(stream, shape, args, pool_rows);
+void LaunchPrefillAttention(Stream& stream, const LaunchShape& shape, const AttentionArgs& args, int items,
+                            int64_t pool_rows) {
+  args.dim == 64 ? LaunchFor<64>(stream, shape, args, items, pool_rows)
+                 : LaunchFor<128>(stream, shape, args, items, pool_rows);
 }
 
 }  // namespace altiplano::cuda

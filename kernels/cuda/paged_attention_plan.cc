@@ -38,6 +38,8 @@ class Planner {
   AttentionWork Plan() {
     PlanPrefill();
     work_.prefill_items = static_cast<int32_t>(used_ - kFirstItem);
+    work_.prefill_blocks =
+        static_cast<int32_t>(std::min(work_.prefill_items * sizes_.kv_heads, sizes_.multiprocessors));
     PlanWorkers();
     // Cuts have been written from the end of the list; now they follow the items.
     work_.cuts = static_cast<int32_t>(end_ - cut_);

@@ -110,12 +110,13 @@ constexpr int64_t AttentionTiles(int64_t rows, int64_t sequences, int64_t tile_r
 }
 
 // ---- launch geometry, from the numbers of AttentionWork
-constexpr LaunchShape PrefillAttentionShape(int64_t kv_heads, int64_t dim, int64_t items) {
-  // KV heads first: blocks start in this order, so that the heaviest tiles of all heads come before lighter ones.
-  return {.grid_x = static_cast<uint32_t>(kv_heads),
-          .grid_y = static_cast<uint32_t>(items),
-          .threads = kPrefillThreads,
-          .shared_bytes = PrefillSharedBytes(dim)};
+constexpr LaunchShape PrefillAttentionShape(int64_t dim, int64_t blocks) {
+  return {.grid_x = static_cast<uint32_t>(blocks), .threads = kPrefillThreads, .shared_bytes = PrefillSharedBytes(dim)};
+}
+// The item, among those of all KV heads from the heaviest on, that a block has in a round. The next round goes back:
+// who had a heavier one then has a lighter one.
+constexpr int PrefillItemOf(int round, int block, int blocks) {
+  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
 }
 constexpr LaunchShape AttentionShape(int64_t kv_heads, int64_t workers, uint32_t shared_bytes) {
   return {.grid_x = static_cast<uint32_t>(workers),
@@ -148,6 +149,7 @@ constexpr AttentionWork MostDecodeWork(const AttentionSizes& s, int64_t sequence
   const int64_t workers = std::min(tiles * splits, MostAttentionWorkers(s));
   return {.list = list,
           .prefill_items = 0,
+          .prefill_blocks = 0,
           .workers = static_cast<int32_t>(workers),
           .cuts = static_cast<int32_t>(splits > 1 ? std::min(tiles, workers) : 0)};
 }

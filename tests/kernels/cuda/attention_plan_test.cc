@@ -1,4 +1,5 @@
 // The work list of attention: every tile is somebody's once, blocks have like shares, and scratch suffices.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -252,10 +253,42 @@ TEST(AttentionPlan, BeginsWithTheHeaviestTiles) {
   EXPECT_EQ(order, (std::vector<int32_t>{1, 3, 1, 3, 1, 0, 2, 0, 2}));
 }
 
-TEST(AttentionPlan, LaunchesABlockForEachItemAndHead) {
-  EXPECT_EQ(
-      cuda::PrefillAttentionShape(8, 128, 34),
-      (cuda::LaunchShape{.grid_x = 8, .grid_y = 34, .threads = 384, .shared_bytes = cuda::PrefillSharedBytes(128)}));
+// Each item of each KV head is one block's, and no block has much more than the others.
+TEST(AttentionPlan, DealsPrefillItemsBackAndForth) {
+  for (int32_t tokens : {512, 2048, 8192}) {
+    for (int64_t kv_heads : {1, 2, 8}) {
+      const Plan plan(Of(kv_heads * 4, kv_heads), {{tokens, tokens}});
+      const int items = static_cast<int>(plan.prefill.size()) * static_cast<int>(kv_heads);
+      const int blocks = plan.work.prefill_blocks;
+      EXPECT_EQ(blocks, std::min(items, 132));
+      std::vector<int> owners(static_cast<size_t>(items));
+      std::vector<int64_t> keys(static_cast<size_t>(blocks));
+      int64_t all = 0, most = 0;
+      for (int block = 0; block < blocks; ++block) {
+        for (int round = 0; cuda::PrefillItemOf(round, block, blocks) < items; ++round) {
+          const int at = cuda::PrefillItemOf(round, block, blocks);
+          ++owners[static_cast<size_t>(at)];
+          const AttentionItem& item = plan.prefill[static_cast<size_t>(at / kv_heads)];
+          const int64_t seen = std::min<int64_t>(item.before + (item.first_row + item.rows - 1) / 4 + 1,
+                                                 item.end_split * cuda::kPrefillSplit) -
+                               item.first_split * cuda::kPrefillSplit;
+          keys[static_cast<size_t>(block)] += seen;
+          most = std::max(most, seen);
+          all += seen;
+        }
+      }
+      EXPECT_THAT(owners, testing::Each(1));
+      // The best that may be: the heaviest item, or a fair share.
+      const double best = std::max(static_cast<double>(most), static_cast<double>(all) / blocks);
+      EXPECT_LE(static_cast<double>(*std::max_element(keys.begin(), keys.end())), 1.07 * best)
+          << tokens << ", " << kv_heads;
+    }
+  }
+}
+
+TEST(AttentionPlan, LaunchesWhatWorkSays) {
+  EXPECT_EQ(cuda::PrefillAttentionShape(128, 34),
+            (cuda::LaunchShape{.grid_x = 34, .threads = 384, .shared_bytes = cuda::PrefillSharedBytes(128)}));
   EXPECT_LE(cuda::PrefillSharedBytes(128), cuda::kHopper.shared_bytes);
   EXPECT_EQ(cuda::AttentionShape(8, 33, 1000),
             (cuda::LaunchShape{.grid_x = 33, .grid_y = 8, .threads = 128, .shared_bytes = 1000}));
