@@ -271,9 +271,12 @@ __global__ void __launch_bounds__(kAttentionThreads) MmaAttentionKernel(Attentio
   ptx::WaitForKernelsBefore();
   auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
   const ItemRange items = ItemsOfWorker(args);
+  int word = items.begin < items.end ? LoadRecordWord(args, items.begin) : 0;
   for (int i = items.begin; i < items.end; ++i) {
     if (i > items.begin) __syncthreads();  // before shared memory is used again
-    Attend(args, LoadRecord<AttentionItem>(args, i), static_cast<int>(blockIdx.y), shared);
+    const auto tile = RecordOf<AttentionItem>(word);
+    if (i + 1 < items.end) word = LoadRecordWord(args, i + 1);  // on its way meanwhile
+    Attend(args, tile, static_cast<int>(blockIdx.y), shared);
   }
 }
 
