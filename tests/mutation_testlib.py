@@ -159,7 +159,10 @@ def run(tree, mutations, environment=None, timeout=300, build=build_broken, must
     for mutation in mutations:
         if wanted and not any(w in mutation.name for w in wanted):
             continue
-        problem = caught(tree, mutation, passing, must_say, environment=environment or {}, timeout=timeout, build=build)
+        try:
+            problem = caught(tree, mutation, passing, must_say, environment=environment or {}, timeout=timeout, build=build)
+        except subprocess.CalledProcessError:
+            problem = "does not compile"
         if problem:
             survivors.append(f"{mutation.name}: {problem}")
             print(survivors[-1], flush=True)
