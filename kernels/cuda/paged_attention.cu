@@ -188,11 +188,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineSplitsKernel(Attention
         largest = now;
       }
     }
-    const int row = cut.first_row + r;
-    const int query = args.by_group.Quotient(row);
-    const int64_t token = int64_t{cut.first_token} + query;
-    const float x[1] = {ptx::Divide(state, total)};
-    Store(args.out, token * args.out.stride + int64_t{(kv_head - query) * args.group + row} * args.dim + column, x);
+    StoreResult(args, cut, kv_head, r, column, state, total);
   }
 }
 

@@ -64,12 +64,13 @@ PTX_FUNCTION int KeysSeen(const AttentionArgs& args, const AttentionItem& tile, 
   return r < tile.rows ? tile.before + args.by_group.Quotient(tile.first_row + r) + 1 : 0;
 }
 
-// Where row `r` of the tile lies: its token, and its head among all.
+// Where row `r` of a tile, or of a part of one that was cut, lies: its token, and its head among all.
 struct RowPlace {
   int64_t token;
   int head;
 };
-PTX_FUNCTION RowPlace PlaceOf(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int r) {
+template <typename Tile>
+PTX_FUNCTION RowPlace PlaceOf(const AttentionArgs& args, const Tile& tile, int kv_head, int r) {
   const int row = tile.first_row + r, query = args.by_group.Quotient(row);
   return {int64_t{tile.first_token} + query, (kv_head - query) * args.group + row};
 }
@@ -181,9 +182,10 @@ PTX_FUNCTION float Fold(float old_part, float old_weight, float new_part, float 
   return fmaf(old_part, old_weight, new_part * new_weight);
 }
 
-// Row `r` of the tile, one column of it.
-PTX_FUNCTION void StoreResult(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int r, int column,
-                              float sum, float total) {
+// Likewise, one column of row `r`.
+template <typename Tile>
+PTX_FUNCTION void StoreResult(const AttentionArgs& args, const Tile& tile, int kv_head, int r, int column, float sum,
+                              float total) {
   const RowPlace place = PlaceOf(args, tile, kv_head, r);
   const float x[1] = {ptx::Divide(sum, total)};
   Store(args.out, place.token * args.out.stride + int64_t{place.head} * args.dim + column, x);

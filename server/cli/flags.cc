@@ -104,11 +104,11 @@ void AppendFlag(std::string& out, const Flag& flag) {
   if (!facts.empty()) out += StrCat("      ", facts, "\n");
 }
 
-}  // namespace
-
 // What others call a choice, where the nearest one by spelling would be another.
 constexpr std::pair<std::string_view, std::string_view> kOtherNames[] = {
     {"gpu", "cuda"}, {"nvidia", "cuda"}, {"bfloat16", "bf16"}};
+
+}  // namespace
 
 Status CheckValue(const Flag& flag, std::string_view value) {
   switch (flag.type) {

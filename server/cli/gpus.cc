@@ -46,7 +46,7 @@ StatusOr<std::vector<std::vector<int>>> AssignGpus(std::string_view list, int re
       if (ordinal < present) continue;
       return Status(Code::kUnavailable,
                     StrCat("--devices names GPU ", ordinal, ", but this process sees ", Gpus(present),
-                           ", counted from ", "0; CUDA_VISIBLE_DEVICES may hide others"));
+                           ", counted from 0; CUDA_VISIBLE_DEVICES may hide others"));
     }
   }
   std::vector<std::vector<int>> assigned;
