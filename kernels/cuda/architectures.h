@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "kernels/device.h"
 
@@ -31,14 +32,23 @@ constexpr const Architecture* FindArchitecture(int capability) {
   return nullptr;
 }
 
-// Of `built`, the targets that this program has kernels for, such as "80-real 90a-real": "sm_80 and sm_90a".
-inline std::string TargetNames(std::string_view built) {
-  std::string names;
+// Of `built`, the targets that this program has kernels for, such as "80-real 90a-real": 80, 90a.
+inline std::vector<std::string_view> TargetsIn(std::string_view built) {
+  std::vector<std::string_view> targets;
   while (!built.empty()) {
-    std::string_view target = built.substr(0, built.find(' '));
+    const std::string_view target = built.substr(0, built.find(' '));
     built.remove_prefix(target.size() < built.size() ? target.size() + 1 : target.size());
-    target = target.substr(0, target.find('-'));
-    names += (names.empty() ? "sm_" : built.empty() ? " and sm_" : ", sm_") + std::string(target);
+    targets.push_back(target.substr(0, target.find('-')));
+  }
+  return targets;
+}
+
+// Of the same: "sm_80 and sm_90a".
+inline std::string TargetNames(std::string_view built) {
+  const std::vector<std::string_view> targets = TargetsIn(built);
+  std::string names;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    names += (i == 0 ? "sm_" : i + 1 == targets.size() ? " and sm_" : ", sm_") + std::string(targets[i]);
   }
   return names;
 }
@@ -46,10 +56,8 @@ inline std::string TargetNames(std::string_view built) {
 // Empty, or why a GPU of this compute capability cannot be used.
 inline std::string WhyRefused(int ordinal, std::string_view name, int capability, std::string_view built) {
   const Architecture* found = FindArchitecture(capability);
-  for (std::string_view rest = built; !rest.empty();) {
-    std::string_view target = rest.substr(0, rest.find(' '));
-    rest.remove_prefix(target.size() < rest.size() ? target.size() + 1 : target.size());
-    if (found != nullptr && found->target == target.substr(0, target.find('-'))) return "";
+  for (const std::string_view target : TargetsIn(built)) {
+    if (found != nullptr && found->target == target) return "";
   }
   return "GPU " + std::to_string(ordinal) + ", " + std::string(name) + ", is of sm_" + std::to_string(capability) +
          "; this program has kernels for " + TargetNames(built) + " alone";
