@@ -68,10 +68,10 @@ void Launch(Stream& stream, const char* name, const LaunchShape& shape, void (*k
 }
 
 // A kernel whose blocks may start while the kernel before it on the stream still runs. Each of its threads calls
-// ptx::WaitForKernelsBefore, and may touch no global memory before that, neither read nor write, but for LdGlobalOnce
-// and PrefetchL2 of what no kernel writes. None may end without. ptx::LetNextKernelStart, too, is best called behind
-// the wait: a kernel that starts much earlier takes room from those that work, and what it asks L2 for may be gone when
-// it is used.
+// ptx::WaitForKernelsBefore, and may touch no global memory before that, neither read nor write, but for LdGlobalOnce,
+// CopyBoxOnce and PrefetchL2 of what no kernel writes. None may end without. ptx::LetNextKernelStart, too, is best
+// called behind the wait: a kernel that starts much earlier takes room from those that work, and what it asks L2 for
+// may be gone when it is used.
 template <typename... Parameters, typename... Arguments>
 void LaunchOverlapping(Stream& stream, const char* name, const LaunchShape& shape, void (*kernel)(Parameters...),
                        const Arguments&... arguments) {

@@ -85,6 +85,10 @@ PTX_FUNCTION void CopyBox(void* to, const TensorMap& map, int column, int row, u
       "l"(&map), "r"(column), "r"(row), "r"(SharedAddress(barrier))
       : "memory");
 }
+// The same of what no kernel writes: it may come before the wait for the kernels before.
+PTX_FUNCTION void CopyBoxOnce(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) {
+  CopyBox(to, map, column, row, barrier);
+}
 
 // ---- registers, which all warps of a warpgroup give back, or take from what others have given back
 template <int kRegisters>
@@ -101,6 +105,11 @@ template <int kSize>
 PTX_FUNCTION void Touch(float (&registers)[kSize]) {
   PTX_UNROLL
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int kCount, int kSize>
+PTX_FUNCTION void Touch(float (&registers)[kCount][kSize]) {
+  PTX_UNROLL
+  for (int i = 0; i < kCount; ++i) Touch(registers[i]);
 }
 template <int kCount, int kSize>
 PTX_FUNCTION void Touch(uint32_t (&registers)[kCount][kSize]) {
@@ -150,6 +159,33 @@ PTX_FUNCTION void Wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool
       : PTX_8(d, 0), PTX_8(d, 8), PTX_8(d, 16), PTX_8(d, 24), PTX_8(d, 32), PTX_8(d, 40), PTX_8(d, 48), PTX_8(d, 56)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),
         "n"(static_cast<int>(kMnMajor)));
+}
+
+// The same with a, too, found by its descriptor, both K-major. A warp has the sums of the 16 rows that begin at its
+// number in the warpgroup times 16.
+template <int kRegisters>
+PTX_FUNCTION void Wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kRegisters == 8 || kRegisters == 16 || kRegisters == 32, "16, 32 or 64 columns");
+  if constexpr (kRegisters == 8) {
+    PTX_SM90A(
+        "{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, 0; }"
+        : PTX_8(d, 0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kRegisters == 16) {
+    PTX_SM90A(
+        "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0; }"
+        : PTX_8(d, 0), PTX_8(d, 8)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else {
+    PTX_SM90A(
+        "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
+        : PTX_8(d, 0), PTX_8(d, 8), PTX_8(d, 16), PTX_8(d, 24)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
 }
 #undef PTX_8
 #undef PTX_SM90A

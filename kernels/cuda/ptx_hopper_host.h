@@ -40,6 +40,10 @@ inline void FenceProxyAsync() {
 inline void CopyBox(void* to, const TensorMap& map, int column, int row, uint64_t* barrier, PTX_SITE) {
   sim::CopyBox(to, map, column, row, barrier, site);
 }
+inline void CopyBoxOnce(void* to, const TensorMap& map, int column, int row, uint64_t* barrier, PTX_SITE) {
+  sim::BoxMaybeEarly(map, column, row);
+  sim::CopyBox(to, map, column, row, barrier, site);
+}
 
 inline uint32_t SharedAddress(const void* data) {
   return sim::SharedAddress(data);
@@ -82,7 +86,26 @@ void WgmmaWait(A&, B&, PTX_SITE) {
 template <bool kMnMajor, int kRegisters>
 void Wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate, PTX_SITE) {
   static_assert(kRegisters == 32 || kRegisters == 64, "64 or 128 columns, as in ptx_hopper_device.h");
-  sim::Wgmma({d, a, b, 2 * kRegisters, kMnMajor, accumulate}, site);
+  sim::Wgmma({.d = d,
+              .a = a,
+              .a_descriptor = 0,
+              .b_descriptor = b,
+              .columns = 2 * kRegisters,
+              .b_mn_major = kMnMajor,
+              .accumulate = accumulate},
+             site);
+}
+template <int kRegisters>
+void Wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate, PTX_SITE) {
+  static_assert(kRegisters == 8 || kRegisters == 16 || kRegisters == 32, "as in ptx_hopper_device.h");
+  sim::Wgmma({.d = d,
+              .a = nullptr,
+              .a_descriptor = a,
+              .b_descriptor = b,
+              .columns = 2 * kRegisters,
+              .b_mn_major = false,
+              .accumulate = accumulate},
+             site);
 }
 
 }  // namespace altiplano::ptx

@@ -124,9 +124,18 @@ void CheckProxyFence(Runner& runner, uint32_t address, const char* what, Site si
   }
 }
 
+void BoxMaybeEarly(const TensorMap& map, int column, int row) {
+  const Inside inside = Clip(map, column, row);
+  LoadsMaybeEarly(map.data, 0);  // nothing may be inside
+  for (int64_t r = 0; r < inside.rows; ++r) {
+    LoadsMaybeEarly(Source(map, inside.first_row + r, inside.first_column), static_cast<size_t>(inside.columns) * 2);
+  }
+}
+
 void CopyBox(void* to, const TensorMap& map, int column, int row, uint64_t* address, Site site) {
   Runner& runner = CurrentRunner();
   const uint32_t at = SharedAddress(runner, to), bytes = map.box_rows * kRowBytes;
+  if (map.box_rows == 0 || map.box_rows > 256) runner.Fail("a box has 1 to 256 rows", site);
   if (at % 1024 != 0) runner.Fail("the destination of a swizzled box is not aligned to 1024 bytes", site);
   CheckWaited(runner, site);
   CheckShared(runner, to, static_cast<int>(bytes), "the destination of a box", site);

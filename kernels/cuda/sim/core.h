@@ -108,9 +108,10 @@ struct Accumulator {
 
 struct WgmmaOperation {
   WgmmaOperands operands;  // of lane 0
+  // Of the first matrix in registers, or in shared memory.
   std::array<const uint32_t*, kWarpSize> a;
   uint32_t a_values[kWarpSize][4];
-  uint64_t b_hash;
+  uint64_t a_hash, b_hash;
   size_t accumulator;
   int group;
   void* pc;

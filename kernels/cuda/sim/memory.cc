@@ -69,6 +69,7 @@ void Free(void* data) {
 class EarlyLoads {
  public:
   void Add(const void* data, size_t bytes) {
+    if (bytes == 0) return;
     const Guard guard(busy_);
     auto begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
     auto it = ranges_.upper_bound(end);

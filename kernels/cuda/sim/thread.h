@@ -76,14 +76,16 @@ void MbarrierInit(uint64_t* barrier, uint32_t arrivals, Site site);
 void MbarrierArrive(uint64_t* barrier, uint32_t expected_bytes, Site site);
 void MbarrierWait(uint64_t* barrier, uint32_t parity, Site site);
 void FenceProxyAsync();
+// As LoadsMaybeEarly, of what the next CopyBox reads.
+void BoxMaybeEarly(const TensorMap& map, int column, int row);
 void CopyBox(void* to, const TensorMap& map, int column, int row, uint64_t* barrier, Site site);
 uint32_t SharedAddress(const void* data);
 
 // ---- matrices of a warpgroup
 struct WgmmaOperands {
-  float* d;  // columns / 2 registers
-  const uint32_t* a;
-  uint64_t b;  // a matrix descriptor
+  float* d;           // columns / 2 registers
+  const uint32_t* a;  // 4 registers, or null: a_descriptor tells of it
+  uint64_t a_descriptor, b_descriptor;
   int columns;
   bool b_mn_major, accumulate;
 

@@ -12,7 +12,7 @@ namespace altiplano::sim {
 namespace {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
-constexpr int kRows = 16;  // of a warp
+constexpr int kRows = 16;  // of a warp: those of the first matrix from its number in the warpgroup times 16
 constexpr int kDepth = 16;
 constexpr int kMostColumns = 256;
 
@@ -34,31 +34,44 @@ struct Argument {
   Site site;
 };
 
-// Calls function(chunk, column, k) for each 8 neighbours of B: along k from (column, k), or along the columns.
+// Rows of A or columns of B.
+struct SharedMatrix {
+  uint64_t descriptor;
+  int begin, end;
+  bool mn_major;
+};
+SharedMatrix SharedA(const Runner& runner, const WgmmaOperands& operands) {
+  const int begin = runner.current->warp % 4 * kRows;
+  return {operands.a_descriptor, begin, begin + kRows, false};
+}
+SharedMatrix SharedB(const WgmmaOperands& operands) {
+  return {operands.b_descriptor, 0, operands.columns, operands.b_mn_major};
+}
+
+// Calls function(chunk, mn, k) for each 8 neighbours: along k from (mn, k), or along the rows or columns.
 template <typename Function>
-void ForChunks(Runner& runner, const WgmmaOperands& operands, Site site, const Function& function) {
-  const MatrixDescriptor descriptor(operands.b);
+void ForChunks(Runner& runner, const SharedMatrix& matrix, Site site, const Function& function) {
+  const MatrixDescriptor descriptor(matrix.descriptor);
   if (descriptor.base_offset != 0) runner.Fail("wgmma: a base offset is not modelled", site);
   if (const uint32_t row = descriptor.start & ~0x7Fu; Swizzled(row, descriptor.swizzle) != row) {
     runner.Fail("wgmma: its matrix does not start in the first row of an atom, and has no base offset", site);
   }
-  const int column_step = operands.b_mn_major ? 8 : 1, k_step = operands.b_mn_major ? 1 : 8;
+  const int mn_step = matrix.mn_major ? 8 : 1, k_step = matrix.mn_major ? 1 : 8;
   for (int k = 0; k < kDepth; k += k_step) {
-    for (int column = 0; column < operands.columns; column += column_step) {
-      const uint32_t offset =
-          descriptor.Offset(static_cast<uint32_t>(column), static_cast<uint32_t>(k), operands.b_mn_major);
+    for (int mn = matrix.begin; mn < matrix.end; mn += mn_step) {
+      const uint32_t offset = descriptor.Offset(static_cast<uint32_t>(mn), static_cast<uint32_t>(k), matrix.mn_major);
       const uint32_t address = Swizzled(descriptor.start + offset, descriptor.swizzle);
       const char* chunk = runner.set->window + address;
       CheckShared(runner, chunk, 16, "the matrix of a wgmma", site);
       CheckProxyFence(runner, address, "wgmma reads", site);
-      function(chunk, column, k);
+      function(chunk, mn, k);
     }
   }
 }
 
-uint64_t HashOfB(Runner& runner, const WgmmaOperands& operands, void* pc, Site site) {
+uint64_t HashOf(Runner& runner, const SharedMatrix& matrix, void* pc, Site site) {
   uint64_t hash = 0;
-  ForChunks(runner, operands, site, [&](const char* chunk, int, int) {
+  ForChunks(runner, matrix, site, [&](const char* chunk, int, int) {
     TsanRead(chunk, 16, pc);
     uint64_t words[2];
     CopyBytes(words, chunk, 16);
@@ -95,7 +108,7 @@ void Multiply(Runner& runner, const WgmmaOperation& operation, std::vector<float
   float A[kRows][kDepth], B[kDepth][kMostColumns], D[kRows][kMostColumns];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const int g = lane / 4, t = 2 * (lane % 4);
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4 && operands.a != nullptr; ++i) {
       A[g + 8 * (i & 1)][t + 8 * (i >> 1)] = Low(operation.a_values[lane][i]);
       A[g + 8 * (i & 1)][t + 8 * (i >> 1) + 1] = High(operation.a_values[lane][i]);
     }
@@ -104,7 +117,15 @@ void Multiply(Runner& runner, const WgmmaOperation& operation, std::vector<float
           operands.accumulate ? values[static_cast<size_t>(lane * columns / 2 + i)] : 0.0f;
     }
   }
-  ForChunks(runner, operands, operation.site, [&](const char* chunk, int column, int k) {
+  if (operands.a == nullptr) {
+    const SharedMatrix a = SharedA(runner, operands);
+    ForChunks(runner, a, operation.site, [&](const char* chunk, int row, int k) {
+      BF16 elements[8];
+      CopyBytes(elements, chunk, sizeof(elements));
+      for (int i = 0; i < 8; ++i) A[row - a.begin][k + i] = ToFloat(elements[i]);
+    });
+  }
+  ForChunks(runner, SharedB(operands), operation.site, [&](const char* chunk, int column, int k) {
     BF16 elements[8];
     CopyBytes(elements, chunk, sizeof(elements));
     for (int i = 0; i < 8; ++i) {
@@ -135,28 +156,40 @@ void Issue(void* const* arguments, uint32_t) {
   operation.group = warp.wgmma_group;
   for (size_t lane = 0; lane < kWarpSize; ++lane) {
     const WgmmaOperands& own = static_cast<Argument*>(arguments[lane])->operands;
-    if (own.b != first.operands.b || own.accumulate != first.operands.accumulate) {
+    if (own.a_descriptor != first.operands.a_descriptor || own.b_descriptor != first.operands.b_descriptor ||
+        own.accumulate != first.operands.accumulate) {
       runner.Fail("wgmma: the lanes' descriptors or predicates differ", first.site);
     }
     operation.a[lane] = own.a;
-    CopyBytes(operation.a_values[lane], own.a, sizeof(operation.a_values[lane]));
+    if (own.a != nullptr) CopyBytes(operation.a_values[lane], own.a, sizeof(operation.a_values[lane]));
   }
-  operation.b_hash = HashOfB(runner, operation.operands, operation.pc, operation.site);
+  if (first.operands.a == nullptr) {
+    operation.a_hash = HashOf(runner, SharedA(runner, first.operands), operation.pc, operation.site);
+  }
+  operation.b_hash = HashOf(runner, SharedB(first.operands), operation.pc, operation.site);
   TsanIgnore ignore;
   Accumulator& accumulator = AccumulatorOf(warp, arguments, &operation.accumulator);
   Multiply(runner, operation, accumulator.values);
   ++accumulator.operations;
-  warp.wgmma_history = Mixed(Mixed(warp.wgmma_history, first.operands.b),
-                             static_cast<uint64_t>(first.operands.columns) * 2 + first.operands.b_mn_major);
+  warp.wgmma_history = Mixed(Mixed(Mixed(warp.wgmma_history, first.operands.a_descriptor), first.operands.b_descriptor),
+                             static_cast<uint64_t>(first.operands.columns) * 4 + (first.operands.a == nullptr) * 2u +
+                                 first.operands.b_mn_major);
   warp.wgmmas.push_back(operation);
 }
 
 void Finish(Runner& runner, Warp& warp, const WgmmaOperation& operation) {
-  if (HashOfB(runner, operation.operands, operation.pc, operation.site) != operation.b_hash) {
+  const bool a_is_shared = operation.operands.a == nullptr;
+  const auto changed = [&](const SharedMatrix& matrix, uint64_t hash) {
+    return HashOf(runner, matrix, operation.pc, operation.site) != hash;
+  };
+  if (a_is_shared && changed(SharedA(runner, operation.operands), operation.a_hash)) {
+    runner.Fail("wgmma: its first matrix in shared memory changed before it was waited for", operation.site);
+  }
+  if (changed(SharedB(operation.operands), operation.b_hash)) {
     runner.Fail("wgmma: its matrix in shared memory changed before it was waited for", operation.site);
   }
   TsanIgnore ignore;
-  for (size_t lane = 0; lane < kWarpSize; ++lane) {
+  for (size_t lane = 0; lane < kWarpSize && !a_is_shared; ++lane) {
     if (std::memcmp(operation.a[lane], operation.a_values[lane], sizeof(operation.a_values[lane])) != 0) {
       runner.Fail("wgmma: its matrix in registers changed before it was waited for", operation.site);
     }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <random>
 #include <string>
@@ -253,6 +254,14 @@ TEST(SimulatedHopper, NamesMistakesWithTma) {
   };
   sim::SetSeed(1);
   for (const auto& [what, body] : cases) EXPECT_THAT(RunBlock(body), HasSubstr(what));
+  for (const uint32_t rows : {0, 257}) {
+    const ptx::TensorMap odd = ptx::MakeTensorMap(matrix.data(), 8, 64, 64, rows);
+    EXPECT_THAT(RunBlock([&] {
+                  InitBarrier(0, 1);
+                  copy(Shared(0), odd, rows * 128);
+                }),
+                HasSubstr("a box has 1 to 256 rows"));
+  }
 
   int under_way = 0;
   for (int seed = 1; seed <= kSeeds; ++seed) {
@@ -287,6 +296,76 @@ TEST(SimulatedHopper, CountsWhatBoxesRead) {
   EXPECT_EQ(traffic.load_bytes, 16u * 128 + 10 * 96);
   EXPECT_EQ(traffic.sectors, 16u * 4 + 10 * 3);
   EXPECT_EQ(traffic.ideal_sectors, 16u * 4 + 10 * 3);
+}
+
+// A box of what no kernel writes may be copied before the wait for the kernels before; its rows are then held to that.
+TEST(SimulatedHopper, BoxesThatNoKernelWritesMayBeCopiedBeforeTheWait) {
+  constexpr int kRows = 20, kColumns = 72, kStride = 80;
+  DeviceArray<BF16> matrix(kRows * kStride, Numbered);
+  DeviceArray<uint16_t> out(3);
+  const ptx::TensorMap map = ptx::MakeTensorMap(matrix.data(), kRows, kColumns, kStride, 16);
+  const sim::Grid early = {
+      .kernel = "Early", .grid = 1, .block = 32, .shared_bytes = kSharedBytes, .overlapping = true};
+  // Rows 8 to 19 of columns 32 to 71, and boxes beyond the matrix.
+  const auto copies = [&](bool once, bool waits) {
+    return [&, once, waits] {
+      InitBarrier(0, 1);
+      if (waits) ptx::WaitForKernelsBefore();
+      if (Thread() == 0) {
+        ptx::MbarrierArriveExpecting(Barrier(0), 3 * 2048);
+        (once ? ptx::CopyBoxOnce : ptx::CopyBox)(Shared(0), map, 32, 8, Barrier(0), sim::Site::Current());
+        (once ? ptx::CopyBoxOnce : ptx::CopyBox)(Shared(2048), map, 125, 0, Barrier(0), sim::Site::Current());
+        (once ? ptx::CopyBoxOnce : ptx::CopyBox)(Shared(4096), map, 0, 20, Barrier(0), sim::Site::Current());
+      }
+      ptx::WaitForKernelsBefore();
+      ptx::MbarrierWait(Barrier(0), 0);
+      if (Thread() != 0) return;
+      for (int box = 0; box < 3; ++box) {
+        ptx::StGlobal(&out[static_cast<size_t>(box)], ptx::LdShared(reinterpret_cast<uint16_t*>(Shared(2048 * box))));
+      }
+    };
+  };
+  const auto stores = [&](int row, int column) {
+    return sim::RunGrid({"Store", 1, 32}, [&] {
+      if (Thread() == 0) ptx::StGlobal(&matrix[static_cast<size_t>(row * kStride + column)].bits, uint16_t{7});
+    });
+  };
+  EXPECT_THAT(sim::RunGrid(early, copies(false, false)),
+              AllOf(HasSubstr("touched before the wait"), HasSubstr("simulator_hopper_test.cc:")));
+  sim::CountTraffic(true);
+  EXPECT_EQ(sim::RunGrid(early, copies(true, true)), "");
+  EXPECT_EQ(sim::TrafficOf("Early").early_bytes, 0u);
+  EXPECT_EQ(stores(8, 32), "") << "was copied after the wait";
+  EXPECT_EQ(sim::RunGrid(early, copies(true, false)), "");
+  EXPECT_EQ(sim::TrafficOf("Early").early_bytes, 12u * 80);
+  sim::CountTraffic(false);
+  EXPECT_EQ(out[0], 7u);
+  EXPECT_EQ(out[1], 0u);
+  EXPECT_EQ(out[2], 0u);
+  for (const auto& [row, column] : {std::pair{8, 32}, {8, 71}, {13, 50}, {19, 32}, {19, 71}}) {
+    EXPECT_THAT(stores(row, column), AllOf(HasSubstr("kernel Store"), HasSubstr("what a kernel loads before its wait")))
+        << row << ", " << column;
+  }
+  for (const auto& [row, column] : {std::pair{7, 71}, {8, 31}, {8, 72}, {13, 31}, {0, 0}, {19, 72}}) {
+    EXPECT_EQ(stores(row, column), "") << row << ", " << column;
+  }
+  EXPECT_EQ(sim::RunGrid({"Store", 1, 32},
+                         [&] {
+                           auto* words = reinterpret_cast<uint4*>(matrix.data());
+                           if (Thread() < 7 * kStride / 8) ptx::StGlobal(words + Thread(), uint4{});
+                         }),
+            "");
+  // The permission is for one box.
+  EXPECT_THAT(sim::RunGrid(early,
+                           [&] {
+                             InitBarrier(0, 1);
+                             if (Thread() == 0) {
+                               ptx::CopyBoxOnce(Shared(0), map, 0, 0, Barrier(0));
+                               ptx::CopyBox(Shared(2048), map, 0, 0, Barrier(0));
+                             }
+                             ptx::WaitForKernelsBefore();
+                           }),
+              HasSubstr("touched before the wait"));
 }
 
 // ---- wgmma
@@ -406,6 +485,68 @@ TEST(SimulatedHopper, ProductsOfAWarpgroup) {
   ExpectProduct<64, true>();
   ExpectProduct<128, false>();
   ExpectProduct<128, true>();
+}
+
+// A of 128 x 64, two tiles of 64 rows, times B of 64 x N, both K-major in shared memory.
+template <int kColumns>
+void MultiplyTiles(const ptx::TensorMap& a, const ptx::TensorMap& b, DeviceArray<float>& d) {
+  constexpr int kABytes = 128 * 128;
+  InitBarrier(0, 1);
+  if (Thread() == 0) {
+    ptx::MbarrierArriveExpecting(Barrier(0), kABytes + kColumns * 128);
+    ptx::CopyBox(Shared(0), a, 0, 0, Barrier(0));
+    ptx::CopyBox(Shared(kABytes), b, 0, 0, Barrier(0));
+  }
+  ptx::MbarrierWait(Barrier(0), 0);
+  float sums[2][kColumns / 2];
+  for (auto& tile : sums) {
+    for (float& sum : tile) sum = 1000;
+  }
+  ptx::WgmmaFence(sums);
+  for (int step = 0; step < 4; ++step) {
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint64_t first = ptx::MatrixDescriptor(Shared(tile * kABytes / 2 + step * 32), 0, 1024);
+      const uint64_t second = ptx::MatrixDescriptor(Shared(kABytes + step * 32), 0, 1024);
+      ptx::Wgmma(sums[tile], first, second, step > 0);
+    }
+  }
+  EXPECT_TRUE(std::isnan(sums[0][0]) && std::isnan(sums[1][kColumns / 2 - 1])) << "before the wait";
+  ptx::WgmmaCommit();
+  ptx::WgmmaWait<0>(sums);
+  const int row = Thread() / 32 * 16 + Thread() % 32 / 4, column = Thread() % 4 * 2;
+  for (int i = 0; i < kColumns; ++i) {
+    const int tile = i / (kColumns / 2), at = i % (kColumns / 2);
+    const int m = 64 * tile + row + at / 2 % 2 * 8, n = at / 4 * 8 + column + at % 2;
+    ptx::StGlobal(d.data() + m * kColumns + n, sums[tile][at]);
+  }
+}
+
+template <int kColumns>
+void ExpectProductOfTiles() {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto any = [&](size_t) { return ToBF16(normal(random)); };
+  DeviceArray<BF16> a(128 * 64, any), b(kColumns * 64, any);
+  const ptx::TensorMap a_map = ptx::MakeTensorMap(a.data(), 128, 64, 64, 128);
+  const ptx::TensorMap b_map = ptx::MakeTensorMap(b.data(), kColumns, 64, 64, kColumns);
+  DeviceArray<float> d(128 * kColumns);
+  for (int seed = 1; seed <= 3; ++seed) {
+    sim::SetSeed(static_cast<uint64_t>(seed));
+    ASSERT_EQ(RunBlock([&] { MultiplyTiles<kColumns>(a_map, b_map, d); }), "");
+    for (size_t m = 0; m < 128; ++m) {
+      for (size_t n = 0; n < kColumns; ++n) {
+        double exact = 0;
+        for (size_t k = 0; k < 64; ++k) exact += double{ToFloat(a[m * 64 + k])} * ToFloat(b[n * 64 + k]);
+        ASSERT_NEAR(d[m * kColumns + n], exact, 2e-5) << m << ", " << n;
+      }
+    }
+  }
+}
+
+TEST(SimulatedHopper, ProductsOfTwoMatricesInSharedMemory) {
+  ExpectProductOfTiles<16>();
+  ExpectProductOfTiles<32>();
+  ExpectProductOfTiles<64>();
 }
 
 // 16 KiB of zeros for a product to read, behind the fence that it needs.
@@ -548,6 +689,81 @@ TEST(SimulatedHopper, NamesMistakesWithWgmma) {
                   },
                   96),
               HasSubstr("wgmma in a warpgroup of less than 128 threads"));
+}
+
+// The first matrix lies at 0, the second behind it.
+void IssueShared(float (&d)[8], int at = 0) {
+  ptx::Wgmma(d, ptx::MatrixDescriptor(Shared(at), 0, 1024), ptx::MatrixDescriptor(Shared(8192), 0, 1024), false);
+}
+// As if the products of ClearShared's zeros had not been waited for when thread 0 writes to `at`.
+void ChangeBeforeTheWait(int at) {
+  ClearShared();
+  float d[8] = {};
+  ptx::WgmmaFence(d);
+  IssueShared(d);
+  ptx::WgmmaCommit();
+  __syncthreads();
+  if (Thread() == 0) ptx::StShared(reinterpret_cast<float*>(Shared(at)), 1.0f);
+  if (Thread() == 0) ptx::FenceProxyAsync();
+  __syncthreads();
+  ptx::WgmmaWait<0>(d);
+}
+
+TEST(SimulatedHopper, NamesMistakesWithWgmmaOfTwoMatricesInSharedMemory) {
+  sim::SetSeed(1);
+  // Rows of 128 bytes: the first and the last rows of each warp, chunk 0 as swizzled.
+  for (const int row : {0, 15, 16, 31, 32, 47, 48, 63}) {
+    const std::string error = RunBlock([&] { ChangeBeforeTheWait(row * 128 + row % 8 * 16); });
+    EXPECT_THAT(error, HasSubstr("its first matrix in shared memory changed before it was waited for")) << row;
+    const std::string before = ", thread ";
+    EXPECT_EQ(std::atoi(error.c_str() + error.find(before) + before.size()) / 32, row / 16) << error;
+  }
+  EXPECT_EQ(RunBlock([] { ChangeBeforeTheWait(64); }), "") << "of k from 32 on";
+  EXPECT_EQ(RunBlock([] { ChangeBeforeTheWait(8192 + 16 * 128); }), "") << "of column 16";
+  EXPECT_THAT(RunBlock([] { ChangeBeforeTheWait(8192 + 128 + 16); }),
+              HasSubstr("its matrix in shared memory changed before it was waited for"));
+  const std::pair<const char*, std::function<void()>> cases[] = {
+      {"wgmma reads shared memory that thread 5",
+       [] {
+         ClearShared();
+         if (Thread() == 5) ptx::StShared(reinterpret_cast<float*>(Shared(40 * 128)), 1.0f);
+         __syncthreads();
+         float d[8] = {};
+         ptx::WgmmaFence(d);
+         IssueShared(d);
+       }},
+      {"warps 0 and 2 of a warpgroup issued different wgmmas",
+       [] {
+         ClearShared();
+         float d[8] = {};
+         ptx::WgmmaFence(d);
+         IssueShared(d, Thread() / 32 == 2 ? 32 : 0);
+         ptx::WgmmaCommit();
+         ptx::WgmmaWait<0>(d);
+       }},
+      {"the lanes' descriptors or predicates differ",
+       [] {
+         ClearShared();
+         float d[8] = {};
+         ptx::WgmmaFence(d);
+         IssueShared(d, Thread() % 2 * 32);
+       }},
+      {"does not start in the first row of an atom",
+       [] {
+         ClearShared();
+         float d[8] = {};
+         ptx::WgmmaFence(d);
+         IssueShared(d, 128);
+       }},
+      {"the matrix of a wgmma is outside",
+       [] {
+         ClearShared();
+         float d[8] = {};
+         ptx::WgmmaFence(d);
+         IssueShared(d, kSharedBytes - 7 * 1024);
+       }},
+  };
+  for (const auto& [what, body] : cases) EXPECT_THAT(RunBlock(body), HasSubstr(what));
 }
 
 // ---- registers
