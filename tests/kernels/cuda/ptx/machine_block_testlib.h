@@ -28,11 +28,11 @@ struct AsyncCopy {
 // A wgmma under way, of a warp's 16 rows.
 struct Product {
   const Instruction* in;
-  uint64_t descriptor;
+  uint64_t a_descriptor, b_descriptor;
   bool accumulate;
   uint64_t group;
-  std::array<std::array<uint32_t, kLanes>, 4> a;
-  std::shared_ptr<std::vector<float>> sums;  // row by row; one for all that are under way for the same registers
+  std::vector<std::array<uint32_t, kLanes>> a;  // 4 registers, or none where it has a descriptor
+  std::shared_ptr<std::vector<float>> sums;     // row by row; one for all that are under way for the same registers
 };
 
 struct Warp {
@@ -133,6 +133,9 @@ class Machine {
   void LdMatrix(const Instruction& in);
   void IssueProduct(const Instruction& in);
   void PerformProduct();  // the oldest
+  // Rows of a, or columns of b, 16 elements each; false, and a fault, where there is none to be read.
+  bool ReadMatrix(const Instruction& in, uint64_t descriptor, bool mn_major, uint32_t begin, uint32_t end,
+                  std::vector<float>* to);
   void FenceProducts() { warp_->fenced = warp_->memory; }
   void WaitForProducts(uint64_t pending_groups);
 

@@ -67,7 +67,7 @@ Ran RunSource(const std::string& body, std::vector<uint32_t> words, uint32_t thr
   EXPECT_THAT(errors, IsEmpty());
   if (!errors.empty()) return {errors[0], {}};
   Launch launch = {
-      .block = {threads, 1, 1}, .dynamic_shared_bytes = 16384, .parameters = {}, .memory = {}, .seed = seed};
+      .block = {threads, 1, 1}, .dynamic_shared_bytes = 24576, .parameters = {}, .memory = {}, .seed = seed};
   launch.parameters.resize(192);
   auto* data = words.data();
   std::memcpy(launch.parameters.data(), &data, sizeof data);
@@ -86,6 +86,18 @@ Ran RunSource(const std::string& body, std::vector<uint32_t> words, uint32_t thr
 uint32_t Pair(int low, int high) {
   const auto bits = [](int x) { return std::bit_cast<uint32_t>(static_cast<float>(x)) >> 16; };
   return bits(low) | bits(high) << 16;
+}
+
+// d from %f0 on, a, b's descriptor %rd11, %p2: whether d is added to.
+std::string Wgmma(int columns, const std::string& a, const std::string& transposed) {
+  std::string d;
+  for (int i = 0; i < columns / 2; ++i) d += (i == 0 ? "%f" : ", %f") + std::to_string(i);
+  return "wgmma.mma_async.sync.aligned.m64n" + std::to_string(columns) + "k16.f32.bf16.bf16 {" + d + "}, " + a +
+         ", %rd11, %p2, 1, 1, " + transposed + ";";
+}
+// a %r10 to %r13.
+std::string Wgmma(bool mn_major, int columns = 64) {
+  return Wgmma(columns, "{%r10, %r11, %r12, %r13}", mn_major ? "1" : "0");
 }
 
 TEST(PtxMachine, LanesComputeAndStore) {
@@ -154,7 +166,7 @@ TEST(PtxMachine, RefusesAccessesOutsideOfMemory) {
   EXPECT_THAT(RunSource("st.global.u32 [%rd3+2], %r1;", std::vector<uint32_t>(33)).error, HasSubstr("misaligned"));
   EXPECT_THAT(RunSource("ld.global.v2.u32 {%r2, %r3}, [%rd3];", std::vector<uint32_t>(40)).error,
               HasSubstr("misaligned"));
-  EXPECT_THAT(RunSource("mov.u32 %r2, dynamic; st.shared.u32 [%r2+16384], %r1;", {0}).error, HasSubstr("outside"));
+  EXPECT_THAT(RunSource("mov.u32 %r2, dynamic; st.shared.u32 [%r2+24576], %r1;", {0}).error, HasSubstr("outside"));
   EXPECT_THAT(RunSource("trap;", {0}).error, HasSubstr("test.ptx:24: a trap"));
 }
 
@@ -171,6 +183,13 @@ TEST(PtxMachine, ReadsOnlyWhatItKnows) {
   EXPECT_THAT(errors_of("bra $L_nowhere;"), testing::ElementsAre(HasSubstr("no such label")));
   EXPECT_THAT(errors_of("$L_a: bra $L_a;\n$L_a: bra $L_a;"), testing::ElementsAre(HasSubstr("a label twice")));
   EXPECT_THAT(errors_of("ld.global.u32 %r2, [%rd1+many];"), testing::ElementsAre(HasSubstr("not a number")));
+  // A first matrix that is transposed, more or fewer numbers, other columns, too few registers.
+  EXPECT_THAT(errors_of(Wgmma(16, "%rd12", "0, 0") + Wgmma(128, "%rd12", "0, 1") + Wgmma(false, 16)), IsEmpty());
+  for (const std::string& other :
+       {Wgmma(16, "%rd12", "1, 0"), Wgmma(16, "%rd12", "0"), Wgmma(16, "%rd12", "0, 2"), Wgmma(24, "%rd12", "0, 0"),
+        Wgmma(64, "{%r10, %r11, %r12, %r13}", "0, 0"), Wgmma(16, "{%r10, %r11}", "0")}) {
+    EXPECT_THAT(errors_of(other), testing::ElementsAre(HasSubstr("test.ptx:24: an instruction that is not"))) << other;
+  }
   EXPECT_THAT(errors_of("{ .reg .pred p; setp.eq.s32 p, %r1, 0; } { .reg .b32 p; mov.u32 p, 1; }"), IsEmpty());
 }
 
@@ -304,20 +323,13 @@ $L_next:
   EXPECT_THAT(RunSource(body("2064"), std::vector<uint32_t>(512), 32, 1, tiled).error, HasSubstr("for an mbarrier"));
 }
 
-// d %f0 to %f31, a %r10 to %r13, b's descriptor %rd11, %p2: whether d is added to.
-std::string Wgmma(bool mn_major) {
-  std::string d;
-  for (int i = 0; i < 32; ++i) d += (i == 0 ? "%f" : ", %f") + std::to_string(i);
-  return "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" + d +
-         "}, {%r10, %r11, %r12, %r13}, %rd11, %p2, 1, 1, " + (mn_major ? "1;" : "0;");
-}
-
 // b lies as TMA leaves it, 64 rows of 128 bytes of (row r, element e), r - 2 e, swizzled: K-major the rows are columns
 // of b, MN-major they are its k. Four warps, each with 16 of the 64 rows of a.
 TEST(PtxMachine, WgmmaFindsBByItsDescriptor) {
-  for (const bool mn_major : {false, true}) {
+  for (const auto& [mn_major, columns] :
+       {std::pair{false, 64}, {true, 64}, {false, 32}, {true, 32}, {false, 16}, {true, 16}}) {
     std::string ones, stores;
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < columns / 2; ++i) {
       const std::string f = "%f" + std::to_string(i);
       ones += "mov.f32 " + f + ", 0f3F800000;";
       stores += "st.global.f32 [%rd9+" + std::to_string(i * 4) + "], " + f + ";";
@@ -350,18 +362,66 @@ $L_fill:
                                   R"(;
   shr.u32 %r15, %r14, 4; cvt.u64.u32 %rd10, %r15; or.b64 %rd11, %rd10, 4611686293305294848; // a stride of 1024, swizzle 1
   mov.u32 %r16, 1; setp.ne.b32 %p2, %r16, 0;
-  wgmma.fence.sync.aligned;)" + Wgmma(mn_major) +
+  wgmma.fence.sync.aligned;)" + Wgmma(mn_major, columns) +
                                   "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" + stores,
                               words, 128);
     ASSERT_EQ(ran.error, "");
     for (int thread = 0; thread < 128; ++thread) {
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < columns / 2; ++i) {
         const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
         int sum = 1;
         for (int k = 16; k < 32; ++k) sum += a(row, k - 16) * (mn_major ? k - 2 * column : column - 2 * k);
         EXPECT_EQ(AsFloat(ran.words[2048 + static_cast<size_t>(thread) * 36 + 4 + static_cast<size_t>(i)]),
                   static_cast<float>(sum))
             << thread << " " << i;
+      }
+    }
+  }
+}
+
+// a has 64 rows of 128 bytes, b behind it as many as columns, swizzled; k from 32 to 47 of them is multiplied. Each of
+// four warps has the sums of 16 rows of a.
+TEST(PtxMachine, WgmmaFindsBothByTheirDescriptors) {
+  const auto a = [](int row, int k) { return row - 2 * k; };
+  const auto b = [](int column, int k) { return (3 * column + 5 * k) % 11 - 5; };
+  for (const int columns : {16, 32, 64, 128}) {
+    const int filled = (64 + columns) * 32, results = columns / 2;
+    std::vector<uint32_t> words(static_cast<size_t>(filled + 128 * results));
+    for (int row = 0; row < filled / 32; ++row) {
+      for (int k = 0; k < 64; k += 2) {
+        words[static_cast<size_t>(row * 32 + (k / 8 ^ row % 8) * 4 + k % 8 / 2)] =
+            row < 64 ? Pair(a(row, k), a(row, k + 1)) : Pair(b(row - 64, k), b(row - 64, k + 1));
+      }
+    }
+    std::string stores;
+    for (int i = 0; i < results; ++i) {
+      stores += "st.global.f32 [%rd9+" + std::to_string(i * 4) + "], %f" + std::to_string(i) + ";";
+    }
+    const Ran ran = RunSource(R"(
+  mov.u32 %r2, dynamic; mov.u32 %r3, %r1;
+$L_fill:
+  shl.b32 %r4, %r3, 2; add.s32 %r5, %r2, %r4; cvt.u64.u32 %rd4, %r4; add.s64 %rd5, %rd1, %rd4;
+  ld.global.u32 %r6, [%rd5]; st.shared.u32 [%r5], %r6; add.s32 %r3, %r3, 128; setp.lt.u32 %p1, %r3, )" +
+                                  std::to_string(filled) + R"(;
+  @%p1 bra $L_fill;
+  bar.sync 0;
+  mul.wide.u32 %rd6, %r1, )" + std::to_string(results * 4) +
+                                  "; add.s64 %rd7, %rd1, %rd6; add.s64 %rd9, %rd7, " + std::to_string(filled * 4) +
+                                  R"(;
+  add.s32 %r14, %r2, 64; shr.u32 %r15, %r14, 4; cvt.u64.u32 %rd10, %r15;
+  or.b64 %rd12, %rd10, 4611686293305294848; add.s64 %rd11, %rd12, 512; // 8192 bytes further on
+  mov.u32 %r16, 0; setp.ne.b32 %p2, %r16, 0;
+  wgmma.fence.sync.aligned;)" + Wgmma(columns, "%rd12", "0, 0") +
+                                  "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" + stores,
+                              words, 128);
+    ASSERT_EQ(ran.error, "");
+    for (int thread = 0; thread < 128; ++thread) {
+      for (int i = 0; i < results; ++i) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        int sum = 0;
+        for (int k = 32; k < 48; ++k) sum += a(row, k) * b(column, k);
+        EXPECT_EQ(AsFloat(ran.words[static_cast<size_t>(filled + thread * results + i)]), static_cast<float>(sum))
+            << columns << " columns: " << row << ", " << column;
       }
     }
   }
@@ -380,10 +440,11 @@ TEST(PtxMachine, WgmmaIsUnderWayUntilItIsWaitedFor) {
   mov.u32 %r11, %r10; mov.u32 %r12, %r10; mov.u32 %r13, %r10;
 $L_fill:
   shl.b32 %r4, %r3, 2; add.s32 %r5, %r2, %r4; st.shared.u32 [%r5], %r10; add.s32 %r3, %r3, 128;
-  setp.lt.u32 %p1, %r3, 2048;
+  setp.lt.u32 %p1, %r3, 4096;
   @%p1 bra $L_fill;
   bar.sync 0;
   shr.u32 %r15, %r2, 4; cvt.u64.u32 %rd10, %r15; or.b64 %rd11, %rd10, 4611686293305294848;
+  add.s64 %rd12, %rd11, 512; // of what lies 8192 bytes further on
   mov.u32 %r16, 1; setp.ne.b32 %p2, %r16, 0; mov.u32 %r17, 0;)";
     std::vector<std::string> errors;
     std::vector<float> sums;
@@ -422,6 +483,19 @@ $L_fill:
   EXPECT_THAT(errors(wgmma + commit + wait), unfenced);
   EXPECT_THAT(errors(fence + "mov.u32 %r11, 0;" + wgmma + commit + wait), unfenced);
   EXPECT_THAT(errors(fence + wgmma + commit + wait + add + wgmma + commit + wait), unfenced);
+
+  // With a in shared memory.
+  const std::string both = Wgmma(64, "%rd12", "0, 0");
+  EXPECT_THAT(sums(fence + both + commit + wait + store), Each(16));
+  EXPECT_THAT(sums(fence + both + both + wgmma + commit + wait + store), Each(48));
+  EXPECT_THAT(sums(fence + both + commit + store), Contains(IsNan()));
+  const std::string change = "mad.lo.s32 %r5, %r1, 4, %r2; st.shared.u32 [%r5+8192], %r17;";
+  EXPECT_THAT(sums(fence + both + commit + change + wait + store), Contains(Lt(16)));
+  EXPECT_THAT(sums(fence + both + commit + wait + "bar.sync 0;" + change + store), Each(16));
+  EXPECT_THAT(errors(fence + both + commit + "mov.f32 %f3, 0f00000000;" + wait), Contains(HasSubstr("a sum that was")));
+  EXPECT_THAT(errors(both + commit + wait), unfenced);
+  EXPECT_THAT(errors("and.b64 %rd12, %rd12, 4611686018427387903;" + fence + both + commit + wait),
+              Each(HasSubstr("another swizzle")));
 }
 
 TEST(PtxMachine, CountsIssueSlots) {

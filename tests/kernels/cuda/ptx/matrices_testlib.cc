@@ -74,19 +74,21 @@ void Machine::LdMatrix(const Instruction& in) {
 }
 
 // ---- wgmma. A warp's 16 of the 64 rows. Nobody may touch its registers until it has been waited for: those of d hold
-// NaNs until then, and those of a must be the same then. What threads wrote to them before must be behind a fence.
+// NaNs until then, and those of a must be the same then. What threads wrote to them before must be behind a fence. What
+// lies in shared memory is read at some moment until then.
 
 constexpr uint32_t kUnderWay = 0x7fffdead;
 
 void Machine::IssueProduct(const Instruction& in) {
   const size_t d_registers = in.count / 2;
-  const Register *d = in.operands.data(), *a = d + d_registers;
+  const Register *d = in.operands.data(), *a = d + d_registers, *after_a = a + (in.a_is_shared ? 1 : 4);
   const uint32_t first = static_cast<uint32_t>(std::countr_zero(warp_->live));
   Product product = {.in = &in,
-                     .descriptor = Get<uint64_t>(warp_->registers, a[4], first),
-                     .accumulate = Get<bool>(warp_->registers, a[5], first),
+                     .a_descriptor = in.a_is_shared ? Get<uint64_t>(warp_->registers, a[0], first) : 0,
+                     .b_descriptor = Get<uint64_t>(warp_->registers, after_a[0], first),
+                     .accumulate = Get<bool>(warp_->registers, after_a[1], first),
                      .group = warp_->product_groups,
-                     .a = {},
+                     .a = decltype(Product::a)(in.a_is_shared ? 0 : 4),
                      .sums = nullptr};
   for (size_t i = 0; i < product.a.size(); ++i) {
     std::memcpy(product.a[i].data(), warp_->registers + a[i], sizeof product.a[i]);
@@ -111,7 +113,29 @@ void Machine::IssueProduct(const Instruction& in) {
   warp_->products.push_back(std::move(product));
 }
 
-// b as its descriptor says: start, leading and stride offsets in units of 16 bytes, swizzle 1 of 128 bytes.
+// As the descriptor says: start, leading and stride offsets in units of 16 bytes, swizzle 1 of 128 bytes.
+bool Machine::ReadMatrix(const Instruction& in, uint64_t descriptor, bool mn_major, uint32_t begin, uint32_t end,
+                         std::vector<float>* to) {
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+    Fault(in, "a descriptor of another swizzle");
+    return false;
+  }
+  const uint64_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                 stride = (descriptor >> 32 & 0x3fff) << 4;
+  for (uint32_t mn = begin; mn < end; ++mn) {
+    for (uint32_t k = 0; k < 16; ++k) {
+      const uint64_t address = mn_major ? start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2
+                                        : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
+      const std::byte* memory = Shared(in, Swizzled(address), 2, 0);
+      if (memory == nullptr) return false;
+      BF16 element;
+      std::memcpy(&element, memory, sizeof element);
+      to->push_back(ToFloat(element));
+    }
+  }
+  return true;
+}
+
 void Machine::PerformProduct() {
   const Product product = std::move(warp_->products.front());
   warp_->products.pop_front();
@@ -123,31 +147,20 @@ void Machine::PerformProduct() {
       return Fault(in, "an operand that was written before the product was waited for");
     }
   }
-  const uint64_t descriptor = product.descriptor;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) return Fault(in, "a descriptor of another swizzle");
-  const uint64_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
-                 stride = (descriptor >> 32 & 0x3fff) << 4;
-  std::vector<float> b(columns * 16);  // column by column
-  for (uint32_t column = 0; column < columns; ++column) {
+  std::vector<float> rows, b;
+  const uint32_t first_row = static_cast<uint32_t>(warp_->index) % 4 * 16;
+  if (in.a_is_shared && !ReadMatrix(in, product.a_descriptor, false, first_row, first_row + 16, &rows)) return;
+  for (uint32_t row = 0; row < 16 && !in.a_is_shared; ++row) {
     for (uint32_t k = 0; k < 16; ++k) {
-      const uint64_t address = in.transposed
-                                   ? start + column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2
-                                   : start + column / 8 * stride + column % 8 * 128 + k * 2;
-      const std::byte* memory = Shared(in, Swizzled(address), 2, 0);
-      if (memory == nullptr) return;
-      BF16 element;
-      std::memcpy(&element, memory, sizeof element);
-      b[column * 16 + k] = ToFloat(element);
+      rows.push_back(ElementOfA(row, k, [&](size_t i, uint32_t lane) { return product.a[i][lane]; }));
     }
   }
+  if (!ReadMatrix(in, product.b_descriptor, in.transposed, 0, columns, &b)) return;
   for (uint32_t row = 0; row < 16; ++row) {
-    std::array<float, 16> of_row;
-    for (uint32_t k = 0; k < 16; ++k)
-      of_row[k] = ElementOfA(row, k, [&](size_t i, uint32_t lane) { return product.a[i][lane]; });
     for (uint32_t column = 0; column < columns; ++column) {
       float& of_element = (*product.sums)[row * columns + column];
       float sum = product.accumulate ? of_element : 0;
-      for (uint32_t k = 0; k < 16; ++k) sum += of_row[k] * b[column * 16 + k];
+      for (uint32_t k = 0; k < 16; ++k) sum += rows[row * 16 + k] * b[column * 16 + k];
       of_element = sum;
     }
   }

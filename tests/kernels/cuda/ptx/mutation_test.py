@@ -42,7 +42,7 @@ MUTATIONS = [
     ("half of the bytes are announced", HOPPER, '"r"(bytes)', '"r"(bytes / 2)', *PREFILL),
     ("one arrival too many is waited for", HOPPER, '"r"(arrivals)', '"r"(arrivals + 1)', *PREFILL),
     ("values are K-major in heads of 64", HOPPER, '"n"(static_cast<int>(kMnMajor))', '"n"(0)', *PREFILL),
-    ("values are K-major in heads of 128", HOPPER, '"n"(static_cast<int>(kMnMajor)));\n}\n#undef', '"n"(0));\n}\n#undef',
+    ("values are K-major in heads of 128", HOPPER, '"n"(static_cast<int>(kMnMajor)));\n}\n\n//', '"n"(0));\n}\n\n//',
      *PREFILL),
     ("sums begin with what was there", HOPPER, "setp.ne.b32 p, %37, 0", "setp.eq.b32 p, %37, %37", *PREFILL),
     ("a's registers in another order", HOPPER, "{%32, %33, %34, %35}", "{%32, %34, %33, %35}", *PREFILL),

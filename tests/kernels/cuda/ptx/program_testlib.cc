@@ -476,21 +476,35 @@ class Reader {
       to->transposed = Holds(name, ".trans.");
       Parts(of[0], 4, to);
       Address(of[1], to);
-    } else if (name == "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16" ||
-               name == "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") {
-      // d, a, b's descriptor, whether d is added to; a and b are neither negated; whether b is transposed.
-      to->op = Op::kWgmma;
-      to->count = Holds(name, "n64k16") ? 64 : 128;
-      Parts(of[0], 4, to);
-      Parts(of[1], 4, to);
-      to->operands.push_back(Operand(of[2], 8));
-      to->operands.push_back(Operand(of[3], 0));
-      to->transposed = of[6] == "1";
-      return of.size() == 7 && of[4] == "1" && of[5] == "1" && to->operands.size() == to->count / 2 + 6U;
     } else {
-      return false;
+      return name.starts_with("wgmma.mma_async.") && DecodeProduct(name, of, to);
     }
     return true;
+  }
+
+  // d, a or its descriptor, b's descriptor, whether d is added to; a and b are neither negated; whether they are
+  // transposed, a only if it has a descriptor.
+  bool DecodeProduct(const std::string& name, const std::vector<std::string_view>& of, Instruction* to) {
+    for (const int columns : {16, 32, 64, 128}) {
+      if (name == "wgmma.mma_async.sync.aligned.m64n" + std::to_string(columns) + "k16.f32.bf16.bf16") {
+        to->count = static_cast<uint8_t>(columns);
+      }
+    }
+    if (to->count == 1 || of.size() < 7) return false;
+    to->op = Op::kWgmma;
+    to->a_is_shared = !of[1].starts_with("{");
+    Parts(of[0], 4, to);
+    if (to->a_is_shared) {
+      to->operands.push_back(Operand(of[1], 8));
+    } else {
+      Parts(of[1], 4, to);
+    }
+    to->operands.push_back(Operand(of[2], 8));
+    to->operands.push_back(Operand(of[3], 0));
+    to->transposed = of.back() == "1";
+    const bool a_as_modelled = to->a_is_shared ? of.size() == 8 && of[6] == "0" : of.size() == 7;
+    return a_as_modelled && of[4] == "1" && of[5] == "1" && (of.back() == "0" || of.back() == "1") &&
+           to->operands.size() == to->count / 2 + (to->a_is_shared ? 3U : 6U);
   }
 
   bool DecodeAsync(const std::string& name, const std::vector<std::string_view>& of, Instruction* to) {

@@ -69,6 +69,7 @@ struct Instruction {
   bool among_gpus = false;    // relaxed, acquire or release: threads of other GPUs are about
   bool orders = false;        // acquire or release
   bool transposed = false;    // ldmatrix; b of wgmma
+  bool a_is_shared = false;   // of wgmma: found by its descriptor, as b is
   bool wide_address = false;  // of 8 bytes, as all of global memory
   bool apart = false;         // a move of the whole into its parts
   bool exchange = false;      // a shuffle by exclusive or, else from a lane
