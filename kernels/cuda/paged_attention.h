@@ -129,14 +129,14 @@ PTX_FUNCTION void StoreQuery(const AttentionArgs& args, const AttentionItem& til
   ptx::StShared(reinterpret_cast<uint2*>(to) + pack % 2, uint2{ptx::PackBF16(x[0], x[1]), ptx::PackBF16(x[2], x[3])});
 }
 
-// Queries on their way into shared memory, in bf16: what thread `thread` of kThreads has of kRows of the tile's from
-// `first` on. Where they are bf16 already, whole chunks are loaded, all of them before the first is waited for.
+// A tile's queries on their way into shared memory, in bf16: what thread `thread` of kThreads has of kRows. Where they
+// are bf16 already, whole chunks are loaded, all of them before the first is waited for.
 template <int kDim, int kRows, int kThreads>
 class Queries {
  public:
-  PTX_FUNCTION Queries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int first, int thread) {
+  PTX_FUNCTION Queries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int thread) {
     if (!args.q_chunks) return;
-    const int row = first + thread / kChunks;
+    const int row = thread / kChunks;
     const BF16* q = static_cast<const BF16*>(args.q.data) + thread % kChunks * 8;
     RowWalk walk(args, tile, kv_head, row, kStep, args.q.stride, kDim);
     PTX_UNROLL
@@ -145,7 +145,7 @@ class Queries {
       walk.Next();
     }
   }
-  PTX_FUNCTION void StoreTo(uint4* rows, const AttentionArgs& args, const AttentionItem& tile, int kv_head, int first,
+  PTX_FUNCTION void StoreTo(uint4* rows, const AttentionArgs& args, const AttentionItem& tile, int kv_head,
                             int thread) const {
     if (args.q_chunks) {
       PTX_UNROLL
@@ -154,11 +154,9 @@ class Queries {
       }
       return;
     }
-    // Counted alike by all lanes: a loop that lanes might leave one by one would keep ptxas, within the loop over
-    // tiles, from holding anything in uniform registers.
-    for (int begin = 0; begin < kRows * kDim / 4; begin += kThreads) {
-      const int i = begin + thread, r = i / (kDim / 4), pack = i % (kDim / 4);
-      StoreQuery<kDim>(args, tile, kv_head, first + r, pack, &rows[ChunkAt<kDim>(r, pack / 2)]);
+    for (int i = thread; i < kRows * kDim / 4; i += kThreads) {
+      const int r = i / (kDim / 4), pack = i % (kDim / 4);
+      StoreQuery<kDim>(args, tile, kv_head, r, pack, &rows[ChunkAt<kDim>(r, pack / 2)]);
     }
   }
 

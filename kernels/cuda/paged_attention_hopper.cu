@@ -1,11 +1,11 @@
 // Attention of long parts of prompts on sm_90a: TMA, mbarriers and wgmma. bf16 keys and values, heads of 64 or 128.
 //
 // A block takes tiles of 128 rows and the KV head that they share, one after the other. One warp, the producer, has TMA
-// copy one page's keys or values after the other into a ring of slots; two warpgroups of 64 rows each consume them.
-// Scores, weights and the weighted sums stay in registers, and so do the queries, so that shared memory is read for
-// keys and values alone. While the tensor cores add the values of one run of 64 keys, the scores of the next are
-// already on their way and turn into weights; and the warpgroups take turns, so that the tensor cores work for one
-// while the other turns scores into weights.
+// copy one page's keys or values after the other into a ring of slots; two warpgroups of 64 rows each consume them; two
+// more warps copy the next tile's queries meanwhile. Scores, weights and the weighted sums stay in registers, and so do
+// the queries, so that shared memory is read for keys and values alone. While the tensor cores add the values of one
+// run of 64 keys, the scores of the next are already on their way and turn into weights; and the warpgroups take turns,
+// so that the tensor cores work for one while the other turns scores into weights.
 //
 // Each row goes through the keys from the first in runs of 64, and begins anew every 2048, folding what it has into its
 // state: so that a long context can be cut there and shared by blocks. No other row changes these operations: a row's
@@ -25,6 +25,7 @@ constexpr int kSlots = kPrefillSlots;
 constexpr int kSplit = static_cast<int>(kPrefillSplit);
 constexpr int kWarpRows = 16;
 constexpr int kGroupRows = 64;  // of a warpgroup
+constexpr int kGroups = kPrefillRows / kGroupRows;
 constexpr int kConsumers = 32 * kPrefillConsumers;
 constexpr uint32_t kBoxBytes = kKeys * 128;  // 64 columns of the keys or values of a run
 constexpr uint32_t kAtomBytes = 1024;        // eight rows of a box
@@ -34,9 +35,10 @@ template <int kDim>
 struct Shared {
   static constexpr int kBoxes = kDim / 64;
   unsigned char ring[kSlots][kBoxes][kBoxBytes];
-  // Each warp's queries in bf16, then the state of its rows in f32, in the end its results in bf16.
-  uint4 rows[kPrefillConsumers][kWarpRows * kDim / 4];
+  uint4 queries[kGroups][kGroupRows * kDim / 8];        // in bf16, of the tile that is next
+  uint4 rows[kPrefillConsumers][kWarpRows * kDim / 4];  // each warp's state in f32, in the end its results in bf16
   uint64_t full[kSlots], empty[kSlots];
+  uint64_t queries_full[kGroups], queries_empty[kGroups];
   uint64_t tail;  // of the last values, before the producer has worked on them
 };
 
@@ -116,6 +118,45 @@ PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, 
   }
 }
 
+// ---- the queries' copiers, a warp for each warpgroup's
+
+// The warpgroup's queries of the block's nth tile, once it has taken those of the one before; zeros where there is no
+// row.
+template <int kDim>
+PTX_FUNCTION void CopyQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warpgroup, int nth,
+                              Shared<kDim>& shared) {
+  constexpr int kChunks = kDim / 8, kStep = 32 / kChunks;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  uint4* const to = shared.queries[warpgroup];
+  const int first = warpgroup * kGroupRows;
+  if (nth > 0) ptx::MbarrierWait(&shared.queries_empty[warpgroup], static_cast<uint32_t>(nth - 1) & 1);
+  if (args.q_chunks) {
+    const int row = lane / kChunks, chunk = lane % kChunks;
+    const BF16* const q = static_cast<const BF16*>(args.q.data) + chunk * 8;
+    RowWalk walk(args, tile, kv_head, first + row, kStep, args.q.stride, kDim);
+    PTX_KEEP_LOOP
+    for (int eight = 0; eight < kGroupRows; eight += 8) {
+      PTX_UNROLL
+      for (int i = 0; i < 8; i += kStep) {
+        const int r = eight + i + row;
+        ptx::CpAsync16(&to[ChunkAt<kDim>(r, chunk)], q + walk.at(), first + r < tile.rows);
+        walk.Next();
+      }
+    }
+    ptx::CpAsyncCommit();
+    ptx::CpAsyncWait<0>();
+  } else {
+    // Counted alike by all lanes: a loop that lanes might leave one by one would keep ptxas, within the loop over
+    // tiles, from holding anything in uniform registers.
+    for (int begin = 0; begin < kGroupRows * kDim / 4; begin += 32) {
+      const int i = begin + lane, r = i / (kDim / 4), pack = i % (kDim / 4);
+      StoreQuery<kDim>(args, tile, kv_head, first + r, pack, &to[ChunkAt<kDim>(r, pack / 2)]);
+    }
+  }
+  __syncwarp();
+  if (lane == 0) ptx::MbarrierArrive(&shared.queries_full[warpgroup]);
+}
+
 // ---- the consumers
 
 template <int kDim>
@@ -128,20 +169,18 @@ PTX_FUNCTION void Release(Shared<kDim>& shared, int turn) {
   if (threadIdx.x % 32 == 0) ptx::MbarrierArrive(&shared.empty[SlotOf(turn)]);
 }
 
-// The warp's 16 queries as the operand a, 16 elements of the head at a time.
+// The warp's 16 queries of the block's nth tile as the operand a, 16 elements of the head at a time.
 template <int kDim>
-PTX_FUNCTION void LoadQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warp, uint4* rows,
-                              uint32_t (&q)[kDim / 16][4]) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int first = warp * kWarpRows;
-  const Queries<kDim, kWarpRows, 32> queries(args, tile, kv_head, first, lane);
-  __syncwarp();  // all lanes have read the results of the tile before
-  queries.StoreTo(rows, args, tile, kv_head, first, lane);
-  __syncwarp();
+PTX_FUNCTION void TakeQueries(Shared<kDim>& shared, int warp, int nth, uint32_t (&q)[kDim / 16][4]) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warpgroup = warp / 4;
+  const uint4* const rows = &shared.queries[warpgroup][warp % 4 * kWarpRows * kDim / 8];
+  ptx::MbarrierWait(&shared.queries_full[warpgroup], static_cast<uint32_t>(nth) & 1);
   PTX_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
     ptx::LdMatrixX4(q[step], &rows[ChunkAt<kDim>(lane % 16, step * 2 + lane / 16)]);
   }
+  __syncwarp();  // all lanes have their queries
+  if (lane == 0) ptx::MbarrierArrive(&shared.queries_empty[warpgroup]);
 }
 
 // The warpgroups' turns at the tensor cores, a run of keys each, warpgroup 0 first:
@@ -330,12 +369,18 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionItem& t
   __syncwarp();
   constexpr int kChunks = kDim / 8, kStep = 32 / kChunks;
   const int first = lane / kChunks, chunk = lane % kChunks;
+  uint4 results[kWarpRows / kStep];
+  PTX_UNROLL
+  for (int i = 0; i < kWarpRows / kStep; ++i) {
+    results[i] = ptx::LdShared(&staged[ChunkAt<kDim>(first + i * kStep, chunk)]);
+  }
+  __syncwarp();  // all lanes have read them; and ptxas would put each load behind the store before
   RowWalk walk(args, tile, kv_head, warp * kWarpRows + first, kStep, args.out.stride, kDim);
   BF16* const out = static_cast<BF16*>(args.out.data) + chunk * 8;
   PTX_UNROLL
-  for (int r = 0; r < kWarpRows; r += kStep) {
-    if (warp * kWarpRows + first + r < tile.rows) {
-      ptx::StGlobal(reinterpret_cast<uint4*>(out + walk.at()), ptx::LdShared(&staged[ChunkAt<kDim>(first + r, chunk)]));
+  for (int i = 0; i < kWarpRows / kStep; ++i) {
+    if (warp * kWarpRows + first + i * kStep < tile.rows) {
+      ptx::StGlobal(reinterpret_cast<uint4*>(out + walk.at()), results[i]);
     }
     walk.Next();
   }
@@ -409,7 +454,7 @@ PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, 
 
 template <int kDim>
 PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
-                          Shared<kDim>& shared, int warp, int& turn) {
+                          Shared<kDim>& shared, int warp, int nth, int& turn) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   // The warpgroup's rows, of which the first sees least. They do without the last runs where they do not see them, but
   // the slots must be released.
@@ -428,7 +473,7 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
     rows.seen[i] = tile.before + args.by_group.Quotient(tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) + 1;
   }
   uint4* const own = shared.rows[warp];
-  LoadQueries<kDim>(args, tile, kv_head, warp, own, q);
+  TakeQueries<kDim>(shared, warp, nth, q);
   if (turns.warpgroup == 1) PassTensorCores(turns, tile.first_split * kSplit - kKeys);  // as if it had just had one
   for (int split = tile.first_split; split < tile.end_split; ++split) {
     ConsumeSplit<kDim>(args, shared, q, sums, rows, turns, split * kSplit, seen_by_all, RunsOf(split, group_end),
@@ -439,7 +484,6 @@ PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, 
     }
     if (split > 0) FoldSplit<kDim>(own, sums, rows, before);
     if (split + 1 == tile.end_split) break;
-    __syncwarp();  // all lanes have their queries
     KeepSums<kDim>(own, sums);
     before = rows;
   }
@@ -475,7 +519,8 @@ class Tiles {
   int item_, word_;
 };
 
-// Blocks stay for all of their tiles, so that of the next one keys are on their way while this one's results leave.
+// Blocks stay for all of their tiles, so that of the next one queries are there, and keys on their way, while this
+// one's results leave.
 template <int kDim>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
     PrefillAttentionKernel(AttentionArgs args, int items, const PTX_GRID_CONSTANT ptx::TensorMap keys,
@@ -487,6 +532,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       ptx::MbarrierInit(&shared.full[slot], 1);
       ptx::MbarrierInit(&shared.empty[slot], kPrefillConsumers);
     }
+    for (int warpgroup = 0; warpgroup < kGroups; ++warpgroup) {
+      ptx::MbarrierInit(&shared.queries_full[warpgroup], 1);
+      ptx::MbarrierInit(&shared.queries_empty[warpgroup], kPrefillConsumers / kGroups);
+    }
     ptx::MbarrierInit(&shared.tail, 1);
     ptx::FenceProxyAsync();
   }
@@ -494,18 +543,25 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   // The same in all lanes, which ptxas knows of a shuffle: slots, descriptors and turns are then computed once for the
   // warp and not in each lane, and stand in the registers that wgmma takes them from.
   const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x / 32), 0);
-  int turn = 0;
+  int turn = 0, nth = 0;
   if (warp >= kPrefillConsumers) {
-    ptx::GiveRegistersBack<40>();
-    if (warp > kPrefillConsumers) return;
+    ptx::GiveRegistersBack<56>();
+    const int copier = warp - kPrefillConsumers - 1;
+    if (copier >= kGroups) return;
+    if (copier >= 0) {
+      tiles.ForEach([&](const AttentionItem& tile, int kv_head, int) {
+        CopyQueries(args, tile, kv_head, copier, nth++, shared);
+      });
+      return;
+    }
     int tails = 0;
     tiles.ForEach([&](const AttentionItem& tile, int kv_head, int end) {
       Produce(args, tile, kv_head, end, shared, keys, values, turn, tails);
     });
   } else {
-    ptx::TakeRegisters<232>();
+    ptx::TakeRegisters<224>();
     tiles.ForEach([&](const AttentionItem& tile, int kv_head, int end) {
-      Consume(args, tile, kv_head, end, shared, warp, turn);
+      Consume(args, tile, kv_head, end, shared, warp, nth++, turn);
     });
   }
 }

@@ -187,12 +187,12 @@ PTX_FUNCTION void Attend(const AttentionArgs& args, const AttentionItem& tile, i
   const int end = SmallerOf(KeysSeen(args, tile, tile.rows - 1), tile.end_split * kSplit);
   const bool apart = tile.first_split > 0;  // each split leaves its own state
 
-  const Queries<kDim, kRows, kThreads> queries(args, tile, kv_head, 0, thread);
+  const Queries<kDim, kRows, kThreads> queries(args, tile, kv_head, thread);
   // The warp's keys: 16 from `key`, then 64 further on, through all splits.
   int key = tile.first_split * kSplit + warp * kKeys, stage = 0;
   if (key < end) CopyKeys<kDim>(args, tile, kv_head, key, end, shared.ring[warp][0]);
   ptx::CpAsyncCommit();
-  queries.StoreTo(shared.q, args, tile, kv_head, 0, thread);
+  queries.StoreTo(shared.q, args, tile, kv_head, thread);
   for (int i = thread; i < tile.rows * kDim / 4; i += kThreads) {
     ptx::StShared(reinterpret_cast<uint4*>(shared.state) + i, uint4{0, 0, 0, 0});
   }

@@ -30,13 +30,14 @@ inline constexpr int64_t kPrefillSplit = 2048;  // keys
 inline constexpr int kFewestPrefillRows = kPrefillRows;
 inline constexpr int kPrefillSlots = 8;      // of keys or of values, in the ring
 inline constexpr int kPrefillConsumers = 8;  // warps of 16 rows
-// Two warpgroups that consume, and one for the producer: registers are given back by whole warpgroups.
+// Two warpgroups that consume, and one for the producer and the queries' copiers: registers are given back by whole
+// warpgroups.
 inline constexpr uint32_t kPrefillThreads = 32 * (kPrefillConsumers + 4);
 
-// The ring, the state of the tile's rows in f32, the mbarriers and what fills their 16 bytes up.
+// The ring, the tile's queries in bf16 and its rows' state in f32, the mbarriers and what fills their 16 bytes up.
 constexpr uint32_t PrefillSharedBytes(int64_t dim) {
-  return static_cast<uint32_t>(kPrefillSlots * kPrefillKeys * dim * 2 + kPrefillRows * dim * 4 +
-                               (2 * kPrefillSlots + 2) * 8);
+  return static_cast<uint32_t>(kPrefillSlots * kPrefillKeys * dim * 2 + kPrefillRows * dim * (2 + 4) +
+                               (2 * kPrefillSlots + 6) * 8);
 }
 // Of the kernel on tensor cores: q, the state, each warp's ring, and the sums and states that the warps merge.
 constexpr uint32_t MmaAttentionSharedBytes(int64_t dim) {

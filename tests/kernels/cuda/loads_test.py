@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """What of the machine code for sm_90a, read with cuobjdump, ptxas undoes unless something keeps it from that. Kernels that
 wait for memory have their loads on their way together: as many loads of 16 bytes before anything that could wait for
-one. And in prefill attention what wgmma's descriptors are made of is computed once for a warp: few values go from
-lanes' registers to the uniform ones. And nowhere do threads try an atomic operation until none was faster.
+one. In prefill attention what wgmma's descriptors are made of is computed once for a warp: few values go from lanes'
+registers to the uniform ones; queries are copied into shared memory, but not by warps that use the tensor cores; and
+results are read there together before the first is stored. And nowhere do threads try an atomic operation until none
+was faster.
 
     loads_test.py FOLDER [--table]     every *.cu.o below it; --table prints what was found
 """
@@ -22,9 +24,10 @@ LEAST = {  # as docs/kernels.md counts them
     "AllReduceAddRmsNormKernel<4, 2>": 12, "AllReduceAddRmsNormKernel<4, 4>": 20, "AllReduceAddRmsNormKernel<4, 8>": 18,
     "GatherKernel<uint4>": 8,
     "MmaLinearKernel<1, 1, 4>": 8 + 4, "MmaLinearKernel<1, 2, 4>": 16 + 2, "MmaLinearKernel<2, 1, 4>": 8 + 4,
-    "PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4, "MmaAttentionKernel<128>": 2,
+    "MmaAttentionKernel<128>": 2,
     "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 4, "MmaLinearKernel<8, 1, 2>": 4,
 }
+RESULTS = {"PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4}  # loads of a lane from shared memory
 MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 32, "PrefillAttentionKernel<64>": 20}  # R2UR
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
@@ -38,11 +41,11 @@ def cuobjdump():
     return shutil.which("cuobjdump") or next((p for p in beside if p.exists()), None)
 
 
-def most_together(code):
+def most_together(code, load="LDG"):
     """The most loads of 16 bytes that follow each other with nothing between that waits for one."""
     most = run = 0
     for opcode in OPCODE.findall(code):
-        if opcode.startswith("LDG") and ".128" in opcode:
+        if opcode.split(".")[0] == load and ".128" in opcode:
             run += 1
             most = max(most, run)
         elif WAITS.match(opcode):
@@ -50,34 +53,49 @@ def most_together(code):
     return most
 
 
+def queries_are_copied(code):
+    """Whether queries are copied into shared memory, and not by warps that use the tensor cores. The code of the others
+    lies in front of an EXIT, or behind."""
+    parts = [OPCODE.findall(part) for part in re.split(r"\*/\s+EXIT ;", code)]
+    loads = [any(opcode.startswith("LDG") and ".128" in opcode for opcode in part) for part in parts]
+    tensor_cores = [any(opcode.startswith("HGMMA") for opcode in part) for part in parts]
+    return "LDGSTS" in code and any(tensor_cores) and not any(map(all, zip(loads, tensor_cores)))
+
+
 def main():
     tool = cuobjdump()
     if tool is None:
         print("no cuobjdump: it comes with the CUDA toolkit")
         return SKIPPED
-    found, made_uniform, spinning = {}, {}, {}
+    found, made_uniform, results, spinning, problems = {}, {}, {}, {}, []
     for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.cu.o")):
         code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
         for function in code.split("Function : ")[1:]:
             kernel, opcodes = short(function.split()[0]), OPCODE.findall(function)
             spinning[kernel] = sum(opcode.startswith("ATOM") and "CAS" in opcode for opcode in opcodes)
-            if path.name in ("all_reduce.cu.o", "linear.cu.o", "paged_attention_hopper.cu.o", "paged_attention_mma.cu.o"):
+            if path.name in ("all_reduce.cu.o", "linear.cu.o", "paged_attention_mma.cu.o"):
                 found[kernel] = most_together(function)
             if path.name == "paged_attention_hopper.cu.o":
                 made_uniform[kernel] = opcodes.count("R2UR")
+                results[kernel] = most_together(function, "LDS")
+                if not queries_are_copied(function):
+                    problems.append(f"{kernel}: warps that use the tensor cores load queries")
     if "--table" in sys.argv:
-        print("\n".join(f"{kernel}: {loads}" for kernel, loads in sorted((found | made_uniform).items())))
-    if not found:
+        print("\n".join(f"{kernel}: {count}" for counts in (found, results, made_uniform)
+                        for kernel, count in sorted(counts.items())))
+    if not spinning:
         print(f"no kernel for sm_90a below {sys.argv[1]}")
         return SKIPPED
-    problems = [f"{kernel}: {found.get(kernel, 'not built, no')} loads together, at least {least} were"
-                for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
+    problems += [f"{kernel}: {found.get(kernel, 'not built, no')} loads together, at least {least} were"
+                 for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
+    problems += [f"{kernel}: {results.get(kernel, 'not built, no')} results read together, {least} were"
+                 for kernel, least in RESULTS.items() if results.get(kernel, 0) < least]
     problems += [f"{kernel}: {made_uniform.get(kernel, 'not built, no')} values made uniform, at most {most} were"
                  for kernel, most in MOST_MADE_UNIFORM.items() if not made_uniform.get(kernel, most + 1) <= most]
     problems += [f"{kernel}: {count} atomic operations that are tried until none was faster"
                  for kernel, count in spinning.items() if count > 0]
     print("\n".join(problems) or f"of {len(spinning)} kernels {len(LEAST)} have their loads together, "
-          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers, none spins")
+          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers and their queries copied, none spins")
     return 1 if problems else 0
 
 

@@ -381,9 +381,7 @@ TEST_F(CudaPagedAttentionTest, LongPartsFoldTheSplitsOfLongContexts) {
 TEST_F(CudaPagedAttentionTest, LongPartsGiveTheSameBitsOnFewMultiprocessors) {
   for (const int64_t dim : {128, 64}) {
     if (kUnderTsan && dim == 64) continue;
-    // Each lane stores queries of bf16 where it has read results; it is others of f32 that could come too early.
-    const DType q = kUnderTsan ? DType::kF32 : DType::kBF16;
-    const Shape s = {.kv_heads = 2, .group = 4, .dim = dim, .act = DType::kBF16, .q = q};
+    const Shape s = {.kv_heads = 2, .group = 4, .dim = dim, .act = DType::kBF16, .q = DType::kBF16};
     const int64_t length = kUnderTsan ? 201 : 2100;
     const Sequences sequences = MakeSequences(s, {length, 201});
     const std::vector<Part> parts = {{1, 160, 201}, {0, length - 33, length}, {1, 0, 64}, {1, 20, 54}};
