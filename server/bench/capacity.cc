@@ -12,18 +12,25 @@ namespace altiplano::bench {
 
 namespace {
 
-// NVIDIA's datasheets of the SXM boards.
+// NVIDIA's datasheets: of the SXM boards of H100, H200 and A100, and of L4 and L40S, which have no NVLink but PCIe 4.0
+// x16. Where a sheet names a rate with sparsity only (L4: 242 TFLOP/s), half of it.
+constexpr double kHopperFlops = 989.4e12, kHopperLink = 900e9;
 constexpr std::array kGpus = {
-    Gpu{"H100", 80e9, 3.35e12},
-    Gpu{"H200", 141e9, 4.8e12},
+    Gpu{"H100", 80e9, 3.35e12, kHopperFlops, kHopperLink},
+    Gpu{"H200", 141e9, 4.8e12, kHopperFlops, kHopperLink},
+    Gpu{"A100-40GB", 40e9, 1.555e12, 312e12, 600e9},
+    Gpu{"A100-80GB", 80e9, 2.039e12, 312e12, 600e9},
+    Gpu{"L4", 24e9, 300e9, 121e12, 64e9},
+    Gpu{"L40S", 48e9, 864e9, 362.05e12, 64e9},
 };
 
-// What good engines reach of a datasheet's figures on Hopper (machine.cc says the same of the presets).
+// What good engines reach of a datasheet's figures on Hopper (machine.cc says the same of the presets). Other GPUs are
+// taken to reach the same shares of theirs.
 constexpr double kWeightEfficiency = 0.75;
 constexpr double kKvEfficiency = 0.83;
-constexpr double kGemmFlops = 790e12;
-constexpr double kAttentionFlops = 550e12;
-constexpr double kAllReduceBytesPerSecond = 67108864 / 316e-6;  // 64 MiB in 316 us, 8 GPUs
+constexpr double kGemmEfficiency = 790e12 / kHopperFlops;
+constexpr double kAttentionEfficiency = 550e12 / kHopperFlops;
+constexpr double kAllReduceEfficiency = 67108864 / 316e-6 / kHopperLink;  // 64 MiB in 316 us, 8 GPUs
 constexpr double kStepUs = 150;
 constexpr double kSequenceUs = 1;
 
@@ -38,10 +45,12 @@ double MatrixParameters(const ModelConfig& c) {
   return static_cast<double>(c.layers) * layer + static_cast<double>(c.vocab) * static_cast<double>(c.hidden);
 }
 
-// Of one shot on 8 H100: a line through the published 7.8 us of 32 KiB and 16.7 us of 256 KiB.
-double OneShotUs(uint64_t bytes) {
-  constexpr double kFrom = 32 << 10, kTo = 256 << 10;
-  return 7.8 + (static_cast<double>(bytes) - kFrom) * (16.7 - 7.8) / (kTo - kFrom);
+// Of one shot on 8 H100: a line through the published 7.8 us of 32 KiB and 16.7 us of 256 KiB. What grows with the
+// message does so as the links are slower.
+double OneShotUs(uint64_t bytes, const Gpu& gpu) {
+  constexpr double kFrom = 32 << 10, kTo = 256 << 10, kByteUs = (16.7 - 7.8) / (kTo - kFrom);
+  const double fixed = 7.8 - kFrom * kByteUs;
+  return fixed + static_cast<double>(bytes) * kByteUs * (kHopperLink / gpu.link_bytes_per_second);
 }
 
 // hidden_weights_us: of the weights, read while ranks sum.
@@ -51,14 +60,18 @@ StepCost CostOf(const ModelConfig& c, const Gpu& gpu, int ranks, double hidden_w
   const AllReduces sums = AllReducesOf(c, ranks);
   const auto calls = static_cast<double>(sums.calls);
   StepCost cost;
-  cost.step_us = kStepUs + calls * sums.one_token_us;
+  cost.step_us = kStepUs + calls * OneTokenUs(sums, gpu);
   cost.weights_us = WeightReadUs(parameters * SizeOf(DType::kBF16), gpu) - hidden_weights_us;
-  cost.token_us = 2 * parameters / kGemmFlops * 1e6 +
-                  calls * static_cast<double>(sums.token_bytes) / kAllReduceBytesPerSecond * 1e6;
+  cost.token_us = 2 * parameters / (kGemmEfficiency * gpu.flops) * 1e6;
+  if (sums.calls > 0) {
+    cost.token_us +=
+        calls * static_cast<double>(sums.token_bytes) / (kAllReduceEfficiency * gpu.link_bytes_per_second) * 1e6;
+  }
   cost.sequence_us = kSequenceUs;
   cost.kv_token_us =
       static_cast<double>(shard.kv_bytes_per_token(c, DType::kBF16)) / (kKvEfficiency * gpu.bytes_per_second) * 1e6;
-  cost.attention_us = 4.0 * static_cast<double>(c.layers * c.q_size()) / ranks / kAttentionFlops * 1e6;
+  cost.attention_us =
+      4.0 * static_cast<double>(c.layers * c.q_size()) / ranks / (kAttentionEfficiency * gpu.flops) * 1e6;
   return cost;
 }
 
@@ -95,8 +108,11 @@ AllReduces AllReducesOf(const ModelConfig& c, int ranks) {
   sums.calls = Llama::AllReduces(c, Shard::Make(c, 0, ranks).value());
   if (sums.calls == 0) return sums;
   sums.token_bytes = Llama::ResidualBytes(c, 1);
-  sums.one_token_us = OneShotUs(sums.token_bytes);
   return sums;
+}
+
+double OneTokenUs(const AllReduces& sums, const Gpu& gpu) {
+  return sums.calls == 0 ? 0 : OneShotUs(sums.token_bytes, gpu);
 }
 
 double HiddenWeightsUs(const ModelConfig& c, const Gpu& gpu, int ranks) {
@@ -104,7 +120,7 @@ double HiddenWeightsUs(const ModelConfig& c, const Gpu& gpu, int ranks) {
   if (sums.calls == 0) return 0;
   const Llama::EarlyWeights early = Llama::EarlyWeightBytes(c, Shard::Make(c, 0, ranks).value());
   const auto beside_a_call = [&](int64_t bytes) {
-    return std::min(sums.one_token_us, WeightReadUs(static_cast<double>(bytes), gpu));
+    return std::min(OneTokenUs(sums, gpu), WeightReadUs(static_cast<double>(bytes), gpu));
   };
   const auto layers = static_cast<double>(c.layers);
   return layers * beside_a_call(early.qkv) + layers * beside_a_call(early.gate_up) + beside_a_call(early.head);
@@ -153,6 +169,7 @@ Capacity PlanCapacity(const ModelConfig& c, const GpuGroup& gpus, const Demand& 
     blocks = std::min(blocks, static_cast<int64_t>(room / block));
   }
   plan.all_reduces = AllReducesOf(c, ranks);
+  plan.one_token_us = OneTokenUs(plan.all_reduces, gpus.gpu);
   plan.hidden_weights_us = HiddenWeightsUs(c, gpus.gpu, ranks);
   plan.cost = CostOf(c, gpus.gpu, ranks, plan.hidden_weights_us);
 

@@ -18,7 +18,9 @@ namespace altiplano::bench {
 struct Gpu {
   std::string_view name;
   double memory_bytes = 0;
-  double bytes_per_second = 0;
+  double bytes_per_second = 0;       // of its memory
+  double flops = 0;                  // bf16, dense
+  double link_bytes_per_second = 0;  // to its peers, both directions together: NVLink, or PCIe where it has none
 };
 std::span<const Gpu> Gpus();
 
@@ -26,16 +28,18 @@ struct GpuGroup {
   Gpu gpu;
   int count = 1;
 };
-// "8xH200", "H100". INVALID_ARGUMENT names what there is.
+// "8xH200", "L4". INVALID_ARGUMENT names what there is.
 StatusOr<GpuGroup> ParseGpus(std::string_view text);
 
 // What tensor-parallel ranks sum in a step, all stages together.
 struct AllReduces {
   int64_t calls = 0;         // of one step
   uint64_t token_bytes = 0;  // of the message of one call, for each token
-  double one_token_us = 0;   // a call in a step of one token
 };
 AllReduces AllReducesOf(const ModelConfig& config, int ranks);
+
+// A call in a step of one token; 0 where there are none.
+double OneTokenUs(const AllReduces& sums, const Gpu& gpu);
 
 // What of the reading of weights a decode step does beside its all-reduces: the product that follows one has its first
 // weights on their way before it waits (Llama::EarlyWeightBytes), for as long as the all-reduce takes at most.
@@ -74,6 +78,7 @@ struct Capacity {
   int64_t largest_batch = 0;    // requests of the demanded context
   int64_t longest_context = 0;  // of one request, when the demanded number of them run
   AllReduces all_reduces;
+  double one_token_us = 0;       // of an all-reduce
   double hidden_weights_us = 0;  // of a decode step; cost.weights_us is without them
   StepCost cost;
   // Of the demanded load, if it ran: an idle server's time to first token; the time of a decode step of all requests in

@@ -104,7 +104,7 @@ void PrintText(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
     if (plan.all_reduces.calls > 0) {
       line("all-reduces", StrFormat("%lld a step, of %s for each token; %.1f us each with one token",
                                     static_cast<long long>(plan.all_reduces.calls),
-                                    HumanBytes(plan.all_reduces.token_bytes).c_str(), plan.all_reduces.one_token_us));
+                                    HumanBytes(plan.all_reduces.token_bytes).c_str(), plan.one_token_us));
       line("  beside them", StrFormat("weights that take %.2f ms of a decode step", plan.hidden_weights_us * 1e-3));
     }
     line("predicted",
@@ -144,7 +144,7 @@ void PrintJson(const ModelConfig& config, const bench::GpuGroup& gpus, const ben
                        {"tokens_per_second", plan.tokens_per_second}};
   json["all_reduces"] = {{"a_step", plan.all_reduces.calls},
                          {"token_bytes", plan.all_reduces.token_bytes},
-                         {"one_token_us", plan.all_reduces.one_token_us},
+                         {"one_token_us", plan.one_token_us},
                          {"hidden_weights_us", plan.hidden_weights_us}};
   json["step_cost"] = bench::ToJson(plan.cost);
   std::printf("%s\n", json.dump(2, ' ', false, OrderedJson::error_handler_t::replace).c_str());
@@ -182,13 +182,13 @@ int RunPlan(const ParsedFlags& flags) {
 }
 
 Flag Count(std::string_view name, std::string_view value, std::string_view meaning, std::string_view example,
-           int64_t most) {
+           int64_t most, int64_t least = 1) {
   return {.name = name,
           .type = FlagType::kCount,
           .default_value = value,
           .meaning = meaning,
           .example = example,
-          .min = 1,
+          .min = least,
           .max = most};
 }
 
@@ -201,9 +201,12 @@ Subcommand PlanCommand() {
           {.name = kPlan,
            .summary = "would a model fit on these GPUs, and what would they give?",
            .synopsis = "altiplano plan --model 70b --gpus 4xH200 --context 8192 --concurrency 32",
-           .notes = "Sizes are those of the program's own allocator, for bf16. Speeds are\n"
-                    "predicted by the formula of docs/load_tests.md; no kernel of this project has run on a GPU yet.\n"
-                    "Exit code 0: it fits; 1: it does not, and the answer says what would.",
+           .notes =
+               "Sizes are those of the program's own allocator, for bf16. Speeds are\n"
+               "predicted by the formula of docs/load_tests.md, from what good engines reach on H100 and H200; other\n"
+               "GPUs are taken to reach the same shares of their datasheets. No kernel of this project has run on a\n"
+               "GPU yet.\n"
+               "Exit code 0: it fits; 1: it does not, and the answer says what would.",
            .flags = {{.name = "model",
                       .type = FlagType::kText,
                       .meaning =
@@ -212,9 +215,11 @@ Subcommand PlanCommand() {
                      {.name = "gpus",
                       .type = FlagType::kText,
                       .default_value = "1xH200",
-                      .meaning = "How many of which: H100 (80 GB) or H200 (141 GB).",
+                      .meaning = "How many of which: H100 (80 GB), H200 (141 GB), A100-40GB, A100-80GB, L4 (24 GB) or "
+                                 "L40S (48 GB). L4 and "
+                                 "L40S sum over PCIe.",
                       .example = "8xH200"},
-                     Count("context", "8192", "Tokens of one request, prompt and answer together.", "32768", kMost),
+                     Count("context", "8192", "Tokens of one request, prompt and answer together.", "32768", kMost, 2),
                      Count("answer-tokens", "", "How many of them are the answer. Without it: 512, at most half.",
                            "1024", kMost),
                      Count("concurrency", "1", "Requests that run at one time.", "32", kMost),

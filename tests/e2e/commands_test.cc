@@ -562,6 +562,10 @@ TEST(Offline, PlanSaysWhatFitsAndWhatWould) {
   EXPECT_EQ(nothing.code, 65);
   EXPECT_THAT(nothing.err, HasSubstr("405b"));
   EXPECT_EQ(RunToEnd({"plan", "--model", "8b", "--gpus", "8xB300"}).code, 64);
+  EXPECT_EQ(RunToEnd({"plan", "--model", "8b", "--context", "1"}).code, 64) << "nothing would be left for an answer";
+  Finished slow = RunToEnd({"plan", "--model", "8b", "--gpus", "2xL4"});
+  EXPECT_EQ(slow.code, 0) << slow.err;
+  EXPECT_THAT(slow.out, HasSubstr("2xL4, tensor-parallel"));
 }
 
 TEST(Offline, AContextThatTheModelDoesNotHaveIsNamedByItsFlag) {

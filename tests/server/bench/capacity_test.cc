@@ -33,8 +33,11 @@ TEST(ParseGpus, NumberAndKind) {
   EXPECT_EQ(ParseGpus("8xH200")->count, 8);
   EXPECT_EQ(ParseGpus("8xh200")->gpu.name, "H200");
   EXPECT_EQ(ParseGpus("H100")->count, 1);
-  for (const char* bad : {"", "8x", "0xH100", "-1xH100", "xH100", "8xB200", "8H200", "99999xH100"}) {
-    EXPECT_THAT(ParseGpus(bad).status().message(), HasSubstr("H100, H200")) << bad;
+  EXPECT_EQ(ParseGpus("4xa100-80gb")->gpu.name, "A100-80GB");
+  EXPECT_EQ(ParseGpus("l40s")->gpu.memory_bytes, 48e9);
+  EXPECT_EQ(ParseGpus("2xL4")->gpu.memory_bytes, 24e9);
+  for (const char* bad : {"", "8x", "0xH100", "-1xH100", "xH100", "8xB200", "8H200", "99999xH100", "A100", "L40"}) {
+    EXPECT_THAT(ParseGpus(bad).status().message(), HasSubstr("H100, H200, A100-40GB, A100-80GB, L4, L40S")) << bad;
   }
 }
 
@@ -42,8 +45,8 @@ TEST(AllReduces, AreThoseThatTheModelMakes) {
   const AllReduces large = AllReducesOf(Published("405b"), 8);
   EXPECT_EQ(large.calls, 2 * 126 + 1);
   EXPECT_EQ(large.token_bytes, 16384 * sizeof(float));
-  EXPECT_NEAR(large.one_token_us, 9.07, 0.01);
-  EXPECT_NEAR(AllReducesOf(Published("70b"), 8).one_token_us, 7.8, 1e-9);
+  EXPECT_NEAR(OneTokenUs(large, ParseGpus("H200")->gpu), 9.07, 0.01);
+  EXPECT_NEAR(OneTokenUs(AllReducesOf(Published("70b"), 8), ParseGpus("H100")->gpu), 7.8, 1e-9);
   EXPECT_EQ(AllReducesOf(Published("70b"), 1).calls, 0);
   int64_t of_stages = 0;
   for (int stage = 0; stage < 4; ++stage) {
@@ -61,17 +64,57 @@ TEST(AllReduces, HideWeights) {
   EXPECT_LT(qkv, 9.07);
   EXPECT_LT(gate_up, 9.07);
   const ModelConfig large = Published("405b");
-  EXPECT_NEAR(HiddenWeightsUs(large, h200, 8), 126 * (qkv + gate_up) + AllReducesOf(large, 8).one_token_us, 1);
+  EXPECT_NEAR(HiddenWeightsUs(large, h200, 8), 126 * (qkv + gate_up) + OneTokenUs(AllReducesOf(large, 8), h200), 1);
   EXPECT_EQ(HiddenWeightsUs(Published("8b"), h200, 1), 0) << "no sums";
   // No more than the sums take, whatever is on its way.
   for (const char* model : {"8b", "70b"}) {
     const AllReduces sums = AllReducesOf(Published(model), 2);
-    EXPECT_LE(HiddenWeightsUs(Published(model), {.name = "slow", .bytes_per_second = 1e9}, 2),
-              static_cast<double>(sums.calls) * sums.one_token_us * 1.0001);
+    const Gpu slow = {.name = "slow", .bytes_per_second = 1e9, .link_bytes_per_second = 900e9};
+    EXPECT_LE(HiddenWeightsUs(Published(model), slow, 2),
+              static_cast<double>(sums.calls) * OneTokenUs(sums, slow) * 1.0001);
   }
   // Reading weights takes so much less.
   const double all = 2.0 * 50.47e9 / 3.6e6;
   EXPECT_NEAR(DeriveStepCost(large, h200, 8).weights_us, all - HiddenWeightsUs(large, h200, 8), 0.001 * all);
+}
+
+// What grows with the message is 14 times as much over PCIe 4.0 as over the links of an H100; what does not is the
+// same.
+TEST(AllReduces, TakeLongerWhereLinksAreSlower) {
+  const AllReduces sums = AllReducesOf(Published("70b"), 4);
+  const double fixed = 7.8 - (16.7 - 7.8) * 32 / (256 - 32);
+  EXPECT_NEAR(OneTokenUs(sums, ParseGpus("L40S")->gpu), fixed + (7.8 - fixed) * 900 / 64, 1e-9);
+  EXPECT_NEAR(OneTokenUs(sums, ParseGpus("A100-80GB")->gpu), fixed + (7.8 - fixed) * 900 / 600, 1e-9);
+  EXPECT_EQ(OneTokenUs(AllReducesOf(Published("70b"), 1), ParseGpus("L40S")->gpu), 0);
+  // For each token of a prompt 161 messages of 32 KiB, at 64 / 900 of 64 MiB in 316 us.
+  const StepCost l40s = DeriveStepCost(Published("70b"), ParseGpus("L40S")->gpu, 4);
+  const double matrices = DeriveStepCost(Published("70b"), ParseGpus("L40S")->gpu, 1).token_us / 4;
+  EXPECT_NEAR(l40s.token_us - matrices, 161 * 32768 / (67108864 / 316.0 * 64 / 900), 0.01);
+}
+
+// Of the datasheets' figures, the same shares as on Hopper.
+TEST(StepCost, OfOtherGpus) {
+  const StepCost h100 = DeriveStepCost(Published("8b"), ParseGpus("H100")->gpu, 1);
+  const auto holds = [&](const char* name, double bytes_per_second, double flops) {
+    const StepCost cost = DeriveStepCost(Published("8b"), ParseGpus(name)->gpu, 1);
+    EXPECT_NEAR(cost.weights_us, h100.weights_us * 3.35e12 / bytes_per_second, 1e-6 * cost.weights_us) << name;
+    EXPECT_NEAR(cost.kv_token_us, h100.kv_token_us * 3.35e12 / bytes_per_second, 1e-6 * cost.kv_token_us) << name;
+    EXPECT_NEAR(cost.token_us, h100.token_us * 989.4e12 / flops, 1e-6 * cost.token_us) << name;
+    EXPECT_NEAR(cost.attention_us, h100.attention_us * 989.4e12 / flops, 1e-6 * cost.attention_us) << name;
+  };
+  holds("A100-40GB", 1.555e12, 312e12);
+  holds("A100-80GB", 2.039e12, 312e12);
+  holds("L4", 300e9, 121e12);
+  holds("L40S", 864e9, 362.05e12);
+}
+
+TEST(Plan, SmallerGpusHoldLess) {
+  EXPECT_EQ(Plan("8b", "L4").why_not, "");
+  EXPECT_LT(Plan("8b", "L4").kv_tokens, Plan("8b", "A100-40GB").kv_tokens);
+  EXPECT_LT(Plan("8b", "A100-40GB").kv_tokens, Plan("8b", "L40S").kv_tokens);
+  EXPECT_EQ(Plan("70b", "2xA100-80GB", {.context = 1024}).why_not, Plan("70b", "2xH100", {.context = 1024}).why_not);
+  EXPECT_THAT(Plan("70b", "4xA100-40GB").why_not, HasSubstr("tokens"));
+  EXPECT_EQ(Plan("70b", "4xL40S").why_not, "");
 }
 
 // The presets were computed apart from this code.
