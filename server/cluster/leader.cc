@@ -11,6 +11,7 @@
 
 #include "altiplano/cluster/v1/cluster.grpc.pb.h"
 #include "server/base/hmac.h"
+#include "server/base/listen_error.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cluster/data_links.h"
@@ -427,7 +428,8 @@ class Leader::Impl {
     builder.RegisterService(&service_);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr || port == 0) {
-      return Status(Code::kUnavailable, StrCat("cannot listen for the other nodes on ", options_.place.leader));
+      return Status(Code::kUnavailable, StrCat("--leader: cannot listen for the other nodes on ", options_.place.leader,
+                                               ": ", WhyNotListening(options_.place.leader)));
     }
     ASSIGN_OR_RETURN(const std::string host, LocalAddressTowards(options_.place.leader));
     ASSIGN_OR_RETURN(listener_, DataListener::Start(host));

@@ -1,8 +1,9 @@
 #include "server/frontend/listener.h"
 
+#include <fcntl.h>
 #include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
-#include <netdb.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -10,11 +11,15 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
 #include <climits>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <optional>
+#include <thread>
 
+#include "server/base/listen_error.h"
 #include "server/base/log.h"
 #include "server/base/strings.h"
 
@@ -58,29 +63,40 @@ bool HasPort(const std::string& address) {
   return error == std::errc() && end == port.data() + port.size();
 }
 
-// gRPC does not say why it could not listen: try what it tried.
-std::string WhyNotListening(const std::string& address) {
-  size_t colon = address.rfind(':');
-  std::string host = address.substr(0, colon), port = address.substr(colon + 1);
-  if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE;
-  addrinfo* found = nullptr;
-  if (int error = getaddrinfo(host.c_str(), port.c_str(), &hints, &found); error != 0) return gai_strerror(error);
-  std::string why = "gRPC gives no reason";
-  int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0 || bind(fd, found->ai_addr, found->ai_addrlen) != 0) why = std::strerror(errno);
-  if (fd >= 0) close(fd);
-  freeaddrinfo(found);
-  return why;
+std::string_view PathOf(std::string_view address) {
+  std::string_view path = address.substr(kUnix.size());
+  if (path.starts_with("//")) path.remove_prefix(2);
+  return path;
 }
+
+// Whoever makes a unix socket in this folder does so alone: between the look whether a server listens on one and gRPC's
+// taking its name another server would take it. A folder that cannot be locked, or that somebody keeps locked, is no
+// reason not to listen.
+class FolderLock {
+ public:
+  explicit FolderLock(std::string_view path) {
+    const size_t slash = path.rfind('/');
+    const std::string folder(slash == path.npos ? "." : slash == 0 ? "/" : path.substr(0, slash));
+    fd_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    while (fd_ >= 0 && flock(fd_, LOCK_EX | LOCK_NB) != 0 && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  }
+  FolderLock(const FolderLock&) = delete;
+  ~FolderLock() {
+    if (fd_ >= 0) close(fd_);  // and with it the lock
+  }
+
+ private:
+  static constexpr auto kPatience = std::chrono::seconds(2);
+  int fd_ = -1;
+};
 
 // A server listens on this unix socket. gRPC would remove it, and that server would serve nobody without noticing; one
 // that nobody listens on is left over from a server that was killed.
 bool IsTaken(const std::string& address) {
-  std::string_view path = std::string_view(address).substr(kUnix.size());
-  if (path.starts_with("//")) path.remove_prefix(2);
+  const std::string_view path = PathOf(address);
   sockaddr_un to{};
   to.sun_family = AF_UNIX;
   if (path.size() >= sizeof to.sun_path) return false;
@@ -92,9 +108,12 @@ bool IsTaken(const std::string& address) {
   return taken;
 }
 
+thread_local bool reports_itself = false;  // whoever calls gRPC on this thread
+
 void WriteGrpcLog(gpr_log_func_args* args) {
   // Its errors are about peers and sockets; ours to act on are reported where they matter.
-  log::Level level = args->severity == GPR_LOG_SEVERITY_ERROR ? log::Level::kWarn : log::Level::kDebug;
+  const bool told = reports_itself || args->severity != GPR_LOG_SEVERITY_ERROR;
+  const log::Level level = told ? log::Level::kDebug : log::Level::kWarn;
   log::Write(level, "grpc", {{"message", args->message}});
 }
 
@@ -114,26 +133,26 @@ void RouteLibraryLogs() {
   });
 }
 
-StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,
+StatusOr<Listening> Listen(std::string_view flag, const std::string& address, const FrontendLimits& limits,
                            const std::vector<grpc::Service*>& services) {
-  bool is_unix = address.starts_with(kUnix);
-  if (!is_unix && !HasPort(address)) {
-    return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": it is not HOST:PORT"));
-  }
-  if (is_unix && IsTaken(address)) {
-    return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": ", std::strerror(EADDRINUSE)));
-  }
+  const bool is_unix = address.starts_with(kUnix);
+  const auto refused = [&](std::string_view why) {
+    return Status(Code::kUnavailable, StrCat(flag, ": cannot listen on ", address, ": ", why));
+  };
+  if (!is_unix && !HasPort(address)) return refused("it is not HOST:PORT");
+  std::optional<FolderLock> alone;
+  if (is_unix) alone.emplace(PathOf(address));
+  if (is_unix && IsTaken(address)) return refused(WhyNotListening(address));
   grpc::ServerBuilder builder;
   SetArguments(limits, &builder);
   int port = 0;
   builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   Listening out;
+  reports_itself = true;
   out.server = builder.BuildAndStart();
-  if (out.server == nullptr || port <= 0) {
-    std::string why = is_unix ? std::string("the socket cannot be made there") : WhyNotListening(address);
-    return Status(Code::kUnavailable, StrCat("cannot listen on ", address, ": ", why));
-  }
+  reports_itself = false;
+  if (out.server == nullptr || port <= 0) return refused(WhyNotListening(address));  // gRPC does not say
   out.address = address;
   if (!is_unix) {
     out.port = port;

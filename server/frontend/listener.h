@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "server/base/status.h"
@@ -18,8 +19,8 @@ struct Listening {
   std::string address;  // as given, with the port that was taken
 };
 
-// UNAVAILABLE naming address and reason.
-StatusOr<Listening> Listen(const std::string& address, const FrontendLimits& limits,
+// UNAVAILABLE naming the flag that asks for it, the address, the reason and what to do.
+StatusOr<Listening> Listen(std::string_view flag, const std::string& address, const FrontendLimits& limits,
                            const std::vector<grpc::Service*>& services);
 
 // gRPC's and protobuf's own messages go through our log from now on. Idempotent.

@@ -37,10 +37,10 @@ class Server::Impl {
 
   Status Start() {
     RouteLibraryLogs();
-    ASSIGN_OR_RETURN(main, Listen(state.options.listen, state.options.limits,
+    ASSIGN_OR_RETURN(main, Listen("--listen", state.options.listen, state.options.limits,
                                   {&inference, &models, &status, &health, &reflection_v1, &reflection_v1alpha}));
     if (state.options.admin_listen.empty()) return OkStatus();
-    ASSIGN_OR_RETURN(admin_listening, Listen(state.options.admin_listen, state.options.limits,
+    ASSIGN_OR_RETURN(admin_listening, Listen("--admin-listen", state.options.admin_listen, state.options.limits,
                                              {&admin, &admin_health, &admin_reflection_v1, &admin_reflection_v1alpha}));
     return OkStatus();
   }

@@ -1,5 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <array>
 #include <filesystem>
@@ -8,6 +11,7 @@
 
 #include "server/base/clock.h"
 #include "server/base/json.h"
+#include "server/base/listen_error.h"
 #include "server/base/log.h"
 #include "server/base/read_file.h"
 #include "server/base/split.h"
@@ -182,6 +186,56 @@ TEST_F(LogLines, LevelFilters) {
   EXPECT_THAT(text, Not(HasSubstr("hidden")));
   EXPECT_THAT(text, HasSubstr("seen"));
   EXPECT_THAT(log::SetLevel("loud").message(), HasSubstr("must be one of"));
+}
+
+// A socket that listens on a free port of the loopback address.
+class Listening {
+ public:
+  Listening() {
+    sockaddr_in at{};
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof at;
+    EXPECT_EQ(bind(fd_, reinterpret_cast<sockaddr*>(&at), size), 0);
+    EXPECT_EQ(listen(fd_, 1), 0);
+    EXPECT_EQ(getsockname(fd_, reinterpret_cast<sockaddr*>(&at), &size), 0);
+    address_ = StrCat("127.0.0.1:", ntohs(at.sin_port));
+  }
+  ~Listening() { close(fd_); }
+  const std::string& address() const { return address_; }
+
+ private:
+  const int fd_ = socket(AF_INET, SOCK_STREAM, 0);
+  std::string address_;
+};
+
+TEST(WhyNotListening, SaysWhatTheSystemAnswersAndWhatToDo) {
+  const Listening other;
+  EXPECT_EQ(WhyNotListening(other.address()), "Address already in use: end what listens there, or name another port");
+  EXPECT_THAT(WhyNotListening("nowhere.invalid:1"), HasSubstr(": name an address of this machine, or 0.0.0.0 for all"));
+  EXPECT_THAT(WhyNotListening("192.0.2.1:1"), HasSubstr("Cannot assign requested address: no interface"));
+  EXPECT_EQ(WhyNotListening("unix:/nowhere/x"), "No such file or directory: make the folder first, or name another");
+  EXPECT_EQ(WhyNotListening("unix://nowhere/x"), WhyNotListening("unix:/nowhere/x"));
+  EXPECT_THAT(WhyNotListening("unix:/etc/passwd"),
+              HasSubstr("Address already in use: end what listens there or remove"));
+  EXPECT_THAT(WhyNotListening("unix:/" + std::string(200, 'x')), HasSubstr("at most 107 bytes"));
+  const std::string free = ::testing::TempDir() + "/free.sock";
+  EXPECT_THAT(WhyNotListening("unix:" + free), HasSubstr("would be free now"));
+  EXPECT_FALSE(std::filesystem::exists(free)) << "trying leaves nothing behind";
+}
+
+// Root may listen anywhere, and in a container often everybody may.
+TEST(WhyNotListening, LowPortsTakeAPrivilege) {
+  std::ifstream in("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+  int first = 1024;
+  in >> first;
+  if (geteuid() == 0 && seteuid(65534) != 0) GTEST_SKIP() << "cannot be another user";
+  const std::string why = WhyNotListening("127.0.0.1:1");
+  const std::string nowhere = WhyNotListening("unix:/usr/x.sock");
+  ASSERT_EQ(seteuid(getuid()), 0);
+  EXPECT_EQ(nowhere, "Permission denied: name a folder in which this user may make files");
+  if (first <= 1) GTEST_SKIP() << "no port is low here";
+  EXPECT_EQ(why, "Permission denied: low ports, mostly those below 1024, take CAP_NET_BIND_SERVICE; name a higher one");
 }
 
 TEST(FakeClock, MovesOnlyWhenTold) {

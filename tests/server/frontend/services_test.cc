@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <future>
+#include <latch>
 #include <set>
 
 #include "grpc/reflection/v1/reflection.grpc.pb.h"
@@ -553,13 +554,20 @@ TEST(ListenTest, APortInUseIsAClearError) {
   auto second = Server::Start(options);
   ASSERT_FALSE(second.ok());
   EXPECT_EQ(second.status().code(), Code::kUnavailable);
-  EXPECT_EQ(second.status().message(), "cannot listen on " + options.listen + ": Address already in use");
+  const std::string why =
+      " cannot listen on " + options.listen + ": Address already in use: end what listens there, or name another port";
+  EXPECT_EQ(second.status().message(), "--listen:" + why);
+  ServerOptions admin;
+  admin.listen = "127.0.0.1:0";
+  admin.admin_listen = options.listen;
+  EXPECT_EQ(Server::Start(admin).status().message(), "--admin-listen:" + why);
   for (const char* malformed :
        {"", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", ":1", "127.0.0.1:99999", "nowhere.invalid:1"}) {
     options.listen = malformed;
     auto none = Server::Start(options);
     ASSERT_FALSE(none.ok()) << malformed;
-    EXPECT_THAT(none.status().message(), ::testing::StartsWith(std::string("cannot listen on ") + malformed + ": "));
+    EXPECT_THAT(none.status().message(),
+                ::testing::StartsWith(std::string("--listen: cannot listen on ") + malformed + ": "));
   }
 }
 
@@ -573,6 +581,28 @@ TEST(ListenTest, UnixSocketsWork) {
   EXPECT_EQ(server.server().address(), options.server.listen);
   EXPECT_EQ(server.server().admin_address(), "");
   EXPECT_EQ(Stream(server.stub(), TextRequest("hi", 2)).text(), "ab");
+}
+
+// Those that start at the same moment do not take it from each other.
+TEST(ListenTest, OneOfManyGetsASocket) {
+  ServerOptions options;
+  options.listen = "unix:" + ::testing::TempDir() + "/altiplano-many-" + std::to_string(getpid());
+  for (int round = 0; round < 10; ++round) {
+    std::latch all(4);
+    std::vector<std::future<StatusOr<std::unique_ptr<Server>>>> starts;
+    for (int i = 0; i < 4; ++i) {
+      starts.push_back(std::async(std::launch::async, [&] {
+        all.arrive_and_wait();
+        return Server::Start(options);
+      }));
+    }
+    std::vector<std::unique_ptr<Server>> started;
+    for (auto& start : starts) {
+      auto server = start.get();
+      if (server.ok()) started.push_back(*std::move(server));
+    }
+    EXPECT_EQ(started.size(), 1u);
+  }
 }
 
 TEST(ListenTest, ASocketIsTakenFromTheDeadOnly) {
@@ -596,7 +626,9 @@ TEST(ListenTest, ASocketIsTakenFromTheDeadOnly) {
     auto refused = Server::Start(second);
     ASSERT_FALSE(refused.ok());
     EXPECT_EQ(refused.status().code(), Code::kUnavailable);
-    EXPECT_EQ(refused.status().message(), "cannot listen on " + second.listen + ": Address already in use");
+    EXPECT_EQ(refused.status().message(),
+              "--listen: cannot listen on " + second.listen +
+                  ": Address already in use: end what listens there or remove the file, or name another path");
   }
   EXPECT_EQ(Stream(server.stub(), TextRequest("hi", 2)).text(), "ab") << "it still serves";
 }
