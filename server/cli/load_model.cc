@@ -417,7 +417,10 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       options.crash_record_path = FlightRecordPath(folder, replica, "-crash.flight");
     }
     model.device = ranks.device;
-    for (DeviceMemory& device : ranks.devices) model.devices.push_back({replica, std::move(device)});
+    for (DeviceMemory& device : ranks.devices) {
+      device.replica = replica;
+      model.devices.push_back(std::move(device));
+    }
     model.weight_bytes = ranks.weight_bytes + (on_gpus ? model.weight_bytes : 0);  // on the CPU replicas share them
     model.kv_bytes += ranks.kv_bytes;
     model.kv_tokens += static_cast<int64_t>(options.scheduler.num_blocks) * options.scheduler.block_size;

@@ -70,14 +70,10 @@ struct LoadHooks {
 struct LoadedModel {
   std::unique_ptr<Checkpoint> checkpoint;
   TextModel text;
-  std::string name;    // what clients call it
-  std::string device;  // "AMD EPYC 9B14, 2 threads, avx512_bf16"
-  struct OfReplica {
-    int replica;
-    DeviceMemory memory;
-  };
-  std::vector<OfReplica> devices;  // of this node
-  std::string dtype;               // "bf16"
+  std::string name;                   // what clients call it
+  std::string device;                 // "AMD EPYC 9B14, 2 threads, avx512_bf16"
+  std::vector<DeviceMemory> devices;  // of this node
+  std::string dtype;                  // "bf16"
   int32_t tensor_parallel = 1;
   int32_t pipeline_parallel = 1;
   int32_t max_context = 0;

@@ -40,16 +40,7 @@ ServedModel Describe(const LoadedModel& model, const config::v1::ServerConfig& s
   served.defaults.repetition_penalty = generation.repetition_penalty;
   served.tokenizer = model.text.tokenizer;
   served.chat_format = model.text.chat_format;
-  for (const auto& [replica, memory] : model.devices) {
-    served.devices.push_back({.device = memory.device,
-                              .replica = replica,
-                              .ranks = memory.ranks,
-                              .weight_bytes = memory.weight_bytes,
-                              .activation_bytes = memory.activation_bytes,
-                              .kv_cache_bytes = memory.kv_cache_bytes,
-                              .free_bytes = memory.free_bytes,
-                              .total_bytes = memory.total_bytes});
-  }
+  served.devices = model.devices;
   if (settings.kv().prefix_cache()) served.features.emplace_back("prefix_cache");
   return served;
 }

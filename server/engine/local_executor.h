@@ -22,6 +22,7 @@
 #include "kernels/comm/communicator.h"
 #include "kernels/comm/link.h"
 #include "server/base/status.h"
+#include "server/engine/device_memory.h"
 #include "server/engine/executor.h"
 #include "server/engine/rank_worker.h"
 #include "server/engine/start_watch.h"
@@ -77,14 +78,6 @@ struct LocalExecutorOptions {
   std::function<void(CudaGroupOptions&)> adjust_group;
   std::function<std::unique_ptr<Communicator>(int rank, std::unique_ptr<Communicator>)> wrap_communicator;
   std::function<std::shared_ptr<Link>(int rank, std::shared_ptr<Link>)> wrap_link;
-};
-
-// What ranks of one process hold on one device, as it was when they were ready.
-struct DeviceMemory {
-  std::string device;                                                   // "GPU 3: NVIDIA H200, ..., PCI 0000:1B:00.0"
-  std::vector<int> ranks;                                               // numbered through all stages
-  uint64_t weight_bytes = 0, activation_bytes = 0, kv_cache_bytes = 0;  // of these ranks together
-  uint64_t free_bytes = 0, total_bytes = 0;                             // of the device, whoever has the rest
 };
 
 class LocalExecutor : public Executor {

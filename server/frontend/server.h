@@ -18,6 +18,7 @@
 
 #include "server/base/clock.h"
 #include "server/base/status.h"
+#include "server/engine/device_memory.h"
 #include "server/engine/engine.h"
 #include "server/frontend/limits.h"
 #include "server/text/chat_format.h"
@@ -32,15 +33,6 @@ struct SamplingDefaults {
   std::optional<int32_t> top_k;
 };
 
-// What ranks of a replica hold on one device of this node, for GetServerInfo.
-struct ServedDevice {
-  std::string device;
-  int replica = 0;
-  std::vector<int> ranks;
-  uint64_t weight_bytes = 0, activation_bytes = 0, kv_cache_bytes = 0;
-  uint64_t free_bytes = 0, total_bytes = 0;
-};
-
 struct ServedModel {
   std::string name;          // requests with another name are NOT_FOUND; with none they get this one
   std::string architecture;  // "llama"
@@ -51,7 +43,7 @@ struct ServedModel {
   std::string kv_dtype;
   int32_t tensor_parallel = 1;
   int32_t pipeline_parallel = 1;
-  std::vector<ServedDevice> devices;
+  std::vector<DeviceMemory> devices;  // of this node, for GetServerInfo
   std::vector<TokenId> eos_ids;
   std::vector<std::string> features;  // free words for GetModel, besides the front end's own
   SamplingDefaults defaults;

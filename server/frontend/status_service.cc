@@ -25,8 +25,8 @@ void FillStepCost(const StepCost& cost, v1::StepCost* out) {
   out->set_attention_us(cost.attention_us);
 }
 
-void FillDevices(const std::vector<ServedDevice>& devices, v1::GetServerInfoResponse* out) {
-  for (const ServedDevice& one : devices) {
+void FillDevices(const std::vector<DeviceMemory>& devices, v1::GetServerInfoResponse* out) {
+  for (const DeviceMemory& one : devices) {
     v1::DeviceMemory* device = out->add_devices();
     device->set_device(one.device);
     device->set_replica(static_cast<uint32_t>(one.replica));

@@ -17,8 +17,8 @@ ALLOWED = {
     "server/model": ["server/base", "kernels"],
     "server/engine": ["server/base", "server/scheduler", "server/model", "kernels"],
     "server/cluster": ["server/base", "server/scheduler", "server/model", "server/engine", "kernels", "proto"],
-    "server/frontend": ["server/base", "server/text", "server/engine/engine.h", "server/scheduler/request.h",
-                        "server/scheduler/step_plan.h", "proto"],
+    "server/frontend": ["server/base", "server/text", "server/engine/device_memory.h", "server/engine/engine.h",
+                        "server/scheduler/request.h", "server/scheduler/step_plan.h", "proto"],
     "server/cli": ["server", "kernels", "proto"],
     "server/main.cc": ["server", "kernels", "proto"],
 }
