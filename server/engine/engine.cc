@@ -577,7 +577,10 @@ int32_t Engine::ResetPrefixCache() {
   return impl_->ResetPrefixCache();
 }
 StatusOr<std::string> Engine::FlightRecord(int replica) const {
-  if (replica != 0) return Status(Code::kOutOfRange, StrCat("there is one replica, 0, not ", replica));
+  if (replica != 0) {
+    return Status(Code::kOutOfRange,
+                  StrCat("there is no replica ", replica, ": this server has one, which is number 0"));
+  }
   return impl_->FlightRecord();
 }
 int32_t Engine::max_servable_tokens() const {

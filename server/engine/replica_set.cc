@@ -123,8 +123,10 @@ int32_t ReplicaSet::ResetPrefixCache() {
 }
 
 StatusOr<std::string> ReplicaSet::FlightRecord(int replica) const {
+  if (size() == 1) return replicas_.front()->FlightRecord(replica);
   if (replica < 0 || replica >= size()) {
-    return Status(Code::kOutOfRange, StrCat("there are replicas 0 to ", size() - 1, ", not ", replica));
+    return Status(Code::kOutOfRange, StrCat("there is no replica ", replica, ": this server has ", size(),
+                                            ", numbered 0 to ", size() - 1));
   }
   return replicas_[static_cast<size_t>(replica)]->FlightRecord();
 }

@@ -208,6 +208,14 @@ TEST(ReplicaSet, TotalsAreSumsOfTheReplicas) {
   for (Control& control : controls) control.held = false;
 }
 
+TEST(ReplicaSet, FlightRecordsAreNumberedFromZero) {
+  std::vector<Control> one(1), two(2);
+  EXPECT_EQ(MakeSet(SmallOptions(), one)->FlightRecord(1).status().message(),
+            "there is no replica 1: this server has one, which is number 0");
+  EXPECT_EQ(MakeSet(SmallOptions(), two)->FlightRecord(2).status().message(),
+            "there is no replica 2: this server has 2, numbered 0 to 1");
+}
+
 TEST(ReplicaSet, CancellingReachesTheReplicaThatHasTheRequest) {
   std::vector<Control> controls(2);
   auto set = MakeSet(SmallOptions(), controls);

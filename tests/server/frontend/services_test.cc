@@ -339,7 +339,9 @@ TEST(AdminServiceTest, FlightRecordComesWholeAndKnowsRequestsByTheirIds) {
   grpc::ClientContext none_context;
   auto none = admin->DumpFlightRecord(&none_context, second);
   EXPECT_FALSE(none->Read(&chunk));
-  EXPECT_EQ(none->Finish().error_code(), grpc::StatusCode::OUT_OF_RANGE);
+  const grpc::Status no_such = none->Finish();
+  EXPECT_EQ(no_such.error_code(), grpc::StatusCode::OUT_OF_RANGE);
+  EXPECT_EQ(no_such.error_message(), "there is no replica 1: this server has one, which is number 0");
   EXPECT_THAT(file, HasSubstr(std::string(100, 'x') + "3999"));
 }
 
