@@ -84,6 +84,7 @@ grpc::ServerUnaryReactor* AdminService::ResetPrefixCache(grpc::CallbackServerCon
   bool taken = state_->admin_pool.Run([=, engine = (*backend)->engine] {
     v1::ResetPrefixCacheResponse out;
     out.set_freed_blocks(static_cast<uint64_t>(engine->ResetPrefixCache()));
+    log::Info("prefix cache emptied, as an operator asks", {{"freed_blocks", out.freed_blocks()}});
     SerializeMessage(out, response);
     reactor->Finish(grpc::Status::OK);
   });
@@ -97,9 +98,15 @@ grpc::ServerUnaryReactor* AdminService::SetLogLevel(grpc::CallbackServerContext*
                                                     const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
   return AnswerUnary<v1::SetLogLevelRequest, v1::SetLogLevelResponse>(
       context, request, response, [](const v1::SetLogLevelRequest& in, v1::SetLogLevelResponse*) {
-        if (Status status = log::SetLevel(in.level()); !status.ok()) {
+        if (!log::ParseLevel(in.level()).ok()) {
           return InvalidField("level", "must be one of debug, info, warn, error, off");
         }
+        // Before or after: as long as the more talkative level holds.
+        const auto tell = [&] { log::Info("log level set, as an operator asks", {{"level", in.level()}}); };
+        const bool told = log::Enabled(log::Level::kInfo);
+        if (told) tell();
+        RETURN_IF_ERROR(log::SetLevel(in.level()));
+        if (!told) tell();
         return OkStatus();
       });
 }

@@ -342,8 +342,9 @@ void Scheduler::Impl::RefuseIfHopeless(const Call& call, LiveRequest& request) {
   ++hopeless_;
   ErrorDetail detail;
   detail.reason = "HOPELESS";
-  const double left_ms = Milliseconds(request.request->deadline - call.now), prefill_ms = Milliseconds(prefill);
-  detail.metadata = {{"left_ms", StrCat(left_ms)}, {"prefill_ms", StrCat(prefill_ms)}};
+  const std::string left_ms = StrFormat("%.9g", Milliseconds(request.request->deadline - call.now));
+  const std::string prefill_ms = StrFormat("%.9g", Milliseconds(prefill));
+  detail.metadata = {{"left_ms", left_ms}, {"prefill_ms", prefill_ms}};
   EndRequest(call, request,
              Status(Code::kDeadlineExceeded,
                     StrCat("the deadline in ", left_ms, " ms cannot be met: ", request.prompt_size - cached,

@@ -377,6 +377,7 @@ TEST(ErrorTest, WhatCannotMeetItsDeadlineIsRefusedAtOnce) {
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_EQ(ReasonOf(status), "HOPELESS");
   EXPECT_GT(std::stod(MetadataOf(status, "prefill_ms")), std::stod(MetadataOf(status, "left_ms")));
+  EXPECT_THAT(status.error_message(), ::testing::ContainsRegex("in [0-9.]{1,11} ms cannot be met"));
   server.WaitForNoCalls();
 }
 

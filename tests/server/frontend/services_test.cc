@@ -303,7 +303,10 @@ TEST(AdminServiceTest, CacheLevelAndRecorder) {
   v1::SetLogLevelRequest level;
   level.set_level("error");
   v1::SetLogLevelResponse done;
+  ::testing::internal::CaptureStderr();
   ASSERT_TRUE(admin->SetLogLevel(&level_context, level, &done).ok());
+  log::Flush();
+  EXPECT_THAT(::testing::internal::GetCapturedStderr(), HasSubstr("log level set, as an operator asks"));
   EXPECT_FALSE(log::Enabled(log::Level::kInfo));
   level.set_level("loud");
   EXPECT_EQ(FirstField(admin->SetLogLevel(&bad_context, level, &done)), "level");
