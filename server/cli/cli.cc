@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/cli/command.h"
 
@@ -71,6 +72,12 @@ std::vector<Subcommand> Subcommands() {
 int Fail(std::string_view name, std::string_view message, ExitCode code) {
   std::string line = StrCat("altiplano ", name, name.empty() ? "" : ": ", message, "\n");
   std::fwrite(line.data(), 1, line.size(), stderr);
+  return code;
+}
+
+int FailInLog(std::string_view name, std::string_view message, ExitCode code) {
+  if (!log::Enabled(log::Level::kError)) return Fail(name, message, code);
+  log::Error(StrCat(name, " failed"), {{"error", message}, {"exit_code", static_cast<int>(code)}});
   return code;
 }
 

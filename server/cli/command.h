@@ -37,5 +37,8 @@ int Main(std::span<const std::string_view> arguments);
 
 // "altiplano NAME: MESSAGE" on stderr, one line. Returns `code`.
 int Fail(std::string_view name, std::string_view message, ExitCode code);
+// As Fail, of a command whose log is set up: an error in the log, with the exit code. Where the log is off, Fail's
+// line.
+int FailInLog(std::string_view name, std::string_view message, ExitCode code);
 
 }  // namespace altiplano::cli

@@ -14,7 +14,6 @@
 #include "server/base/log.h"
 #include "server/base/strings.h"
 #include "server/bench/machine.h"
-#include "server/cli/command.h"
 #include "server/cli/gpus.h"
 #include "server/cli/nodes.h"
 #include "server/cli/units.h"
@@ -294,9 +293,9 @@ StatusOr<TextModel> LoadText(const Checkpoint& checkpoint, std::string_view chat
   return text;
 }
 
-std::function<void(const Status&)> EndHungStart(std::string_view command) {
-  return [command = std::string(command)](const Status& status) {
-    Fail(command, status.message(), kExitRestart);
+std::function<void(const Status&)> EndHungStart(std::string_view command, decltype(&Fail) fail) {
+  return [command = std::string(command), fail](const Status& status) {
+    fail(command, status.message(), kExitRestart);
     log::Flush();
     _exit(kExitRestart);  // nothing that hangs could be destroyed
   };
@@ -307,7 +306,8 @@ StatusOr<LocalExecutorOptions> ExecutorOptionsOf(const config::v1::ServerConfig&
   LocalExecutorOptions options;
   options.start_patience = CheckedMilliseconds(config.scheduler().start_timeout());
   options.on_start_hang = hooks.on_start_hang;
-  StartWatch watch(options.start_patience, options.on_start_hang);
+  options.on_start_phase = hooks.on_start_phase;
+  StartWatch watch(options.start_patience, options.on_start_hang, options.on_start_phase);
   watch.Begin("looking for devices");  // which is to ask a driver
   if (config.model().device() != "cpu" && CountGpus() > 0) {
     ASSIGN_OR_RETURN(auto gpus, GpusOf(config, CountGpus()));
@@ -357,7 +357,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
   RETURN_IF_ERROR(CheckRecordFits(record_bytes, executor_options.executors));  // now, not when all is loaded
   LoadedModel model;
   {
-    StartWatch watch(executor_options.start_patience, executor_options.on_start_hang);
+    StartWatch watch(executor_options.start_patience, executor_options.on_start_hang, executor_options.on_start_phase);
     watch.Begin("opening the model's files");
     ASSIGN_OR_RETURN(model.checkpoint, Checkpoint::Open(config.model().path()));
     ASSIGN_OR_RETURN(model.text, LoadText(*model.checkpoint, config.model().chat_format()));
@@ -409,6 +409,7 @@ StatusOr<LoadedModel> LoadModel(const config::v1::ServerConfig& config, const Lo
       options.restart = [checkpoint = model.checkpoint.get(), leader = model.leader.get(), executor_options,
                          num_blocks = options.scheduler.num_blocks](const EngineOptions::Hung& hung) mutable {
         if (executor_options.on_start_hang) executor_options.on_start_hang = hung;
+        executor_options.on_start_phase = {};
         return MakeRanksAgain(*checkpoint, leader, executor_options, num_blocks);
       };
     }

@@ -11,6 +11,7 @@
 #include "altiplano/config/v1/server_config.pb.h"
 #include "kernels/tensor.h"
 #include "server/base/status.h"
+#include "server/cli/command.h"
 #include "server/cluster/group.h"
 #include "server/engine/local_executor.h"
 #include "server/engine/replica_set.h"
@@ -54,17 +55,19 @@ Status CheckBudget(int64_t max_num_batched_tokens, int64_t block_size);
 // A block's size that follows from the device is taken to be that of a CPU with --device auto.
 Status CheckScheduling(const config::v1::ServerConfig& config);
 
-// What of --devices can be told to be wrong without a look at the machine, names beside --device cpu included.
+// What of --devices, --isa and --check-ranks can be told to be wrong without a look at the machine: those that would
+// have no effect beside --device and --tensor-parallel, too.
 Status CheckDevices(const config::v1::ServerConfig& config);
 
 struct LoadHooks {
-  std::function<void(const LoadProgress&)> progress;         // calling thread
-  std::function<bool()> cancelled;                           // polled while weights are read; true: CANCELLED
-  std::function<void()> on_step;                             // see Engine::Start
-  std::function<void()> on_failed_for_good = {};             // see EngineOptions
-  std::function<void(const Status&)> on_start_hang = {};     // see LocalExecutorOptions; within --start-timeout
-  std::function<void(const StepTimes&)> on_step_times = {};  // see LocalExecutorOptions; any engine's thread
-  bool without_all_reduces = false;                          // ranks are those of MakeUnsummed: for measuring
+  std::function<void(const LoadProgress&)> progress;            // calling thread
+  std::function<bool()> cancelled;                              // polled while weights are read; true: CANCELLED
+  std::function<void()> on_step;                                // see Engine::Start
+  std::function<void()> on_failed_for_good = {};                // see EngineOptions
+  std::function<void(const Status&)> on_start_hang = {};        // see LocalExecutorOptions; within --start-timeout
+  std::function<void(const std::string&)> on_start_phase = {};  // see StartWatch
+  std::function<void(const StepTimes&)> on_step_times = {};     // see LocalExecutorOptions; any engine's thread
+  bool without_all_reduces = false;                             // ranks are those of MakeUnsummed: for measuring
 };
 
 struct LoadedModel {
@@ -84,8 +87,8 @@ struct LoadedModel {
   std::unique_ptr<ReplicaSet> engine;
 };
 
-// LoadHooks::on_start_hang of a command: says what hangs and ends the process with kExitRestart.
-std::function<void(const Status&)> EndHungStart(std::string_view command);
+// LoadHooks::on_start_hang of a command: says what hangs, by Fail or FailInLog, and ends the process with kExitRestart.
+std::function<void(const Status&)> EndHungStart(std::string_view command, decltype(&Fail) fail = &Fail);
 
 // What an executor of this config is to be given, ALTIPLANO_FAULT included. UNAVAILABLE without a usable device.
 // replica_gpus: null, or where the GPUs of each replica's ranks on this node are put; with no GPU there are none.

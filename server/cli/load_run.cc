@@ -62,7 +62,7 @@ LoadInterrupt::Watch::~Watch() {
 }
 
 InterruptOnSignal::InterruptOnSignal(std::string_view command, LoadInterrupt* interrupt)
-    : signal_([this, command, interrupt](int count) {
+    : signal_([this, command, interrupt](int count, const std::string&) {
         if (count == 1 && armed_) return interrupt->Interrupt();
         Fail(command, count > 1 ? "interrupted again: ends without a report" : "interrupted before anything was sent",
              kExitInterrupted);

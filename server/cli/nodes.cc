@@ -63,7 +63,7 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   options.silence = CheckedMilliseconds(config.scheduler().step_deadline());
   options.health_deadline = CheckedMilliseconds(config.scheduler().health_deadline());
   options.cancelled = hooks.cancelled;
-  StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), hooks.on_start_hang);
+  StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), hooks.on_start_hang, hooks.on_start_phase);
   watch.Begin("reading the model's fingerprint");
   if (const std::string& file = config.nodes().secret_file(); !file.empty()) {
     ASSIGN_OR_RETURN(options.secret, cluster::ReadSecret(file));
@@ -83,16 +83,20 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
   return options;
 }
 
-int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
+int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop, StartNotice& notice) {
   const std::string& path = config.model().path();
-  LoadHooks hooks{
-      .progress = LoadProgressPrinter(), .cancelled = {}, .on_step = {}, .on_start_hang = EndHungStart("serve")};
+  LoadHooks hooks{.progress = LoadProgressPrinter(),
+                  .cancelled = {},
+                  .on_step = {},
+                  .on_start_hang = EndHungStart("serve", FailInLog),
+                  .on_start_phase = [&notice](const std::string& what) { notice.Begin(what); }};
   auto checkpoint = [&] {
-    StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), hooks.on_start_hang);
+    StartWatch watch(CheckedMilliseconds(config.scheduler().start_timeout()), hooks.on_start_hang,
+                     hooks.on_start_phase);
     watch.Begin("opening the model's files");
     return Checkpoint::Open(path);
   }();
-  if (!checkpoint.ok()) return Fail("serve", checkpoint.status().message(), ExitCodeOfLoad(checkpoint.status()));
+  if (!checkpoint.ok()) return FailInLog("serve", checkpoint.status().message(), ExitCodeOfLoad(checkpoint.status()));
   // The signal comes to all nodes at once: this one stays until the leader has drained, or can have.
   std::atomic<bool> ready{false};
   const Duration drain =
@@ -109,10 +113,10 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
   };
   auto executor_options = ExecutorOptionsOf(config, hooks);
   if (!executor_options.ok()) {
-    return Fail("serve", executor_options.status().message(), ExitCodeOfLoad(executor_options.status()));
+    return FailInLog("serve", executor_options.status().message(), ExitCodeOfLoad(executor_options.status()));
   }
   auto options = GroupOptionsOf(config, **checkpoint, executor_options->device, hooks);
-  if (!options.ok()) return Fail("serve", options.status().message(), ExitCodeOfLoad(options.status()));
+  if (!options.ok()) return FailInLog("serve", options.status().message(), ExitCodeOfLoad(options.status()));
   const cluster::Place& place = options->place;
   log::Info("joining the leader", {{"leader", place.leader}, {"node", place.rank}, {"nodes", place.nodes}});
   bool served = false;
@@ -120,6 +124,7 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
     ready = false;
     const Status end = cluster::Follow(*options, **checkpoint, *executor_options, [&] {
       ready = served = true;
+      notice.End();
       PrintReadyLine(StrFormat("READY node=%d of=%d leader=%s", place.rank, place.nodes, place.leader.c_str()));
     });
     if (end.ok() || end.code() == Code::kCancelled) {
@@ -130,7 +135,7 @@ int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop) {
       const bool refused = end.code() == Code::kFailedPrecondition || end.code() == Code::kInvalidArgument;
       // A leader whose group cannot be formed again ends with this code, too.
       const bool lost_again = served && end.code() == Code::kUnavailable;
-      return Fail("serve", end.message(), refused ? kExitUsage : lost_again ? kExitRestart : ExitCodeOfLoad(end));
+      return FailInLog("serve", end.message(), refused ? kExitUsage : lost_again ? kExitRestart : ExitCodeOfLoad(end));
     }
     log::Error("the group has ended", {{"why", end.message()}});
     if (config.scheduler().on_engine_failure() != "restart") return kExitRestart;

@@ -5,6 +5,7 @@
 #include "kernels/device.h"
 #include "server/base/status.h"
 #include "server/cli/load_model.h"
+#include "server/cli/start_notice.h"
 #include "server/cli/stop_signal.h"
 #include "server/cluster/group.h"
 #include "server/model/checkpoint.h"
@@ -24,6 +25,6 @@ StatusOr<cluster::GroupOptions> GroupOptionsOf(const config::v1::ServerConfig& c
                                                Device device, const LoadHooks& hooks);
 
 // Until the group ends, or stop asks for it. Returns the exit code.
-int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop);
+int ServeAsFollower(const config::v1::ServerConfig& config, StopSignal& stop, StartNotice& notice);
 
 }  // namespace altiplano::cli

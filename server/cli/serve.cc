@@ -16,6 +16,7 @@
 #include "server/cli/load_model.h"
 #include "server/cli/nodes.h"
 #include "server/cli/serving.h"
+#include "server/cli/start_notice.h"
 #include "server/cli/stop_signal.h"
 #include "server/cli/terminal.h"
 #include "server/cli/units.h"
@@ -83,7 +84,10 @@ bool ServeUntilStopped(const Serving& serving, const std::string& on_failure, St
 
 // docs: reliability, life cycle. Ends when no request is live, at the timeout, or at the second signal.
 void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) {
-  log::Info("draining", {{"delay", config.delay()}, {"timeout", config.timeout()}});
+  log::Info("draining", {{"signal", stop.first()},
+                         {"delay", config.delay()},
+                         {"timeout", config.timeout()},
+                         {"a_second_signal", "ends live requests at once"}});
   serving.AnnounceEnd();
   TimePoint now = Clock::Real().Now();
   if (stop.WaitForCount(2, now + CheckedDuration(config.delay()))) return;
@@ -95,9 +99,9 @@ void Drain(Serving& serving, const config::v1::Drain& config, StopSignal& stop) 
   }
 }
 
-int Serve(const EffectiveConfig& config, StopSignal& stop) {
+int Serve(const EffectiveConfig& config, StopSignal& stop, StartNotice& notice) {
   auto serving = Serving::Listen(config.values);
-  if (!serving.ok()) return Fail("serve", serving.status().message(), kExitUnavailable);
+  if (!serving.ok()) return FailInLog("serve", serving.status().message(), kExitUnavailable);
   log::Info("listening, loading", {{"address", (*serving)->address()},
                                    {"model", config.values.model().path()},
                                    {"version", kVersion},
@@ -106,12 +110,14 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
                                     .cancelled = [&stop] { return stop.count() > 0; },
                                     .on_step = {},
                                     .on_failed_for_good = [&stop] { stop.Wake(); },
-                                    .on_start_hang = EndHungStart("serve")});
+                                    .on_start_hang = EndHungStart("serve", FailInLog),
+                                    .on_start_phase = [&notice](const std::string& what) { notice.Begin(what); }});
+  notice.End();
   if (stop.count() > 0) {
     log::Info("stopped while loading");
     return kExitOk;
   }
-  if (!loaded.ok()) return Fail("serve", loaded.message(), ExitCodeOfLoad(loaded));
+  if (!loaded.ok()) return FailInLog("serve", loaded.message(), ExitCodeOfLoad(loaded));
   PrintReady(**serving, (*serving)->model());
   if (!ServeUntilStopped(**serving, config.values.scheduler().on_engine_failure(), stop)) {
     log::Error("the engine failed: ending, to be started again", {{"exit_code", static_cast<int>(kExitRestart)}});
@@ -131,7 +137,9 @@ int Serve(const EffectiveConfig& config, StopSignal& stop) {
 
 int RunServe(const ParsedFlags& flags) {
   // The second signal ends the process whatever hangs.
-  StopSignal stop([](int count) {
+  StartNotice notice;
+  StopSignal stop([&notice](int count, const std::string& name) {
+    notice.OnSignal(count, name);
     if (count == 2) EndWithin(kAtOnce, kExitOk);
   });
   auto config = ResolveConfig(flags);
@@ -153,7 +161,8 @@ int RunServe(const ParsedFlags& flags) {
   InitLog(config->values.log());
   RaiseFileLimit();
   std::signal(SIGPIPE, SIG_IGN);  // whoever read stdout or stderr may go, and live answers must not go with it
-  return config->values.nodes().rank() == 0 ? Serve(*config, stop) : ServeAsFollower(config->values, stop);
+  return config->values.nodes().rank() == 0 ? Serve(*config, stop, notice)
+                                            : ServeAsFollower(config->values, stop, notice);
 }
 
 }  // namespace
@@ -170,6 +179,9 @@ Subcommand ServeCommand() {
                     "finish within --drain-timeout, exit code 0. A second one ends live requests at once, exit code 0\n"
                     "too.\n"
                     "With --nodes, the others than the leader print READY node=R of=N leader=HOST:PORT instead.\n"
+                    "A start that fails ends with an error in the log, which says why and has the exit code; with "
+                    "--log-level off\n"
+                    "that is one plain line on stderr.\n"
                     "Exit code 75: a device or a rank failed while serving (--on-engine-failure), or the start hung\n"
                     "(--start-timeout); start it again.",
            .flags = {{.name = "config",

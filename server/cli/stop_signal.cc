@@ -3,8 +3,10 @@
 #include <pthread.h>
 
 #include <csignal>
+#include <cstring>
 
 #include "server/base/check.h"
+#include "server/base/strings.h"
 
 namespace altiplano::cli {
 
@@ -27,7 +29,7 @@ sigset_t StopSet() {
 
 }  // namespace
 
-StopSignal::StopSignal(std::function<void(int)> on_signal) : on_signal_(std::move(on_signal)) {
+StopSignal::StopSignal(OnSignal on_signal) : on_signal_(std::move(on_signal)) {
   sigset_t set = StopSet();
   CHECK(pthread_sigmask(SIG_BLOCK, &set, nullptr) == 0);
   thread_ = std::thread([this] { Loop(); });
@@ -48,19 +50,27 @@ void StopSignal::Loop() {
     int signal = 0;
     CHECK(sigwait(&set, &signal) == 0);
     int count = 0;
+    const char* abbreviation = sigabbrev_np(signal);
+    const std::string name = StrCat("SIG", abbreviation != nullptr ? abbreviation : "?");
     {
       std::lock_guard lock(mutex_);
       if (stop_) return;
       count = ++count_;
+      if (count == 1) first_ = name;
     }
     changed_.notify_all();
-    if (on_signal_) on_signal_(count);
+    if (on_signal_) on_signal_(count, name);
   }
 }
 
 int StopSignal::count() {
   std::lock_guard lock(mutex_);
   return count_;
+}
+
+std::string StopSignal::first() {
+  std::lock_guard lock(mutex_);
+  return first_;
 }
 
 void StopSignal::WaitForCount(int count) {

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 
 #include "server/base/clock.h"
@@ -13,11 +14,13 @@ namespace altiplano::cli {
 
 class StopSignal {
  public:
-  // on_signal(n) runs on a thread of its own for the n-th signal, after count() shows it.
-  explicit StopSignal(std::function<void(int)> on_signal = {});
+  // on_signal(n, name) runs on a thread of its own for the n-th signal ("SIGTERM"), after count() shows it.
+  using OnSignal = std::function<void(int n, const std::string& name)>;
+  explicit StopSignal(OnSignal on_signal = {});
   ~StopSignal();  // they stay blocked: the process is about to end
 
   int count();
+  std::string first();  // its name; "" while count() is 0
   void WaitForCount(int count);
   // False: `deadline` came first.
   bool WaitForCount(int count, TimePoint deadline);
@@ -28,10 +31,11 @@ class StopSignal {
  private:
   void Loop();
 
-  const std::function<void(int)> on_signal_;
+  const OnSignal on_signal_;
   std::mutex mutex_;
   std::condition_variable changed_;
   int count_ = 0;
+  std::string first_;
   bool stop_ = false;
   std::thread thread_;
 };

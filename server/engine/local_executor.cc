@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <exception>
 #include <map>
-#include <numeric>
 #include <optional>
 #include <set>
 #include <tuple>
@@ -224,10 +223,15 @@ void LogMemory(const DeviceMemory& held) {
              {"free", StrCat(HumanBytes(held.free_bytes), " of ", HumanBytes(held.total_bytes))}});
 }
 
-std::vector<int> RankNumbers(const LocalExecutorOptions& options) {
-  std::vector<int> numbers(static_cast<size_t>(LocalStages(options) * options.ranks));
-  std::iota(numbers.begin(), numbers.end(), options.first_stage * options.ranks);
-  return numbers;
+// Before there are streams to ask for more.
+std::vector<std::string> RankNames(const LocalExecutorOptions& options) {
+  std::vector<std::string> names;
+  const auto ranks = static_cast<size_t>(LocalStages(options) * options.ranks);
+  for (size_t i = 0; i < ranks; ++i) {
+    const std::string where = options.device == Device::kCpu ? "" : StrCat(" (GPU ", GpuOf(options, i), ")");
+    names.push_back(StrCat(static_cast<size_t>(options.first_stage * options.ranks) + i, where));
+  }
+  return names;
 }
 
 StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const LocalExecutorOptions& options,
@@ -250,7 +254,7 @@ StatusOr<std::vector<LlamaWeights>> Load(const Checkpoint& checkpoint, const Loc
     bytes[rank].total = progress.bytes_total;
     bytes[rank].done = progress.bytes_done;
   };
-  watch->Begin("loading the weights", RankNumbers(options), [&](size_t rank) -> std::optional<uint64_t> {
+  watch->Begin("loading the weights", RankNames(options), [&](size_t rank) -> std::optional<uint64_t> {
     const uint64_t done = bytes[rank].done;
     if (done > 0 && done == bytes[rank].total) return std::nullopt;
     return done;
@@ -376,7 +380,7 @@ StatusOr<OuterLinks> LinkNodes(const ModelConfig& config, const LocalExecutorOpt
 
 StatusOr<std::shared_ptr<const RankWeights>> LocalExecutor::LoadShared(const Checkpoint& checkpoint,
                                                                        const LocalExecutorOptions& options) {
-  StartWatch watch(options.start_patience, options.on_start_hang);
+  StartWatch watch(options.start_patience, options.on_start_hang, options.on_start_phase);
   ASSIGN_OR_RETURN(std::vector<LlamaWeights> loaded, Load(checkpoint, options, &watch));
   auto weights = std::make_shared<RankWeights>();
   for (LlamaWeights& rank : loaded) weights->push_back(std::make_shared<const LlamaWeights>(std::move(rank)));
@@ -390,7 +394,7 @@ StatusOr<std::unique_ptr<LocalExecutor>> LocalExecutor::Create(const Checkpoint&
   cuda::OverlapKernels(options.overlap_kernels);
   ASSIGN_OR_RETURN(const std::vector<Shard> shards, MakeShards(config, options));
   WarnOfMissingLibraries(options);
-  StartWatch watch(options.start_patience, options.on_start_hang);
+  StartWatch watch(options.start_patience, options.on_start_hang, options.on_start_phase);
   Lap lap;
   watch.Begin("connecting the ranks");
   ASSIGN_OR_RETURN(Ranks ranks, Connect(config, options));  // before weights are read for GPUs that are not there
@@ -447,6 +451,9 @@ Status LocalExecutor::MakeWorkers(const Ranks& ranks, const Checkpoint& checkpoi
     std::string error;
     auto stream = Stream::Open(options.device, GpuOf(options, i), threads_each, &error);
     if (stream == nullptr) return Status(Code::kUnavailable, error);
+    rank.name = StrCat(rank.number);  // now: a driver that hangs answers nobody
+    if (options.device == Device::kCuda)
+      rank.name += StrCat(" (GPU ", GpuOf(options, i), ", ", AddressOf(*stream), ")");
     auto model =
         Llama::Create(*stream, checkpoint.config(), shards[i], std::move(weights[i]), limits, rank.communicator.get());
     if (model == nullptr) {
@@ -494,7 +501,8 @@ Status LocalExecutor::AllocateCaches(const Ranks& ranks, const std::vector<KvCac
     if (!cache) {
       return Status(Code::kResourceExhausted,
                     StrCat("no memory for the KV cache of rank ", i, ": ",
-                           HumanBytes(shapes[i].page_bytes() * static_cast<uint64_t>(shapes[i].pages))));
+                           HumanBytes(shapes[i].page_bytes() * static_cast<uint64_t>(shapes[i].pages)),
+                           "; a smaller --kv-memory may be had"));
     }
     ranks[i]->worker->SetCache(std::move(*cache));
   }
@@ -564,9 +572,9 @@ Status LocalExecutor::OnAllRanks(const Ranks& ranks, StartWatch* watch, std::str
                                  const std::function<Status(size_t, RankWorker&)>& work) {
   std::vector<Status> statuses(ranks.size());
   std::vector<std::atomic<bool>> done(ranks.size());
-  std::vector<int> numbers;
-  for (const auto& rank : ranks) numbers.push_back(rank->number);
-  watch->Begin(std::move(what), std::move(numbers), [&](size_t i) -> std::optional<uint64_t> {
+  std::vector<std::string> names;
+  for (const auto& rank : ranks) names.push_back(rank->name);
+  watch->Begin(std::move(what), std::move(names), [&](size_t i) -> std::optional<uint64_t> {
     if (done[i]) return std::nullopt;
     return ranks[i]->worker->progress();
   });
@@ -771,7 +779,7 @@ StepResult LocalExecutor::Wait() {
       const auto late = static_cast<size_t>(std::find(enqueued.begin(), enqueued.end(), 0) - enqueued.begin());
       lock.unlock();
       stalled_ = true;
-      Fail(standstill.Of(StrCat("rank ", ranks_[late]->number)));
+      Fail(standstill.Of(StrCat("rank ", ranks_[late]->name)));
       lock.lock();
     }
   }
@@ -786,7 +794,7 @@ StepResult LocalExecutor::Wait() {
       look();
       if (!standstill.TooLong()) continue;
       stalled_ = true;
-      Fail(standstill.Of(StrCat("the GPU of rank ", rank->number)));
+      Fail(standstill.Of(StrCat("the GPU of rank ", rank->name)));
     }
     look();
     // A rank may have ended the step before another one failed in it: the next one cannot run then.
@@ -811,13 +819,20 @@ Status LocalExecutor::failure() const {
   return shared_->failure;
 }
 
-void LocalExecutor::Fail(const Status& status) {
+// What a rank says of another one names no GPU: the log says once where each is.
+void LocalExecutor::Fail(Shared& shared, const Ranks& ranks, const Status& status) {
+  bool first;
   {
-    std::lock_guard lock(shared_->mutex);
-    if (shared_->failure.ok()) shared_->failure = status;
-    shared_->changed.notify_all();
+    std::lock_guard lock(shared.mutex);
+    first = shared.failure.ok() && !shared.stop;
+    if (shared.failure.ok()) shared.failure = status;
+    shared.changed.notify_all();
   }
-  for (const auto& rank : ranks_) rank->Abort(status.message());
+  for (const auto& rank : ranks) rank->Abort(status.message());
+  if (!first || ranks.front()->worker->stream().device() == Device::kCpu) return;
+  std::string names;
+  for (const auto& rank : ranks) names += StrCat(names.empty() ? "" : ", ", rank->name);
+  log::Error("ranks on GPUs have failed", {{"error", status.message()}, {"ranks", names}});
 }
 
 void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t index,
@@ -844,12 +859,9 @@ void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t ind
     if (!shared->failure.ok()) continue;  // its inputs are gone
     lock.unlock();
     const Status status = OrWhatItThrows(rank.number, [&] { return enqueue(*plan); });
+    if (!status.ok()) Fail(*shared, ranks, status);
     lock.lock();
     if (status.ok()) ++shared->enqueued[index];
-    if (!status.ok()) {
-      if (shared->failure.ok()) shared->failure = status;
-      for (const auto& each : ranks) each->Abort(status.message());
-    }
     shared->changed.notify_all();
   }
   --shared->running;

@@ -72,6 +72,7 @@ struct LocalExecutorOptions {
   // Told when loading and warming up have got nowhere for start_patience (StartWatch). Null: they are waited for.
   std::function<void(const Status&)> on_start_hang;
   std::chrono::milliseconds start_patience = std::chrono::minutes(2);
+  std::function<void(const std::string& what)> on_start_phase;  // see StartWatch
   // For tests. Ranks are numbered through the stages. before_step: rank's thread; may throw, or never return. A warm-up
   // is step 0.
   std::function<void(int rank, uint64_t step)> before_step;
@@ -122,6 +123,7 @@ class LocalExecutor : public Executor {
   };
   struct Rank {
     int number = 0;                              // through all stages, those of other processes too
+    std::string name;                            // "3", or "3 (GPU 1, PCI 0000:1B:00.0)"
     std::unique_ptr<Communicator> communicator;  // null for one rank
     bool checked = false;                        // it is one of MakeChecked
     std::shared_ptr<Link> previous, next;        // null for one stage
@@ -152,7 +154,8 @@ class LocalExecutor : public Executor {
   class Standstill;
   uint64_t Progress() const;  // of all ranks
   Status failure() const;
-  void Fail(const Status& status);
+  void Fail(const Status& status) { Fail(*shared_, ranks_, status); }
+  static void Fail(Shared& shared, const Ranks& ranks, const Status& status);
 
   const Device device_;
   const std::chrono::milliseconds patience_;

@@ -14,7 +14,7 @@ constexpr auto kNoticePatience = std::chrono::seconds(5);
 
 }  // namespace
 
-StartPhase::StartPhase(std::string what, std::vector<int> ranks, Progress progress, TimePoint now)
+StartPhase::StartPhase(std::string what, std::vector<std::string> ranks, Progress progress, TimePoint now)
     : what_(std::move(what)),
       ranks_(std::move(ranks)),
       progress_(std::move(progress)),
@@ -48,8 +48,9 @@ Status StartPhase::Look(TimePoint now, std::chrono::milliseconds patience) {
                                                 " ms", failure_.ok() ? "" : StrCat(", and ", failure_.message())));
 }
 
-StartWatch::StartWatch(std::chrono::milliseconds patience, std::function<void(const Status&)> hung)
-    : patience_(patience), hung_(std::move(hung)) {
+StartWatch::StartWatch(std::chrono::milliseconds patience, std::function<void(const Status&)> hung,
+                       std::function<void(const std::string&)> began)
+    : patience_(patience), hung_(std::move(hung)), began_(std::move(began)) {
   if (hung_ && patience_.count() > 0) thread_ = std::thread([this] { Loop(); });
 }
 
@@ -62,7 +63,8 @@ StartWatch::~StartWatch() {
   if (thread_.joinable()) thread_.join();
 }
 
-void StartWatch::Begin(std::string what, std::vector<int> ranks, StartPhase::Progress progress) {
+void StartWatch::Begin(std::string what, std::vector<std::string> ranks, StartPhase::Progress progress) {
+  if (began_) began_(what);
   std::lock_guard lock(mutex_);
   phase_.emplace(std::move(what), std::move(ranks), std::move(progress), Clock::Real().Now());
 }

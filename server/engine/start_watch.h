@@ -24,8 +24,9 @@ class StartPhase {
   // How far a rank has come, as a number that changes as it gets on; nullopt: it has done its part.
   using Progress = std::function<std::optional<uint64_t>(size_t index)>;
 
-  // what: "the warm-up". ranks: how they are called, by index; none: nothing is seen of what goes on.
-  StartPhase(std::string what, std::vector<int> ranks, Progress progress, TimePoint now);
+  // what: "the warm-up". ranks: how they are called, by index ("3", "3 (GPU 1)"); none: nothing is seen of what goes
+  // on.
+  StartPhase(std::string what, std::vector<std::string> ranks, Progress progress, TimePoint now);
 
   // Some rank has failed for good: the others are not waited for longer than they need to notice.
   void GiveUp(const Status& why);
@@ -36,7 +37,7 @@ class StartPhase {
   std::vector<std::optional<uint64_t>> Progresses() const;
 
   const std::string what_;
-  const std::vector<int> ranks_;
+  const std::vector<std::string> ranks_;
   const Progress progress_;
   std::vector<std::optional<uint64_t>> seen_;
   TimePoint since_;
@@ -46,11 +47,13 @@ class StartPhase {
 class StartWatch {
  public:
   // hung: gets what StartPhase::Look says, once, on the watch's thread. Null, or no patience: nobody looks.
-  StartWatch(std::chrono::milliseconds patience, std::function<void(const Status&)> hung);
+  // began: null, or told what begins, on the thread that calls Begin.
+  StartWatch(std::chrono::milliseconds patience, std::function<void(const Status&)> hung,
+             std::function<void(const std::string& what)> began = {});
   ~StartWatch();
 
   // From here on, until End or the next Begin; `progress` is called on the watch's thread.
-  void Begin(std::string what, std::vector<int> ranks = {}, StartPhase::Progress progress = {});
+  void Begin(std::string what, std::vector<std::string> ranks = {}, StartPhase::Progress progress = {});
   void GiveUp(const Status& why);  // see StartPhase. Any thread
   void End();                      // what follows has a deadline of its own
 
@@ -59,6 +62,7 @@ class StartWatch {
 
   const std::chrono::milliseconds patience_;
   const std::function<void(const Status&)> hung_;
+  const std::function<void(const std::string&)> began_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::optional<StartPhase> phase_;  // guarded by mutex_

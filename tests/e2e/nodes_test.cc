@@ -176,7 +176,7 @@ TEST_F(Nodes, WithRestartAFollowerOfAGroupThatIsNotFormedAgainEndsWithExit75) {
   unsetenv("ALTIPLANO_FAULT");
   EXPECT_NE(leader_->process().Wait(), 0);
   EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
-  EXPECT_THAT(follower_->Errors(), HasSubstr("altiplano serve: rank 0: failed on purpose"));
+  EXPECT_THAT(follower_->Errors(), HasSubstr(R"(serve failed  error="rank 0: failed on purpose)"));
 }
 
 // The follower's rank 3 hangs before anything serves.
@@ -189,8 +189,17 @@ TEST_F(Nodes, AFollowerThatHangsInItsWarmUpEndsAllWithExit75) {
   EXPECT_EQ(leader_->process().Wait(), 75) << leader_->process().Errors();
   EXPECT_EQ(follower_->Wait(), 75) << follower_->Errors();
   EXPECT_EQ(leader_->process().output(), "") << "not READY";
-  EXPECT_THAT(leader_->process().Errors(), HasSubstr("altiplano serve: node 1: rank 3 hangs in the warm-up"));
-  EXPECT_THAT(follower_->Errors(), HasSubstr("altiplano serve: rank 3 hangs in the warm-up"));
+  EXPECT_THAT(leader_->process().Errors(), HasSubstr(R"("serve failed","error":"node 1: rank 3 hangs in the warm-up)"));
+  EXPECT_THAT(follower_->Errors(), HasSubstr(R"(serve failed  error="rank 3 hangs in the warm-up)"));
+}
+
+TEST_F(Nodes, WhereClientsAreServedIsNoLeader) {
+  Start();
+  const Finished follower =
+      RunToEnd({"serve", "--model", kTiny, "--nodes", "2", "--node-rank", "1", "--leader", leader_->address()});
+  EXPECT_EQ(follower.code, 64) << follower.err;
+  EXPECT_THAT(follower.err, HasSubstr("what answers at " + leader_->address() + " leads no nodes: --leader is the"));
+  EXPECT_EQ(Health(), "SERVING") << "and the group goes on";
 }
 
 TEST_F(Nodes, OneWithAnotherModelOrFlagIsRefused) {

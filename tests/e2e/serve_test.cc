@@ -11,6 +11,7 @@
 #include <iterator>
 #include <random>
 #include <regex>
+#include <sstream>
 #include <thread>
 
 #include "server/base/json.h"
@@ -382,8 +383,27 @@ TEST(Start, ARankThatHangsInItsWarmUpEndsTheProgramWithExit75) {
     unsetenv("ALTIPLANO_FAULT");
     EXPECT_EQ(server.process().Wait(), 75) << server.process().Errors();
     EXPECT_EQ(server.process().output(), "") << "not READY";
-    EXPECT_THAT(server.process().Errors(), HasSubstr("altiplano serve: rank 1 hangs in the warm-up"));
+    EXPECT_THAT(server.process().Errors(), HasSubstr(R"("serve failed","error":"rank 1 hangs in the warm-up)"));
   }
+}
+
+// The warm-up cannot be left: the log says so while it is waited for, and the second signal leaves it.
+TEST(Start, ASignalIsAnsweredAtOnceInTheLog) {
+  setenv("ALTIPLANO_FAULT", "0:0:hang", 1);
+  Server server({"--start-timeout", "0"});
+  unsetenv("ALTIPLANO_FAULT");
+  ASSERT_TRUE(server.process().WaitUntilTermIsHandled());
+  const auto logged = [&](std::string_view text) {
+    return Eventually([&] { return server.process().Errors().find(text) != std::string::npos; });
+  };
+  ASSERT_TRUE(logged("a failure will be caused on purpose"));
+  // Which part of the start a signal meets is not known here; the last one is that which hangs.
+  server.process().Signal(SIGINT);
+  EXPECT_TRUE(logged(R"("a signal: the start ends as soon as it can","signal":"SIGINT","waits_for":")"));
+  EXPECT_THAT(server.process().Errors(), HasSubstr(R"("a_second_signal":"ends the program within 5 s")"));
+  server.process().Signal(SIGTERM);
+  EXPECT_TRUE(logged(R"("a second signal: the program ends within 5 s","signal":"SIGTERM","waits_for":")"));
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
 }
 
 // Made again, the rank fails again: here for want of its weights.
@@ -615,6 +635,37 @@ TEST(BadStart, ModelErrorsAreOneLineAndExit65) {
   EXPECT_THAT(inspected.err, HasSubstr("cut_tokenizer/tokenizer.json: not valid JSON"));
   EXPECT_EQ(RunToEnd({"inspect", no_tokenizer}).code, 0) << "weights alone";
   fs::remove_all(folder);
+}
+
+// What collects a log's lines parses all of them, the last word too.
+TEST(BadStart, TheLastWordIsALineOfTheLog) {
+  Server first;
+  ASSERT_FALSE(first.address().empty()) << first.process().Errors();
+  struct {
+    std::vector<std::string> flags;
+    int code;
+    std::string part;
+  } cases[] = {{{"--model", "/nowhere/model", "--listen", "127.0.0.1:0"}, 65, "/nowhere/model"},
+               {{"--model", kTiny, "--listen", first.address()}, 69, "--listen: cannot listen on " + first.address()}};
+  for (auto& c : cases) {
+    c.flags.insert(c.flags.begin(), "serve");
+    const Finished json = RunToEnd(c.flags);  // stderr is no terminal
+    EXPECT_EQ(json.code, c.code) << json.err;
+    Json last;
+    std::istringstream lines(json.err);
+    for (std::string line; std::getline(lines, line);) {
+      auto parsed = ParseJson(line);
+      ASSERT_TRUE(parsed.ok()) << line;
+      EXPECT_NE((*parsed)["event"], "grpc") << "what the last word says";
+      last = *parsed;
+    }
+    EXPECT_EQ(last["level"], "error");
+    EXPECT_EQ(last["event"], "serve failed");
+    EXPECT_EQ(last["exit_code"], c.code);
+    EXPECT_THAT(last["error"].get<std::string>(), HasSubstr(c.part));
+    c.flags.insert(c.flags.end(), {"--log-format", "text"});
+    EXPECT_THAT(RunToEnd(c.flags).err, HasSubstr(" error serve failed  error=\""));
+  }
 }
 
 TEST(BadStart, SettingsThatDoNotSuitTheModelAre64) {

@@ -287,12 +287,17 @@ TEST(EngineOnGpu, ARankThatDoesNotComeEndsEverything) {
   options.before_step = [&](int rank, uint64_t step) {
     while (rank == 1 && step == 3 && !release) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   };
+  ::testing::internal::CaptureStderr();
   const auto engine = Start(options);
   ASSERT_NE(engine, nullptr);
   const Call call = Submit(*engine, MakeRequest(0, 5, 50));
   const Status end = call.sink->WaitForEnd().back().status;
   release = true;
+  log::Flush();
+  const std::string logged = ::testing::internal::GetCapturedStderr();
   EXPECT_EQ(end.reason(), "ENGINE_DOWN");
+  EXPECT_THAT(logged, AllOf(HasSubstr("ranks on GPUs have failed"),
+                            HasSubstr("0 (GPU 0, PCI simulated 0), 1 (GPU 0, PCI simulated 0)")));
   // The other rank's kernel says so, or the executor where the simulator takes long to come to that kernel.
   EXPECT_THAT(end.message(), AnyOf(HasSubstr("no word for 3000 ms from rank 1"), HasSubstr("rank 1 hangs")));
 }
