@@ -255,6 +255,16 @@ Status CheckScheduling(const config::v1::ServerConfig& config) {
 }
 
 Status CheckDevices(const config::v1::ServerConfig& config) {
+  if (config.model().check_ranks() && config.model().tensor_parallel() == 1) {
+    return Status(
+        Code::kInvalidArgument,
+        "--check-ranks compares the ranks of a tensor-parallel group, and --tensor-parallel is 1; raise it, or "
+        "leave --check-ranks out");
+  }
+  if (config.model().isa() != "auto" && config.model().device() == "cuda") {
+    return Status(Code::kInvalidArgument,
+                  "--isa names instructions of a CPU, and --device is cuda; leave --isa out, or add --device cpu");
+  }
   if (config.model().devices().empty()) return OkStatus();
   if (config.model().device() == "cpu") {
     return Status(Code::kInvalidArgument,

@@ -38,6 +38,13 @@ Status ResolveNodes(config::v1::ServerConfig* config) {
   }
   if (count > 1 && nodes.leader().empty())
     return InvalidArgument(StrCat("--nodes ", count, " needs --leader HOST:PORT"));
+  if (nodes.leader().starts_with("unix:") || nodes.leader().ends_with(":0")) {
+    return InvalidArgument(
+        StrCat("--leader is ", nodes.leader(), ", must be HOST:PORT with a port that the other nodes know"));
+  }
+  if (count == 1 && !nodes.leader().empty() && nodes.launcher() == "none") {
+    return InvalidArgument("--leader is for several nodes, and --nodes is 1; raise it, or leave --leader out");
+  }
   if (count > 1 && config->model().replicas() > 1) {
     return InvalidArgument("--replicas and --nodes exclude each other: run a group of nodes for each replica");
   }

@@ -96,6 +96,11 @@ class Call {
     lock.unlock();
     if (!end_.ok()) return end_;  // a call is finished once
     const grpc::Status status = stream_->Finish();
+    if (status.error_code() == grpc::StatusCode::UNIMPLEMENTED) {
+      return end_ = Status(Code::kFailedPrecondition,
+                           StrCat("what answers at ", options_.place.leader,
+                                  " leads no nodes: --leader is the leader's own --leader, not its --listen"));
+    }
     // Cut by the leader counts as hung up: CANCELLED is for options.cancelled alone.
     end_ = status.ok() || status.error_code() == grpc::StatusCode::CANCELLED
                ? Status(Code::kUnavailable, "the leader has hung up")

@@ -306,6 +306,10 @@ TEST(Commands, GpusThatCannotBeMeantAreRefusedBeforeAnyIsLookedFor) {
     EXPECT_THAT(refusal({"--devices", "0,1,2", "--device", "auto", "--tp", "2", "--replicas", "2"}),
                 HasSubstr("--devices names 3 GPUs, but 4 are needed, one for each of the 2 ranks of 2 replicas"));
     EXPECT_THAT(refusal({"--device", "gpu"}), HasSubstr("did you mean cuda?"));
+    EXPECT_THAT(refusal({"--device", "cuda", "--isa", "avx2"}),
+                HasSubstr("--isa names instructions of a CPU, and --device is cuda; leave --isa out"));
+    EXPECT_THAT(refusal({"--check-ranks"}), HasSubstr("and --tensor-parallel is 1; raise it, or leave --check-ranks"));
+    EXPECT_THAT(refusal({"--check-ranks", "--pp", "2"}), HasSubstr("--tensor-parallel is 1"));
   }
   EXPECT_EQ(
       Invoke({"serve", "--model", "/nowhere", "--device", "cuda", "--tp", "2", "--devices", "200,7", "--check"}).code,
@@ -315,6 +319,8 @@ TEST(Commands, GpusThatCannotBeMeantAreRefusedBeforeAnyIsLookedFor) {
                 .code,
             0)
       << "each node has one of the stages";
+  EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--device", "auto", "--isa", "avx2", "--check"}).code, 0);
+  EXPECT_EQ(Invoke({"serve", "--model", "/nowhere", "--check-ranks", "--tp", "2", "--check"}).code, 0);
 }
 
 TEST(Commands, ModelErrorsAre65AndOneLine) {

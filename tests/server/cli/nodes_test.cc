@@ -47,6 +47,9 @@ TEST(Nodes, ContradictionsAreRefusedByTheirFlags) {
         {"nodes { count: 2 leader: \"a:1\" } model { pipeline_parallel: 3 }",
          "--pipeline-parallel is 3, with --nodes 2"},
         {"nodes { count: 2 leader: \"a:1\" secret_file: \"/\" }", "--node-secret-file: cannot read /: Is a directory"},
+        {"nodes { leader: \"a:1\" }", "--leader is for several nodes, and --nodes is 1"},
+        {"nodes { count: 2 leader: \"a:0\" }", "--leader is a:0, must be HOST:PORT with a port that the other nodes"},
+        {"nodes { count: 2 leader: \"unix:/x\" }", "--leader is unix:/x, must be HOST:PORT"},
         {"nodes { launcher: \"lws\" }", "LWS_WORKER_INDEX is not set"}}) {
     auto config = Parse(text);
     EXPECT_THAT(ResolveNodes(&config).message(), HasSubstr(part)) << text;
