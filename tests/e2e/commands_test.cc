@@ -523,6 +523,25 @@ int Shell(const std::string& arguments, std::string* errors) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which need threads of their own
+TEST(Offline, AThreadThatIsNotToBeHadIsNoBug) {
+  // Root has no such limit.
+  const std::string limited =
+      geteuid() == 0 ? "setpriv --reuid 65532 --clear-groups prlimit --nproc=1 " : "prlimit --nproc=1 ";
+  const std::string program = ALTIPLANO_BINARY_DIR "/altiplano";
+  if (std::system((limited + program + " version >/dev/null 2>&1").c_str()) != 0) {
+    GTEST_SKIP() << "that user cannot run " << program;
+  }
+  const std::string file = ::testing::TempDir() + "/limited-errors";
+  const int status = std::system((limited + program + " serve --model x --check 2>" + file).c_str());
+  std::ostringstream errors;
+  errors << std::ifstream(file).rdbuf();
+  ASSERT_TRUE(WIFEXITED(status)) << errors.str();
+  EXPECT_EQ(WEXITSTATUS(status), 69) << errors.str();
+  EXPECT_THAT(errors.str(), HasSubstr("altiplano serve: the system refuses a thread or something else: "));
+}
+#endif
+
 TEST(Offline, WhatCannotBeWrittenOrReadIsAnError) {
   std::string errors;
   for (const std::string& command : {std::string("version"), std::string("serve --help"), "inspect --json " + kTiny,
@@ -530,6 +549,9 @@ TEST(Offline, WhatCannotBeWrittenOrReadIsAnError) {
     EXPECT_EQ(Shell(command + " >/dev/full", &errors), 1) << command;
     EXPECT_THAT(errors, HasSubstr(": cannot write to stdout")) << command;
   }
+  // A closed one is not given to another file, which would get the answer.
+  EXPECT_EQ(Shell("generate --model " + kTiny + " --prompt x --max-tokens 2 >&-", &errors), 1);
+  EXPECT_THAT(errors, HasSubstr(": cannot write to stdout: Bad file descriptor"));
   EXPECT_NE(Shell("tokenize --model " + kTiny + " </tmp", &errors), 0);
   EXPECT_THAT(errors, HasSubstr("cannot read stdin: Is a directory"));
 }
