@@ -70,6 +70,7 @@ class Builder {
     Add(std::move(request));
   }
   StatusOr<Dataset> Finish(bool timed) {
+    if (seen_ == 0) return Invalid("there is no request in it");
     if (dataset_.requests.empty()) {
       return Invalid("no request is left: ", dataset_.left_out, " of ", seen_, " were longer than ",
                      options_.max_tokens, " tokens with their answers");

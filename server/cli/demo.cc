@@ -94,8 +94,8 @@ int RunDemo(const ParsedFlags& flags) {
     streams.push_back({.question = "What is the capital of France?", .answer = {}, .status = {}});
     streams.push_back({.question = "Tell me a short story about a fox.", .answer = {}, .status = {}});
   }
-  std::printf("%s at %s, %zu questions at once:\n", Printable(model.name()).c_str(), flags.text("url").c_str(),
-              streams.size());
+  std::printf("%s at %s, %zu question%s at once:\n", Printable(model.name()).c_str(), flags.text("url").c_str(),
+              streams.size(), streams.size() == 1 ? "" : "s");
   std::vector<std::string> labels;
   for (size_t i = 0; i < streams.size(); ++i) {
     std::printf("%zu? %s\n", i + 1, streams[i].question.c_str());

@@ -1,6 +1,7 @@
 #include "server/cli/flags.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "server/base/check.h"
@@ -18,7 +19,46 @@ const Flag* FindFlag(std::span<const Flag> flags, std::string_view name) {
   return nullptr;
 }
 
-Status UnknownFlag(const Command& command, std::string_view name) {
+// What other servers' users write, and the flag that is nearest to it here. Those that are only spelled otherwise are
+// found without this.
+struct Elsewhere {
+  std::string_view name, flag, write;
+};
+constexpr std::array kElsewhere = {
+    Elsewhere{"host", "listen", "--listen HOST:PORT"},
+    Elsewhere{"port", "listen", "--listen HOST:PORT"},
+    Elsewhere{"uds", "listen", "--listen unix:/path"},
+    Elsewhere{"m", "model", "--model PATH"},
+    Elsewhere{"model-path", "model", "--model PATH"},
+    Elsewhere{"hf-repo", "model", "--model PATH (nothing is downloaded)"},
+    Elsewhere{"alias", "served-model-name", "--served-model-name NAME"},
+    Elsewhere{"chat-template", "chat-format", "--chat-format NAME"},
+    Elsewhere{"ctx-size", "max-model-len", "--max-model-len N"},
+    Elsewhere{"gpu-memory-utilization", "kv-memory", "--kv-memory SIZE (without it, nearly all that is free)"},
+    Elsewhere{"mem-fraction-static", "kv-memory", "--kv-memory SIZE (without it, nearly all that is free)"},
+    Elsewhere{"n-gpu-layers", "device", "--device cuda"},
+    Elsewhere{"ngl", "device", "--device cuda"},
+    Elsewhere{"enforce-eager", "cuda-graphs", "--cuda-graphs off"},
+    Elsewhere{"parallel", "max-num-seqs", "--max-num-seqs N"},
+    Elsewhere{"np", "max-num-seqs", "--max-num-seqs N"},
+    Elsewhere{"max-batch-size", "max-num-seqs", "--max-num-seqs N"},
+    Elsewhere{"batch-size", "max-num-batched-tokens", "--max-num-batched-tokens N"},
+    Elsewhere{"ubatch-size", "max-num-batched-tokens", "--max-num-batched-tokens N"},
+    Elsewhere{"max-prefill-tokens", "max-num-batched-tokens", "--max-num-batched-tokens N"},
+    Elsewhere{"n-predict", "max-tokens", "--max-tokens N"},
+    Elsewhere{"temp", "temperature", "--temperature X"},
+    Elsewhere{"p", "prompt", "--prompt TEXT"},
+    Elsewhere{"system-prompt", "system", "--system TEXT"},
+};
+
+// dashes: as they were given.
+Status UnknownFlag(const Command& command, std::string_view dashes, std::string_view name) {
+  const std::string what = StrCat("unknown flag ", dashes, name, "; ");
+  for (const Elsewhere& elsewhere : kElsewhere) {
+    if (elsewhere.name == name && FindFlag(command.flags, elsewhere.flag) != nullptr) {
+      return InvalidArgument(StrCat(what, "here it is ", elsewhere.write));
+    }
+  }
   std::vector<std::string_view> names = {"help"};
   for (const Flag& flag : command.flags) {
     names.push_back(flag.name);
@@ -27,7 +67,7 @@ Status UnknownFlag(const Command& command, std::string_view name) {
   std::string_view nearest = Nearest(name, names);
   std::string hint =
       nearest.empty() ? StrCat("see altiplano ", command.name, " --help") : StrCat("did you mean --", nearest, "?");
-  return InvalidArgument(StrCat("unknown flag --", name, "; ", hint));
+  return InvalidArgument(what + hint);
 }
 
 // Choices that take more than this are listed below the meaning.
@@ -170,8 +210,10 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
                                       last_switch->name, "=", argument));
       }
       if (parsed.positional_.size() == command.max_positional) {
-        return InvalidArgument(
-            StrCat("unexpected argument ", Quote(argument), "; see altiplano ", command.name, " --help"));
+        const bool a_model = parsed.has("model") && !parsed.given("model") && command.max_positional == 0;
+        return InvalidArgument(StrCat("unexpected argument ", Quote(argument), "; ",
+                                      a_model ? "a model is named with --model, " : "", "see altiplano ", command.name,
+                                      " --help"));
       }
       parsed.positional_.emplace_back(argument);
       continue;
@@ -184,7 +226,8 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
       parsed.help_ = true;
       continue;
     }
-    std::string_view name = argument.substr(argument.starts_with("--") ? 2 : 1);
+    const std::string_view dashes = argument.substr(0, argument.starts_with("--") ? 2 : 1);
+    std::string_view name = argument.substr(dashes.size());
     size_t equals = name.find('=');
     bool has_value = equals != std::string_view::npos;
     std::string value(has_value ? name.substr(equals + 1) : "");
@@ -195,7 +238,7 @@ StatusOr<ParsedFlags> ParsedFlags::Parse(const Command& command, std::span<const
       if (flag != nullptr && flag->type != FlagType::kBool) flag = nullptr;
       if (flag != nullptr) value = "false", has_value = true;
     }
-    if (flag == nullptr) return UnknownFlag(command, name);
+    if (flag == nullptr) return UnknownFlag(command, dashes, name);
     if (!has_value && flag->type == FlagType::kBool) {
       value = "true";
       before = flag;

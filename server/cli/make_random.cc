@@ -15,7 +15,8 @@ namespace {
 constexpr std::string_view kMakeRandom = "make-random";
 
 int RunMakeRandom(const ParsedFlags& flags) {
-  if (flags.positional().empty()) return Fail(kMakeRandom, "needs the folder to write", kExitUsage);
+  if (flags.positional().empty() || flags.positional()[0].empty())
+    return Fail(kMakeRandom, "needs the folder to write", kExitUsage);
   std::string name = StrCat(kRandomPrefix, flags.text("like"), ",seed=", flags.count("seed"));
   if (flags.given("layers")) name += StrCat(",layers=", flags.count("layers"));
   auto model = ParseRandomModel(name);

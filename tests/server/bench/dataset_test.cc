@@ -171,7 +171,7 @@ TEST(Azure, BadFilesNameTheLine) {
     EXPECT_THAT(refusal(StrCat(header, "\n2023-11-16 18:15:46,", bad, "\n").c_str()),
                 HasSubstr("line 3: token counts"));
   }
-  EXPECT_THAT(refusal(header.c_str()), HasSubstr("no request is left"));
+  EXPECT_THAT(refusal(header.c_str()), HasSubstr("there is no request in it"));
 }
 
 TEST(Lengths, NeedNoTimes) {

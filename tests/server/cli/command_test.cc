@@ -291,6 +291,44 @@ TEST(Commands, WhatTheSchedulerCannotDoIsRefusedBeforeAModelIsLoaded) {
             0);
 }
 
+TEST(Commands, WhatOtherServersCallAFlagIsUnderstood) {
+  const auto err = [](std::vector<std::string_view> arguments) { return Invoke(arguments).err; };
+  EXPECT_THAT(err({"serve", "--host", "::"}), HasSubstr("unknown flag --host; here it is --listen HOST:PORT"));
+  EXPECT_THAT(err({"serve", "-m", "x"}), HasSubstr("unknown flag -m; here it is --model PATH"));
+  EXPECT_THAT(err({"serve", "-ngl", "99"}), HasSubstr("here it is --device cuda"));
+  EXPECT_THAT(err({"generate", "--temp", "1"}), HasSubstr("here it is --temperature X"));
+  EXPECT_THAT(err({"serve", "--temp", "1"}), Not(HasSubstr("here it is"))) << "serve has no --temperature";
+  EXPECT_THAT(err({"serve", "models/x"}),
+              HasSubstr("\"models/x\"; a model is named with --model, see altiplano serve"));
+  EXPECT_THAT(err({"inspect", "a", "b"}), Not(HasSubstr("--model")));
+  // Each points to a flag that serve or generate has.
+  for (const std::string_view name : {"--host",
+                                      "--port",
+                                      "--uds",
+                                      "-m",
+                                      "--model-path",
+                                      "--hf-repo",
+                                      "--alias",
+                                      "--chat-template",
+                                      "--ctx-size",
+                                      "--gpu-memory-utilization",
+                                      "--mem-fraction-static",
+                                      "--n-gpu-layers",
+                                      "-ngl",
+                                      "--enforce-eager",
+                                      "--parallel",
+                                      "-np",
+                                      "--max-batch-size",
+                                      "--batch-size",
+                                      "--ubatch-size",
+                                      "--max-prefill-tokens"}) {
+    EXPECT_THAT(err({"serve", name, "1"}), HasSubstr("; here it is --")) << name;
+  }
+  for (const std::string_view name : {"--n-predict", "-p", "--system-prompt"}) {
+    EXPECT_THAT(err({"generate", name, "1"}), HasSubstr("; here it is --")) << name;
+  }
+}
+
 TEST(Commands, GpusThatCannotBeMeantAreRefusedBeforeAnyIsLookedFor) {
   for (const std::string_view command : {"serve", "generate"}) {
     const auto refusal = [&](std::vector<std::string_view> flags) {

@@ -81,7 +81,7 @@ TEST(Flags, ErrorsNameWhatToDo) {
       {{"--sise", "1"}, "unknown flag --sise; did you mean --size?"},
       {{"--numbre=1"}, "unknown flag --numbre; did you mean --number?"},
       {{"--qqqqqqqqqqqqq"}, "unknown flag --qqqqqqqqqqqqq; see altiplano test --help"},
-      {{"-json"}, "unknown flag --json; did you mean --json?"},
+      {{"-json"}, "unknown flag -json; did you mean --json?"},
       {{"--no-size"}, "unknown flag --no-size"},
       {{"--size"}, "--size needs a value (SIZE)"},
       {{"--size", "16Gb"}, "--size is \"16Gb\", has the unit \"Gb\", must be one of B, KiB"},

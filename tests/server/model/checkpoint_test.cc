@@ -430,6 +430,13 @@ TEST(CheckpointOpen, PathsThatAreNoCheckpoint) {
   folder.Write("empty", "");
   EXPECT_EQ(Checkpoint::Open(folder.At("nothing")).status().code(), Code::kNotFound);
   EXPECT_EQ(Checkpoint::Open("").status().code(), Code::kNotFound);
+  // What was meant by a path that is none.
+  EXPECT_THAT(Checkpoint::Open("meta-llama/Llama-3.1-8B").status().message(),
+              HasSubstr("No such file or directory; nothing is downloaded here: hf download meta-llama/Llama-3.1-8B "));
+  EXPECT_THAT(Checkpoint::Open("~/models/x").status().message(), HasSubstr("a shell replaces ~"));
+  for (const char* path : {"/nowhere/x", "./nowhere", "nowhere", "a/b/c", "../x"}) {
+    EXPECT_THAT(Checkpoint::Open(path).status().message(), ::testing::EndsWith(": No such file or directory"));
+  }
   EXPECT_THAT(Checkpoint::Open(folder.At("notes.txt")).status().message(),
               HasSubstr("notes.txt: is neither a folder nor a GGUF"));
   EXPECT_THAT(Checkpoint::Open(folder.At("empty")).status().message(),
