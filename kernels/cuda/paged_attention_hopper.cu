@@ -51,6 +51,37 @@ PTX_FUNCTION uint32_t ParityOf(int turn) {
   return static_cast<uint32_t>(turn) / kSlots & 1;
 }
 
+// A tile, or some splits of one, for a KV head.
+struct Task {
+  AttentionItem tile;
+  int kv_head;
+  int end;  // of the keys
+};
+// The block's tasks. The next one's record is on its way meanwhile.
+class Tasks {
+ public:
+  PTX_FUNCTION Tasks(const AttentionArgs& args, int items)
+      : args_(args), items_(items), item_(static_cast<int>(blockIdx.x)), word_(LoadWord()) {}
+  // False where there is none.
+  PTX_FUNCTION bool Next(Task& task) {
+    if (item_ >= items_) return false;
+    task.tile = RecordOf<AttentionItem>(word_);
+    task.kv_head = item_ - args_.by_kv_heads.Quotient(item_) * args_.kv_heads;
+    task.end = SmallerOf(KeysSeen(args_, task.tile, task.tile.rows - 1), task.tile.end_split * kSplit);
+    item_ = PrefillItemOf(++round_, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    if (item_ < items_) word_ = LoadWord();
+    return true;
+  }
+
+ private:
+  PTX_FUNCTION int LoadWord() const {
+    return LoadRecordWord(args_, static_cast<int>(kFirstItem) + args_.by_kv_heads.Quotient(item_));
+  }
+  const AttentionArgs& args_;
+  const int items_;
+  int item_, word_, round_ = 0;
+};
+
 // ---- the producer
 
 // 64 rows of the pool from `row` into the turn's slot, once its last consumers are done; `arrived` learns of the bytes.
@@ -77,6 +108,9 @@ PTX_FUNCTION void ClearFrom(Shared<kDim>& shared, int slot, int keys) {
   }
 }
 
+PTX_FUNCTION int LargerOf(int a, int b) {
+  return a > b ? a : b;
+}
 // The runs of a split: of the tile's, or of the warpgroup's rows that see keys up to `end`.
 PTX_FUNCTION int RunsOf(int split, int end) {
   const int keys = SmallerOf(end - split * kSplit, kSplit);
@@ -84,16 +118,16 @@ PTX_FUNCTION int RunsOf(int split, int end) {
 }
 
 template <int kDim>
-PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
-                          Shared<kDim>& shared, const ptx::TensorMap& keys, const ptx::TensorMap& values, int& turn,
-                          int& tails) {
+PTX_FUNCTION void Produce(const AttentionArgs& args, const Task& task, Shared<kDim>& shared, const ptx::TensorMap& keys,
+                          const ptx::TensorMap& values, int& turn, int& tails) {
+  const AttentionItem& tile = task.tile;
   const int lane = static_cast<int>(threadIdx.x % 32);
   int row = 0, row_of_lane = 0;
   for (int split = tile.first_split; split < tile.end_split; ++split) {
-    const int runs = RunsOf(split, end);
+    const int runs = RunsOf(split, task.end);
     for (int run = 0; run < runs; ++run) {
       if (run % 32 == 0 && run + lane < runs) {
-        row_of_lane = static_cast<int>(PoolRow(args, tile, kv_head, split * kSplit + (run + lane) * kKeys));
+        row_of_lane = static_cast<int>(PoolRow(args, tile, task.kv_head, split * kSplit + (run + lane) * kKeys));
       }
       const int before = row;
       row = __shfl_sync(0xFFFFFFFF, row_of_lane, run % 32);
@@ -103,7 +137,7 @@ PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, 
       Fill(shared, turn, values, before, &shared.full[SlotOf(turn)]);
       ++turn;
     }
-    const int last = end - split * kSplit - (runs - 1) * kKeys;  // of its keys are in the context
+    const int last = task.end - split * kSplit - (runs - 1) * kKeys;  // of its keys are in the context
     if (last >= kKeys) {
       Fill(shared, turn, values, row, &shared.full[SlotOf(turn)]);
     } else {
@@ -120,11 +154,12 @@ PTX_FUNCTION void Produce(const AttentionArgs& args, const AttentionItem& tile, 
 
 // ---- the queries' copiers, a warp for each warpgroup's
 
-// The warpgroup's queries of the block's nth tile, once it has taken those of the one before; zeros where there is no
+// The warpgroup's queries of the block's nth task, once it has taken those of the one before; zeros where there is no
 // row.
 template <int kDim>
-PTX_FUNCTION void CopyQueries(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int warpgroup, int nth,
+PTX_FUNCTION void CopyQueries(const AttentionArgs& args, const Task& task, int warpgroup, int nth,
                               Shared<kDim>& shared) {
+  const AttentionItem& tile = task.tile;
   constexpr int kChunks = kDim / 8, kStep = 32 / kChunks;
   const int lane = static_cast<int>(threadIdx.x % 32);
   uint4* const to = shared.queries[warpgroup];
@@ -133,7 +168,7 @@ PTX_FUNCTION void CopyQueries(const AttentionArgs& args, const AttentionItem& ti
   if (args.q_chunks) {
     const int row = lane / kChunks, chunk = lane % kChunks;
     const BF16* const q = static_cast<const BF16*>(args.q.data) + chunk * 8;
-    RowWalk walk(args, tile, kv_head, first + row, kStep, args.q.stride, kDim);
+    RowWalk walk(args, tile, task.kv_head, first + row, kStep, args.q.stride, kDim);
     PTX_KEEP_LOOP
     for (int eight = 0; eight < kGroupRows; eight += 8) {
       PTX_UNROLL
@@ -150,7 +185,7 @@ PTX_FUNCTION void CopyQueries(const AttentionArgs& args, const AttentionItem& ti
     // tiles, from holding anything in uniform registers.
     for (int begin = 0; begin < kGroupRows * kDim / 4; begin += 32) {
       const int i = begin + lane, r = i / (kDim / 4), pack = i % (kDim / 4);
-      StoreQuery<kDim>(args, tile, kv_head, first + r, pack, &to[ChunkAt<kDim>(r, pack / 2)]);
+      StoreQuery<kDim>(args, tile, task.kv_head, first + r, pack, &to[ChunkAt<kDim>(r, pack / 2)]);
     }
   }
   __syncwarp();
@@ -169,7 +204,7 @@ PTX_FUNCTION void Release(Shared<kDim>& shared, int turn) {
   if (threadIdx.x % 32 == 0) ptx::MbarrierArrive(&shared.empty[SlotOf(turn)]);
 }
 
-// The warp's 16 queries of the block's nth tile as the operand a, 16 elements of the head at a time.
+// The warp's 16 queries of the block's nth task as the operand a, 16 elements of the head at a time.
 template <int kDim>
 PTX_FUNCTION void TakeQueries(Shared<kDim>& shared, int warp, int nth, uint32_t (&q)[kDim / 16][4]) {
   const int lane = static_cast<int>(threadIdx.x % 32), warpgroup = warp / 4;
@@ -192,10 +227,11 @@ PTX_FUNCTION void TakeQueries(Shared<kDim>& shared, int warp, int nth, uint32_t 
 // They are passed on when a run's wgmmas are issued, so that the other's queue up behind them. Strict turns keep nobody
 // waiting for long: both have the same to do for a run, and neither could run ahead by more than the ring holds. Where
 // only one sees keys, in the last runs of a causal tile or in all of one of at most 64 rows, there are no turns. Nor do
-// the last sums of a split take one: no scores follow them, and the other may be at its end.
+// the last sums of a split take one: no scores follow them, and the other may be at its end. Nor does the first run of
+// a tile: the other may still be at the tile before, with a turn that it has not taken yet.
 struct PingPong {
   int warpgroup;
-  int end;  // of the keys that both see
+  int begin, end;  // of the keys that both see
 };
 constexpr int kPingPong = 1;  // the named barrier at which warpgroup 0 waits; warpgroup 1 does at the next
 
@@ -357,13 +393,18 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionItem& t
                                uint4* staged, const float (&sums)[kDim / 2], const Rows& rows) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   __syncwarp();  // all lanes have read their sums
+  const float shares[2] = {ptx::Divide(1.0f, rows.total[0]), ptx::Divide(1.0f, rows.total[1])};
   PTX_UNROLL
-  for (int row = 0; row < 2; ++row) {
-    const float share = ptx::Divide(1.0f, rows.total[row]);
+  for (int n = 0; n < 8; ++n) {
+    // One address for all rows and chunks that lie eight further on.
+    uint4* const chunk = &staged[ChunkAt<kDim>(lane / 4, n)];
     PTX_UNROLL
-    for (int n = 0; n < kDim / 8; ++n) {
-      auto* chunk = reinterpret_cast<uint32_t*>(&staged[ChunkAt<kDim>(lane / 4 + 8 * row, n)]);
-      ptx::StShared(chunk + lane % 4, ptx::PackBF16(sums[4 * n + 2 * row] * share, sums[4 * n + 2 * row + 1] * share));
+    for (int i = n; i < kDim / 8; i += 8) {
+      PTX_UNROLL
+      for (int row = 0; row < 2; ++row) {
+        ptx::StShared(reinterpret_cast<uint32_t*>(chunk + row * kDim + i - n) + lane % 4,
+                      ptx::PackBF16(sums[4 * i + 2 * row] * shares[row], sums[4 * i + 2 * row + 1] * shares[row]));
+      }
     }
   }
   __syncwarp();
@@ -386,11 +427,43 @@ PTX_FUNCTION void StoreResults(const AttentionArgs& args, const AttentionItem& t
   }
 }
 
-// One split of `all_runs` runs, of which the warpgroup's rows see `runs`: sums and rows of it alone.
+// What of a task is the warpgroup's. Its first row sees least. Its last one may see less than the tile's: then the
+// warpgroup does without the last runs, but the slots must be released.
+struct Part {
+  int seen_by_all, end;  // keys
+  PingPong turns;
+  PTX_FUNCTION Part(const AttentionArgs& args, const Task& task, int warpgroup) {
+    const AttentionItem& tile = task.tile;
+    const int first_row = warpgroup * kGroupRows, last_row = SmallerOf(first_row + kGroupRows, tile.rows) - 1;
+    seen_by_all = KeysSeen(args, tile, first_row);
+    end = first_row < tile.rows ? SmallerOf(KeysSeen(args, tile, last_row), task.end) : 0;
+    turns = {.warpgroup = warpgroup,
+             .begin = tile.first_split * kSplit,
+             .end = tile.rows > kGroupRows ? SmallerOf(KeysSeen(args, tile, kGroupRows - 1), task.end) : 0};
+  }
+};
+
+// The scores of the first run from `first_key`, the begin of a split.
 template <int kDim>
+PTX_FUNCTION void BeginSplit(Shared<kDim>& shared, uint32_t (&q)[kDim / 16][4], float (&scores)[kKeys / 2],
+                             const PingPong& turns, int first_key, int turn) {
+  const bool has_turn = first_key > turns.begin;
+  Await(shared, turn);
+  if (has_turn) TakeTensorCores(turns, first_key);
+  ptx::WgmmaFence(scores, q);
+  IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
+  if (has_turn || turns.warpgroup == 1) PassTensorCores(turns, first_key);
+}
+
+// A split of a task of keys up to `end`: sums and rows of it alone. Its first run's scores are there. A warpgroup that
+// sees none of it gives these keys no weight. `meanwhile` is done while the last sums are computed.
+template <int kDim, typename Meanwhile>
 PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, uint32_t (&q)[kDim / 16][4],
-                               float (&sums)[kDim / 2], Rows& rows, const PingPong& turns, int first_key,
-                               int seen_by_all, int runs, int all_runs, int& turn) {
+                               float (&scores)[kKeys / 2], float (&sums)[kDim / 2], Rows& rows, const Part& part,
+                               int split, int end, int& turn, const Meanwhile& meanwhile) {
+  const PingPong& turns = part.turns;
+  const int first_key = split * kSplit, runs = LargerOf(1, RunsOf(split, part.end));
+  const int all_runs = RunsOf(split, end);
   const int end_turn = turn + 2 * all_runs;
   PTX_UNROLL
   for (int i = 0; i < kDim / 2; ++i) sums[i] = 0;
@@ -399,134 +472,127 @@ PTX_FUNCTION void ConsumeSplit(const AttentionArgs& args, Shared<kDim>& shared, 
     rows.largest[row] = kNoScore;
     rows.total[row] = 0;
   }
-  if (runs > 0) {
-    uint32_t weights[kKeys / 16][4];
-    float scores[kKeys / 2] = {}, kept[2];
-    Await(shared, turn);
-    TakeTensorCores(turns, first_key);
-    ptx::WgmmaFence(scores, q);
+  uint32_t weights[kKeys / 16][4];
+  float kept[2];
+  Release(shared, turn++);
+  Weigh(scores, rows, kept, first_key, first_key + kKeys > part.seen_by_all, args.scale);
+  PackWeights(scores, rows, kept, weights);
+  Await(shared, turn);
+  for (int run = 1; run < runs; ++run) {
+    // Not between the wgmmas: with a loop between them ptxas would make them wait for each other (C7520).
+    Await(shared, turn + 1);
+    const int key = first_key + run * kKeys;
+    TakeTensorCores(turns, key);
+    ptx::WgmmaFence(scores, sums, weights);
     IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
-    PassTensorCores(turns, first_key);
-    ptx::WgmmaWait<0>(scores);
-    Release(shared, turn++);
-    Weigh(scores, rows, kept, first_key, first_key + kKeys > seen_by_all, args.scale);
-    PackWeights(scores, rows, kept, weights);
-    Await(shared, turn);
-    for (int run = 1; run < runs; ++run) {
-      // Not between the wgmmas: with a loop between them ptxas would make them wait for each other (C7520).
-      Await(shared, turn + 1);
-      const int key = first_key + run * kKeys;
-      TakeTensorCores(turns, key);
-      ptx::WgmmaFence(scores, sums, weights);
-      IssueScores<kDim>(scores, q, shared.ring[SlotOf(turn)]);
-      IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn + 1)]);
-      PassTensorCores(turns, key);
-      ptx::WgmmaWait<1>(scores);
-      Release(shared, turn);
-      Weigh(scores, rows, kept, key, key + kKeys > seen_by_all, args.scale);
-      // Here, since ptxas moves the wait for wgmma up over arithmetic, but not over a loop; the weights would then be
-      // computed when the sums are done, and not beside them.
-      Await(shared, turn + 2);
-      ptx::WgmmaWait<0>(sums, weights);
-      Release(shared, turn + 1);
-      if (kept[0] != 1 || kept[1] != 1) {  // late runs seldom hold a row's largest score
-        PTX_UNROLL
-        for (int i = 0; i < kDim / 2; ++i) sums[i] *= kept[i / 2 % 2];
-      }
-      PackWeights(scores, rows, kept, weights);
-      turn += 2;
-    }
-    if (runs < all_runs) {
-      Release(shared, turn++);
-      Await(shared, turn);
-    }
-    ptx::WgmmaFence(sums, weights);
-    IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn)]);
+    IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn + 1)]);
+    PassTensorCores(turns, key);
+    ptx::WgmmaWait<1>(scores);
+    Release(shared, turn);
+    Weigh(scores, rows, kept, key, key + kKeys > part.seen_by_all, args.scale);
+    // Here, since ptxas moves the wait for wgmma up over arithmetic, but not over a loop; the weights would then be
+    // computed when the sums are done, and not beside them.
+    Await(shared, turn + 2);
     ptx::WgmmaWait<0>(sums, weights);
-    Release(shared, turn++);
-    SumTotals(rows);
+    Release(shared, turn + 1);
+    if (kept[0] != 1 || kept[1] != 1) {  // late runs seldom hold a row's largest score
+      PTX_UNROLL
+      for (int i = 0; i < kDim / 2; ++i) sums[i] *= kept[i / 2 % 2];
+    }
+    PackWeights(scores, rows, kept, weights);
+    turn += 2;
   }
+  if (runs < all_runs) {
+    Release(shared, turn++);
+    Await(shared, turn);
+  }
+  ptx::WgmmaFence(sums, weights);
+  IssueSums<kDim>(sums, weights, shared.ring[SlotOf(turn)]);
+  meanwhile();
+  ptx::WgmmaWait<0>(sums, weights);
+  Release(shared, turn++);
+  SumTotals(rows);
   for (; turn < end_turn; ++turn) {
     Await(shared, turn);
     Release(shared, turn);
   }
 }
 
+// What becomes of a split's sums. before: the rows' state after earlier splits.
 template <int kDim>
-PTX_FUNCTION void Consume(const AttentionArgs& args, const AttentionItem& tile, int kv_head, int end,
-                          Shared<kDim>& shared, int warp, int nth, int& turn) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  // The warpgroup's rows, of which the first sees least. They do without the last runs where they do not see them, but
-  // the slots must be released.
-  const int first_row = warp / 4 * kGroupRows;
-  const int last_row = SmallerOf(first_row + kGroupRows, tile.rows) - 1;
-  const int group_end = first_row < tile.rows ? SmallerOf(KeysSeen(args, tile, last_row), end) : 0;
-  const int seen_by_all = KeysSeen(args, tile, first_row);
-  const PingPong turns = {.warpgroup = warp / 4,
-                          .end = tile.rows > kGroupRows ? SmallerOf(KeysSeen(args, tile, kGroupRows - 1), end) : 0};
-  uint32_t q[kDim / 16][4];
-  float sums[kDim / 2];
-  Rows rows, before;
-  // Rows that the tile does not have, behind its last one, are worked on too, and nobody reads them.
-  PTX_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    rows.seen[i] = tile.before + args.by_group.Quotient(tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) + 1;
+PTX_FUNCTION void LeaveSplit(const AttentionArgs& args, const Task& task, int split, int warp, uint4* own,
+                             float (&sums)[kDim / 2], Rows& rows, Rows& before) {
+  const AttentionItem& tile = task.tile;
+  if (tile.first_split > 0) {
+    StoreStates<kDim>(args, tile, task.kv_head, warp, split - tile.first_split, sums, rows);
+    return;
   }
-  uint4* const own = shared.rows[warp];
-  TakeQueries<kDim>(shared, warp, nth, q);
-  if (turns.warpgroup == 1) PassTensorCores(turns, tile.first_split * kSplit - kKeys);  // as if it had just had one
-  for (int split = tile.first_split; split < tile.end_split; ++split) {
-    ConsumeSplit<kDim>(args, shared, q, sums, rows, turns, split * kSplit, seen_by_all, RunsOf(split, group_end),
-                       RunsOf(split, end), turn);
-    if (tile.first_split > 0) {
-      StoreStates<kDim>(args, tile, kv_head, warp, split - tile.first_split, sums, rows);
-      continue;
-    }
-    if (split > 0) FoldSplit<kDim>(own, sums, rows, before);
-    if (split + 1 == tile.end_split) break;
+  if (split > 0) FoldSplit<kDim>(own, sums, rows, before);
+  if (split + 1 < tile.end_split) {
     KeepSums<kDim>(own, sums);
     before = rows;
-  }
-  if (tile.first_state < 0) {
-    StoreResults<kDim>(args, tile, kv_head, warp, own, sums, rows);
-  } else if (tile.first_split == 0) {
-    StoreStates<kDim>(args, tile, kv_head, warp, 0, sums, rows);
+  } else if (tile.first_state < 0) {
+    StoreResults<kDim>(args, tile, task.kv_head, warp, own, sums, rows);
+  } else {
+    StoreStates<kDim>(args, tile, task.kv_head, warp, 0, sums, rows);
   }
 }
 
-// The block's tiles. The next one's record is on its way meanwhile.
-class Tiles {
- public:
-  PTX_FUNCTION Tiles(const AttentionArgs& args, int items)
-      : args_(args), items_(items), item_(static_cast<int>(blockIdx.x)), word_(LoadWord()) {}
-  template <typename Use>
-  PTX_FUNCTION void ForEach(const Use& use) {
-    for (int round = 1; item_ < items_; ++round) {
-      const auto tile = RecordOf<AttentionItem>(word_);
-      const int kv_head = item_ - args_.by_kv_heads.Quotient(item_) * args_.kv_heads;
-      item_ = PrefillItemOf(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-      if (item_ < items_) word_ = LoadWord();
-      use(tile, kv_head, SmallerOf(KeysSeen(args_, tile, tile.rows - 1), tile.end_split * kSplit));
+// All of the block's tasks. The first scores of what comes next, a split or a task, are under way while the sums of the
+// split before are folded or stored. (Also where the warpgroup sees none of these keys; then nobody reads them.)
+template <int kDim>
+PTX_FUNCTION void Consume(const AttentionArgs& args, Tasks& tasks, Shared<kDim>& shared, int warp) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warpgroup = warp / 4;
+  uint4* const own = shared.rows[warp];
+  uint32_t q[kDim / 16][4];
+  float scores[kKeys / 2] = {}, sums[kDim / 2];
+  Rows rows, before;
+  int turn = 0, nth = 0;
+  Task next;
+  if (!tasks.Next(next)) return;
+  TakeQueries<kDim>(shared, warp, nth, q);
+  Part part_of_next(args, next, warpgroup);
+  BeginSplit<kDim>(shared, q, scores, part_of_next.turns, next.tile.first_split * kSplit, turn);
+  ptx::WgmmaWait<0>(scores);
+  for (bool some = true; some;) {
+    const Task task = next;
+    const Part part = part_of_next;
+    const AttentionItem& tile = task.tile;
+    // Rows that the tile does not have, behind its last one, are worked on too, and nobody reads them.
+    PTX_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      rows.seen[i] = tile.before + args.by_group.Quotient(tile.first_row + warp * kWarpRows + lane / 4 + 8 * i) + 1;
+    }
+    for (int split = tile.first_split; split < tile.end_split; ++split) {
+      int next_key = (split + 1) * kSplit;
+      ConsumeSplit<kDim>(args, shared, q, scores, sums, rows, part, split, task.end, turn, [&] {
+        if (split + 1 < tile.end_split) return;
+        some = tasks.Next(next);
+        if (!some) return;
+        TakeQueries<kDim>(shared, warp, ++nth, q);
+        part_of_next = Part(args, next, warpgroup);
+        next_key = next.tile.first_split * kSplit;
+      });
+      if (some) {
+        BeginSplit<kDim>(shared, q, scores, part_of_next.turns, next_key, turn);
+        LeaveSplit<kDim>(args, task, split, warp, own, sums, rows, before);
+        // Not where the paths meet: wgmmas that are under way on one of them only would wait for each other (C7515).
+        ptx::WgmmaWait<0>(scores);
+      } else {
+        LeaveSplit<kDim>(args, task, split, warp, own, sums, rows, before);
+      }
     }
   }
+}
 
- private:
-  PTX_FUNCTION int LoadWord() const {
-    return LoadRecordWord(args_, static_cast<int>(kFirstItem) + args_.by_kv_heads.Quotient(item_));
-  }
-  const AttentionArgs& args_;
-  const int items_;
-  int item_, word_;
-};
-
-// Blocks stay for all of their tiles, so that of the next one queries are there, and keys on their way, while this
-// one's results leave.
+// Blocks stay for all of their tiles, so that the next one's queries are there, its keys on their way and its first
+// scores computed while this one's results leave.
 template <int kDim>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
     PrefillAttentionKernel(AttentionArgs args, int items, const PTX_GRID_CONSTANT ptx::TensorMap keys,
                            const PTX_GRID_CONSTANT ptx::TensorMap values) {
   auto& shared = *static_cast<Shared<kDim>*>(ptx::DynamicShared());
-  Tiles tiles(args, items);
+  Tasks tasks(args, items);
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
       ptx::MbarrierInit(&shared.full[slot], 1);
@@ -543,26 +609,20 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   // The same in all lanes, which ptxas knows of a shuffle: slots, descriptors and turns are then computed once for the
   // warp and not in each lane, and stand in the registers that wgmma takes them from.
   const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x / 32), 0);
-  int turn = 0, nth = 0;
-  if (warp >= kPrefillConsumers) {
-    ptx::GiveRegistersBack<56>();
-    const int copier = warp - kPrefillConsumers - 1;
-    if (copier >= kGroups) return;
-    if (copier >= 0) {
-      tiles.ForEach([&](const AttentionItem& tile, int kv_head, int) {
-        CopyQueries(args, tile, kv_head, copier, nth++, shared);
-      });
-      return;
-    }
-    int tails = 0;
-    tiles.ForEach([&](const AttentionItem& tile, int kv_head, int end) {
-      Produce(args, tile, kv_head, end, shared, keys, values, turn, tails);
-    });
-  } else {
+  if (warp < kPrefillConsumers) {
     ptx::TakeRegisters<224>();
-    tiles.ForEach([&](const AttentionItem& tile, int kv_head, int end) {
-      Consume(args, tile, kv_head, end, shared, warp, nth++, turn);
-    });
+    Consume<kDim>(args, tasks, shared, warp);
+    return;
+  }
+  ptx::GiveRegistersBack<56>();
+  const int copier = warp - kPrefillConsumers - 1;
+  if (copier >= kGroups) return;
+  Task task;
+  if (copier >= 0) {
+    for (int nth = 0; tasks.Next(task); ++nth) CopyQueries(args, task, copier, nth, shared);
+  } else {
+    int turn = 0, tails = 0;
+    while (tasks.Next(task)) Produce(args, task, shared, keys, values, turn, tails);
   }
 }
 

@@ -3,8 +3,8 @@
 wait for memory have their loads on their way together: as many loads of 16 bytes before anything that could wait for
 one. In prefill attention what wgmma's descriptors are made of is computed once for a warp: few values go from lanes'
 registers to the uniform ones; queries are copied into shared memory, but not by warps that use the tensor cores; and
-results are read there together before the first is stored. And nowhere do threads try an atomic operation until none
-was faster.
+results are read there together before the first is stored. Queries, results and the state are read while wgmma is
+under way. And nowhere do threads try an atomic operation until none was faster.
 
     loads_test.py FOLDER [--table]     every *.cu.o below it; --table prints what was found
 """
@@ -27,8 +27,11 @@ LEAST = {  # as docs/kernels.md counts them
     "MmaAttentionKernel<128>": 2,
     "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 4, "MmaLinearKernel<8, 1, 2>": 4,
 }
-RESULTS = {"PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4}  # loads of a lane from shared memory
-MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 32, "PrefillAttentionKernel<64>": 20}  # R2UR
+# Loads of a lane from shared memory: of results; of them and of the state that is folded (LDS) and of queries (LDSM).
+RESULTS = {"PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4}
+BESIDE_WGMMA = {"PrefillAttentionKernel<128>": {"LDS": 8 + 16, "LDSM": 8},
+                "PrefillAttentionKernel<64>": {"LDS": 4 + 8, "LDSM": 4}}
+MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 39, "PrefillAttentionKernel<64>": 26}  # R2UR
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
 
@@ -62,12 +65,25 @@ def queries_are_copied(code):
     return "LDGSTS" in code and any(tensor_cores) and not any(map(all, zip(loads, tensor_cores)))
 
 
+def read_beside_wgmma(opcodes, load):
+    """The most such loads of 16 bytes between wgmmas and the wait for them, in the order of the code."""
+    most = run = 0
+    for opcode in opcodes:
+        if opcode.split(".")[0] == load and (".128" in opcode or load == "LDSM"):
+            run += 1
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            most = max(most, run)
+        if opcode.startswith(("HGMMA", "WARPGROUP.DEPBAR")):
+            run = 0
+    return most
+
+
 def main():
     tool = cuobjdump()
     if tool is None:
         print("no cuobjdump: it comes with the CUDA toolkit")
         return SKIPPED
-    found, made_uniform, results, spinning, problems = {}, {}, {}, {}, []
+    found, made_uniform, results, beside, spinning, problems = {}, {}, {}, {}, {}, []
     for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.cu.o")):
         code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
         for function in code.split("Function : ")[1:]:
@@ -78,10 +94,11 @@ def main():
             if path.name == "paged_attention_hopper.cu.o":
                 made_uniform[kernel] = opcodes.count("R2UR")
                 results[kernel] = most_together(function, "LDS")
+                beside[kernel] = {load: read_beside_wgmma(opcodes, load) for load in ("LDS", "LDSM")}
                 if not queries_are_copied(function):
                     problems.append(f"{kernel}: warps that use the tensor cores load queries")
     if "--table" in sys.argv:
-        print("\n".join(f"{kernel}: {count}" for counts in (found, results, made_uniform)
+        print("\n".join(f"{kernel}: {count}" for counts in (found, results, beside, made_uniform)
                         for kernel, count in sorted(counts.items())))
     if not spinning:
         print(f"no kernel for sm_90a below {sys.argv[1]}")
@@ -90,6 +107,9 @@ def main():
                  for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
     problems += [f"{kernel}: {results.get(kernel, 'not built, no')} results read together, {least} were"
                  for kernel, least in RESULTS.items() if results.get(kernel, 0) < least]
+    problems += [f"{kernel}: {beside.get(kernel, {}).get(load, 0)} {load} beside wgmma, {least} were"
+                 for kernel, loads in BESIDE_WGMMA.items() for load, least in loads.items()
+                 if beside.get(kernel, {}).get(load, 0) < least]
     problems += [f"{kernel}: {made_uniform.get(kernel, 'not built, no')} values made uniform, at most {most} were"
                  for kernel, most in MOST_MADE_UNIFORM.items() if not made_uniform.get(kernel, most + 1) <= most]
     problems += [f"{kernel}: {count} atomic operations that are tried until none was faster"
