@@ -80,9 +80,10 @@ def build_broken(tree, scratch, mutation, text):
     copy = scratch / mutation.file
     copy.parent.mkdir(parents=True)
     copy.write_text(text)
-    objects = []
+    objects, instead_of = [], set()
     for index, (compiled, command) in enumerate(tree.compile_commands(mutation.program, mutation.file).items()):
         objects.append(f"{scratch}/{index}.o")
+        instead_of.update(re.findall(r" -o (\S+)", command))
         command = re.sub(r" -MD| -M[TF] \S+", "", command).replace("-Werror", "-w")
         command = re.sub(r" -o \S+", f" -o {objects[-1]}", command)
         command = command.replace(f"-I{tree.source}", f"-I{scratch} -I{tree.source}", 1)
@@ -97,8 +98,10 @@ def build_broken(tree, scratch, mutation, text):
     if not objects:
         sys.exit(f"{mutation.name}: {mutation.program} is not compiled from {mutation.file}")
     program = scratch / mutation.program
-    # Before the libraries, from which the linker takes only what is still missing.
-    link = re.sub(r" -o \S+", f" {' '.join(objects)} -o {program}", tree.link_command(mutation.program))
+    # Before the libraries, from which the linker takes only what is still missing; the program's own objects are all
+    # linked, and tests must not be there twice.
+    own = " ".join(word for word in tree.link_command(mutation.program).split(" ") if word not in instead_of)
+    link = re.sub(r" -o \S+", f" {' '.join(objects)} -o {program}", own)
     subprocess.run(link, shell=True, cwd=tree.build, check=True)
     return program, {}
 
