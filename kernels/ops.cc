@@ -132,8 +132,8 @@ void Linear(Stream& stream, const LinearArgs& args) {
   OnCuda(stream) ? cuda::Linear(stream, args) : cpu::Linear(stream.team(), args);
 }
 
-void PrepareLinear(const Stream& stream) {
-  if (stream.device() == Device::kCuda) cuda::PrepareLinear(stream);
+void PrepareLinear(Stream& stream, void* scratch) {
+  if (stream.device() == Device::kCuda) cuda::PrepareLinear(stream, scratch);
 }
 
 void SiluMul(Stream& stream, const SiluMulArgs& args) {

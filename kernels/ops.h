@@ -53,15 +53,20 @@ struct LinearArgs {
   TensorView x;       // [T, K] act
   TensorView weight;  // [N, K] act
   bool accumulate = false;
-  // CUDA only: the same bits however many rows there are, which keeps many rows from the vendor's library.
+  // CUDA only: the same bits however many rows there are, which keeps many rows from the vendor's library and some from
+  // our kernel for Hopper.
   bool batch_invariant = false;
+  void* scratch = nullptr;  // CUDA only: see PrepareLinear
 };
 void Linear(Stream& stream, const LinearArgs& args);
 
 // Takes what the vendor's library needs for products on this stream, a handle and 32 MiB of the GPU, since no op
-// allocates. Any thread, before the stream's first product: without it, or where the library or the memory cannot be
-// had, many rows are our own kernels' too. Nothing on the CPU.
-void PrepareLinear(const Stream& stream);
+// allocates: without it, or where the library or the memory cannot be had, many rows are our own kernels' too. And
+// makes `scratch` ready for the products of this stream that are given it: kLinearScratchBytes of the GPU, in which
+// sums of some rows wait; null: these are made by other kernels, slower. Any thread, before the stream's first product.
+// Nothing on the CPU.
+inline constexpr size_t kLinearScratchBytes = 5 << 20;
+void PrepareLinear(Stream& stream, void* scratch = nullptr);
 
 // out = silu(gate) * up, where gate_up = [gate | up].
 struct SiluMulArgs {
@@ -78,6 +83,7 @@ struct LinearSiluMulArgs {
   TensorView weight;             // [2F', K] act: all gate rows, then all up rows
   TensorView gate_up;            // [T, 2F'] act: scratch
   bool batch_invariant = false;  // as Linear's
+  void* scratch = nullptr;       // as Linear's
 };
 void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args);
 

@@ -58,7 +58,7 @@ MemoryInfo QueryMemory(int ordinal);
 void Embed(Stream& stream, const EmbedArgs& args);
 void RmsNorm(Stream& stream, const RmsNormArgs& args);
 void AddRmsNorm(Stream& stream, const AddRmsNormArgs& args);
-void PrepareLinear(const Stream& stream);
+void PrepareLinear(Stream& stream, void* scratch);
 void Linear(Stream& stream, const LinearArgs& args);
 void SiluMul(Stream& stream, const SiluMulArgs& args);
 void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args);

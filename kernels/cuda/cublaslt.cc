@@ -81,7 +81,7 @@ struct Choice {
   cublasLtMatrixLayoutOpaque_t weight, x, out;
 };
 
-// What belongs to a stream from PrepareLinear on; used by the thread that issues its ops.
+// What belongs to a stream from PrepareCublasLt on; used by the thread that issues its ops.
 class LtStream {
  public:
   explicit LtStream(int ordinal) {
@@ -215,7 +215,7 @@ LtStream* Find(const Stream& stream) {
 
 }  // namespace
 
-void PrepareLinear(const Stream& stream) {
+void PrepareCublasLt(const Stream& stream) {
   UseGpu(stream.ordinal());  // a handle is of the thread's GPU
   Streams& streams = AllStreams();
   std::lock_guard lock(streams.mutex);

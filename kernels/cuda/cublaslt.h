@@ -8,9 +8,12 @@
 namespace altiplano::cuda {
 
 // Of bf16, with all rows aligned to 16 bytes. False: cuBLASLt cannot be used for this, and nothing was launched. It
-// works with the handle and in the memory that PrepareLinear took; without them, or without the library, all products
+// works with the handle and in the memory that PrepareCublasLt took; without them, or without the library, all products
 // are our own kernels'.
 bool CublasLtLinear(Stream& stream, const LinearArgs& args);
+
+// What the library needs for products on this stream, since no op allocates.
+void PrepareCublasLt(const Stream& stream);
 
 // Of a stream that ends.
 void ForgetCublasLt(void* stream);

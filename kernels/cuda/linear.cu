@@ -126,6 +126,24 @@ __global__ void __launch_bounds__(LinearMostThreads(kTokenTiles, kUnroll), Linea
     }
   }
 
+  // The thread's elements of out: most where a block has fewest threads, those of 4 parts. What they are added to is on
+  // its way while the parts meet.
+  constexpr int kMostResults = kTokens * kRowGroups * kLinearGroupRows / (32 * 4);
+  const int of_group = args.gated ? 3 : 4, of_token = of_group + kRowGroups - 1;  // bits of an element's number
+  const auto element = [&](int n) { return thread + n * 32 * args.parts; };
+  const auto token_of = [&](int i) { return i >> of_token; };
+  const auto group_of = [&](int i) { return (i & ((1 << of_token) - 1)) >> of_group; };
+  const auto row_of = [&](int i) { return i & ((1 << of_group) - 1); };
+  const auto column_of = [&](int i) { return ColumnOf(args, first_group + group_of(i), row_of(i)); };
+  bool mine[kMostResults];
+  uint32_t before[kMostResults][1] = {};
+  PTX_UNROLL
+  for (int n = 0; n < kMostResults; ++n) {
+    const int i = element(n), token = token_of(i);
+    mine[n] = token < kTokens && first_token + token < args.tokens && column_of(i) < args.n;
+    if (mine[n]) LoadBefore(args, first_token + token, column_of(i), before[n]);
+  }
+
   PTX_UNROLL
   for (int g = 0; g < kRowGroups; ++g) {
     PTX_UNROLL
@@ -145,15 +163,13 @@ __global__ void __launch_bounds__(LinearMostThreads(kTokenTiles, kUnroll), Linea
     }
     return sum;
   };
-  const int of_group = args.gated ? 8 : kLinearGroupRows, columns = kRowGroups * of_group;
-  for (int i = thread; i < kTokens * columns; i += 32 * args.parts) {
-    const int token = i / columns, g = i % columns / of_group, at = i % of_group;
-    const int64_t column = ColumnOf(args, first_group + g, at);
-    if (first_token + token >= args.tokens || column >= args.n) continue;
-    const int row_of_block = kLinearGroupRows * g + at;
+  PTX_UNROLL
+  for (int n = 0; n < kMostResults; ++n) {
+    if (!mine[n]) continue;
+    const int i = element(n), token = token_of(i), row_of_block = kLinearGroupRows * group_of(i) + row_of(i);
     float result[1] = {sum_of(token, row_of_block)};
     if (args.gated) result[0] = Gated(args, result[0], sum_of(token, row_of_block + 8));
-    StoreSums(args, first_token + token, column, result);
+    StoreSums(args, first_token + token, column_of(i), result, before[n]);
   }
 }
 
@@ -179,7 +195,10 @@ __global__ void __launch_bounds__(32 * kPlainLinearWarps) PlainLinearKernel(Line
   PTX_UNROLL
   for (int t = 0; t < kPlainLinearTokens; ++t) {
     float x[1] = {WarpSum(sums[t])};
-    if (lane == 0 && first_token + t < args.tokens) StoreSums(args, first_token + t, column, x);
+    if (lane != 0 || first_token + t >= args.tokens) continue;
+    uint32_t before[1] = {};
+    LoadBefore(args, first_token + t, column, before);
+    StoreSums(args, first_token + t, column, x, before);
   }
 }
 
@@ -194,7 +213,7 @@ bool ByLibrary(Stream& stream, const LinearArgs& args) {
 }
 
 void LaunchMmaLinear(Stream& stream, LinearOperands args, bool out_packed) {
-  const int64_t rows = args.gated ? 2 * args.n : args.n;
+  const int64_t rows = WeightRows(args);
   if (UsesTiles(args.tokens, rows)) {
     LaunchTiledLinear(stream, args, out_packed);
     return;
@@ -211,7 +230,29 @@ void LaunchMmaLinear(Stream& stream, LinearOperands args, bool out_packed) {
                     args);
 }
 
+// Some tokens, by what only Hopper has; not if their bits must be those of fewer.
+bool ByHopper(Stream& stream, const LinearOperands& args, bool batch_invariant, void* scratch) {
+  const int64_t rows = WeightRows(args);
+  return !batch_invariant && PropertiesOf(stream).architecture->capability == kHopper.capability &&
+         UsesHopper(args.tokens, rows, args.k) && (scratch != nullptr || HopperSplits(rows, args.k) == 1);
+}
+
+// On tensor cores by our own kernels.
+void LaunchLinear(Stream& stream, const LinearOperands& operands, const TensorView& out, bool batch_invariant,
+                  void* scratch) {
+  if (ByHopper(stream, operands, batch_invariant, scratch)) {
+    LaunchHopperLinear(stream, operands, IsPacked(out, 4), scratch);
+  } else {
+    LaunchMmaLinear(stream, operands, IsPacked(out, 4));
+  }
+}
+
 }  // namespace
+
+void PrepareLinear(Stream& stream, void* scratch) {
+  PrepareCublasLt(stream);
+  if (scratch != nullptr) PrepareHopperLinear(stream, scratch);
+}
 
 void Linear(Stream& stream, const LinearArgs& args) {
   if (ByLibrary(stream, args)) return;
@@ -224,7 +265,7 @@ void Linear(Stream& stream, const LinearArgs& args) {
                                    .parts = LinearParts(args.weight.dim(0), args.x.dim(1)),
                                    .accumulate = args.accumulate};
   if (OnTensorCores(args.x, args.weight)) {
-    LaunchMmaLinear(stream, operands, IsPacked(args.out, 4));
+    LaunchLinear(stream, operands, args.out, args.batch_invariant, args.scratch);
     return;
   }
   const bool packed = IsPacked(args.weight, 4) && IsPacked(args.x, 4);
@@ -249,7 +290,7 @@ void LinearSiluMul(Stream& stream, const LinearSiluMulArgs& args) {
                                    .k = args.x.dim(1),
                                    .parts = LinearParts(args.weight.dim(0), args.x.dim(1)),
                                    .gated = true};
-  LaunchMmaLinear(stream, operands, IsPacked(args.out, 4));
+  LaunchLinear(stream, operands, args.out, args.batch_invariant, args.scratch);
 }
 
 }  // namespace altiplano::cuda

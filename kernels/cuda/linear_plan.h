@@ -133,6 +133,92 @@ constexpr int64_t LinearEarlyBytes(int64_t tokens, int64_t rows, int64_t k) {
   return std::min(rows, prefetch.blocks * block_rows) * (prefetch.begin + prefetch.bytes);
 }
 
+// ---- some tokens on sm_90a (linear_hopper.cu): TMA brings the weights to shared memory, wgmma multiplies them from
+// there. A row of the weights is read by one block, or one of a few that have a part of K each, a *split*.
+inline constexpr int64_t kFewestHopperTokens = 9;
+inline constexpr int kHopperConsumers = 128;  // threads: a warpgroup
+inline constexpr uint32_t kHopperThreads = kHopperConsumers + 32;
+inline constexpr int kHopperDepth = 64;  // of K in a stage: a swizzled row of TMA
+inline constexpr int kMostHopperStages = 16;
+
+// Up to so many tokens one kernel serves: the columns of wgmma.
+constexpr int HopperColumns(int64_t tokens) {
+  return tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
+}
+// Of the result in shared memory, f32: the lanes of a store differ in their banks.
+constexpr int HopperPadded(int block_rows) {
+  return block_rows + 4;
+}
+constexpr int HopperStageBytes(int columns, int block_rows) {
+  return (columns + block_rows) * kHopperDepth * 2;
+}
+// As many as the shared memory of a block holds beside the result and the mbarriers.
+constexpr int HopperStages(int columns, int block_rows) {
+  const int room = 227 * 1024 - 1024 - columns * HopperPadded(block_rows) * 4;
+  return std::min(kMostHopperStages, room / HopperStageBytes(columns, block_rows));
+}
+constexpr uint32_t HopperSharedBytes(int columns, int block_rows) {
+  const int stages = HopperStages(columns, block_rows);
+  return static_cast<uint32_t>(stages *
+                                   (HopperStageBytes(columns, block_rows) + 2 * static_cast<int>(sizeof(uint64_t))) +
+                               columns * HopperPadded(block_rows) * 4 + static_cast<int>(sizeof(uint64_t)));
+}
+
+// From so many blocks on they draw what the memory has: 57 GB/s each at 3.6 TB/s, 34 of the 64 bytes that L2 can send a
+// multiprocessor in a cycle at 1.7 GHz; with as much x as weights it is twice that, too much.
+inline constexpr int64_t kBusyHopperBlocks = 64;
+
+// A split ends with its sums in L2 and one block that adds those of all splits: 2 or 3 us in which it reads no weights.
+// So K is split where blocks are too few: those of 128 rows if each has 4096 of K and more left, a megabyte; or those
+// of 64 rows. Depends on the matrix alone, as bits do.
+constexpr int HopperSplits(int64_t rows, int64_t k) {
+  const int64_t tall = (rows + 127) / 128, low = (rows + 63) / 64;
+  const int64_t of_tall = (kBusyHopperBlocks + tall - 1) / tall, of_low = (kBusyHopperBlocks + low - 1) / low;
+  const int64_t wanted = k >= of_tall * 4096 ? of_tall : std::max<int64_t>(1, std::min(of_low, k / 512));
+  const int64_t stages = (k + kHopperDepth - 1) / kHopperDepth, depth = (stages + wanted - 1) / wanted;
+  return static_cast<int>((stages + depth - 1) / depth);  // none of them empty
+}
+
+struct HopperLinear {
+  int columns = 0;     // tokens of the kernel
+  int block_rows = 0;  // of the weights, 64 or 128
+  int tiles = 0;       // of so many rows
+  int splits = 0;
+  int depth = 0;   // stages of a split, but for the last one, which may have less
+  int stages = 0;  // of all K
+  constexpr int units() const { return tiles * splits; }
+  friend bool operator==(const HopperLinear&, const HopperLinear&) = default;
+};
+// 128 rows to a block, for which x is then loaded once, where that leaves enough blocks. Of 33 tokens and more x is
+// half as much as the weights of 128 rows and as much as those of 64: then fewer blocks will do.
+constexpr HopperLinear PlanHopperLinear(int64_t tokens, int64_t rows, int64_t k) {
+  HopperLinear plan = {.columns = HopperColumns(tokens), .splits = HopperSplits(rows, k)};
+  const int64_t tall = (rows + 127) / 128 * plan.splits;
+  plan.block_rows = tall >= (plan.columns > 32 ? kBusyHopperBlocks * 3 / 4 : kBusyHopperBlocks) ? 128 : 64;
+  plan.tiles = static_cast<int>((rows + plan.block_rows - 1) / plan.block_rows);
+  plan.stages = static_cast<int>((k + kHopperDepth - 1) / kHopperDepth);
+  plan.depth = (plan.stages + plan.splits - 1) / plan.splits;
+  return plan;
+}
+constexpr LaunchShape HopperLinearShape(const HopperLinear& plan, int64_t multiprocessors) {
+  return {.grid_x = static_cast<uint32_t>(std::min<int64_t>(plan.units(), multiprocessors)),
+          .threads = kHopperThreads,
+          .shared_bytes = HopperSharedBytes(plan.columns, plan.block_rows)};
+}
+
+// What splits leave: each unit's sums, then for each tile how many of its splits are done.
+constexpr int64_t HopperUnitBytes(const HopperLinear& plan) {
+  return int64_t{plan.columns} * plan.block_rows * 4;
+}
+inline constexpr int64_t kMostHopperUnits = 2 * kBusyHopperBlocks - 1;  // of matrices that are split
+inline constexpr int64_t kHopperSumsBytes = kMostHopperUnits * 128 * 64 * 4;
+inline constexpr int64_t kHopperScratchBytes = kHopperSumsBytes + kMostHopperUnits * 4;
+
+// Of bf16 whose rows are aligned to 16 bytes. With up to 16 tokens linear.cu does well enough where this would split.
+constexpr bool UsesHopper(int64_t tokens, int64_t rows, int64_t k) {
+  return tokens <= kMostTokensOfOurs && (tokens > 16 || (tokens >= kFewestHopperTokens && HopperSplits(rows, k) == 1));
+}
+
 // ---- many tokens: tiles of 64 rows of the weights by 32 tokens for each warp, in a ring of stages.
 inline constexpr int kTileStages = 4;
 inline constexpr int kTileDepth = 64;  // of K in a stage: two chunks of one part

@@ -9,6 +9,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/linear_plan.h"
 
 namespace altiplano::cuda {
 
@@ -77,14 +78,6 @@ PTX_FUNCTION void MultiplyStage(const uint4* stage, int warp_row, int warp_token
   }
 }
 
-PTX_FUNCTION void LoadFour(const float* from, float (&x)[4]) {
-  const uint4 words = ptx::LdShared(reinterpret_cast<const uint4*>(from));
-  x[0] = ptx::FloatOfBits(words.x);
-  x[1] = ptx::FloatOfBits(words.y);
-  x[2] = ptx::FloatOfBits(words.z);
-  x[3] = ptx::FloatOfBits(words.w);
-}
-
 template <int kRowWarps, int kTokenWarps>
 __global__ void __launch_bounds__(Tile<kRowWarps, kTokenWarps>::kThreads)
     TiledLinearKernel(LinearOperands args, bool out_packed) {
@@ -144,26 +137,24 @@ __global__ void __launch_bounds__(Tile<kRowWarps, kTokenWarps>::kThreads)
   __syncthreads();
   const int columns = args.gated ? T::kRows / 2 : T::kRows, packs = columns / 4;
   const int64_t first_column = int64_t{blockIdx.y} * columns, first_token = int64_t{blockIdx.x} * T::kTokens;
-  for (int i = thread; i < T::kTokens * packs; i += T::kThreads) {
-    const int token = i / packs, at = i % packs * 4;
-    const int64_t column = first_column + at;
-    if (first_token + token >= args.tokens || column >= args.n) continue;
-    const float* from = &tile[token * T::kPadded + (args.gated ? at / 8 * 16 + at % 8 : at)];
-    float x[4], up[4];
-    LoadFour(from, x);
-    if (args.gated) {
-      LoadFour(from + 8, up);
-      PTX_UNROLL
-      for (int j = 0; j < 4; ++j) x[j] = Gated(args, x[j], up[j]);
+  constexpr int kTogether = 4;
+  for (int first = thread; first < T::kTokens * packs; first += kTogether * T::kThreads) {
+    FourColumns out[kTogether];
+    bool inside[kTogether];
+    PTX_UNROLL
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = first + j * T::kThreads;
+      out[j] = {.token = first_token + i / packs, .column = first_column + i % packs * 4, .before = {}};
+      inside[j] = i < T::kTokens * packs && out[j].token < args.tokens && out[j].column < args.n;
+      if (inside[j]) out[j].Load(args, out_packed);
     }
-    if (out_packed) {
-      StoreSums(args, first_token + token, column, x);
-    } else {
-      PTX_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        float one[1] = {x[j]};
-        if (column + j < args.n) StoreSums(args, first_token + token, column + j, one);
-      }
+    PTX_UNROLL
+    for (int j = 0; j < kTogether; ++j) {
+      if (!inside[j]) continue;
+      const int token = static_cast<int>(out[j].token - first_token),
+                at = static_cast<int>(out[j].column - first_column);
+      const float* from = &tile[token * T::kPadded + (args.gated ? at / 8 * 16 + at % 8 : at)];
+      out[j].Store(args, out_packed, from, from + 8);
     }
   }
 }
@@ -171,7 +162,7 @@ __global__ void __launch_bounds__(Tile<kRowWarps, kTokenWarps>::kThreads)
 }  // namespace
 
 void LaunchTiledLinear(Stream& stream, const LinearOperands& args, bool out_packed) {
-  const int64_t rows = args.gated ? 2 * args.n : args.n;
+  const int64_t rows = WeightRows(args);
   if (IsLargeTile(args.tokens, rows, PropertiesOf(stream).architecture->shared_bytes)) {
     Launch(stream, "Linear", TiledLinearPlan(kLargeTile, args.tokens, rows),
            TiledLinearKernel<kLargeTile.row_warps, kLargeTile.token_warps>, args, out_packed);

@@ -152,7 +152,7 @@ void RmsNorm(Stream&, const RmsNormArgs&) {
 void AddRmsNorm(Stream&, const AddRmsNormArgs&) {
   Die();
 }
-void PrepareLinear(const Stream&) {
+void PrepareLinear(Stream&, void*) {
   Die();
 }
 void Linear(Stream&, const LinearArgs&) {

@@ -108,15 +108,16 @@ constexpr std::array kSettings = {
          .field = "model.isa",
          .choices = "auto|avx2|avx512|avx512_bf16|amx_bf16",
          .group = kGroupModel},
-    Flag{
-        .name = "batch-invariant",
-        .type = FlagType::kBool,
-        .default_value = "false",
-        .meaning =
-            "On a GPU an answer is to the bit independent of what else is in the batch, of how its prompt is cut into "
-            "steps and of what was cached. This keeps prompts from the fastest kernels. On the CPU it changes nothing.",
-        .field = "model.batch_invariant",
-        .group = kGroupModel},
+    Flag{.name = "batch-invariant",
+         .type = FlagType::kBool,
+         .default_value = "false",
+         .meaning =
+             "On a GPU an answer is to the bit independent of what else is in the batch, of how its prompt is cut into "
+             "steps and of what was cached. This keeps prompts and batches of more than 8 from the fastest kernels. On "
+             "the "
+             "CPU it changes nothing.",
+         .field = "model.batch_invariant",
+         .group = kGroupModel},
     Flag{.name = "cuda-graphs",
          .type = FlagType::kChoice,
          .default_value = "auto",

@@ -26,7 +26,7 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
   const int64_t hidden = config.hidden, dim = config.head_dim, ffn = shard.ffn(config);
   const int64_t q_size = shard.q_heads(config) * dim, kv_size = shard.kv_heads(config) * dim;
   const int64_t tokens = limits.max_tokens, rows = shard.last_stage() ? limits.max_logit_rows : 0;
-  const bool sums = shard.size > 1;
+  const bool sums = shard.size > 1, splits = limits.max_context > 0 && !limits.batch_invariant && act == DType::kBF16;
   const size_t scratch_bytes = cuda::AttentionScratchBytes({.q_heads = shard.q_heads(config),
                                                             .kv_heads = shard.kv_heads(config),
                                                             .dim = dim,
@@ -45,15 +45,16 @@ std::vector<Llama::WorkspacePart> Llama::WorkspaceParts(const ModelConfig& confi
       {&Llama::rows_normed_, rows, hidden, act},
       {&Llama::logits_, rows, shard.vocab(config), DType::kF32},
       {&Llama::scratch_, 1, static_cast<int64_t>(scratch_bytes / sizeof(float)), DType::kF32},
+      {&Llama::linear_scratch_, 1, splits ? static_cast<int64_t>(kLinearScratchBytes / sizeof(float)) : 0, DType::kF32},
   };
 }
 
-std::unique_ptr<Llama> Llama::Create(const Stream& stream, const ModelConfig& config, Shard shard, LlamaWeights weights,
+std::unique_ptr<Llama> Llama::Create(Stream& stream, const ModelConfig& config, Shard shard, LlamaWeights weights,
                                      Limits limits, Communicator* communicator) {
   CHECK(shard.size == 1 || communicator != nullptr);
   std::unique_ptr<Llama> llama(new Llama(config, shard, std::move(weights), limits, communicator));
   if (!llama->AllocateWorkspace(stream)) return nullptr;
-  if (!limits.batch_invariant) PrepareLinear(stream);
+  if (!limits.batch_invariant) PrepareLinear(stream, llama->linear_scratch());
   return llama;
 }
 
@@ -124,7 +125,8 @@ void Llama::AddLinear(Stream& stream, const TensorView& x, const TensorView& wei
                   .x = x,
                   .weight = weight,
                   .accumulate = alone(),
-                  .batch_invariant = limits_.batch_invariant});
+                  .batch_invariant = limits_.batch_invariant,
+                  .scratch = linear_scratch()});
 }
 
 bool Llama::NormAfterAdd(Stream& stream, const TensorView& weight) {
@@ -169,7 +171,11 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
     } else if (!NormAfterAdd(stream, layer.attention_norm)) {
       return false;
     }
-    Linear(stream, {.out = qkv, .x = normed, .weight = layer.qkv, .batch_invariant = limits_.batch_invariant});
+    Linear(stream, {.out = qkv,
+                    .x = normed,
+                    .weight = layer.qkv,
+                    .batch_invariant = limits_.batch_invariant,
+                    .scratch = linear_scratch()});
     RopeStoreKv(stream, {.q = q,
                          .k = k,
                          .v = v,
@@ -195,7 +201,8 @@ bool Llama::Forward(Stream& stream, const StepInputs& inputs, KvCache& cache) {
                            .x = normed,
                            .weight = layer.gate_up,
                            .gate_up = gate_up,
-                           .batch_invariant = limits_.batch_invariant});
+                           .batch_invariant = limits_.batch_invariant,
+                           .scratch = linear_scratch()});
     AddLinear(stream, ffn, layer.down);
   }
   if (alone()) return true;
@@ -218,7 +225,11 @@ TensorView Llama::Logits(Stream& stream, const TensorView& rows) {
         stream,
         {.out = normed, .residual = residual, .x = delta, .weight = weights_.final_norm, .eps = config_.rms_eps});
   }
-  Linear(stream, {.out = logits, .x = normed, .weight = weights_.lm_head, .batch_invariant = limits_.batch_invariant});
+  Linear(stream, {.out = logits,
+                  .x = normed,
+                  .weight = weights_.lm_head,
+                  .batch_invariant = limits_.batch_invariant,
+                  .scratch = linear_scratch()});
   return logits;
 }
 

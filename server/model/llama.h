@@ -45,13 +45,13 @@ class Llama {
     int64_t max_tokens = 2048;     // T of one step
     int64_t max_logit_rows = 256;  // R of one Logits call
     bool batch_invariant = false;  // as in kernels/ops.h; attention then leaves its prefill kernel alone
-    int64_t max_context = 0;       // for attention's scratch, which only CUDA has a use for; 0: none
+    int64_t max_context = 0;       // for the ops' scratch, which only CUDA has a use for; 0: none
   };
 
   // Computes on the device of `stream`, where the weights lie. communicator: null for one rank. Null when the
   // workspace's memory cannot be had.
-  static std::unique_ptr<Llama> Create(const Stream& stream, const ModelConfig& config, Shard shard,
-                                       LlamaWeights weights, Limits limits, Communicator* communicator);
+  static std::unique_ptr<Llama> Create(Stream& stream, const ModelConfig& config, Shard shard, LlamaWeights weights,
+                                       Limits limits, Communicator* communicator);
 
   // Of the workspace that Create allocates on the shard's rank.
   static uint64_t WorkspaceBytes(const ModelConfig& config, const Shard& shard, const Limits& limits, DType act);
@@ -96,6 +96,7 @@ class Llama {
   bool AllocateWorkspace(const Stream& stream);
   bool alone() const { return shard_.size == 1; }  // no other rank has a part of these layers
   bool AllReduce(Stream& stream, const TensorView& x);
+  void* linear_scratch() const { return linear_scratch_.elements() > 0 ? linear_scratch_.data : nullptr; }
   size_t scratch_bytes() const { return static_cast<size_t>(scratch_.elements()) * sizeof(float); }
   // residual += x weight^T: when alone at once, otherwise this rank's part is left in delta for NormAfterAdd.
   void AddLinear(Stream& stream, const TensorView& x, const TensorView& weight);
@@ -108,20 +109,21 @@ class Llama {
   const Limits limits_;
   Communicator* const communicator_;
 
-  Buffer workspace_;          // all of the following; rows for the largest step. What ranks sum may lie elsewhere:
-  TensorView residual_;       // [T, H] f32, summed
-  TensorView delta_;          // [T, H] f32, summed: this rank's part of what the residual gains; empty when alone
-  TensorView normed_;         // [T, H] act
-  TensorView qkv_;            // [T, (Hq' + 2 Hkv') * D] act
-  TensorView attention_;      // [T, Hq' * D] act
-  TensorView gate_up_;        // [T, 2 F'] act
-  TensorView ffn_;            // [T, F'] act
-  TensorView rows_residual_;  // [R, H] f32
-  TensorView rows_delta_;     // [R, H] f32; empty when alone
-  TensorView rows_normed_;    // [R, H] act
-  TensorView logits_;         // [R, V'] f32
-  TensorView scratch_;        // [1, n] f32: attention's
-  int64_t tokens_ = 0;        // T of the last Forward
+  Buffer workspace_;           // all of the following; rows for the largest step. What ranks sum may lie elsewhere:
+  TensorView residual_;        // [T, H] f32, summed
+  TensorView delta_;           // [T, H] f32, summed: this rank's part of what the residual gains; empty when alone
+  TensorView normed_;          // [T, H] act
+  TensorView qkv_;             // [T, (Hq' + 2 Hkv') * D] act
+  TensorView attention_;       // [T, Hq' * D] act
+  TensorView gate_up_;         // [T, 2 F'] act
+  TensorView ffn_;             // [T, F'] act
+  TensorView rows_residual_;   // [R, H] f32
+  TensorView rows_delta_;      // [R, H] f32; empty when alone
+  TensorView rows_normed_;     // [R, H] act
+  TensorView logits_;          // [R, V'] f32
+  TensorView scratch_;         // [1, n] f32: attention's
+  TensorView linear_scratch_;  // [1, n] f32: of products, or empty
+  int64_t tokens_ = 0;         // T of the last Forward
 };
 
 }  // namespace altiplano

@@ -164,7 +164,6 @@ int Main(int argc, char** argv) {
       std::fprintf(stderr, "gpu_bench: %s\n", error.c_str());
       return 69;
     }
-    PrepareLinear(*stream);
     if (std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.measure == nullptr; })) {
       arena = std::make_unique<Arena>(*stream);
     }

@@ -64,7 +64,8 @@ Case LinearCase(const Rank& rank, const std::string& what, int64_t m, int64_t n,
       Linear(stream, {.out = arena.Output(turn, m, n, out),
                       .x = arena.Input(2 * turn, m, k, DType::kBF16),
                       .weight = arena.Input(2 * turn + 1, n, k, DType::kBF16),
-                      .batch_invariant = batch_invariant});
+                      .batch_invariant = batch_invariant,
+                      .scratch = arena.linear_scratch()});
     };
   };
   return c;
@@ -104,13 +105,14 @@ Case LinearSiluMulCase(const Rank& rank, int64_t m, bool batch_invariant) {
                              .x = arena.Input(2 * turn, m, k, DType::kBF16),
                              .weight = arena.Input(2 * turn + 1, 2 * ffn, k, DType::kBF16),
                              .gate_up = arena.Output(2 * turn + 1, m, 2 * ffn, DType::kBF16),
-                             .batch_invariant = batch_invariant});
+                             .batch_invariant = batch_invariant,
+                             .scratch = arena.linear_scratch()});
     };
   };
   return c;
 }
 
-// Our own kernels for many tokens, where cuBLASLt has taken the others.
+// Our own kernels for any number of tokens, where cuBLASLt or that for Hopper has taken the others.
 void AddInvariantLinear(const Rank& r, const std::vector<int64_t>& tokens, std::vector<Case>* cases) {
   for (int64_t m : tokens) {
     cases->push_back(LinearCase(r, "qkv", m, (r.q_heads + 2 * r.kv_heads) * r.dim, r.hidden, DType::kBF16, true));
@@ -396,8 +398,10 @@ Case SampleCase(int64_t rows, const Sampling& sampling) {
 Arena::Arena(Stream& stream)
     : stream_(stream),
       inputs_(Buffer::Allocate(Device::kCuda, kInputBytes)),
-      outputs_(Buffer::Allocate(Device::kCuda, kOutputBytes)) {
+      outputs_(Buffer::Allocate(Device::kCuda, kOutputBytes)),
+      linear_scratch_(Buffer::Allocate(Device::kCuda, kLinearScratchBytes)) {
   if (!*this) return;
+  PrepareLinear(stream_, linear_scratch());
   // Numbers around 2^-7 of either sign, as bf16 and (two of them in one) as f32.
   std::vector<uint32_t> block(size_t{16} << 20);
   std::minstd_rand random(1);
@@ -444,8 +448,9 @@ std::vector<Case> AllCases() {
   const Rank whole = RankOf("8b", 1);
   const std::vector<Rank> eighths = {RankOf("8b", 8), RankOf("70b", 8), RankOf("405b", 8)};
   AddLinear(whole, {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192}, &cases);
-  for (const Rank& rank : eighths) AddLinear(rank, {1, 4, 8, 16, 64, 512, 2048}, &cases);
-  AddInvariantLinear(whole, {32, 64, 128, 256, 512, 2048, 8192}, &cases);
+  for (const Rank& rank : eighths) AddLinear(rank, {1, 4, 8, 16, 32, 64, 512, 2048}, &cases);
+  AddInvariantLinear(whole, {16, 32, 64, 128, 256, 512, 2048, 8192}, &cases);
+  for (const Rank& rank : eighths) AddInvariantLinear(rank, {16, 32, 64}, &cases);
   for (int64_t context : {1024, 4096, 32768}) {
     for (int64_t sequences : {1, 8, 32, 128}) {
       if (sequences * context <= 128 * 4096) cases.push_back(AttentionCase(whole, sequences, 1, context));

@@ -21,7 +21,7 @@ class Arena {
   static constexpr size_t kInputBytes = size_t{4} << 30, kOutputBytes = size_t{1} << 30;
 
   explicit Arena(Stream& stream);
-  explicit operator bool() const { return inputs_ && outputs_; }
+  explicit operator bool() const { return inputs_ && outputs_ && linear_scratch_; }
   const cuda::GpuProperties& gpu() const { return cuda::PropertiesOf(stream_); }
   // A matrix that turn's call reads, or writes. Larger than the memory is a bug in the list of cases.
   TensorView Input(int turn, int64_t rows, int64_t columns, DType dtype) const {
@@ -37,6 +37,8 @@ class Arena {
   TensorView OutputPool(int which, int64_t heads, int64_t page_size, int64_t dim, DType dtype) const {
     return Pool(outputs_, which, heads, page_size, dim, dtype);
   }
+  // Of the stream's products.
+  void* linear_scratch() const { return linear_scratch_.data(); }
   // Indices, in a place of their own.
   TensorView Keep(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape);
   // For what ops send to the host: a copy to other memory would be waited for.
@@ -47,7 +49,7 @@ class Arena {
   static TensorView Pool(const Buffer& memory, int which, int64_t heads, int64_t page_size, int64_t dim, DType dtype);
 
   Stream& stream_;
-  Buffer inputs_, outputs_;
+  Buffer inputs_, outputs_, linear_scratch_;
   std::vector<Buffer> kept_;
 };
 

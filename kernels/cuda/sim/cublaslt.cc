@@ -1,11 +1,9 @@
 // The simulated GPU has no libraries.
 #include "kernels/cuda/cublaslt.h"
 
-#include "kernels/cuda/backend.h"
-
 namespace altiplano::cuda {
 
-void PrepareLinear(const Stream&) {}
+void PrepareCublasLt(const Stream&) {}
 
 bool CublasLtLinear(Stream&, const LinearArgs&) {
   return false;

@@ -7,59 +7,15 @@
 #include "kernels/cuda/architectures.h"
 #include "kernels/cuda/linear_plan.h"
 #include "kernels/cuda/overlap.h"
-#include "tests/kernels/cuda/cuda_testlib.h"
+#include "tests/kernels/cuda/linear_testlib.h"
 
 namespace altiplano {
 namespace {
 
-// A sum in which each product goes through at most d roundings is off by at most d u S / (1 - d u), S = sum |x w|. A
-// warp of the tensor core kernel sums a quarter of K, four warps are added; the plain kernel's paths are shorter. What
-// is there already is added with one more rounding.
-double Bound(int64_t k, double magnitude, double before, double exact, DType out) {
-  const double d = static_cast<double>(k / 4 + 32 + 5) * kUnitF32;
-  double bound = d / (1 - d) * magnitude;
-  bound += kUnitF32 * (std::abs(before) + std::abs(exact) + bound);
-  return bound + RoundingBound(out, exact, bound);
-}
-
-struct Shape {
-  int64_t tokens, n, k;
-};
-
-class CudaLinearTest : public CudaTest {
+class CudaLinearTest : public LinearTest {
  protected:
-  // Our own kernels, also where cuBLASLt is installed.
-  bool batch_invariant_ = true;
-
-  void ExpectNearOracle(const Shape& shape, DType act, DType out_dtype, bool accumulate, int64_t gap) {
-    const auto [tokens, n, k] = shape;
-    Matrix x(tokens, k, act, gap), weight(n, k, act, gap), out(tokens, n, out_dtype, gap), before(tokens, n, out_dtype);
-    x.FillNormal(1);
-    weight.FillNormal(2);
-    before.FillNormal(3);
-    if (accumulate) out.Fill(before);
-    const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
-    Linear(stream(), {.out = d_out.view(),
-                      .x = d_x.view(),
-                      .weight = d_weight.view(),
-                      .accumulate = accumulate,
-                      .batch_invariant = batch_invariant_});
-    d_out.Fetch(out);
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t j = 0; j < n; ++j) {
-        double product = 0, magnitude = 0;
-        for (int64_t i = 0; i < k; ++i) {
-          product += x.at(t, i) * weight.at(j, i);
-          magnitude += std::abs(x.at(t, i) * weight.at(j, i));
-        }
-        const double old = accumulate ? before.at(t, j) : 0, exact = product + old;
-        ASSERT_NEAR(out.at(t, j), exact, Bound(k, magnitude, old, exact, out_dtype))
-            << "token " << t << " of " << tokens << ", column " << j << " of " << n << ", K " << k << ", " << Name(act)
-            << " to " << Name(out_dtype);
-      }
-    }
-    EXPECT_TRUE(out.GapsUntouched());
-  }
+  // The kernels whose bits do not depend on the number of tokens.
+  CudaLinearTest() { batch_invariant_ = true; }
 };
 
 // K: within a chunk, whole chunks, an uneven number for the warps, not aligned; N: within a block's columns and beyond.
@@ -277,8 +233,11 @@ TEST_F(CudaLinearTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
           Linear(stream(),
                  {.out = d_gate_up.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
           SiluMul(stream(), {.out = d_two.view(), .gate_up = d_gate_up.view()});
-          LinearSiluMul(stream(),
-                        {.out = d_one.view(), .x = d_x.view(), .weight = d_weight.view(), .gate_up = d_gate_up.view()});
+          LinearSiluMul(stream(), {.out = d_one.view(),
+                                   .x = d_x.view(),
+                                   .weight = d_weight.view(),
+                                   .gate_up = d_gate_up.view(),
+                                   .batch_invariant = true});
           d_one.Fetch(one);
           d_two.Fetch(two);
           EXPECT_TRUE(one.GapsUntouched());
@@ -388,8 +347,11 @@ TEST_F(CudaLinearTest, WeightsAreOnTheirWayBeforeTheWait) {
     const auto count = [&] {
       sim::CountTraffic(true);
       if (gated) {
-        LinearSiluMul(stream(),
-                      {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .gate_up = d_gate_up.view()});
+        LinearSiluMul(stream(), {.out = d_out.view(),
+                                 .x = d_x.view(),
+                                 .weight = d_weight.view(),
+                                 .gate_up = d_gate_up.view(),
+                                 .batch_invariant = true});
       } else {
         Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
       }

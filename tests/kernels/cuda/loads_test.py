@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What of the machine code for sm_90a, read with cuobjdump, ptxas undoes unless something keeps it from that. Kernels that
 wait for memory have their loads on their way together: as many loads of 16 bytes before anything that could wait for
-one. In prefill attention what wgmma's descriptors are made of is computed once for a warp: few values go from lanes'
-registers to the uniform ones; queries are copied into shared memory, but not by warps that use the tensor cores; and
-results are read there together before the first is stored. Queries, results and the state are read while wgmma is
-under way. And nowhere do threads try an atomic operation until none was faster.
+one. What wgmma's descriptors are made of is computed once for a warp: few values go from lanes' registers to the uniform
+ones. In prefill attention queries are copied into shared memory, but not by warps that use the tensor cores; results are
+read there together before the first is stored; queries, results and the state are read while wgmma is under way. And
+nowhere do threads try an atomic operation until none was faster.
 
     loads_test.py FOLDER [--table]     every *.cu.o below it; --table prints what was found
 """
@@ -25,13 +25,15 @@ LEAST = {  # as docs/kernels.md counts them
     "GatherKernel<uint4>": 8,
     "MmaLinearKernel<1, 1, 4>": 8 + 4, "MmaLinearKernel<1, 2, 4>": 16 + 2, "MmaLinearKernel<2, 1, 4>": 8 + 4,
     "MmaAttentionKernel<128>": 2,
-    "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 4, "MmaLinearKernel<8, 1, 2>": 4,
+    "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 3, "MmaLinearKernel<8, 1, 2>": 4,
+    "HopperLinearKernel<64, 128>": 16, "HopperLinearKernel<64, 64>": 8, "HopperLinearKernel<32, 128>": 8,
 }
 # Loads of a lane from shared memory: of results; of them and of the state that is folded (LDS) and of queries (LDSM).
 RESULTS = {"PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4}
 BESIDE_WGMMA = {"PrefillAttentionKernel<128>": {"LDS": 8 + 16, "LDSM": 8},
                 "PrefillAttentionKernel<64>": {"LDS": 4 + 8, "LDSM": 4}}
 MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 39, "PrefillAttentionKernel<64>": 26}  # R2UR
+MOST_MADE_UNIFORM |= {f"HopperLinearKernel<{columns}, {rows}>": 48 for columns in (16, 32, 64) for rows in (64, 128)}
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
 
@@ -89,10 +91,11 @@ def main():
         for function in code.split("Function : ")[1:]:
             kernel, opcodes = short(function.split()[0]), OPCODE.findall(function)
             spinning[kernel] = sum(opcode.startswith("ATOM") and "CAS" in opcode for opcode in opcodes)
-            if path.name in ("all_reduce.cu.o", "linear.cu.o", "paged_attention_mma.cu.o"):
+            if any(kernel.startswith(name.split("<")[0]) for name in LEAST):
                 found[kernel] = most_together(function)
-            if path.name == "paged_attention_hopper.cu.o":
+            if kernel in MOST_MADE_UNIFORM:
                 made_uniform[kernel] = opcodes.count("R2UR")
+            if kernel in RESULTS:
                 results[kernel] = most_together(function, "LDS")
                 beside[kernel] = {load: read_beside_wgmma(opcodes, load) for load in ("LDS", "LDSM")}
                 if not queries_are_copied(function):
@@ -115,7 +118,7 @@ def main():
     problems += [f"{kernel}: {count} atomic operations that are tried until none was faster"
                  for kernel, count in spinning.items() if count > 0]
     print("\n".join(problems) or f"of {len(spinning)} kernels {len(LEAST)} have their loads together, "
-          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers and their queries copied, none spins")
+          f"{len(MOST_MADE_UNIFORM)} their descriptors in uniform registers, {len(RESULTS)} their queries copied, none spins")
     return 1 if problems else 0
 
 

@@ -39,15 +39,20 @@ class CudaModelShapesTest : public CudaTest {
     if (kUnderTsan) GTEST_SKIP() << "no race depends on these sizes";
   }
 
-  // Some columns of x * weight^T, of all that there are rows for.
-  void ExpectProduct(const Rank& rank, int64_t tokens, int64_t n, int64_t k) {
+  // Some columns of x * weight^T, of all that there are rows for. scratch: or null, for the kernels of few tokens.
+  void ExpectProduct(const Rank& rank, int64_t tokens, int64_t n, int64_t k, void* scratch = nullptr) {
     n = std::min(n, std::max<int64_t>(48, kMostWeights / k));
     Matrix x(tokens, k, DType::kBF16), weight(n, k, DType::kBF16), out(tokens, n, DType::kF32);
     FillFast(x, 1);
     FillFast(weight, 2);
     const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
-    Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .batch_invariant = true});
+    Linear(stream(), {.out = d_out.view(),
+                      .x = d_x.view(),
+                      .weight = d_weight.view(),
+                      .batch_invariant = scratch == nullptr,
+                      .scratch = scratch});
     d_out.Fetch(out);
+    const int64_t depth = scratch == nullptr ? k / 4 : k;  // of a sum
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t j = 0; j < n; j += 7) {
         double exact = 0, magnitude = 0;
@@ -55,7 +60,7 @@ class CudaModelShapesTest : public CudaTest {
           exact += x.at(t, i) * weight.at(j, i);
           magnitude += std::abs(x.at(t, i) * weight.at(j, i));
         }
-        ASSERT_NEAR(out.at(t, j), exact, static_cast<double>(k / 4 + 40) * kUnitF32 * magnitude)
+        ASSERT_NEAR(out.at(t, j), exact, static_cast<double>(depth + 40) * kUnitF32 * magnitude)
             << rank.model << ", " << n << " x " << k << ", column " << j;
       }
     }
@@ -70,6 +75,15 @@ TEST_F(CudaModelShapesTest, ProductsOfADecode) {
       ExpectProduct(r, tokens, r.hidden, r.ffn);
       ExpectProduct(r, tokens, 128256 / 8, r.hidden);
     }
+  }
+}
+
+TEST_F(CudaModelShapesTest, ProductsOfADecodeOfManySequences) {
+  const Buffer scratch = Buffer::Allocate(stream(), kLinearScratchBytes);
+  PrepareLinear(stream(), scratch.data());
+  for (const Rank& r : kRanks) {
+    ExpectProduct(r, 20, (r.q_heads + 2) * kDim, r.hidden, scratch.data());
+    ExpectProduct(r, 20, r.hidden, r.ffn, scratch.data());
   }
 }
 

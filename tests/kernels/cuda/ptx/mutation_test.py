@@ -17,6 +17,7 @@ from mutation_testlib import Mutation, Tree, run  # noqa: E402
 DEVICE, HOPPER = "ptx_device.h", "ptx_hopper_device.h"
 # The kernel's file that is compiled anew, and the tests.
 PREFILL = "paged_attention_hopper", "CudaPagedAttention*LongParts*"
+LINEAR = "linear_hopper", "CudaLinearHopper*"
 # name, file in kernels/cuda, text, replacement, then as above
 MUTATIONS = [
     ("bf16 pairs the other way around", DEVICE, '"f"(high), "f"(low)', '"f"(low), "f"(high)', "rms_norm", "CudaRowOps*"),
@@ -51,6 +52,13 @@ MUTATIONS = [
     ("products are not waited for", HOPPER, '"n"(kPending) : "memory"', '"n"(kPending + 1) : "memory"', *PREFILL),
     ("products' registers have no fence", HOPPER, 'PTX_SM90A("wgmma.fence.sync.aligned;" ::: "memory");', "", *PREFILL),
     ("sums are read whenever nvcc likes", HOPPER, "(Touch(registers), ...);", "((void)registers, ...);", *PREFILL),
+    ("16 columns: the operands are exchanged", HOPPER, "%8, %9, p", "%9, %8, p", *LINEAR),
+    ("32 columns: the operands are exchanged", HOPPER, "%16, %17, p", "%17, %16, p", *LINEAR),
+    ("64 columns: the operands are exchanged", HOPPER, "%32, %33, p", "%33, %32, p", *LINEAR),
+    ("16 columns: sums begin with what was there", HOPPER, "setp.ne.b32 p, %10, 0", "setp.eq.b32 p, %10, %10", *LINEAR),
+    ("32 columns: sums begin with what was there", HOPPER, "setp.ne.b32 p, %18, 0", "setp.eq.b32 p, %18, %18", *LINEAR),
+    ("64 columns: sums begin with what was there", HOPPER, "setp.ne.b32 p, %34, 0", "setp.eq.b32 p, %34, %34", *LINEAR),
+    ("sums of several tiles are read whenever nvcc likes", HOPPER, "Touch(registers[i]);", "(void)registers[i];", *LINEAR),
     ("another flag is released", DEVICE, 'st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value)',
      'st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value + 1)', "all_reduce", "CudaAllReduce*Mixing*"),
     ("nobody's time passes", DEVICE, "mov.u64 %0, %%globaltimer;", "mov.u64 %0, 0;", "all_reduce", "CudaAllReduce*"),

@@ -61,8 +61,11 @@ class LaunchesTest : public testing::TestWithParam<int> {
                         .x = f32({tokens, hidden}),
                         .weight = f32({hidden})});
     const auto linear = [&](int64_t t, int64_t n, int64_t k, DType out, bool accumulate) {
-      Linear(stream,
-             {.out = Make({t, n}, out), .x = Make({t, k}, act), .weight = Make({n, k}, act), .accumulate = accumulate});
+      Linear(stream, {.out = Make({t, n}, out),
+                      .x = Make({t, k}, act),
+                      .weight = Make({n, k}, act),
+                      .accumulate = accumulate,
+                      .scratch = memory_.data()});
     };
     linear(tokens, q + 2 * kv, hidden, act, false);
     linear(tokens, hidden, q, DType::kF32, true);
@@ -71,7 +74,8 @@ class LaunchesTest : public testing::TestWithParam<int> {
     LinearSiluMul(stream, {.out = Make({tokens, ffn}, act),
                            .x = Make({tokens, hidden}, act),
                            .weight = Make({2 * ffn, hidden}, act),
-                           .gate_up = Make({tokens, 2 * ffn}, act)});
+                           .gate_up = Make({tokens, 2 * ffn}, act),
+                           .scratch = memory_.data()});
     SiluMul(stream, {.out = Make({tokens, ffn}, act), .gate_up = Make({tokens, 2 * ffn}, act)});
     const TensorView qkv = Make({tokens, q + 2 * kv}, act), pool = Make({kPages, kv_heads, kPageSize, dim}, act);
     RopeStoreKv(stream, {.q = qkv.columns(0, q),
@@ -147,7 +151,7 @@ TEST_P(LaunchesTest, AreWithinTheLimits) {
   for (const char* model : {"8b", "70b", "405b"}) {
     const ModelConfig config = PublishedModelConfig(model).value();
     for (const int64_t ranks : {1, 2, 8}) {
-      for (const int64_t tokens : {1, 2, 8, 16, 17, 32, 64, 65, 128, 256, 512, 2048, 8192, 32768, 131072}) {
+      for (const int64_t tokens : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 512, 2048, 8192, 32768, 131072}) {
         for (const DType act : {DType::kBF16, DType::kF32}) {
           Step(config, ranks, tokens, act);
           if (HasFatalFailure()) return;
