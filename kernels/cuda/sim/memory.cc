@@ -105,6 +105,7 @@ class EarlyLoads {
     }
     ~Guard() { busy.clear(std::memory_order_release); }
     std::atomic_flag& busy;
+    TsanIgnore ignore;  // of nodes that one fiber allocates and another frees
   };
   std::atomic_flag busy_;
   std::atomic<bool> any_ = false;

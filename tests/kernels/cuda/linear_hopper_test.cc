@@ -28,7 +28,7 @@ TEST_F(CudaLinearHopperTest, IsNearTheOracle) {
       for (int64_t k : {8, 64, 72, 200, 1000}) {
         ASSERT_TRUE(cuda::UsesHopper(tokens, n, k));
         if ((kUnderTsan || kDevice == Device::kCuda) && k == 1000 && tokens != 33) continue;
-        if (kUnderTsan && (k == 200 || tokens % 16 == 1)) continue;
+        if (kUnderTsan && (k == 200 || tokens % 16 == 1) && k != 1000) continue;
         ExpectNearOracle({tokens, n, k}, DType::kBF16, k % 64 == 8 ? DType::kBF16 : DType::kF32, k == 200, 8);
       }
     }
@@ -42,11 +42,11 @@ TEST_F(CudaLinearHopperTest, IsNearTheOracleForEveryStride) {
   }
 }
 
-// K in two, three and four splits, of which the last has less.
+// K in two, three and four splits, of which the last has less. Under TSan four: only consecutive blocks are strangers.
 TEST_F(CudaLinearHopperTest, AddsSplitsOfK) {
   for (const auto& [k, splits] : {std::pair<int64_t, int>{1100, 2}, {1544, 3}, {2104, 4}}) {
     ASSERT_EQ(cuda::HopperSplits(70, k), splits);
-    if (kUnderTsan && splits > 2) continue;
+    if (kUnderTsan && splits < 4) continue;
     for (int64_t tokens : {17, 40}) {
       if (kUnderTsan && tokens > 17) continue;
       ExpectNearOracle({tokens, 70, k}, DType::kBF16, DType::kF32, tokens == 40, 0);
