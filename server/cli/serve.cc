@@ -136,11 +136,10 @@ int Serve(const EffectiveConfig& config, StopSignal& stop, StartNotice& notice) 
 }
 
 int RunServe(const ParsedFlags& flags) {
-  // The second signal ends the process whatever hangs.
+  // The second signal ends the process whatever hangs, and the first where nothing has begun.
   StartNotice notice;
   StopSignal stop([&notice](int count, const std::string& name) {
-    notice.OnSignal(count, name);
-    if (count == 2) EndWithin(kAtOnce, kExitOk);
+    if (notice.OnSignal(count, name)) EndWithin(kAtOnce, kExitOk);
   });
   auto config = ResolveConfig(flags);
   if (!config.ok()) return Fail("serve", config.status().message(), kExitUsage);

@@ -45,6 +45,7 @@ StatusOr<std::function<void(int rank, uint64_t step)>> FaultDrillFromEnvironment
   return std::function<void(int, uint64_t)>([=](int rank, uint64_t step) {
     if (rank != victim || step < from_step || done->exchange(true)) return;
     if (!hang) throw std::runtime_error("failed on purpose (ALTIPLANO_FAULT)");
+    log::Warn("hanging on purpose", {{"rank", rank}, {"step", step}});
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   });
 }

@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -396,14 +398,24 @@ TEST(Start, ASignalIsAnsweredAtOnceInTheLog) {
   const auto logged = [&](std::string_view text) {
     return Eventually([&] { return server.process().Errors().find(text) != std::string::npos; });
   };
-  ASSERT_TRUE(logged("a failure will be caused on purpose"));
-  // Which part of the start a signal meets is not known here; the last one is that which hangs.
+  ASSERT_TRUE(logged("hanging on purpose"));
   server.process().Signal(SIGINT);
-  EXPECT_TRUE(logged(R"("a signal: the start ends as soon as it can","signal":"SIGINT","waits_for":")"));
+  EXPECT_TRUE(logged(R"("a signal: the start ends as soon as it can","signal":"SIGINT","waits_for":"the warm-up")"));
   EXPECT_THAT(server.process().Errors(), HasSubstr(R"("a_second_signal":"ends the program within 5 s")"));
   server.process().Signal(SIGTERM);
-  EXPECT_TRUE(logged(R"("a second signal: the program ends within 5 s","signal":"SIGTERM","waits_for":")"));
+  EXPECT_TRUE(logged(R"("a second signal: the program ends within 5 s","signal":"SIGTERM","waits_for":"the warm-up")"));
   EXPECT_EQ(server.process().Wait(), 0) << server.process().Errors();
+}
+
+// Nothing is to be drained or given back yet.
+TEST(Start, OneSignalEndsAProgramWhoseConfigurationDoesNotCome) {
+  const std::string fifo = ::testing::TempDir() + "/altiplano-fifo-" + std::to_string(getpid());
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  Process process({"serve", "--config", fifo});
+  ASSERT_TRUE(process.WaitUntilTermIsHandled());
+  process.Signal(SIGTERM);
+  EXPECT_EQ(process.Wait(), 0) << process.Errors();
+  unlink(fifo.c_str());
 }
 
 // Made again, the rank fails again: here for want of its weights.
