@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(LinearMostThreads(kTokenTiles, kUnroll), Linea
     }
   }
 
-  // The thread's elements of out: most where a block has fewest threads, those of 4 parts. What they are added to is on
-  // its way while the parts meet.
+  // The thread's elements of out: most where a block has fewest threads, those of 4 parts.
   constexpr int kMostResults = kTokens * kRowGroups * kLinearGroupRows / (32 * 4);
   const int of_group = args.gated ? 3 : 4, of_token = of_group + kRowGroups - 1;  // bits of an element's number
   const auto element = [&](int n) { return thread + n * 32 * args.parts; };
@@ -135,14 +134,6 @@ __global__ void __launch_bounds__(LinearMostThreads(kTokenTiles, kUnroll), Linea
   const auto group_of = [&](int i) { return (i & ((1 << of_token) - 1)) >> of_group; };
   const auto row_of = [&](int i) { return i & ((1 << of_group) - 1); };
   const auto column_of = [&](int i) { return ColumnOf(args, first_group + group_of(i), row_of(i)); };
-  bool mine[kMostResults];
-  uint32_t before[kMostResults][1] = {};
-  PTX_UNROLL
-  for (int n = 0; n < kMostResults; ++n) {
-    const int i = element(n), token = token_of(i);
-    mine[n] = token < kTokens && first_token + token < args.tokens && column_of(i) < args.n;
-    if (mine[n]) LoadBefore(args, first_token + token, column_of(i), before[n]);
-  }
 
   PTX_UNROLL
   for (int g = 0; g < kRowGroups; ++g) {
@@ -154,6 +145,16 @@ __global__ void __launch_bounds__(LinearMostThreads(kTokenTiles, kUnroll), Linea
         ptx::StShared(&sums[(warp * kTokens + token) * kPadded + row_of_block], d[g][tile][i]);
       }
     }
+  }
+  // What they are added to is on its way while the parts meet. Asked for behind the stores, which leave registers free:
+  // in front of them ptxas would spill before sm_90.
+  bool mine[kMostResults];
+  uint32_t before[kMostResults][1] = {};
+  PTX_UNROLL
+  for (int n = 0; n < kMostResults; ++n) {
+    const int i = element(n), token = token_of(i);
+    mine[n] = token < kTokens && first_token + token < args.tokens && column_of(i) < args.n;
+    if (mine[n]) LoadBefore(args, first_token + token, column_of(i), before[n]);
   }
   __syncthreads();
   const auto sum_of = [&](int token, int row_of_block) {

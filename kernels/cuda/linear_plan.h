@@ -73,8 +73,8 @@ constexpr uint32_t LinearBlocksToFit(int token_tiles, int row_groups) {
   return token_tiles * row_groups == 1 ? 2 : 0;
 }
 
-// Chunks whose weights a warp has in flight together. With 64 tokens' sums 4 of them take 142 registers, which blocks
-// of 16 warps have not: those make do with 2 (102), and the order of a sum does not know of it.
+// Chunks whose weights a warp has in flight together. With 64 tokens' sums 4 of them take 144 registers, which blocks
+// of 16 warps have not: those make do with 2 (128), and the order of a sum does not know of it.
 inline constexpr int kLeastLinearUnroll = 2;
 constexpr int LinearUnroll(int token_tiles, int parts) {
   return token_tiles == 8 && parts > 8 ? kLeastLinearUnroll : kLinearUnroll;
