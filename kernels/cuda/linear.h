@@ -61,16 +61,26 @@ struct FourColumns {
   int64_t token, column;
   uint32_t before[4];
 
-  PTX_FUNCTION void Load(const LinearOperands& args, bool packed) {
+  // Of all that are `inside` what they are added to. Whether rows are packed is asked once: ptxas would wait for the
+  // loads of one where its ways meet again, before those of the next.
+  template <int kCount>
+  static PTX_FUNCTION void Load(const LinearOperands& args, bool packed, const bool (&inside)[kCount],
+                                FourColumns (&all)[kCount]) {
     if (packed) {
-      LoadBefore(args, token, column, before);
+      PTX_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        if (inside[j]) LoadBefore(args, all[j].token, all[j].column, all[j].before);
+      }
       return;
     }
     PTX_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t one[1] = {};
-      if (column + i < args.n) LoadBefore(args, token, column + i, one);
-      before[i] = one[0];
+    for (int j = 0; j < kCount; ++j) {
+      PTX_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        uint32_t one[1] = {};
+        if (inside[j] && all[j].column + i < args.n) LoadBefore(args, all[j].token, all[j].column + i, one);
+        all[j].before[i] = one[0];
+      }
     }
   }
   // Their sums lie in shared memory at `from`, at `up` those of up where out is gated.

@@ -191,8 +191,8 @@ PTX_FUNCTION void StoreTile(const Operands& args, Shared<kColumns, kBlockRows>& 
       out[j] = {.token = token, .column = int64_t{tile} * columns + at, .before = {}};
       from[j] = *shared.sums + token * HopperPadded(kBlockRows) + at;
       inside[j] = i < count && out[j].column < linear.n;
-      if (inside[j]) out[j].Load(linear, args.out_packed);
     }
+    FourColumns::Load(linear, args.out_packed, inside, out);
     PTX_UNROLL
     for (int j = 0; j < kTogether; ++j) {
       if (inside[j]) out[j].Store(linear, args.out_packed, from[j], from[j] + columns);

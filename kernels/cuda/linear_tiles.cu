@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(Tile<kRowWarps, kTokenWarps>::kThreads)
       const int i = first + j * T::kThreads;
       out[j] = {.token = first_token + i / packs, .column = first_column + i % packs * 4, .before = {}};
       inside[j] = i < T::kTokens * packs && out[j].token < args.tokens && out[j].column < args.n;
-      if (inside[j]) out[j].Load(args, out_packed);
     }
+    FourColumns::Load(args, out_packed, inside, out);
     PTX_UNROLL
     for (int j = 0; j < kTogether; ++j) {
       if (!inside[j]) continue;

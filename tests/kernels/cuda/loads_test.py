@@ -28,6 +28,9 @@ LEAST = {  # as docs/kernels.md counts them
     "MmaLinearKernel<2, 2, 4>": 16 + 4, "MmaLinearKernel<8, 1, 4>": 8 + 3, "MmaLinearKernel<8, 1, 2>": 4,
     "HopperLinearKernel<64, 128>": 16, "HopperLinearKernel<64, 64>": 8, "HopperLinearKernel<32, 128>": 8,
 }
+# How often the code, in its order, waits for loads from global memory: those that are on their way then count once.
+MOST_WAITS = {"HopperLinearKernel<64, 128>": 3, "HopperLinearKernel<64, 64>": 3, "HopperLinearKernel<32, 128>": 3,
+              "HopperLinearKernel<32, 64>": 4, "HopperLinearKernel<16, 128>": 4, "HopperLinearKernel<16, 64>": 5}
 # Loads of a lane from shared memory: of results; of them and of the state that is folded (LDS) and of queries (LDSM).
 RESULTS = {"PrefillAttentionKernel<128>": 8, "PrefillAttentionKernel<64>": 4}
 BESIDE_WGMMA = {"PrefillAttentionKernel<128>": {"LDS": 8 + 16, "LDSM": 8},
@@ -36,6 +39,8 @@ MOST_MADE_UNIFORM = {"PrefillAttentionKernel<128>": 39, "PrefillAttentionKernel<
 MOST_MADE_UNIFORM |= {f"HopperLinearKernel<{columns}, {rows}>": 48 for columns in (16, 32, 64) for rows in (64, 128)}
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 WAITS = re.compile(r"HMMA|FADD|FMUL|FFMA|STG|STS|BAR")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*) ([^;]*);")
+REGISTER = re.compile(r"\bR(\d+)")
 
 
 def cuobjdump():
@@ -56,6 +61,20 @@ def most_together(code, load="LDG"):
         elif WAITS.match(opcode):
             run = 0
     return most
+
+
+def waits_for_loads(code):
+    """How often an instruction reads what loads from global memory have written since the last that did."""
+    waits, loaded = 0, set()
+    for opcode, operands in INSTRUCTION.findall(code):
+        to, _, others = operands.partition(",")
+        if opcode.startswith("LDG."):
+            words = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+            first = int(REGISTER.search(to)[1])
+            loaded |= set(range(first, first + words))
+        elif any(int(register) in loaded for register in REGISTER.findall(others)):
+            waits, loaded = waits + 1, set()
+    return waits
 
 
 def queries_are_copied(code):
@@ -85,7 +104,7 @@ def main():
     if tool is None:
         print("no cuobjdump: it comes with the CUDA toolkit")
         return SKIPPED
-    found, made_uniform, results, beside, spinning, problems = {}, {}, {}, {}, {}, []
+    found, waits, made_uniform, results, beside, spinning, problems = {}, {}, {}, {}, {}, {}, []
     for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.cu.o")):
         code = subprocess.run([tool, "-arch", "sm_90a", "-sass", path], capture_output=True, text=True).stdout
         for function in code.split("Function : ")[1:]:
@@ -93,6 +112,8 @@ def main():
             spinning[kernel] = sum(opcode.startswith("ATOM") and "CAS" in opcode for opcode in opcodes)
             if any(kernel.startswith(name.split("<")[0]) for name in LEAST):
                 found[kernel] = most_together(function)
+            if kernel in MOST_WAITS:
+                waits[kernel] = waits_for_loads(function)
             if kernel in MOST_MADE_UNIFORM:
                 made_uniform[kernel] = opcodes.count("R2UR")
             if kernel in RESULTS:
@@ -101,13 +122,15 @@ def main():
                 if not queries_are_copied(function):
                     problems.append(f"{kernel}: warps that use the tensor cores load queries")
     if "--table" in sys.argv:
-        print("\n".join(f"{kernel}: {count}" for counts in (found, results, beside, made_uniform)
+        print("\n".join(f"{kernel}: {count}" for counts in (found, waits, results, beside, made_uniform)
                         for kernel, count in sorted(counts.items())))
     if not spinning:
         print(f"no kernel for sm_90a below {sys.argv[1]}")
         return SKIPPED
     problems += [f"{kernel}: {found.get(kernel, 'not built, no')} loads together, at least {least} were"
                  for kernel, least in LEAST.items() if found.get(kernel, 0) < least]
+    problems += [f"{kernel}: {waits.get(kernel, 'not built, no')} waits for loads, at most {most} were"
+                 for kernel, most in MOST_WAITS.items() if not waits.get(kernel, most + 1) <= most]
     problems += [f"{kernel}: {results.get(kernel, 'not built, no')} results read together, {least} were"
                  for kernel, least in RESULTS.items() if results.get(kernel, 0) < least]
     problems += [f"{kernel}: {beside.get(kernel, {}).get(load, 0)} {load} beside wgmma, {least} were"
