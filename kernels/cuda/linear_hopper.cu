@@ -102,13 +102,15 @@ PTX_FUNCTION void Produce(const Operands& args, Shared<kColumns, kBlockRows>& sh
 
 // ---- the consumers
 
-// sums (+)= weights x of a stage: 16 of K are 32 bytes of rows, and 64 rows of the weights eight atoms.
+// Begins sums (+)= weights x of a stage, behind those of the stage before, which may be under way: between them nothing
+// may touch the sums, not even a fence, or ptxas would have each product waited for (C7514). 16 of K are 32 bytes of
+// rows, and 64 rows of the weights eight atoms.
 template <int kColumns, int kBlockRows>
 PTX_FUNCTION void Multiply(const Shared<kColumns, kBlockRows>& shared, int slot, bool first,
                            float (&sums)[kBlockRows / kRows][kColumns / 2]) {
   const uint64_t weights = ptx::MatrixDescriptor(shared.weights[slot], kLeadingUnused, kAtomBytes);
   const uint64_t tokens = ptx::MatrixDescriptor(shared.tokens[slot], kLeadingUnused, kAtomBytes);
-  ptx::WgmmaFence(sums);
+  ptx::WgmmaFence();
   PTX_UNROLL
   for (int step = 0; step < kHopperDepth / 16; ++step) {
     PTX_UNROLL
@@ -118,7 +120,6 @@ PTX_FUNCTION void Multiply(const Shared<kColumns, kBlockRows>& shared, int slot,
     }
   }
   ptx::WgmmaCommit();
-  ptx::WgmmaWait<0>(sums);
 }
 
 // Leaves the sums of this unit for the last split of the tile. True: that is this one, and the sums are now those of
@@ -205,19 +206,29 @@ template <int kColumns, int kBlockRows>
 PTX_FUNCTION void Consume(const Operands& args, Shared<kColumns, kBlockRows>& shared) {
   using Block = Shared<kColumns, kBlockRows>;
   const HopperLinear& plan = args.plan;
+  const auto release = [&](int slot) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::MbarrierArrive(&shared.empty[slot]);
+  };
   int slot = 0;
   uint32_t parity = 0;
   for (int unit = static_cast<int>(blockIdx.x); unit < plan.units(); unit += static_cast<int>(gridDim.x)) {
     const int begin = unit % plan.splits * plan.depth;
     const int end = begin + plan.depth < plan.stages ? begin + plan.depth : plan.stages;
+    int before = slot;
     float sums[kBlockRows / kRows][kColumns / 2];
+    ptx::WgmmaFence(sums);  // the tile before has left its registers
     for (int stage = begin; stage < end; ++stage) {
       ptx::MbarrierWait(&shared.full[slot], parity);
       Multiply<kColumns, kBlockRows>(shared, slot, stage == begin, sums);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::MbarrierArrive(&shared.empty[slot]);
+      // Of the stage before, so that the tensor cores have this one to go on with.
+      ptx::WgmmaWait<1>();
+      if (stage > begin) release(before);
+      before = slot;
       if (++slot == Block::kStages) slot = 0, parity ^= 1;
     }
+    ptx::WgmmaWait<0>(sums);
+    release(before);
     if (plan.splits > 1 && !AddSplits<kColumns, kBlockRows>(args, shared, unit, sums)) continue;
     StoreTile<kColumns, kBlockRows>(args, shared, unit / plan.splits, sums);
   }

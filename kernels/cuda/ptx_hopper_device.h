@@ -27,19 +27,22 @@ struct TensorMap {
 };
 // Rows begin at multiples of 16 bytes. The driver is asked for at run time, so that nothing is linked with it.
 inline TensorMap MakeTensorMap(const BF16* data, int64_t rows, int64_t columns, int64_t stride, uint32_t box_rows) {
-  void* encode = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+                                                : nullptr;
+  }();
   TensorMap map;
   CUresult result = CUDA_ERROR_NOT_FOUND;
-  if (found == cudaDriverEntryPointSuccess) {
+  if (encode != nullptr) {
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * sizeof(BF16)};
     const cuuint32_t box[] = {64, box_rows}, steps[] = {1, 1};
-    result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-        &map.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<BF16*>(data), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    result = encode(&map.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<BF16*>(data), sizes, strides, box, steps,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   }
   if (result != CUDA_SUCCESS) {
     std::fprintf(stderr, "cuTensorMapEncodeTiled: error %d for %lld rows of %lld columns\n", static_cast<int>(result),

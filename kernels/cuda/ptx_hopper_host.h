@@ -60,6 +60,9 @@ void TakeRegisters(PTX_SITE) {
 }
 
 // As many registers as kernels pass, and not a pack: the place of the call comes after them.
+inline void WgmmaFence(PTX_SITE) {
+  sim::WgmmaFence(site);
+}
 template <typename A>
 void WgmmaFence(A&, PTX_SITE) {
   sim::WgmmaFence(site);
@@ -74,6 +77,10 @@ void WgmmaFence(A&, B&, C&, PTX_SITE) {
 }
 inline void WgmmaCommit(PTX_SITE) {
   sim::WgmmaCommit(site);
+}
+template <int kPending>
+void WgmmaWait(PTX_SITE) {
+  sim::WgmmaWait(kPending, site);
 }
 template <int kPending, typename A>
 void WgmmaWait(A&, PTX_SITE) {

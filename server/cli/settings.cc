@@ -113,9 +113,8 @@ constexpr std::array kSettings = {
          .default_value = "false",
          .meaning =
              "On a GPU an answer is to the bit independent of what else is in the batch, of how its prompt is cut into "
-             "steps and of what was cached. This keeps prompts and batches of more than 8 from the fastest kernels. On "
-             "the "
-             "CPU it changes nothing.",
+             "steps and of what was cached. This keeps prompts and batches of more than 8 from the fastest kernels. "
+             "On the CPU it changes nothing.",
          .field = "model.batch_invariant",
          .group = kGroupModel},
     Flag{.name = "cuda-graphs",

@@ -68,6 +68,18 @@ TEST_F(CudaLinearHopperTest, BlocksTakeOneTileAfterTheOther) {
   constexpr int64_t kTokens = 9, kN = 17000;
   ASSERT_GT(cuda::PlanHopperLinear(kTokens, kN, 8).units(), 132);
   ExpectNearOracle({kTokens, kN, 8}, DType::kBF16, DType::kBF16, false, 0);
+  // Two tiles, the second of which needs the slot in which the first one's last stage was. Random numbers would take
+  // seconds.
+  constexpr int64_t kK = (cuda::HopperStages(16, 128) + 1) * cuda::kHopperDepth;
+  if (kUnderTsan) return;
+  Matrix x(kTokens, kK, DType::kBF16), weight(kN, kK, DType::kBF16), out(kTokens, kN, DType::kBF16);
+  out.FillNormal(1);
+  for (const Matrix* matrix : {&x, &weight})
+    std::memset(matrix->view().data, 0, static_cast<size_t>(matrix->rows() * kK * 2));
+  const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_out(stream(), out);
+  Linear(stream(), {.out = d_out.view(), .x = d_x.view(), .weight = d_weight.view(), .scratch = scratch()});
+  d_out.Fetch(out);
+  for (int64_t t = 0; t < kTokens; ++t) EXPECT_EQ(out.RowBytes(t), std::string(2 * kN, 0)) << t;
 }
 
 // One block after the other ends as the last of its tile.
