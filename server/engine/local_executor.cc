@@ -819,20 +819,19 @@ Status LocalExecutor::failure() const {
   return shared_->failure;
 }
 
-// What a rank says of another one names no GPU: the log says once where each is.
+// What a rank says of another one names no GPU: the log says once where each is, before anybody acts on the failure.
 void LocalExecutor::Fail(Shared& shared, const Ranks& ranks, const Status& status) {
-  bool first;
   {
     std::lock_guard lock(shared.mutex);
-    first = shared.failure.ok() && !shared.stop;
+    if (shared.failure.ok() && !shared.stop && ranks.front()->worker->stream().device() == Device::kCuda) {
+      std::string names;
+      for (const auto& rank : ranks) names += StrCat(names.empty() ? "" : ", ", rank->name);
+      log::Error("ranks on GPUs have failed", {{"error", status.message()}, {"ranks", names}});
+    }
     if (shared.failure.ok()) shared.failure = status;
     shared.changed.notify_all();
   }
   for (const auto& rank : ranks) rank->Abort(status.message());
-  if (!first || ranks.front()->worker->stream().device() == Device::kCpu) return;
-  std::string names;
-  for (const auto& rank : ranks) names += StrCat(names.empty() ? "" : ", ", rank->name);
-  log::Error("ranks on GPUs have failed", {{"error", status.message()}, {"ranks", names}});
 }
 
 void LocalExecutor::Loop(std::shared_ptr<Shared> shared, Ranks ranks, size_t index,
