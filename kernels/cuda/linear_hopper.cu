@@ -43,26 +43,32 @@ struct Operands {
   uint32_t* finished;  // [tiles]: splits that are done
 };
 
+// Of all K the stages of a unit, which may be a split.
+struct Stages {
+  int begin, end;
+  PTX_FUNCTION Stages(const HopperLinear& plan, int unit) : begin(unit % plan.splits * plan.depth) {
+    end = begin + plan.depth < plan.stages ? begin + plan.depth : plan.stages;
+  }
+};
+
 // The stages of a block, unit after unit.
 class Turns {
  public:
-  PTX_FUNCTION explicit Turns(const HopperLinear& plan) : plan_(plan), unit_(static_cast<int>(blockIdx.x)) { Begin(); }
+  PTX_FUNCTION explicit Turns(const HopperLinear& plan)
+      : plan_(plan), unit_(static_cast<int>(blockIdx.x)), stages_(plan, unit_) {}
   PTX_FUNCTION bool more() const { return unit_ < plan_.units(); }
   PTX_FUNCTION int tile() const { return unit_ / plan_.splits; }
-  PTX_FUNCTION int k() const { return stage_ * kHopperDepth; }
+  PTX_FUNCTION int k() const { return stages_.begin * kHopperDepth; }
   PTX_FUNCTION void Next() {
-    if (++stage_ < end_) return;
+    if (++stages_.begin < stages_.end) return;
     unit_ += static_cast<int>(gridDim.x);
-    Begin();
+    stages_ = Stages(plan_, unit_);
   }
 
  private:
-  PTX_FUNCTION void Begin() {
-    stage_ = unit_ % plan_.splits * plan_.depth;
-    end_ = stage_ + plan_.depth < plan_.stages ? stage_ + plan_.depth : plan_.stages;
-  }
   const HopperLinear& plan_;
-  int unit_, stage_, end_;
+  int unit_;
+  Stages stages_;  // that are left of the unit
 };
 
 // ---- the producer
@@ -213,17 +219,16 @@ PTX_FUNCTION void Consume(const Operands& args, Shared<kColumns, kBlockRows>& sh
   int slot = 0;
   uint32_t parity = 0;
   for (int unit = static_cast<int>(blockIdx.x); unit < plan.units(); unit += static_cast<int>(gridDim.x)) {
-    const int begin = unit % plan.splits * plan.depth;
-    const int end = begin + plan.depth < plan.stages ? begin + plan.depth : plan.stages;
+    const Stages stages(plan, unit);
     int before = slot;
     float sums[kBlockRows / kRows][kColumns / 2];
     ptx::WgmmaFence(sums);  // the tile before has left its registers
-    for (int stage = begin; stage < end; ++stage) {
+    for (int stage = stages.begin; stage < stages.end; ++stage) {
       ptx::MbarrierWait(&shared.full[slot], parity);
-      Multiply<kColumns, kBlockRows>(shared, slot, stage == begin, sums);
+      Multiply<kColumns, kBlockRows>(shared, slot, stage == stages.begin, sums);
       // Of the stage before, so that the tensor cores have this one to go on with.
       ptx::WgmmaWait<1>();
-      if (stage > begin) release(before);
+      if (stage > stages.begin) release(before);
       before = slot;
       if (++slot == Block::kStages) slot = 0, parity ^= 1;
     }

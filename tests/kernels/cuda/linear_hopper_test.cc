@@ -139,31 +139,12 @@ TEST_F(CudaLinearHopperTest, SiluMulInTheSameKernelHasTheBitsOfTwo) {
                                        {40, 3100, 40}}) {
     ASSERT_TRUE(cuda::UsesHopper(tokens, 2 * ffn, k));
     if (kUnderTsan && (ffn == 3100 || k == 264)) continue;
-    const int64_t gap = ffn % 8 == 0 ? 8 : 3;
-    Matrix x(tokens, k, DType::kBF16), weight(2 * ffn, k, DType::kBF16), gate_up(tokens, 2 * ffn, DType::kBF16);
-    Matrix one(tokens, ffn, DType::kBF16, gap), two(tokens, ffn, DType::kBF16, gap);
-    x.FillNormal(1);
-    weight.FillNormal(2, 0.3f);
-    const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_gate_up(stream(), gate_up);
-    const OnDevice d_one(stream(), one), d_two(stream(), two);
-    Linear(stream(), {.out = d_gate_up.view(), .x = d_x.view(), .weight = d_weight.view(), .scratch = scratch()});
-    SiluMul(stream(), {.out = d_two.view(), .gate_up = d_gate_up.view()});
-    LinearSiluMul(stream(), {.out = d_one.view(),
-                             .x = d_x.view(),
-                             .weight = d_weight.view(),
-                             .gate_up = d_gate_up.view(),
-                             .scratch = scratch()});
-    d_one.Fetch(one);
-    d_two.Fetch(two);
-    EXPECT_TRUE(one.GapsUntouched());
-    for (int64_t t = 0; t < tokens; ++t) {
-      ASSERT_EQ(one.RowBytes(t), two.RowBytes(t)) << t << " of " << tokens << ", ffn " << ffn << ", K " << k;
-    }
+    ExpectSiluMulHasTheBitsOfTwo(tokens, ffn, k, DType::kBF16);
   }
 }
 
 #ifdef ALTIPLANO_IN_SIMULATOR
-// Which products are this kernel's shows in shared memory, which no other takes so much of.
+// Which products are this kernel's shows in how often x is loaded.
 TEST_F(CudaLinearHopperTest, IsLeftAloneWhereBitsOrScratchForbidIt) {
   constexpr int64_t kTokens = 20, kN = 40;
   const auto by_hopper = [&](int64_t k, bool batch_invariant, void* scratch) {

@@ -30,7 +30,7 @@ class LinearTest : public CudaTest {
                       .weight = d_weight.view(),
                       .accumulate = accumulate,
                       .batch_invariant = batch_invariant_,
-                      .scratch = scratch_.data()});
+                      .scratch = scratch()});
     d_out.Fetch(out);
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t j = 0; j < n; ++j) {
@@ -46,6 +46,35 @@ class LinearTest : public CudaTest {
       }
     }
     EXPECT_TRUE(out.GapsUntouched());
+  }
+
+  // LinearSiluMul against Linear and SiluMul, to the bit.
+  void ExpectSiluMulHasTheBitsOfTwo(int64_t tokens, int64_t ffn, int64_t k, DType act) {
+    const int64_t gap = ffn % 8 == 0 ? 8 : 3;
+    Matrix x(tokens, k, act), weight(2 * ffn, k, act), gate_up(tokens, 2 * ffn, act), one(tokens, ffn, act, gap);
+    Matrix two(tokens, ffn, act, gap);
+    x.FillNormal(1);
+    weight.FillNormal(2, 0.3f);
+    const OnDevice d_x(stream(), x), d_weight(stream(), weight), d_gate_up(stream(), gate_up);
+    const OnDevice d_one(stream(), one), d_two(stream(), two);
+    Linear(stream(), {.out = d_gate_up.view(),
+                      .x = d_x.view(),
+                      .weight = d_weight.view(),
+                      .batch_invariant = batch_invariant_,
+                      .scratch = scratch()});
+    SiluMul(stream(), {.out = d_two.view(), .gate_up = d_gate_up.view()});
+    LinearSiluMul(stream(), {.out = d_one.view(),
+                             .x = d_x.view(),
+                             .weight = d_weight.view(),
+                             .gate_up = d_gate_up.view(),
+                             .batch_invariant = batch_invariant_,
+                             .scratch = scratch()});
+    d_one.Fetch(one);
+    d_two.Fetch(two);
+    EXPECT_TRUE(one.GapsUntouched());
+    for (int64_t t = 0; t < tokens; ++t) {
+      ASSERT_EQ(one.RowBytes(t), two.RowBytes(t)) << t << " of " << tokens << ", ffn " << ffn << ", K " << k;
+    }
   }
 
   // From now on products have what they can use.
