@@ -15,8 +15,6 @@ namespace altiplano {
 
 namespace {
 
-constexpr std::string_view kUnix = "unix:";
-
 // 0, or the error.
 int TryToBind(int family, const sockaddr* address, socklen_t size) {
   const int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -51,7 +49,6 @@ std::string Words(int error, bool is_unix) {
 }
 
 std::string WhyNoSocketAt(std::string_view path) {
-  if (path.starts_with("//")) path.remove_prefix(2);
   sockaddr_un at{};
   at.sun_family = AF_UNIX;
   if (path.size() >= sizeof at.sun_path)
@@ -64,8 +61,14 @@ std::string WhyNoSocketAt(std::string_view path) {
 
 }  // namespace
 
+std::string_view UnixSocketPath(std::string_view address) {
+  std::string_view path = address.substr(kUnixAddress.size());
+  if (path.starts_with("//")) path.remove_prefix(2);
+  return path;
+}
+
 std::string WhyNotListening(const std::string& address) {
-  if (address.starts_with(kUnix)) return WhyNoSocketAt(std::string_view(address).substr(kUnix.size()));
+  if (address.starts_with(kUnixAddress)) return WhyNoSocketAt(UnixSocketPath(address));
   const size_t colon = address.rfind(':');
   if (colon == std::string::npos) return "it is not HOST:PORT";
   std::string host = address.substr(0, colon);

@@ -27,7 +27,6 @@ namespace altiplano {
 
 namespace {
 
-constexpr std::string_view kUnix = "unix:";
 constexpr int kMaxHeaderBytes = 16 << 10;
 
 int Millis(Duration duration) {
@@ -63,12 +62,6 @@ bool HasPort(const std::string& address) {
   return error == std::errc() && end == port.data() + port.size();
 }
 
-std::string_view PathOf(std::string_view address) {
-  std::string_view path = address.substr(kUnix.size());
-  if (path.starts_with("//")) path.remove_prefix(2);
-  return path;
-}
-
 // Whoever makes a unix socket in this folder does so alone: between the look whether a server listens on one and gRPC's
 // taking its name another server would take it. A folder that cannot be locked, or that somebody keeps locked, is no
 // reason not to listen.
@@ -96,7 +89,7 @@ class FolderLock {
 // A server listens on this unix socket. gRPC would remove it, and that server would serve nobody without noticing; one
 // that nobody listens on is left over from a server that was killed.
 bool IsTaken(const std::string& address) {
-  const std::string_view path = PathOf(address);
+  const std::string_view path = UnixSocketPath(address);
   sockaddr_un to{};
   to.sun_family = AF_UNIX;
   if (path.size() >= sizeof to.sun_path) return false;
@@ -135,13 +128,13 @@ void RouteLibraryLogs() {
 
 StatusOr<Listening> Listen(std::string_view flag, const std::string& address, const FrontendLimits& limits,
                            const std::vector<grpc::Service*>& services) {
-  const bool is_unix = address.starts_with(kUnix);
+  const bool is_unix = address.starts_with(kUnixAddress);
   const auto refused = [&](std::string_view why) {
     return Status(Code::kUnavailable, StrCat(flag, ": cannot listen on ", address, ": ", why));
   };
   if (!is_unix && !HasPort(address)) return refused("it is not HOST:PORT");
   std::optional<FolderLock> alone;
-  if (is_unix) alone.emplace(PathOf(address));
+  if (is_unix) alone.emplace(UnixSocketPath(address));
   if (is_unix && IsTaken(address)) return refused(WhyNotListening(address));
   grpc::ServerBuilder builder;
   SetArguments(limits, &builder);
